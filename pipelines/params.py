@@ -1,0 +1,253 @@
+"""Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ParamsError(ValueError):
+    """A bad key, type or value in the params: one line that names it and what is allowed."""
+
+
+class Strict(BaseModel):
+    """A group of params: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# Data sets ------------------------------------------------------------------------------------------------------------
+
+
+class DatasetParams(Strict):
+    """What every data set has, whatever its source."""
+
+    shard_size: PositiveInt = 1000  # samples a shard
+    val_count: PositiveInt | None = None  # images held out of `train` where the source has no `val` of its own
+    split_seed: int = 0  # draws which ones
+
+
+class ScenesParams(DatasetParams):
+    """Drawn by a seeded generator: `objects` (one object, multiclass) or `scenes` (several, multilabel)."""
+
+    source: Literal["scenes"]
+    variant: Literal["objects", "scenes"] = "objects"
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    counts: dict[Literal["train", "val", "test"], PositiveInt]
+    objects_per_image: tuple[PositiveInt, PositiveInt] = (1, 1)  # least, most
+    correlation: dict[Literal["train", "val", "test"], Fraction] = {}  # of class and background; 0 where not named
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScenesParams:
+        least, most = self.objects_per_image
+        if least > most:
+            raise ValueError(f"objects_per_image: the least ({least}) is above the most ({most})")
+        if self.variant == "objects" and most != 1:
+            raise ValueError(f"objects_per_image: variant 'objects' has one object an image, not {most}")
+        return self
+
+
+class ImageFolderParams(DatasetParams):
+    """A folder, tar, tar.gz or zip laid out as `split/class/file`, local or at any fsspec URL."""
+
+    source: Literal["imagefolder"]
+    root: str
+    sha256: Sha256 | None = None
+    splits: dict[Literal["train", "val", "test"], str] = {}  # our split -> its folder; by default the same name
+
+
+class Cifar10Params(DatasetParams):
+    """CIFAR-10: torchvision's own download, or an image folder (any form `imagefolder` takes) at `root`."""
+
+    source: Literal["cifar10"]
+    root: str | None = None
+    sha256: Sha256 | None = None
+
+
+class ImageNetParams(DatasetParams):
+    """ImageNet in its official folder layout (`train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`); `val` is read as test."""
+
+    source: Literal["imagenet"]
+    root: str
+
+
+Dataset = Annotated[ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams, Field(discriminator="source")]
+
+
+class DataParams(Strict):
+    """How shards are read."""
+
+    image_size: PositiveInt  # side of the square that the model sees, pixels
+    eval_resize: PositiveInt | None = None  # shorter side before the centre crop; none: straight to image_size
+    augment: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "flip"
+    crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels, for pad_crop_flip
+    loader_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes a training worker
+    shuffle_buffer: PositiveInt = 10_000  # samples
+    on_error: Literal["raise", "skip"] = "raise"  # an image that does not decode: stop, or skip and count
+    verify: bool = False  # check each shard's sha256 before reading it
+
+
+# Models and training --------------------------------------------------------------------------------------------------
+
+
+class ModelParams(Strict):
+    """Which network, and which weights to start from."""
+
+    name: str  # `resnet20` (CIFAR), a torchvision name, a timm name, or `torchvision:name`, `timm:name`
+    weights: str = "none"  # `none`, a library tag such as IMAGENET1K_V2, or a local file or URL
+    sha256: Sha256 | None = None  # of the file that `weights` names
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
+
+
+class TrainingParams(Strict):
+    """The one loop and its launch: what does not depend on the method."""
+
+    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = (
+        1  # 0: this process; N; [MIN, MAX]: elastic
+    )
+    gpus_per_worker: NonNegativeFloat = 0.0
+    cpus_per_worker: PositiveFloat = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    storage: str = "runs"  # folder or fsspec URL of checkpoints
+    checkpoint_every: PositiveInt = 100  # steps
+    keep_last: PositiveInt = 2  # checkpoints, beside the best one
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
+    log_every: PositiveInt = 20  # steps
+
+
+class OptimiserParams(Strict):
+    """Optimiser, learning-rate schedule and clipping of one training run."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: PositiveInt  # effective: over all workers
+    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip: Literal["none", "agc", "norm"] = "none"
+    clip_value: PositiveFloat = 0.01
+    select: str = "val/accuracy"  # the metric whose best epoch is kept
+    patience: PositiveInt | None = None  # epochs without a better `select` before stopping
+
+
+class PretrainParams(OptimiserParams):
+    """The conventional model. `epochs: 0` takes the pretrained weights as they come."""
+
+    label_smoothing: Fraction = 0.0
+
+
+class BcosifyParams(OptimiserParams):
+    """B-cosification: the design choices of Arya et al. 2024, then fine-tuning."""
+
+    b: Annotated[float, Field(ge=1.0)] = 2.0
+    bias: Literal["remove", "keep"] = "remove"
+    norm: Literal["uncentered", "centered"] = "uncentered"
+    stem_pool: Literal["average", "keep"] = "average"
+    gap_reorder: bool = True
+    activation: Literal["keep", "remove"] = "keep"
+    logit_bias: float | None = None  # none: -log(classes - 1)
+    temperature: PositiveFloat = 1.0
+    from_scratch: bool = False  # the baseline: random weights, normalised in every layer
+
+
+class EvaluateParams(Strict):
+    """Accuracy, localisation and pictures on the test split."""
+
+    batch_size: PositiveInt = 128
+    workers: Annotated[int, Field(ge=0)] = 0
+    grid_size: Annotated[int, Field(ge=2)] = 2  # n of the n x n pointing game
+    grid_count: PositiveInt = 500
+    grid_batch: PositiveInt = 16  # grids at once
+    smooth: Annotated[int, Field(ge=1)] = 3  # kernel of the mean that smooths maps before they are scored, pixels
+    pictures: Annotated[int, Field(ge=0)] = 16
+    seed: int = 0
+
+
+class TrackingParams(Strict):
+    """MLflow: the server is named by MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db."""
+
+    experiment: str
+    model_name: str  # in the registry
+    alias: str = "candidate"
+
+
+class Params(Strict):
+    """The whole of `params.yaml`."""
+
+    seed: int
+    recipe: str
+    dataset: str
+    datasets: dict[str, Dataset]
+    data: DataParams
+    model: ModelParams
+    training: TrainingParams
+    pretrain: PretrainParams
+    bcosify: BcosifyParams
+    scratch: BcosifyParams
+    evaluate: EvaluateParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _dataset_exists(self) -> Params:
+        if self.dataset not in self.datasets:
+            raise ValueError(
+                f"dataset: {self.dataset!r} is not in datasets (it has {', '.join(sorted(self.datasets))})"
+            )
+        return self
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """The validated params at `path`.
+
+    Raises:
+        ParamsError: the file is not YAML, or a key, type or value is wrong; one line for each.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: {error}") from None
+    return validate(content, source=str(path))
+
+
+def validate(content: Any, source: str = "params") -> Params:
+    """`content` (nested dicts, as YAML gives them) as `Params`; raises `ParamsError`."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError("\n".join(_explain(source, item) for item in error.errors())) from None
+
+
+def _explain(source: str, item: Any) -> str:
+    """One line for one pydantic error: the key, the value, what is allowed."""
+    names = {"scenes", "imagefolder", "cifar10", "imagenet"}
+    location = [str(part) for part in item["loc"]]
+    if location[:1] == ["datasets"] and len(location) > 2 and location[2] in names:
+        location.pop(2)  # pydantic's name of the union's branch
+    key = ".".join(location) or "the file"
+    if item["type"] == "extra_forbidden":
+        return f"{source}: {key}: unknown key (value {item['input']!r})"
+    if item["type"] == "missing":
+        return f"{source}: {key}: missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+
+
+def load_or_exit(path: str | Path = "params.yaml") -> Params:
+    """`load`, for stages: a bad file ends the process with its message alone, before any work starts."""
+    try:
+        return load(path)
+    except ParamsError as error:
+        sys.exit(str(error))
