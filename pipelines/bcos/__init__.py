@@ -1,0 +1,34 @@
+"""B-cos networks: layers, conversion, explanation mode, dynamic weights. Needs torch and nothing else of this project."""
+
+from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
+from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
+from pipelines.bcos.hold import Holdable, explanation_mode
+from pipelines.bcos.layers import BcosConv2d, BcosLinear
+from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
+from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, GatedGELU, GatedHardswish, GatedSiLU
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "BcosBatchNorm",
+    "BcosConv2d",
+    "BcosGroupNorm",
+    "BcosLayerNorm",
+    "BcosLinear",
+    "BcosNetwork",
+    "Context",
+    "ConversionError",
+    "GatedGELU",
+    "GatedHardswish",
+    "GatedSiLU",
+    "Holdable",
+    "LocationsToBatch",
+    "add_inverse",
+    "bcosify",
+    "contribution_map",
+    "convert",
+    "dynamic_weights",
+    "explanation_mode",
+    "register_conversion",
+    "rgba",
+]

@@ -1,0 +1,334 @@
+"""Conversion of an ordinary network to a B-cos network, by module type.
+
+`convert` preserves the function: every layer becomes its B-cos counterpart at B = 1, from the same weights. `bcosify` then makes
+the design choices of Arya et al., B-cosification, NeurIPS 2024. Rules say what becomes of a module type; `register_conversion`
+adds one:
+
+    @register_conversion(MyBlock)
+    def _(module, context):
+        return MyBcosBlock(context.child(module.conv, "conv"), ...)
+
+A rule returns the module that stands in the converted network. What it keeps of the original's children goes through
+`context.child`, or all of them at once through `context.children`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from pipelines.bcos.layers import BcosConv2d, BcosLinear
+from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
+from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, Gate, GatedGELU, GatedHardswish, GatedSiLU
+
+
+class ConversionError(ValueError):
+    """A network that cannot be converted: one line that names the module and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where in the network a rule is at work, and under which choices."""
+
+    path: str = ""
+    norm: Literal["uncentered", "centered"] = "uncentered"
+    image_layer: nn.Module | None = None  # the layer that takes the image
+    done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # shared modules stay shared
+
+    def child(self, module: nn.Module, name: str) -> nn.Module:
+        """The converted `module`, which is `name` in the module whose rule this is."""
+        return _convert(module, dataclasses.replace(self, path=f"{self.path}.{name}".lstrip(".")))
+
+    def children(self, module: nn.Module) -> nn.Module:
+        """`module` itself with its children converted in place."""
+        for name, child in module.named_children():
+            setattr(module, name, self.child(child, name))
+        return module
+
+
+Rule = Callable[[nn.Module, Context], nn.Module]
+RuleT = TypeVar("RuleT", bound=Callable[..., nn.Module])
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
+    """Makes the decorated function (module, context) -> module the rule of these types (exactly them, not their subclasses)."""
+
+    def register(rule: RuleT) -> RuleT:
+        for module_type in types:
+            _RULES[module_type] = rule
+        return rule
+
+    return register
+
+
+def _convert(module: nn.Module, context: Context) -> nn.Module:
+    if module not in context.done:
+        rule = _RULES.get(type(module), _walk)
+        context.done[module] = rule(module, context)
+    return context.done[module]
+
+
+def _walk(module: nn.Module, context: Context) -> nn.Module:
+    """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
+    of_torch = type(module).__module__.startswith("torch.nn.")
+    owns = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    leaf = next(module.children(), None) is None
+    if of_torch or owns or leaf:
+        reason = f"it owns {', '.join(owns)}" if owns and not of_torch else "its output may depend on the input non-linearly"
+        raise ConversionError(
+            f"no conversion rule for {type(module).__name__} at {context.path or 'the top'!r} ({reason}): write one with "
+            f"@register_conversion({type(module).__name__})"
+        )
+    return context.children(module)
+
+
+# Rules of torch's own modules -----------------------------------------------------------------------------------------
+
+
+@register_conversion(
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
+    BcosConv2d, BcosLinear, BcosBatchNorm, BcosLayerNorm, BcosGroupNorm, GatedGELU, GatedSiLU, GatedHardswish,
+    LocationsToBatch,
+)  # fmt: skip
+def _dynamic_linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
+    return module
+
+
+@register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def _container(module: nn.Module, context: Context) -> nn.Module:
+    return context.children(module)
+
+
+@register_conversion(nn.Conv2d)
+def _conv(module: nn.Conv2d, context: Context) -> nn.Module:
+    of_image = module is context.image_layer
+    layer = BcosConv2d(
+        module.in_channels * (2 if of_image else 1),
+        module.out_channels,
+        module.kernel_size,  # type: ignore[arg-type]
+        module.stride,  # type: ignore[arg-type]
+        module.padding,  # type: ignore[arg-type]
+        module.dilation,  # type: ignore[arg-type]
+        module.groups,
+        module.bias is not None,
+        b=1.0,
+        padding_mode=module.padding_mode,
+    )
+    weight = module.weight.detach()
+    if of_image:  # [z, -z] through [W, -W]/2 is W z
+        weight = torch.cat([weight, -weight], dim=1) / 2
+    return _with_parameters(layer, weight, module.bias)
+
+
+@register_conversion(nn.Linear)
+def _linear(module: nn.Linear, context: Context) -> nn.Module:
+    layer = BcosLinear(module.in_features, module.out_features, module.bias is not None, b=1.0)
+    return _with_parameters(layer, module.weight.detach(), module.bias)
+
+
+@register_conversion(nn.BatchNorm2d, nn.BatchNorm1d)
+def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
+    if module.running_mean is None or module.running_var is None:
+        raise ConversionError(f"{context.path!r}: a BatchNorm without running statistics cannot be converted")
+    centered = context.norm == "centered"
+    layer = BcosBatchNorm(
+        module.num_features,
+        module.eps,
+        module.momentum,
+        module.affine,
+        bias=module.affine or not centered,
+        centered=centered,
+    )
+    weight: torch.Tensor | None = module.weight
+    bias: torch.Tensor | None = module.bias
+    mean, var = module.running_mean, module.running_var
+    if not centered:  # the mean's part moves into the bias
+        shift = -mean * torch.rsqrt(var + module.eps)
+        bias = shift if weight is None or bias is None else bias + weight * shift
+    layer = _with_parameters(layer, weight, bias)
+    layer.running_var.copy_(var)
+    if layer.running_mean is not None:
+        layer.running_mean.copy_(mean)
+    return layer
+
+
+@register_conversion(nn.LayerNorm)
+def _layer_norm(module: nn.LayerNorm, context: Context) -> nn.Module:
+    layer = BcosLayerNorm(
+        module.normalized_shape,
+        module.eps,
+        module.elementwise_affine,
+        bias=module.bias is not None,
+    )
+    return _with_parameters(layer, module.weight, module.bias)
+
+
+@register_conversion(nn.GroupNorm)
+def _group_norm(module: nn.GroupNorm, context: Context) -> nn.Module:
+    layer = BcosGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
+    return _with_parameters(layer, module.weight, module.bias)
+
+
+@register_conversion(nn.GELU)
+def _gelu(module: nn.GELU, context: Context) -> nn.Module:
+    return GatedGELU(module.approximate)
+
+
+@register_conversion(nn.SiLU)
+def _silu(module: nn.SiLU, context: Context) -> nn.Module:
+    return GatedSiLU()
+
+
+@register_conversion(nn.Hardswish)
+def _hardswish(module: nn.Hardswish, context: Context) -> nn.Module:
+    return GatedHardswish()
+
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+@torch.no_grad()
+def _with_parameters(layer: LayerT, weight: torch.Tensor | None, bias: torch.Tensor | None) -> LayerT:
+    """`layer`, of the weight's type and device, with copies of these as its parameters."""
+    if weight is not None:
+        layer.to(weight)
+        layer.weight.copy_(weight)  # type: ignore[operator]
+    if bias is not None:
+        layer.bias.copy_(bias)  # type: ignore[operator]
+    return layer
+
+
+# The two verbs --------------------------------------------------------------------------------------------------------
+
+
+def convert(
+    model: nn.Module,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    norm: Literal["uncentered", "centered"] = "uncentered",
+) -> BcosNetwork:
+    """The B-cos network at B = 1 that computes what `model` computes.
+
+    Args:
+        model: takes normalised images (N, 3, H, W), gives logits (N, K). It is left untouched.
+        mean, std: of RGB, those that `model` was trained with, for images in [0, 1].
+        norm: `uncentered` moves a BatchNorm's mean into its bias; `centered` keeps subtracting it.
+
+    Returns:
+        A network that takes (N, 6, H, W) in [0, 1] (see `add_inverse`): in evaluation mode its logits are those of `model` on
+        the normalised image, up to rounding.
+
+    Raises:
+        ConversionError: a module without a rule, or no layer that takes three channels.
+    """
+    body = copy.deepcopy(model)
+    body = _convert(body, Context(norm=norm, image_layer=_image_layer(body)))
+    return BcosNetwork(body, mean, std).train(model.training)
+
+
+def bcosify(
+    model: nn.Module,
+    *,
+    b: float = 2.0,
+    bias: Literal["remove", "keep"] = "remove",
+    norm: Literal["uncentered", "centered"] = "uncentered",
+    stem_pool: Literal["average", "keep"] = "average",
+    gap_reorder: bool = True,
+    activation: Literal["keep", "remove"] = "keep",
+    logit_bias: float | None = None,
+    temperature: float = 1.0,
+    normalize_weight: bool = False,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> BcosNetwork:
+    """The B-cos network made from `model`, ready for fine-tuning; `model` itself is left untouched.
+
+    Args:
+        model: takes normalised images (N, 3, H, W), gives logits (N, K).
+        b: exponent of every B-cos layer, >= 1.
+        bias: `remove` takes every bias away, the norms' included.
+        norm: `uncentered` or `centered` BatchNorm.
+        stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
+        gap_reorder: classify every location, then average, where the classifier follows a global average pool.
+        activation: `remove` takes the ReLUs away.
+        logit_bias: added to every logit; none: -log(K - 1), so that each class starts at probability 1/K.
+        temperature: T, by which logits are divided.
+        normalize_weight: rows of norm 1, for training from scratch.
+        mean, std: as in `convert`.
+
+    Returns:
+        (N, 6, H, W) in [0, 1] -> logits (N, K), in the training mode of `model`.
+
+    Source: Arya et al., B-cosification, NeurIPS 2024, section 3; methods.md section 2.
+    """
+    network = convert(model, mean=mean, std=std, norm=norm)
+    layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
+    for layer in layers:
+        layer._configure(b, layer.max_out, normalize_weight)
+    if bias == "remove":
+        for module in network.modules():
+            if "bias" in module._parameters:
+                module.register_parameter("bias", None)
+    if stem_pool == "average":
+        _replace_first(network.body, _is_stem_pool, nn.AvgPool2d(3, 2, 1, count_include_pad=True))
+    if gap_reorder:
+        _replace_last(network.body, _is_global_pool, LocationsToBatch())
+    if activation == "remove":
+        for name, module in list(network.named_modules()):
+            if isinstance(module, nn.ReLU | Gate):
+                _set(network, name, nn.Identity())
+    classes = _class_count(layers)
+    network.logit_bias = -math.log(classes - 1) if logit_bias is None else logit_bias
+    network.temperature = temperature
+    return network
+
+
+def _image_layer(model: nn.Module) -> nn.Module:
+    """The first layer, in the order of definition, that takes three channels."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            return module
+    raise ConversionError("no convolution of this network takes three channels, so where the image enters is unknown")
+
+
+def _class_count(layers: list[BcosConv2d | BcosLinear]) -> int:
+    """K, from the last layer."""
+    last = layers[-1]
+    classes = last.out_channels if isinstance(last, BcosConv2d) else last.out_features
+    if classes < 2:
+        raise ConversionError(f"a classifier of at least two classes is needed, the last layer has {classes}")
+    return classes
+
+
+def _is_stem_pool(module: nn.Module) -> bool:
+    return isinstance(module, nn.MaxPool2d) and module.kernel_size in (3, (3, 3)) and module.stride in (2, (2, 2))
+
+
+def _is_global_pool(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+def _replace_first(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
+    name = next((name for name, module in model.named_modules() if wanted(module)), None)
+    if name is not None:
+        _set(model, name, new)
+
+
+def _replace_last(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if wanted(module)]
+    if names:
+        _set(model, names[-1], new)
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)

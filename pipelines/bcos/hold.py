@@ -1,0 +1,95 @@
+"""Holding the input-dependent factors of a network while its dynamic weights W(x) are computed.
+
+A B-cos network is dynamic linear: logit_k = W_k(x)·x + constants, where W_k(x) is the gradient of the logit with respect to the
+input when every input-dependent factor (the B-cos scale, a norm's standard deviation, a gate, an attention matrix) counts as
+constant. Factors are *held* in the backward pass that gives W(x), and only there: they keep their graph, so that a loss on W(x)
+or on the logits still has its full gradient with respect to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Explanation:
+    """What one explanation needs of the layers: whether their factors are held now, or need no graph at all."""
+
+    def __init__(self, detach: bool = False) -> None:
+        self.detach = detach  # no loss on W(x) follows: factors can drop their graph, which is faster
+        self.holding = True
+        self.differentiated = False  # whether W(x) was computed with a graph of its own
+
+    def hold(self, factor: Tensor) -> Tensor:
+        """`factor`, constant to the backward passes that run while `holding` is set."""
+        if not factor.requires_grad:
+            return factor
+        return factor.detach() if self.detach else _Held.apply(factor, self)
+
+
+class _Held(torch.autograd.Function):
+    """The identity, whose gradient is withheld while its explanation holds."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, explanation: Explanation) -> Tensor:
+        ctx.explanation = explanation
+        ctx.set_materialize_grads(False)
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        if not ctx.explanation.holding:
+            return gradient, None
+        if torch.is_grad_enabled():
+            ctx.explanation.differentiated = True
+        return None, None
+
+
+class Holdable(nn.Module):
+    """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
+
+    explanation: Explanation | None = None
+
+    def hold(self, factor: Tensor) -> Tensor:
+        """`factor` as the explanation mode of the moment wants it."""
+        return factor if self.explanation is None else self.explanation.hold(factor)
+
+
+@contextmanager
+def explaining(model: nn.Module, explanation: Explanation) -> Iterator[Explanation]:
+    """Hands `explanation` to every holdable layer of `model` for the time of the block."""
+    layers = [module for module in model.modules() if isinstance(module, Holdable)]
+    before = [layer.explanation for layer in layers]
+    try:
+        for layer in layers:
+            layer.explanation = explanation
+        yield explanation
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer.explanation = previous
+
+
+@contextmanager
+def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """In the block, the gradient of a logit of `model` with respect to its input is the row of W(x).
+
+    Factors of a forward pass made in the block are held in the backward passes that follow it. Once one of these was taken with
+    `create_graph=True` (W(x) goes into a loss), they are released when the block ends, so that the loss has its full gradient.
+    Re-entrant and exception-safe; one thread at a time for one model.
+
+    Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
+    """
+    current = next((module.explanation for module in model.modules() if isinstance(module, Holdable)), None)
+    if current is not None and not current.detach:  # nested: the outer block decides when to release
+        yield model
+        return
+    explanation = Explanation()
+    try:
+        with explaining(model, explanation):
+            yield model
+    finally:
+        explanation.holding = not explanation.differentiated

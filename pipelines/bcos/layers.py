@@ -1,0 +1,187 @@
+"""The B-cos transformation as a convolution and a linear layer.
+
+    out = s^(B-1) · (w·x),   s = |w·x| / ‖x‖                      (Böhle et al., TPAMI 2024, eq. 3 and 4)
+
+with ŵ = w/‖w‖ for w where `normalize_weight` is set (B-cos from scratch), w itself where not (B-cosified: Arya et al., 2024).
+Layouts in names: N batch, C channels, G groups, M MaxOut units, HW places.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.bcos.hold import Holdable
+
+PATCH_EPSILON = 1e-6  # in the root of a patch's norm
+VECTOR_EPSILON = 1e-12  # beside a vector's norm
+COSINE_EPSILON = 1e-6  # beside the cosine, for B other than 2
+
+
+class _Square(torch.autograd.Function):
+    """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(linear: Tensor, norm: Tensor) -> Tensor:
+        return linear.abs().mul_(linear).div_(norm)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        linear, norm = ctx.saved_tensors
+        scaled = gradient * (linear.abs() / norm)
+        d_norm = (-(scaled * linear) / norm).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
+        return 2 * scaled, d_norm
+
+
+class _Bcos(Holdable):
+    """What the two layers share: the exponent, MaxOut, weight normalisation and the scale."""
+
+    weight: Tensor
+    b: float
+    max_out: int
+    normalize_weight: bool
+
+    def _configure(self, b: float, max_out: int, normalize_weight: bool) -> None:
+        if b < 1:
+            raise ValueError(f"B must be at least 1, not {b}")
+        if max_out < 1:
+            raise ValueError(f"max_out must be at least 1, not {max_out}")
+        self.b, self.max_out, self.normalize_weight = float(b), max_out, normalize_weight
+
+    def _rows(self) -> Tensor:
+        """The weight rows as they are used, each of norm 1 where `normalize_weight` is set."""
+        return F.normalize(self.weight.flatten(1), dim=1).view_as(self.weight) if self.normalize_weight else self.weight
+
+    def _scale(self, linear: Tensor, norm: Tensor) -> Tensor:
+        """s^(B-1) · linear, with s = |linear| / norm held in explanation mode."""
+        if self.b == 2 and self.explanation is None:
+            return _Square.apply(linear, norm)
+        cosine = linear.abs() / norm
+        factor = cosine if self.b == 2 else (cosine + COSINE_EPSILON).pow(self.b - 1)
+        return linear * self.hold(factor)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        more = f", max_out={self.max_out}" if self.max_out > 1 else ""
+        return f"{super().extra_repr()}, b={self.b:g}{more}" + (", normalize_weight" if self.normalize_weight else "")
+
+
+class BcosConv2d(_Bcos, nn.Conv2d):
+    """B-cos convolution: (N, in_channels, H, W) -> (N, out_channels, H', W').
+
+    Arguments are those of `nn.Conv2d`, with `b` the exponent B >= 1, `max_out` the units of which each output is the maximum,
+    and `normalize_weight` for rows of norm 1. `weight` is (out_channels*max_out, in_channels/groups, kh, kw); unit m of
+    output o is row o*max_out + m. A bias is added after the scaling. At B = 1 the layer is an ordinary convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        b: float = 2.0,
+        max_out: int = 1,
+        normalize_weight: bool = False,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+    ) -> None:
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels * max_out,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            False,
+            padding_mode,
+        )
+        self._configure(b, max_out, normalize_weight)
+        self.out_channels = out_channels
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+        x_NCHW, padding = self._padded(x_NCHW)
+        linear = F.conv2d(x_NCHW, self._rows(), None, self.stride, padding, self.dilation, self.groups)
+        if self.max_out > 1:
+            linear = linear.unflatten(1, (-1, self.max_out)).max(2).values
+        if self.b != 1:
+            linear = self._scale_patches(linear, self._patch_norm(x_NCHW, padding))
+        return linear if self.bias is None else linear + self.bias[:, None, None]
+
+    def _scale_patches(self, linear_NCHW: Tensor, norm_NGHW: Tensor) -> Tensor:
+        if self.groups in (1, self.out_channels):  # the norm broadcasts as it is
+            return self._scale(linear_NCHW, norm_NGHW)
+        grouped = linear_NCHW.unflatten(1, (self.groups, -1))
+        return self._scale(grouped, norm_NGHW.unsqueeze(2)).flatten(1, 2)
+
+    def _padded(self, x_NCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input, padded where the convolution and the pool of the norm could not both do it themselves."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x_NCHW, self.padding  # type: ignore[return-value]
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x_NCHW, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+
+    def _patch_norm(self, x_NCHW: Tensor, padding: tuple[int, int]) -> Tensor:
+        """sqrt(Σ_patch x² + ε) for each group and place: a sum pool of Σ_c x²; (N, groups, H', W')."""
+        squares = x_NCHW.square()
+        if self.groups == 1:
+            squares = squares.sum(1, keepdim=True)
+        elif self.groups != x_NCHW.shape[1]:
+            squares = squares.unflatten(1, (self.groups, -1)).sum(2)
+        if math.prod(self.kernel_size) == 1 and padding == (0, 0):
+            sums = squares[:, :, :: self.stride[0], :: self.stride[1]]
+        elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
+            sums = F.avg_pool2d(squares, self.kernel_size, self.stride, padding, divisor_override=1)
+        else:  # the pool knows neither dilation nor wide padding: a convolution of one channel a group
+            ones = squares.new_ones(self.groups, 1, *self.kernel_size)
+            sums = F.conv2d(squares, ones, None, self.stride, padding, self.dilation, self.groups)
+        return (sums + PATCH_EPSILON).sqrt()
+
+
+class BcosLinear(_Bcos, nn.Linear):
+    """B-cos linear layer: (..., in_features) -> (..., out_features); arguments as in `BcosConv2d`.
+
+    `weight` is (out_features*max_out, in_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        b: float = 2.0,
+        max_out: int = 1,
+        normalize_weight: bool = False,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features * max_out, False)
+        self._configure(b, max_out, normalize_weight)
+        self.out_features = out_features
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        linear = F.linear(x, self._rows())
+        if self.max_out > 1:
+            linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
+        if self.b != 1:
+            linear = self._scale(linear, torch.linalg.vector_norm(x, dim=-1, keepdim=True) + VECTOR_EPSILON)
+        return linear if self.bias is None else linear + self.bias

@@ -1,0 +1,80 @@
+"""The B-cos network around a converted body: what comes before its first layer and after its last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def add_inverse(images: Tensor) -> Tensor:
+    """RGB images (N, 3, H, W) in [0, 1] and their complement 1 - x: (N, 6, H, W) in [0, 1].
+
+    Raises:
+        ValueError: not three channels.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"add_inverse takes images of shape (N, 3, H, W), not {tuple(images.shape)}")
+    return torch.cat([images, 1 - images], dim=1)
+
+
+def six_channel_statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Mean [m, 1-m] and deviation [σ, σ] of the six channels, each (6,), from those of RGB."""
+    mean_RGB, std_RGB = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return torch.cat([mean_RGB, 1 - mean_RGB]).float(), torch.cat([std_RGB, std_RGB]).float()
+
+
+def check_six_channels(images: Tensor) -> None:
+    """Raises ValueError unless `images` is (N, 6, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 6:
+        raise ValueError(
+            f"a model of this project takes (N, 6, H, W) in [0, 1], not {tuple(images.shape)}: apply add_inverse to RGB images"
+        )
+
+
+class LocationsToBatch(nn.Module):
+    """Stands where the global pool was: (N, C, H, W) -> (N·H·W, C, 1, 1), so that the classifier sees every location."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N·H·W, C, 1, 1), the locations of an image next to each other."""
+        return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1], 1, 1)
+
+
+class BcosNetwork(nn.Module):
+    """Images (N, 6, H, W) in [0, 1] -> logits (N, K) = z/T + logit bias, with normalisation inside.
+
+    `body` takes the normalised six channels. Where its global pool was replaced by `LocationsToBatch`, its outputs for the
+    locations of an image are averaged here. `mean` (6,) is the image whose contribution is zero.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        logit_bias: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.logit_bias, self.temperature = logit_bias, temperature
+        mean_6, std_6 = six_channel_statistics(mean, std)
+        self.register_buffer("mean", mean_6, persistent=False)
+        self.register_buffer("std", std_6, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 6, H, W) in [0, 1] -> (N, K)."""
+        check_six_channels(images)
+        logits = self.body((images - self.mean[:, None, None]) / self.std[:, None, None])
+        if len(logits) != len(images):  # the classifier saw every location
+            logits = logits.view(len(images), -1, logits.shape[-1]).mean(1)
+        return logits / self.temperature + self.logit_bias
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        return f"logit_bias={self.logit_bias:.4g}, temperature={self.temperature:g}"
