@@ -1,0 +1,90 @@
+"""Every loss, one function each. N images, K classes, maps (N, h, w) signed, masks (N, H, W) of {0, 1}."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = 1e-7  # positive energy under which a map counts as empty
+
+
+def uniform_off_label_bce(logits: Tensor, targets: Tensor, off_label: float | None = None) -> Tensor:
+    """Binary cross-entropy whose targets are at least `off_label`: a scalar, the mean over images and classes.
+
+    Args:
+        logits: (N, K).
+        targets: (N,) class indices, or (N, K) in [0, 1].
+        off_label: target of the classes that are not there; none: 1/K.
+
+    Source: Böhle et al., B-cos Alignment, TPAMI 2024, appendix; B-cos-v2's UniformOffLabelsBCEWithLogitsLoss.
+    """
+    classes = logits.shape[1]
+    wanted = F.one_hot(targets, classes) if targets.ndim == 1 else targets
+    wanted = wanted.to(logits.dtype).clamp_min(1 / classes if off_label is None else off_label)
+    return F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """τ²·KL(softmax(t/τ) ‖ softmax(s/τ)) of logits (N, K), the mean over images: a scalar (Hinton et al., 2015)."""
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
+    """1 - cosine of each pair of maps (N, ...): (N,) in [0, 2] (Parchami-Araghi et al., ECCV 2024, eq. 3)."""
+    return 1 - F.cosine_similarity(student_maps.flatten(1), teacher_maps.flatten(1), dim=1)
+
+
+def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
+    """1 - share of the positive attribution inside the mask: (N,) in [0, 1] (Rao et al., ICCV 2023, eq. 4).
+
+    Where a map has no positive attribution (under 1e-7), 1 - what there is of it inside.
+    """
+    positive = _resize(attributions, masks).clamp_min(0)
+    inside, total = (positive * masks).sum((1, 2)), positive.sum((1, 2))
+    return 1 - inside / torch.where(total < TINY, 1.0, total)
+
+
+def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:
+    """Mean |A⁺/max A⁺ - M| over the mask's pixels: (N,) in [0, 1] (Rao et al., ICCV 2023, eq. 5)."""
+    return (_resize(_by_maximum(attributions.clamp_min(0)), masks) - masks).abs().mean((1, 2))
+
+
+def rrr_loss(attributions: Tensor, masks: Tensor) -> Tensor:
+    """Σ outside the mask of (A/max|A|)²: (N,) >= 0 (Ross et al., 2017, as RRR* in Rao et al., ICCV 2023)."""
+    return (_resize(_by_maximum(attributions), masks).square() * (1 - masks)).sum((1, 2))
+
+
+def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy of A⁺/max A⁺ towards 1, the mean inside the mask, 0 for an empty mask: (N,) >= 0.
+
+    Source: Shen et al., 2021, as per-pixel cross-entropy in Rao et al., ICCV 2023, eq. 6.
+    """
+    inside = _resize(_by_maximum(attributions.clamp_min(0)), masks).clamp(0, 1)
+    entropy = F.binary_cross_entropy(inside, torch.ones_like(inside), reduction="none")
+    return (entropy * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
+
+
+def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float) -> Tensor:
+    """Pairwise sigmoid loss of embeddings (N, D), summed over all pairs and divided by N: a scalar.
+
+    Both are normalised first; pair (i, j) has the logit scale·cos + bias and is positive where i = j (Zhai et al., 2023, eq. 1).
+    """
+    logits = scale * F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T + bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def _by_maximum(maps: Tensor) -> Tensor:
+    """Each map divided by its largest absolute value; as it is where that is 0."""
+    largest = maps.abs().amax((1, 2), keepdim=True)
+    return maps / torch.where(largest == 0, 1.0, largest)
+
+
+def _resize(maps: Tensor, masks: Tensor) -> Tensor:
+    """Maps (N, h, w), bilinearly at the masks' size (N, H, W)."""
+    if maps.shape[1:] == masks.shape[1:]:
+        return maps
+    return F.interpolate(maps[:, None], size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]

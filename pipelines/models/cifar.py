@@ -1,0 +1,79 @@
+"""The CIFAR ResNets of He et al., 2016, section 4.2, with parameter-free (option A) shortcuts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PadShortcut(nn.Module):
+    """Option A: every `stride`-th place, and zero channels for those that are new."""
+
+    def __init__(self, stride: int, new_channels: int) -> None:
+        super().__init__()
+        self.stride, self.new_channels = stride, new_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C + new_channels, H/stride, W/stride)."""
+        before = self.new_channels // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = nn.Identity() if same else PadShortcut(stride, channels - in_channels)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, channels, H/stride, W/stride)."""
+        residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(residual + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Depth 6n + 2: a 3×3 stem, three stages of n blocks, global average pooling, one linear layer.
+
+    Args:
+        depth: 6n + 2.
+        num_classes: K.
+        width: channels of the first stage; the second and third have twice and four times as many.
+        stem_stride: of the first convolution; 1 for 32 px, 2 brings 64 px to the same cost.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, width: int = 16, stem_stride: int = 1) -> None:
+        super().__init__()
+        if depth % 6 != 2 or depth < 8:
+            raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...), not {depth}")
+        count = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(width, width, count, 1)
+        self.layer2 = self._stage(width, 2 * width, count, 2)
+        self.layer3 = self._stage(2 * width, 4 * width, count, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(count - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) -> logits (N, K)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.flatten(self.avgpool(x)))

@@ -1,0 +1,96 @@
+"""Models on disk: `model.safetensors` beside `model.json`, which says how to build the network. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, bcosify
+from pipelines.bcos.network import check_six_channels, six_channel_statistics
+from pipelines.models.weights import load_strictly, read_state_dict
+from pipelines.models.zoo import build
+
+WEIGHTS, CONFIG = "model.safetensors", "model.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """How to build a model of this project, but for its weights."""
+
+    name: str  # as `build` takes it
+    classes: tuple[str, ...]
+    image_size: int  # side of the square it was trained on, pixels
+    kind: Literal["conventional", "bcos"]
+    task: Literal["multiclass", "multilabel"] = "multiclass"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the architecture's constructor
+    design: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of `bcosify`
+
+
+class ConventionalNetwork(nn.Module):
+    """An ordinary network as a model of this project: (N, 6, H, W) in [0, 1] -> (N, K), from the first three channels."""
+
+    mean: Tensor
+    std: Tensor
+    logit_bias = 0.0
+
+    def __init__(
+        self, network: nn.Module, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+    ) -> None:
+        super().__init__()
+        self.network = network
+        mean_6, std_6 = six_channel_statistics(mean, std)
+        self.register_buffer("mean", mean_6, persistent=False)
+        self.register_buffer("std", std_6, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 6, H, W) in [0, 1] -> logits (N, K)."""
+        check_six_channels(images)
+        return self.network((images[:, :3] - self.mean[:3, None, None]) / self.std[:3, None, None])
+
+
+def assemble(spec: ModelSpec, network: nn.Module | None = None) -> nn.Module:
+    """The model that `spec` describes, from `network` (as `build` gives it; by default one with random weights)."""
+    network = network or build(spec.name, num_classes=len(spec.classes), options=spec.options)
+    if spec.kind == "conventional":
+        return ConventionalNetwork(network, spec.mean, spec.std)
+    return bcosify(network, mean=spec.mean, std=spec.std, **spec.design)
+
+
+def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Writes `model` (as `assemble` makes it from `spec`) to `directory`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+
+
+def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
+    """The model in `directory`, in evaluation mode, and its spec.
+
+    Raises:
+        FileNotFoundError: no model there.
+        WeightsError: the weights are not of the model that its spec describes.
+    """
+    directory = Path(directory)
+    spec = read_spec(directory)
+    model = assemble(spec)
+    load_strictly(model, read_state_dict(str(directory / WEIGHTS)), str(directory))
+    return model.eval(), spec
+
+
+def read_spec(directory: str | Path) -> ModelSpec:
+    """The spec of the model in `directory`; raises FileNotFoundError."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no model in {directory}: {CONFIG} and {WEIGHTS} are wanted there")
+    content = json.loads(path.read_text())
+    tuples = {key: tuple(content[key]) for key in ("classes", "mean", "std")}
+    return ModelSpec(**{**content, **tuples})
