@@ -1,0 +1,30 @@
+"""The one training loop, its checkpoints, and its launch in this process or on Ray Train workers."""
+
+from pipelines.training.distributed import Context
+from pipelines.training.evaluation import evaluate_split
+from pipelines.training.job import (
+    EpochRecord,
+    Job,
+    Result,
+    TrainingError,
+    absolute,
+    best_record,
+    run_directory,
+    shard_batches,
+)
+from pipelines.training.launch import launch, train
+
+__all__ = [
+    "Context",
+    "EpochRecord",
+    "Job",
+    "Result",
+    "TrainingError",
+    "absolute",
+    "best_record",
+    "evaluate_split",
+    "launch",
+    "run_directory",
+    "shard_batches",
+    "train",
+]

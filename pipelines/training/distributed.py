@@ -1,0 +1,118 @@
+"""What several workers do together, each function also right for a single one without a process group."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a function runs: its rank among `world_size` workers, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
+
+
+def use_threads(local_world_size: int) -> None:
+    """Gives each of a machine's workers its equal share of the cores: the same after a restart, for equal sums."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seeds this process's generators (python, numpy, torch, CUDA), differently on each rank."""
+    value = int(numpy.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(value)
+    numpy.random.seed(value)
+    torch.manual_seed(value)
+
+
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """The states of this process's generators, as `torch.load(weights_only=True)` can read them back."""
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(numpy.asarray(keys, dtype=numpy.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
+    """Sets this process's generators to what `rng_states` returned."""
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    random.setstate(states["python"])
+    numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def wrap(module: nn.Module, context: Context) -> nn.Module:
+    """`module`, in DistributedDataParallel where there are several workers.
+
+    On the CPU the search for unused parameters is on, because it keeps the gradient buckets as they are: otherwise
+    they are rebuilt after a process's first step, a resumed run would add up gradients in another order at its first
+    step than one never killed, and with three or more workers the last bits differ.
+    """
+    if context.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    if context.device.type == "cuda":
+        return DistributedDataParallel(module, device_ids=[context.device])
+    return DistributedDataParallel(module, find_unused_parameters=True)
+
+
+def gather(value: Any, context: Context) -> list[Any]:
+    """Each rank's `value`, in order of rank, on every rank."""
+    if context.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any, context: Context) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if context.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_buffers(module: nn.Module, context: Context) -> None:
+    """Sets every rank's buffers (running statistics) to rank 0's, as DDP does before a training step."""
+    if context.world_size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def least(value: torch.Tensor, context: Context) -> float:
+    """The least of all ranks' `value` (a scalar)."""
+    if context.world_size > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return float(value)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`batch` with its tensors, and those in its lists, on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        return value
+
+    return batch if device.type == "cpu" else {name: move(value) for name, value in batch.items()}

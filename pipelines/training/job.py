@@ -1,0 +1,155 @@
+"""What a training run is given (`Job`) and what it leaves (`Result`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+import fsspec
+from torch import nn
+
+from pipelines.params import DataParams, OptimiserParams, TrainingParams
+from pipelines.training import checkpoints
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on and would fail the same way again: one line that names the cause and what is kept."""
+
+
+class EpochRecord(TypedDict):
+    """One line of a run's history. `epoch` counts finished epochs: 1 after the first; 0 is the untrained model."""
+
+    epoch: int
+    step: int  # optimiser steps so far
+    metrics: dict[str, float]  # train/<loss>, train/lr, train/images_per_second, train/skipped, val/<metric>
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What a loader gives: an iterable of batches (dicts) that knows its length."""
+
+    def __iter__(self) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0) -> Batches:
+    """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not."""
+    from pipelines.data.loader import loader
+    from pipelines.data.transforms import eval_transform, train_transform
+
+    train = split == "train"
+    return loader(
+        job.shards,
+        split,
+        batch_size=job.optim.batch_size // world_size,
+        transform=train_transform(job.data) if train else eval_transform(job.data),
+        seed=job.seed,
+        epoch=epoch,
+        train=train,
+        rank=rank,
+        world_size=world_size,
+        workers=job.data.loader_workers,
+        start_batch=start_batch,
+        shuffle_buffer=job.data.shuffle_buffer,
+        on_error=job.data.on_error,
+        verify=job.data.verify,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to train, picklable; paths are absolute.
+
+    Attributes:
+        build: makes the method: a module-level function, or a `functools.partial` of one.
+        shards: root of the shards (a path or any fsspec URL).
+        directory: where checkpoints and history live, see `run_directory`.
+        on_epoch: called on rank 0 with each epoch's record, in order, once its checkpoint is written. What it raises
+            is printed and never stops training; the record is offered again after the next epoch and by the next
+            `train`, until the call succeeds.
+        report_key: names where `on_epoch` reports to (an MLflow run's id): a new key gets the whole history again.
+        batches: makes the batches of a split, called as `shard_batches` is.
+    """
+
+    build: Callable[[], Any]
+    shards: str
+    data: DataParams
+    optim: OptimiserParams
+    training: TrainingParams
+    seed: int
+    directory: str
+    on_epoch: Callable[[EpochRecord], None] | None = None
+    report_key: str = ""
+    batches: Callable[..., Batches] = shard_batches
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its history, and its weights on demand."""
+
+    directory: str
+    history: list[EpochRecord]
+    best: EpochRecord
+    """The record of the epoch that `optim.select` prefers."""
+
+    def load_best(self, module: nn.Module) -> None:
+        """Loads the best epoch's weights into `module`; every key must match."""
+        module.load_state_dict(checkpoints.load(self.directory, self.best["step"])["model"])
+
+    def load_last(self, module: nn.Module) -> None:
+        """Loads the last epoch's weights into `module`; every key must match."""
+        module.load_state_dict(checkpoints.load(self.directory, self.history[-1]["step"])["model"])
+
+
+def best_record(history: Iterable[EpochRecord], select: str) -> EpochRecord:
+    """The first record with the best `select`: the highest, or the lowest where the name contains `loss`.
+
+    Raises:
+        TrainingError: a record has no such metric.
+    """
+    sign = -1.0 if "loss" in select else 1.0
+
+    def score(record: EpochRecord) -> float:
+        if select not in record["metrics"]:
+            raise TrainingError(f"optim.select: no metric {select!r}; there are {', '.join(sorted(record['metrics']))}")
+        value = sign * record["metrics"][select]
+        return -math.inf if math.isnan(value) else value
+
+    return max(history, key=score)
+
+
+def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
+    """Whether a run with this history has nothing left to train: all epochs done, or its patience at an end."""
+    if not history:
+        return False
+    if history[-1]["epoch"] >= optim.epochs:
+        return True
+    return optim.patience is not None and (history[-1]["epoch"] - best_record(history, optim.select)["epoch"] >= optim.patience)
+
+
+def run_directory(storage: str | Path, stage: str, *inputs: Any) -> str:
+    """`<storage>/<stage>/<hash of inputs>`, absolute: the same inputs find the same run again, others never do.
+
+    Args:
+        storage: a folder (made absolute) or an fsspec URL.
+        stage: the stage's name.
+        inputs: JSON values or pydantic models: all that the run's outcome depends on.
+    """
+    values = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in inputs]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    name = hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return f"{absolute(storage)}/{stage}/{name}"
+
+
+def absolute(path: str | Path) -> str:
+    """`path` as an absolute path or URL without a trailing slash, so that it means the same on every worker."""
+    text = str(path)
+    if fsspec.utils.get_protocol(text) != "file":
+        return text.rstrip("/")
+    return os.path.abspath(os.path.expanduser(text.removeprefix("file://")))

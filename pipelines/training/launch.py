@@ -1,0 +1,194 @@
+"""Runs a function in this process or on Ray Train workers; the only place where Ray is used to train."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import torch
+
+from pipelines.params import TrainingParams
+from pipelines.training import checkpoints
+from pipelines.training.distributed import Context, use_threads
+from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished
+from pipelines.training.loop import fit, report
+
+# Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
+# that fails for a while) are worth a restart.
+_FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+_OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
+
+
+def train(job: Job) -> Result:
+    """Trains `job` to its end, from where its directory says it is; a finished run returns at once.
+
+    Raises:
+        TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
+    """
+    check_batch_size(job.optim.batch_size, job.training.workers)
+    summary = checkpoints.newest(job.directory)
+    if summary is not None and is_finished(summary["history"], job.optim):
+        report(job, summary["history"])
+        history = summary["history"]
+    else:
+        history = launch(fit, job, training=job.training)
+    return Result(job.directory, history, best_record(history, job.optim.select))
+
+
+def check_batch_size(batch_size: int, workers: int | tuple[int, int]) -> None:
+    """Raises `TrainingError` unless the effective batch can be shared equally by every allowed number of workers."""
+    least, most = (max(1, workers),) * 2 if isinstance(workers, int) else workers
+    bad = [str(count) for count in range(least, most + 1) if batch_size % count]
+    if bad:
+        raise TrainingError(
+            f"batch_size {batch_size} (over all workers) cannot be shared equally by {', '.join(bad)} of the "
+            f"workers {workers}: choose a multiple of every number of workers that may occur"
+        )
+
+
+def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams) -> Any:
+    """What `fn(context, *args)` returns on rank 0, run as `training` says: in this process or on Ray workers.
+
+    Args:
+        fn: a module-level function; what it returns is made of plain Python values, without tensors.
+        args: picklable values.
+        training: `workers`, resources and `storage` are used. Workers that die are replaced `max_failures` times.
+
+    Raises:
+        TrainingError: on Ray workers, for an error that a restart would not cure, or after the last restart. In this
+            process the error itself is raised.
+    """
+    if training.workers == 0:
+        use_threads(1)
+        return fn(Context(device=_device(training, "cuda")), *args)
+    return _launch_on_ray(fn, args, training)
+
+
+def _device(training: TrainingParams, gpu: str) -> torch.device:
+    """The device that the params ask for."""
+    if training.gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError(f"training.gpus_per_worker is {training.gpus_per_worker:g}, but torch finds no GPU here")
+    return torch.device(gpu)
+
+
+def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams) -> Any:
+    """`launch` for one or more Ray workers."""
+    # Read by Ray when it is imported or when a group starts. Two slow cores need more than a minute to start a group.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import pyarrow.fs
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    filesystem, root = fsspec.core.url_to_fs(f"{absolute(training.storage)}/ray")
+    name = uuid.uuid4().hex  # a name used before would bring back what Ray kept under it
+    failure = f"{absolute(training.storage)}/ray/{name}"
+    gpus = training.gpus_per_worker
+    with _cluster(training):
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"fn": fn, "args": args, "training": training, "failure": failure},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=training.workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=root,
+                storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+                failure_config=FailureConfig(max_failures=training.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            value = trainer.fit().return_value
+        except TrainingFailedError as error:
+            value = None
+            last = str(error).strip().splitlines()[-1]
+            unless_known = TrainingError(f"the workers failed more than {training.max_failures} times: {last}")
+        else:
+            unless_known = None
+        message = checkpoints.read_json(failure, "failure.json")
+        filesystem.rm(f"{root}/{name}", recursive=True)
+    if message is not None:
+        raise TrainingError(message)
+    if unless_known is not None:
+        raise unless_known
+    return value
+
+
+def _work(config: dict[str, Any]) -> Any:
+    """What each Ray worker runs.
+
+    A final error is written down and the worker fails; where Ray starts the group again, that one sees it and ends.
+    """
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    use_threads(context.get_local_world_size())
+    if checkpoints.read_json(config["failure"], "failure.json") is not None:
+        return None
+    device = ray.train.torch.get_device() if config["training"].gpus_per_worker else torch.device("cpu")
+    here = Context(context.get_world_rank(), context.get_world_size(), device, ray.train.report)
+    try:
+        return config["fn"](here, *config["args"])
+    except _FINAL as error:
+        known = isinstance(error, TrainingError | ValueError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        if not known:
+            traceback.print_exc()
+        checkpoints.write_json(config["failure"], "failure.json", message)
+        if here.world_size == 1:
+            return None
+        raise
+
+
+@contextmanager
+def _cluster(training: TrainingParams) -> Iterator[None]:
+    """A Ray that is initialised: the caller's, the one that RAY_ADDRESS names, or one of our own for the time being."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="WARNING")
+    else:
+        _start_local(training)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(training: TrainingParams) -> None:
+    """Starts Ray on this machine, with as many logical CPUs as the workers ask for."""
+    import ray
+
+    most = training.workers if isinstance(training.workers, int) else training.workers[1]
+    wanted = int(-(-most * training.cpus_per_worker // 1))
+    ray.init(
+        address="local",
+        num_cpus=max(len(os.sched_getaffinity(0)), wanted),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE,
+        logging_level="WARNING",
+    )
+    found = ray.cluster_resources().get("GPU", 0)
+    if training.gpus_per_worker * most > found and training.gpus_per_worker > 0:
+        ray.shutdown()
+        raise TrainingError(
+            f"training asks for {most} workers with {training.gpus_per_worker:g} GPUs each; this machine has {found:g}"
+        )

@@ -1,0 +1,288 @@
+"""The one training loop: build, resume, wrap, step, check, save, evaluate, report."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.training import checkpoints
+from pipelines.training.distributed import (
+    Context,
+    broadcast,
+    gather,
+    least,
+    restore_rng_states,
+    rng_states,
+    seed_rank,
+    to_device,
+    wrap,
+)
+from pipelines.training.evaluation import evaluate_split
+from pipelines.training.job import EpochRecord, Job, TrainingError, best_record, is_finished
+from pipelines.training.optim import clip_gradients, optimiser, set_rate
+from pipelines.training.progress import EpochProgress, epoch_line
+
+
+@dataclass
+class Tally:
+    """One rank's running sums of the epoch's train metrics."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+
+    def add(self, losses: dict[str, torch.Tensor], skipped: int) -> None:
+        """Adds one step's named losses and the number of images that its batch had to leave out."""
+        for name, value in losses.items():
+            value = value.detach().double()
+            self.losses[name] = self.losses[name] + value if name in self.losses else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.skipped += skipped
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain numbers."""
+        return {"losses": {k: float(v) for k, v in self.losses.items()}, "counts": self.counts, "skipped": self.skipped}
+
+
+@dataclass
+class Run:
+    """A run in progress: what is trained, and how far it is."""
+
+    job: Job
+    context: Context
+    method: Any
+    model: nn.Module  # method.module, wrapped by DDP where there are several workers
+    optimiser: torch.optim.Optimizer
+    steps_per_epoch: int
+    epoch: int = 0  # finished epochs
+    batches: int = 0  # steps done in the epoch at hand
+    step: int = 0  # optimiser steps
+    history: list[EpochRecord] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    first_bad: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))  # step of the first bad loss
+
+
+def fit(context: Context, job: Job) -> list[EpochRecord]:
+    """Trains `job` to its end on this rank, from its newest checkpoint where there is one; returns the history.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite, the disk is full, or the params do not fit together.
+    """
+    run = set_up(context, job)
+    if job.optim.epochs == 0 and not run.history:
+        finish_epoch(run, train_metrics={})
+    while not is_finished(run.history, job.optim):
+        finish_epoch(run, train_metrics=train_epoch(run))
+    return run.history
+
+
+def set_up(context: Context, job: Job) -> Run:
+    """The run as it was when its newest checkpoint was written, or a new one."""
+    if job.optim.batch_size % context.world_size:
+        raise TrainingError(f"batch_size {job.optim.batch_size} cannot be shared by {context.world_size} workers")
+    seed_rank(job.seed, 0)  # the same initial weights on every rank
+    method = job.build()
+    method.module.to(context.device)
+    check_selection(job, method)
+    steps_per_epoch = len(job.batches(job, "train", rank=context.rank, world_size=context.world_size))
+    if steps_per_epoch == 0 and job.optim.epochs > 0:
+        raise TrainingError(f"{job.shards}: the train split gives no batch of {job.optim.batch_size}")
+
+    groups = method.parameter_groups(job.optim.weight_decay)
+    run = Run(job, context, method, method.module, optimiser(groups, job.optim), steps_per_epoch)
+    run.first_bad = run.first_bad.to(context.device)
+    seed_rank(job.seed, context.rank + 1)  # other random numbers (dropout) on every rank
+    summary = broadcast(checkpoints.newest(job.directory) if context.rank == 0 else None, context)
+    if summary is not None:
+        resume(run, summary)
+    run.model = wrap(method.module, context)
+    return run
+
+
+def check_selection(job: Job, method: Any) -> None:
+    """Raises `TrainingError` where `optim.select` names an evaluation metric that the method does not have."""
+    names = [f"val/{name}" for name in method.metrics()]
+    if job.optim.select.startswith("val/") and job.optim.select not in names:
+        raise TrainingError(f"optim.select: no metric {job.optim.select!r}; there are {', '.join(names)}")
+
+
+def resume(run: Run, summary: dict[str, Any]) -> None:
+    """Puts `run` where the checkpoint left it."""
+    state = checkpoints.load(run.job.directory, summary["step"])
+    run.method.module.load_state_dict(state["model"])
+    run.optimiser.load_state_dict(state["optimiser"])
+    run.step, run.epoch, run.batches = summary["step"], summary["epoch"], summary["batches"]
+    run.history = summary["history"]
+    ranks, rank = state["ranks"], run.context.rank
+    if len(ranks) == run.context.world_size:
+        restore_rng_states(ranks[rank]["rng"], run.context.device)
+        tallies = [ranks[rank]["tally"]]
+    else:  # another number of workers: the generators stay as seeded, the first rank takes over all sums
+        tallies = [part["tally"] for part in ranks] if rank == 0 else []
+    losses, counts, skipped = merge(tallies)
+    run.tally = Tally({k: torch.tensor(v, dtype=torch.float64) for k, v in losses.items()}, counts, skipped)
+    run.tally.losses = to_device(run.tally.losses, run.context.device)
+    if rank == 0:
+        print(f"goes on from step {run.step} (epoch {run.epoch + 1}) of {run.job.directory}", flush=True)
+
+
+def train_epoch(run: Run) -> dict[str, float]:
+    """Trains the epoch at hand, or the rest of it; returns its train metrics, over all ranks."""
+    job, context = run.job, run.context
+    run.method.begin_epoch(run.epoch)
+    run.model.train()
+    place = {"rank": context.rank, "world_size": context.world_size}
+    batches = job.batches(job, "train", epoch=run.epoch, start_batch=run.batches, **place)
+    check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
+    rate, images, began = 0.0, 0, time.monotonic()
+    shown = (run.epoch + 1, job.optim.epochs, run.steps_per_epoch, run.batches, context.rank == 0)
+    with EpochProgress(*shown) as progress:
+        for batch in apart(batches):
+            loss, rate = train_step(run, batch)
+            progress.step()
+            images += len(batch["key"]) * context.world_size
+            if run.step % check_every == 0:
+                stop_if_bad(run)
+            if run.step % job.training.log_every == 0:
+                progress.note(float(loss), images / (time.monotonic() - began))
+            if run.step % job.training.checkpoint_every == 0 and run.batches < run.steps_per_epoch:
+                save(run)
+    stop_if_bad(run)
+    seconds = time.monotonic() - began
+    losses, counts, skipped = merge(gather(run.tally.state(), context))
+    run.epoch, run.batches, run.tally = run.epoch + 1, 0, Tally()
+    return {
+        **{f"train/{name}": total / counts[name] for name, total in losses.items()},
+        "train/lr": rate,
+        "train/images_per_second": images / seconds,
+        "train/skipped": float(skipped),
+    }
+
+
+def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`batches`, made without moving the generators that training draws from.
+
+    A loader draws seeds when it starts; a resumed epoch starts it once more than one never interrupted.
+    """
+    iterator, cpu = iter(batches), torch.device("cpu")
+    while True:
+        states = rng_states(cpu)
+        batch = next(iterator, None)
+        restore_rng_states(states, cpu)
+        if batch is None:
+            return
+        yield batch
+
+
+def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """One optimiser step; returns its loss and learning rate."""
+    optim, device = run.job.optim, run.context.device
+    half = run.job.training.precision == "bfloat16"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        losses = run.method.loss(run.model, to_device(batch, device))
+    loss = losses["loss"]
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    clip_gradients(run.method.module.parameters(), optim)
+    rate = set_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
+    run.optimiser.step()
+    run.step += 1
+    run.batches += 1
+    bad = torch.where(torch.isfinite(loss.detach()), math.inf, float(run.step))
+    run.first_bad = torch.minimum(run.first_bad, bad.to(run.first_bad))
+    run.tally.add(losses, batch.get("skipped", 0))
+    return loss.detach(), rate
+
+
+def stop_if_bad(run: Run) -> None:
+    """Raises `TrainingError` on all ranks once any rank's loss was not finite."""
+    step = least(run.first_bad, run.context)
+    if math.isfinite(step):
+        stop(run, f"the loss of step {step:.0f} (epoch {run.epoch + 1}) is not a finite number")
+
+
+def stop(run: Run, cause: str) -> None:
+    """Raises `TrainingError`: the cause, and what is kept."""
+    summary = checkpoints.newest(run.job.directory)
+    kept = f"the checkpoint of step {summary['step']} is kept" if summary else "there is no checkpoint yet"
+    raise TrainingError(f"{cause}; {kept} in {run.job.directory}")
+
+
+def merge(tallies: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int], int]:
+    """The sums of several tallies' losses, counts and skipped images."""
+    losses: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for tally in tallies:
+        for name, value in tally["losses"].items():
+            losses[name] = losses.get(name, 0.0) + value
+            counts[name] = counts.get(name, 0) + tally["counts"][name]
+    return losses, counts, sum(tally["skipped"] for tally in tallies)
+
+
+def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
+    """Evaluates, writes the epoch's checkpoint and history, then reports."""
+    job, context = run.job, run.context
+    batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
+    values = evaluate_split(run.method, run.method.module, batches, context, job.training.precision)
+    metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
+    metrics = broadcast(metrics, context)  # rates differ between ranks
+    run.history = [*run.history, EpochRecord(epoch=run.epoch, step=run.step, metrics=metrics)]
+    save(run)
+    if context.rank == 0:
+        print(epoch_line(run.epoch, job.optim.epochs, metrics), flush=True)
+        with full_disk_explained(run):
+            checkpoints.write_json(job.directory, "history.json", run.history)
+            report(job, run.history)
+    if context.report is not None:
+        context.report({"epoch": run.epoch, "step": run.step, **metrics})
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint; a bad state never becomes one."""
+    stop_if_bad(run)
+    model = run.method.module.state_dict()
+    if not all(bool(torch.isfinite(value).all()) for value in model.values() if value.is_floating_point()):
+        stop(run, f"a weight is not a finite number after step {run.step} (epoch {run.epoch + 1})")
+    ranks = gather({"rng": rng_states(run.context.device), "tally": run.tally.state()}, run.context)
+    if run.context.rank != 0:
+        return
+    keep = {best_record(run.history, run.job.optim.select)["step"]} if run.history else set()
+    state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
+    summary = {"epoch": run.epoch, "batches": run.batches, "history": run.history}
+    with full_disk_explained(run):
+        checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last)
+
+
+@contextmanager
+def full_disk_explained(run: Run) -> Iterator[None]:
+    """Turns the error of a full disk into one that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            stop(run, f"no space left to write the checkpoint of step {run.step} (epoch {run.epoch + 1})")
+        raise
+
+
+def report(job: Job, history: list[EpochRecord]) -> None:
+    """Offers `job.on_epoch` each record that it has not taken yet, in order."""
+    if job.on_epoch is None:
+        return
+    before = checkpoints.read_json(job.directory, "reported.json") or {}
+    taken = before.get("records", 0) if before.get("key") == job.report_key else 0
+    for record in history[taken:]:
+        try:
+            job.on_epoch(record)
+        except Exception as error:  # whatever the tracking does, training goes on
+            print(f"epoch {record['epoch']} was not reported ({type(error).__name__}: {error}); kept for later")
+            break
+        taken += 1
+        checkpoints.write_json(job.directory, "reported.json", {"key": job.report_key, "records": taken})

@@ -1,0 +1,145 @@
+"""A tiny method and tiny data with everything that a resumed run could get wrong: dropout, BatchNorm, AdamW."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import nn
+
+from pipelines.params import DataParams, OptimiserParams, TrainingParams
+from pipelines.training import Job
+
+COUNT, CLASSES, SIDE = 48, 3, 4
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    """COUNT images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(COUNT) % CLASSES
+    images = torch.rand(COUNT, 3, SIDE, SIDE, generator=generator)
+    images[torch.arange(COUNT), labels] += 0.3
+    return images.clamp(0, 1), labels
+
+
+def toy_batches(
+    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0
+) -> list[dict[str, Any]]:
+    """As `shard_batches`: a function of seed, epoch and place alone; evaluation reads each sample once."""
+    images, labels = samples()
+    size = job.optim.batch_size // world_size
+    if split == "train":
+        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(job.seed * 1000 + epoch))
+        order = order[rank::world_size]
+        order = order[: len(order) // size * size]
+    else:
+        order = torch.arange(COUNT)[rank::world_size]
+    pieces = order.split(size)[start_batch:]
+    return [{"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]} for piece in pieces]
+
+
+class ToyMethod:
+    """A small network, and an accident at one step of the first process that gets there."""
+
+    def __init__(self, accident: str = "", at_step: int = 0, marker: str = "", rank: int = 0) -> None:
+        self.module = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(8 * SIDE * SIDE, 16),
+            nn.Dropout(0.2),
+            nn.Linear(16, CLASSES),
+        )
+        self.accident, self.at_step, self.marker, self.rank = accident, at_step, Path(marker), rank
+        self.steps = 0
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        self.steps += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        logits = model(batch["image"])
+        loss = nn.functional.cross_entropy(logits, batch["label"])
+        if self.steps == self.at_step and rank == self.rank:
+            if self.accident == "nan":
+                return {"loss": loss * torch.nan}
+            if self.accident and not self.marker.exists():
+                self.marker.touch()
+                if self.accident == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
+        return {"loss": loss, "size": logits.square().mean()}
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=CLASSES, average="micro")
+        error = torchmetrics.classification.MulticlassCalibrationError(num_classes=CLASSES)
+        return torchmetrics.MetricCollection(
+            {
+                "accuracy": accuracy,
+                "calibration": error,
+                "loss": torchmetrics.MeanMetric(),
+                "count": torchmetrics.SumMetric(),
+            }
+        )
+
+    def update(self, metrics: torchmetrics.MetricCollection, model: nn.Module, batch: dict[str, Any]) -> None:
+        logits = model(batch["image"])
+        for name in ("accuracy", "calibration"):
+            metrics[name].update(logits.softmax(1), batch["label"])
+        metrics["loss"].update(nn.functional.cross_entropy(logits, batch["label"], reduction="none"))
+        metrics["count"].update(len(batch["key"]))
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        decayed = [p for p in self.module.parameters() if p.ndim > 1]
+        others = [p for p in self.module.parameters() if p.ndim <= 1]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.module[3].p = 0.3 + 0.05 * epoch
+
+
+def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
+    """3 epochs of 6 steps; `overrides` go to whichever params have the key."""
+    optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
+    training = {"workers": 0, "checkpoint_every": 2, "storage": str(Path(directory).parent / "storage")}
+    others = {}
+    for name, value in overrides.items():
+        if name in OptimiserParams.model_fields:
+            optim[name] = value
+        elif name in TrainingParams.model_fields:
+            training[name] = value
+        else:
+            others[name] = value
+    return Job(
+        build=method or ToyMethod,
+        shards="",
+        data=DataParams(image_size=SIDE),
+        optim=OptimiserParams(**optim),
+        training=TrainingParams(**training),
+        seed=3,
+        directory=str(directory),
+        batches=toy_batches,
+        **others,
+    )
+
+
+def accident(kind: str, at_step: int, marker: Path | str = "", rank: int = 0) -> partial[ToyMethod]:
+    """A `build` whose method has an accident in the `at_step`-th step of its process (once, where a marker is given)."""
+    return partial(ToyMethod, kind, at_step, str(marker), rank)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    """The last weights of a finished run."""
+    method = ToyMethod()
+    result.load_last(method.module)
+    return method.module.state_dict()
+
+
+def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
