@@ -1,0 +1,40 @@
+"""Where data sets come from: one file a data set, behind one small protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.data.sample import Description, Sample
+from pipelines.data.sources.scenes import Scenes
+from pipelines.params import ScenesParams
+
+__all__ = ["Source", "get"]
+
+
+class Source(Protocol):
+    """A data set that can be brought here and read sample by sample. Sources pickle, and so do their references."""
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
+        """Download or generate, verify, and leave the data, or where it lies, in the folder `raw`.
+
+        What is incomplete lives in the folder `cache`, from which a later call goes on; `raw/manifest.json` is
+        written last.
+
+        Raises:
+            DataError: the data is not what the params say, or cannot be had.
+        """
+
+    def describe(self, raw: Path) -> Description:
+        """The data set that `fetch` left in `raw`."""
+
+    def index(self, raw: Path, split: str) -> list[Any]:
+        """A small picklable reference for each sample of `split` (train, val, test), in a fixed order."""
+
+    def load(self, raw: Path, reference: Any) -> Sample:
+        """The sample of one reference. May be called in any order and from any number of processes."""
+
+
+def get(params: ScenesParams) -> Source:
+    """The source that `params` describes."""
+    return Scenes(params)

@@ -1,0 +1,42 @@
+"""A PNG writer whose bytes depend on the pixels alone.
+
+Compressors differ between zlib, zlib-ng and processors; stored (uncompressed) deflate blocks do not, and are the
+fastest to write and to read.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STORED_BLOCK = 65535  # most bytes a stored deflate block can hold
+_COLOUR_TYPE = {1: 0, 3: 2}  # channels -> PNG colour type (grey, RGB)
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """The PNG of (H, W) grey or (H, W, 3) RGB 8-bit pixels."""
+    height, width = pixels.shape[:2]
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row starts with its filter: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPE[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", _stored(rows.tobytes())) + _chunk(b"IEND")
+
+
+def _chunk(kind: bytes, content: bytes = b"") -> bytes:
+    """A PNG chunk: length, kind, content, CRC."""
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def _stored(data: bytes) -> bytes:
+    """`data` as a zlib stream of stored blocks (RFC 1950, RFC 1951 section 3.2.4)."""
+    parts = [b"\x78\x01"]
+    for start in range(0, len(data), _STORED_BLOCK):
+        block = data[start : start + _STORED_BLOCK]
+        final = start + _STORED_BLOCK >= len(data)
+        parts += [struct.pack("<BHH", final, len(block), len(block) ^ 0xFFFF), block]
+    return b"".join([*parts, struct.pack(">I", zlib.adler32(data))])

@@ -1,0 +1,186 @@
+"""`scenes`: drawn, not downloaded. Coloured shapes on textured backgrounds, with boxes, masks and captions."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.sample import DataError, Description, Sample
+from pipelines.data.sources import listing
+from pipelines.data.sources.listing import Ref
+from pipelines.data.sources.progress import bar
+from pipelines.data.sources.scene_drawing import CLASSES, draw
+from pipelines.params import ScenesParams
+
+_CHUNK = 500  # images drawn, kept and resumed together
+_END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
+_CODE = ("png.py", "scene_shapes.py", "scene_backgrounds.py", "scene_drawing.py", "scenes.py")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The generator behind the source protocol: one tar a split, `<key>.png`, `<key>.json`, `<key>.mask.png`."""
+
+    params: ScenesParams
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True, processes: int | None = None) -> None:
+        """Draws every split. Chunks that an interrupted call drew are taken from `cache`.
+
+        `processes` (by default one a core of this machine) changes the speed alone.
+        """
+        chunks = cache / f"scenes-{self._identity()[:16]}"
+        chunks.mkdir(parents=True, exist_ok=True)
+        raw.mkdir(parents=True, exist_ok=True)
+        _draw_chunks(self.params, chunks, processes or len(os.sched_getaffinity(0)), progress)
+        checksums = {}
+        for split, count in self.params.counts.items():
+            refs = _join(chunks, raw, split, count)
+            listing.write_index(raw, split, refs)
+            checksums[split] = listing.sha256_of(raw / f"{split}.tar")
+        for split in {"train", "val", "test"} - set(self.params.counts):
+            listing.write_index(raw, split, [])
+        listing.write_manifest(raw, self._description(listing.combined_sha256(checksums)))
+        shutil.rmtree(chunks)
+
+    def describe(self, raw: Path) -> Description:
+        """The data set drawn into `raw`."""
+        return listing.read_description(raw)
+
+    def index(self, raw: Path, split: str) -> list[Ref]:
+        """References in the order of drawing; classes come in shuffled tens."""
+        return listing.read_index(raw, split)
+
+    def load(self, raw: Path, reference: Ref) -> Sample:
+        """The sample at `reference`; raises `DataError` where its tar was changed or cut."""
+        path = raw / reference.name
+        with path.open("rb") as file:
+            file.seek(reference.offset)
+            content = file.read(reference.size)
+        if len(content) < reference.size:
+            raise DataError(f"{path}: ends before sample {reference.key}: cut short; run fetch again")
+        with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
+            parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
+        details = json.loads(parts["json"])
+        boxes = tuple((int(label), *corners) for label, *corners in details["boxes"])
+        labels = details.get("labels")
+        return Sample(
+            key=reference.key,
+            image=parts["png"],
+            extension="png",
+            label=details.get("label"),
+            labels=None if labels is None else tuple(labels),
+            boxes=boxes,
+            group=details["group"],
+            caption=details["caption"],
+            mask=parts["mask.png"],
+        )
+
+    def _description(self, checksum: str) -> Description:
+        """What was drawn."""
+        params = self.params
+        return Description(
+            classes=CLASSES,
+            task="multiclass" if params.variant == "objects" else "multilabel",
+            source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}",
+            checksum=checksum,
+            counts={split: params.counts.get(split, 0) for split in ("train", "val", "test")},
+        )
+
+    def _identity(self) -> str:
+        """A name for the chunks of these params drawn by this code, so that no others are ever taken for them."""
+        digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
+        for name in _CODE:
+            digest.update(Path(__file__).with_name(name).read_bytes())
+        return digest.hexdigest()
+
+
+def _chunk_path(chunks: Path, split: str, start: int, count: int) -> Path:
+    """The file of the images `start` to `start + count` of a split."""
+    return chunks / f"{split}-{start:07d}-{count}.tar"
+
+
+def _spans(count: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of each chunk of a split."""
+    return ((start, min(_CHUNK, count - start)) for start in range(0, count, _CHUNK))
+
+
+def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: bool) -> None:
+    """Draws the chunks that are not in the folder `chunks` yet."""
+    wanted = [(split, *span) for split, count in params.counts.items() for span in _spans(count)]
+    missing = [item for item in wanted if not _chunk_path(chunks, *item).exists()]
+    total, to_do = (sum(count for *_, count in items) for items in (wanted, missing))
+    with ExitStack() as stack:
+        advance = stack.enter_context(bar("drawing", total, done=total - to_do, show=progress))
+        if min(processes, len(missing)) <= 1:
+            for item in missing:
+                advance(_draw_chunk(params, chunks, *item))
+            return
+        spawn = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(missing)), mp_context=spawn))
+        drawn: list[Future[int]] = [pool.submit(_draw_chunk, params, chunks, *item) for item in missing]
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for future in as_completed(drawn):
+            advance(future.result())
+
+
+def _draw_chunk(params: ScenesParams, chunks: Path, split: str, start: int, count: int) -> int:
+    """Draws one chunk into its file, whole or not at all, and returns its number of images."""
+    path = _chunk_path(chunks, split, start, count)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    with partial.open("wb") as file:
+        for index in range(start, start + count):
+            file.write(_members(draw(params, split, index)))
+    os.replace(partial, path)
+    return count
+
+
+def _members(sample: Sample) -> bytes:
+    """The tar members of one sample, without the end of a tar."""
+    details = {"boxes": sample.boxes, "caption": sample.caption, "group": sample.group}
+    details |= {"label": sample.label} if sample.labels is None else {"labels": sample.labels}
+    assert sample.mask is not None
+    parts = {"png": sample.image, "json": json.dumps(details, sort_keys=True).encode(), "mask.png": sample.mask}
+    blocks = []
+    for suffix, content in parts.items():
+        member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+        member.size = len(content)
+        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+        blocks += [member.tobuf(tarfile.USTAR_FORMAT), content, padding]
+    return b"".join(blocks)
+
+
+def _join(chunks: Path, raw: Path, split: str, count: int) -> list[Ref]:
+    """Puts the chunks of a split together as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
+    name = f"{split}.tar"
+    partial = raw / f"{name}.part"
+    refs: list[Ref] = []
+    with partial.open("wb") as file:
+        for span in _spans(count):
+            content = _chunk_path(chunks, split, *span).read_bytes()
+            refs += _locate(content, name, file.tell())
+            file.write(content)
+        file.write(_END)
+    os.replace(partial, raw / name)
+    if len(refs) != count:
+        raise DataError(f"{raw / name}: {len(refs)} samples where {count} were drawn; delete {chunks} and fetch again")
+    return refs
+
+
+def _locate(content: bytes, name: str, offset: int) -> list[Ref]:
+    """References to the samples of one chunk that starts at byte `offset` of the tar `name`."""
+    starts: dict[str, int] = {}
+    with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
+        for member in tar:
+            starts.setdefault(member.name.partition(".")[0], member.offset)
+    ends = [*list(starts.values())[1:], len(content)]
+    return [Ref(key, name, offset + start, end - start) for (key, start), end in zip(starts.items(), ends, strict=True)]
