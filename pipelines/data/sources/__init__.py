@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.data.sample import Description, Sample
+from pipelines.data.sources.cifar10 import Cifar10
+from pipelines.data.sources.imagefolder import ImageFolder
+from pipelines.data.sources.imagenet import ImageNet
 from pipelines.data.sources.scenes import Scenes
-from pipelines.params import ScenesParams
+from pipelines.params import Cifar10Params, Dataset, ImageFolderParams, ImageNetParams, ScenesParams
 
 __all__ = ["Source", "get"]
 
@@ -35,6 +38,14 @@ class Source(Protocol):
         """The sample of one reference. May be called in any order and from any number of processes."""
 
 
-def get(params: ScenesParams) -> Source:
+def get(params: Dataset) -> Source:
     """The source that `params` describes."""
-    return Scenes(params)
+    match params:
+        case ScenesParams():
+            return Scenes(params)
+        case ImageFolderParams():
+            return ImageFolder(params)
+        case Cifar10Params():
+            return Cifar10(params)
+        case ImageNetParams():
+            return ImageNet(params)

@@ -17,13 +17,17 @@ _BLOCK = 1 << 20
 
 
 class Ref(NamedTuple):
-    """Where one sample lies: bytes `offset` to `offset + size` of the file `name`, or all of it at offset -1."""
+    """Where one sample lies: bytes `offset` to `offset + size` of the file `name`, or all of it at offset -1.
+
+    `path` is what the sample is called where it comes from, for images that have a name of their own.
+    """
 
     key: str
     name: str
     offset: int
     size: int
     label: int | None = None
+    path: str = ""
 
 
 def sha256_of(path: Path) -> str:

@@ -7,6 +7,7 @@ background follows the class, as often as `correlation` says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
@@ -33,11 +34,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (232, 230, 225),
     "yellow": (235, 215, 75),
 }
-_SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 _JITTER = 22.0  # of a named colour, levels a channel
-_CONTRAST = 70.0  # least distance of the background's two colours, and of an object's from both, levels
+_TEXTURE = (0.3, 0.7)  # how far the background's second colour goes from the first towards another one
+_CONTRAST = 90.0  # least distance of an object's colour from both of the background's, levels
+_TURN = 0.11  # most that an object is turned either way, turns
+_SQUEEZE = 0.8  # narrowest side of a squeezed object, of the other one
 _LEAST_VISIBLE = 0.4  # share of an object that must not be hidden
-_NOISE = 9.0  # half width of the sensor noise, levels
+_NOISE = 7.0  # half width of the sensor noise, levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class _Object:
     outline: Contours
 
 
-def draw(params: ScenesParams, split: str, index: int) -> Sample:
+def draw(params: ScenesParams, split: Split, index: int) -> Sample:
     """The image number `index` of `split` with its boxes, mask, caption and background group."""
     rng = _generator(params.seed, split, index)
     size = params.image_size
@@ -60,7 +65,7 @@ def draw(params: ScenesParams, split: str, index: int) -> Sample:
     if rng.random() < params.correlation.get(split, 0.0):
         group = objects[0].label
     _, first_rgb = _colour(rng)
-    _, second_rgb = _colour(rng, first_rgb)
+    second_rgb = first_rgb + rng.uniform(*_TEXTURE) * (_colour(rng, first_rgb)[1] - first_rgb)
     colours = [_colour(rng, first_rgb, second_rgb) for _ in objects]
 
     mix = texture(group, size, rng)[..., None]
@@ -90,12 +95,12 @@ def draw(params: ScenesParams, split: str, index: int) -> Sample:
     )
 
 
-def _generator(seed: int, split: str, *rest: int) -> Generator:
+def _generator(seed: int, split: Split, *rest: int) -> Generator:
     """The random numbers of one image (or, with more numbers, of one block of images)."""
-    return Generator(Philox(SeedSequence([seed, _SPLITS.index(split), *rest])))
+    return Generator(Philox(SeedSequence([seed, SPLITS.index(split), *rest])))
 
 
-def _labels(params: ScenesParams, split: str, index: int, rng: Generator) -> list[int]:
+def _labels(params: ScenesParams, split: Split, index: int, rng: Generator) -> list[int]:
     """A class an object. The first ones of ten images in a row are all different, so that splits are balanced."""
     block, position = divmod(index, len(CLASSES))
     shuffled = _generator(params.seed, split, block, len(CLASSES)).permutation(len(CLASSES))
@@ -109,9 +114,9 @@ def _layout(labels: list[int], size: int, rng: Generator) -> list[_Object]:
 
     Drawn anew, a little smaller each time, until enough of every object is visible.
     """
-    largest = size * (0.30 if len(labels) == 1 else 0.24)
+    largest = size * (0.38 if len(labels) == 1 else 0.28)
     while True:
-        radii = np.sort(rng.uniform(0.45, 1.0, len(labels)))[::-1] * largest
+        radii = np.sort(rng.uniform(0.55, 1.0, len(labels)))[::-1] * largest
         placed = []
         for label, radius in zip(labels, radii.tolist(), strict=True):
             x, y = rng.uniform(0.8 * radius, size - 0.8 * radius, 2).tolist()
@@ -123,13 +128,17 @@ def _layout(labels: list[int], size: int, rng: Generator) -> list[_Object]:
 
 
 def _pose(radius: float, rng: Generator) -> NDArray[np.float64]:
-    """A turn by any angle, after a stretch of up to a quarter along any direction."""
-    (a, b), (c, d) = direction(rng.random()), direction(rng.random())
-    stretch = rng.uniform(0.8, 1.0)
-    first, second = np.array([[a, -b], [b, a]]), np.array([[c, -d], [d, c]])
-    stretched = first * np.array([radius, radius * stretch])
-    # Two 2 x 2 matrices multiplied by hand: BLAS may fuse operations, and so round differently.
-    return np.array([[sum(stretched[i, k] * second[k, j] for k in range(2)) for j in range(2)] for i in range(2)])
+    """The linear map of a shape onto the image: a squeeze along any direction, a turn, and the size."""
+    axis, turn = rng.random(), rng.uniform(-_TURN, _TURN)
+    (a, b), (c, d) = direction(turn + axis), direction(axis)
+    long, short = radius, radius * rng.uniform(_SQUEEZE, 1.0)
+    # Rotation, diagonal, rotation back; written out, since BLAS may fuse operations and so round differently.
+    return np.array(
+        [
+            [a * long * c + b * short * d, a * long * d - b * short * c],
+            [b * long * c - a * short * d, b * long * d + a * short * c],
+        ]
+    )
 
 
 def _visible(outlines: list[Contours], size: int) -> bool:

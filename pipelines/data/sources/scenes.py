@@ -14,12 +14,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.data.sample import DataError, Description, Sample
-from pipelines.data.sources import listing
+from pipelines.data.sources import archive, listing
 from pipelines.data.sources.listing import Ref
 from pipelines.data.sources.progress import bar
-from pipelines.data.sources.scene_drawing import CLASSES, draw
+from pipelines.data.sources.scene_drawing import CLASSES, SPLITS, Split, draw
 from pipelines.params import ScenesParams
 
 _CHUNK = 500  # images drawn, kept and resumed together
@@ -42,13 +43,11 @@ class Scenes:
         chunks.mkdir(parents=True, exist_ok=True)
         raw.mkdir(parents=True, exist_ok=True)
         _draw_chunks(self.params, chunks, processes or len(os.sched_getaffinity(0)), progress)
-        checksums = {}
-        for split, count in self.params.counts.items():
-            refs = _join(chunks, raw, split, count)
+        checksums: dict[str, str] = {}
+        for split in SPLITS:
+            refs = _join(chunks, raw, split, self.params.counts.get(split, 0))
             listing.write_index(raw, split, refs)
             checksums[split] = listing.sha256_of(raw / f"{split}.tar")
-        for split in {"train", "val", "test"} - set(self.params.counts):
-            listing.write_index(raw, split, [])
         listing.write_manifest(raw, self._description(listing.combined_sha256(checksums)))
         shutil.rmtree(chunks)
 
@@ -62,12 +61,7 @@ class Scenes:
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` where its tar was changed or cut."""
-        path = raw / reference.name
-        with path.open("rb") as file:
-            file.seek(reference.offset)
-            content = file.read(reference.size)
-        if len(content) < reference.size:
-            raise DataError(f"{path}: ends before sample {reference.key}: cut short; run fetch again")
+        content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
         details = json.loads(parts["json"])
@@ -93,7 +87,7 @@ class Scenes:
             task="multiclass" if params.variant == "objects" else "multilabel",
             source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}",
             checksum=checksum,
-            counts={split: params.counts.get(split, 0) for split in ("train", "val", "test")},
+            counts={split: params.counts.get(split, 0) for split in SPLITS},
         )
 
     def _identity(self) -> str:
@@ -104,7 +98,7 @@ class Scenes:
         return digest.hexdigest()
 
 
-def _chunk_path(chunks: Path, split: str, start: int, count: int) -> Path:
+def _chunk_path(chunks: Path, split: Split, start: int, count: int) -> Path:
     """The file of the images `start` to `start + count` of a split."""
     return chunks / f"{split}-{start:07d}-{count}.tar"
 
@@ -133,7 +127,7 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
             advance(future.result())
 
 
-def _draw_chunk(params: ScenesParams, chunks: Path, split: str, start: int, count: int) -> int:
+def _draw_chunk(params: ScenesParams, chunks: Path, split: Split, start: int, count: int) -> int:
     """Draws one chunk into its file, whole or not at all, and returns its number of images."""
     path = _chunk_path(chunks, split, start, count)
     partial = path.with_suffix(f".{os.getpid()}.part")
@@ -146,7 +140,7 @@ def _draw_chunk(params: ScenesParams, chunks: Path, split: str, start: int, coun
 
 def _members(sample: Sample) -> bytes:
     """The tar members of one sample, without the end of a tar."""
-    details = {"boxes": sample.boxes, "caption": sample.caption, "group": sample.group}
+    details: dict[str, Any] = {"boxes": sample.boxes, "caption": sample.caption, "group": sample.group}
     details |= {"label": sample.label} if sample.labels is None else {"labels": sample.labels}
     assert sample.mask is not None
     parts = {"png": sample.image, "json": json.dumps(details, sort_keys=True).encode(), "mask.png": sample.mask}
@@ -159,7 +153,7 @@ def _members(sample: Sample) -> bytes:
     return b"".join(blocks)
 
 
-def _join(chunks: Path, raw: Path, split: str, count: int) -> list[Ref]:
+def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
     """Puts the chunks of a split together as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
     name = f"{split}.tar"
     partial = raw / f"{name}.part"

@@ -1,0 +1,72 @@
+"""`cifar10`: torchvision's own download, its pixels kept as PNG; or an image folder in any form."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.data.sample import DataError
+from pipelines.data.sources import archive, listing
+from pipelines.data.sources.download import download
+from pipelines.data.sources.imagefolder import StoredImages, leave, open_root
+from pipelines.data.sources.png import encode_png
+from pipelines.data.sources.progress import bar
+from pipelines.params import Cifar10Params
+
+_FOLDERS = {"train": "train", "val": "val", "test": "test"}
+_IMAGES = "images.tar"
+
+
+@dataclass(frozen=True)
+class Cifar10(StoredImages):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images of 32 x 32 pixels in ten classes."""
+
+    params: Cifar10Params
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
+        """Takes the image folder at `root`, or downloads the data set where there is no `root`."""
+        params = self.params
+        if params.root is not None:
+            contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
+            leave(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
+            return
+        from torchvision.datasets import CIFAR10
+
+        raw.mkdir(parents=True, exist_ok=True)
+        packed = cache / CIFAR10.filename
+        digest = f"sha256:{params.sha256}" if params.sha256 else f"md5:{CIFAR10.tgz_md5}"
+        download(CIFAR10.url, packed, digest=digest, progress=progress)
+        _write_images(cache, raw / _IMAGES, progress)
+        contents = archive.list_tar(raw / _IMAGES, _IMAGES)
+        checksum = listing.sha256_of(packed)
+        leave(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
+
+
+def _write_images(cache: Path, destination: Path, progress: bool) -> None:
+    """Writes the tar `split/class/number.png` of the download in `cache`, whose MD5 sums torchvision checks."""
+    from torchvision.datasets import CIFAR10
+
+    partial = destination.with_name(destination.name + ".part")
+    with tarfile.open(partial, "w:", format=tarfile.USTAR_FORMAT) as tar:
+        for split in ("train", "test"):
+            try:
+                batch = CIFAR10(str(cache), train=split == "train", download=True)
+            except RuntimeError as error:
+                raise DataError(f"{cache}: {error}; delete it and fetch again") from None
+            seen: Counter[str] = Counter()
+            with bar(split, len(batch.data), show=progress) as advance:
+                for pixels, label in zip(np.asarray(batch.data), batch.targets, strict=True):
+                    name = batch.classes[label]
+                    content = encode_png(pixels)
+                    member = tarfile.TarInfo(f"{split}/{name}/{seen[name]:04d}.png")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                    seen[name] += 1
+                    advance(1)
+    os.replace(partial, destination)

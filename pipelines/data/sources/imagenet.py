@@ -1,0 +1,31 @@
+"""`imagenet`: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, read where they lie. The official `val` is our test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.sample import DataError
+from pipelines.data.sources.imagefolder import StoredImages, leave, open_root
+from pipelines.params import ImageNetParams
+
+
+@dataclass(frozen=True)
+class ImageNet(StoredImages):
+    """ImageNet, or a part of it. A root with `val` alone can be evaluated on: leave `val_count` out."""
+
+    params: ImageNetParams
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
+        """Lists the images under `root`; classes are the sorted wnids."""
+        params = self.params
+        contents, checksum = open_root(params.root, None, raw, cache, progress)
+        has_train = any(name.startswith("train/") for name in contents.files)
+        if params.val_count is not None and not has_train:
+            raise DataError(
+                f"imagenet: {params.root} has no train/<wnid>/ to hold {params.val_count} validation images out of: "
+                "add it, or leave val_count out to evaluate alone"
+            )
+        source = f"imagenet: {params.root}"
+        folders = {"train": "train", "test": "val"}
+        leave(contents, folders, raw, params, source=source, checksum=checksum, train_optional=not has_train)
