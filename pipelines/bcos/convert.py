@@ -47,8 +47,9 @@ class Context:
 
     def children(self, module: nn.Module) -> nn.Module:
         """`module` itself with its children converted in place."""
-        for name, child in module.named_children():
-            setattr(module, name, self.child(child, name))
+        for name, child in list(module._modules.items()):  # `named_children` would name a shared one once
+            if child is not None:
+                setattr(module, name, self.child(child, name))
         return module
 
 

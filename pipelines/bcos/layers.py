@@ -38,9 +38,10 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         linear, norm = ctx.saved_tensors
-        scaled = gradient * (linear.abs() / norm)
-        d_norm = (-(scaled * linear) / norm).sum_to_size(norm.shape) if ctx.needs_input_grad[1] else None
-        return 2 * scaled, d_norm
+        graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
+        scaled = gradient * (linear.abs() / norm) if graph else linear.abs().div_(norm).mul_(gradient)
+        d_norm = -(scaled * linear).sum_to_size(norm.shape) / norm if ctx.needs_input_grad[1] else None
+        return 2 * scaled if graph else scaled.mul_(2), d_norm
 
 
 class _Bcos(Holdable):
@@ -183,5 +184,6 @@ class BcosLinear(_Bcos, nn.Linear):
         if self.max_out > 1:
             linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
         if self.b != 1:
-            linear = self._scale(linear, torch.linalg.vector_norm(x, dim=-1, keepdim=True) + VECTOR_EPSILON)
+            norm = x.square().sum(-1, keepdim=True).clamp_min(VECTOR_EPSILON**2).sqrt()  # finite second derivatives at 0
+            linear = self._scale(linear, norm + VECTOR_EPSILON)
         return linear if self.bias is None else linear + self.bias

@@ -1,0 +1,208 @@
+"""Held, not detached: what W(x) is, and what a loss on it and on the logits has for a gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.bcos import BcosConv2d, add_inverse, bcosify, contribution_map, dynamic_weights, explanation_mode, rgba
+
+DOUBLE = torch.float64
+
+
+def small_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.BatchNorm2d(5),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+    return bcosify(network).double()
+
+
+def images(count=4, size=7):
+    torch.manual_seed(1)
+    return add_inverse(torch.rand(count, 3, size, size, dtype=DOUBLE))
+
+
+class TwoLayers(nn.Module):
+    """A B-cos network small enough for its W(x) to be written down: two linear maps of a vector, B = 2, and their scales."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = BcosConv2d(6, 4, 1), BcosConv2d(4, 3, 1)
+
+    def forward(self, images):
+        return self.second(self.first(images)).flatten(1)
+
+
+def explicit(first, second, x, target):
+    """Logits and W(x) of `TwoLayers`, from the formula alone: W = diag(s2)[t] V2 diag(s1) V1."""
+
+    def scales(weight, x):
+        linear = x @ weight.T
+        return linear.abs() / (x.square().sum(1, keepdim=True) + 1e-6).sqrt()
+
+    s1 = scales(first, x)
+    hidden = s1 * (x @ first.T)
+    s2 = scales(second, hidden)
+    logits = s2 * (hidden @ second.T)
+    rows = torch.arange(len(x))
+    return logits, (s2[rows, target, None] * second[target] * s1) @ first
+
+
+def test_gradients_of_losses_on_weights_and_logits_equal_those_of_the_explicit_formula():
+    model = TwoLayers().double()
+    x, target = torch.rand(5, 6, 1, 1, dtype=DOUBLE), torch.tensor([0, 1, 2, 1, 0])
+    first, second = (layer.weight.detach().flatten(1).requires_grad_() for layer in (model.first, model.second))
+    expected_logits, expected_weights = explicit(first, second, x.flatten(1), target)
+    logits, weights = dynamic_weights(model, x, target, create_graph=True)
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(weights.flatten(1), expected_weights)
+
+    direction = torch.randn(5, 6, dtype=DOUBLE)
+    for ours, theirs in (
+        ((weights.flatten(1) * direction).sum(), (expected_weights * direction).sum()),
+        (logits.square().sum(), expected_logits.square().sum()),
+        (weights.square().sum() + logits.exp().sum(), expected_weights.square().sum() + expected_logits.exp().sum()),
+    ):
+        got = torch.autograd.grad(ours, (model.first.weight, model.second.weight), retain_graph=True)
+        want = torch.autograd.grad(theirs, (first, second), retain_graph=True)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.flatten(1), other)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_of_a_loss_on_the_weights_matches_finite_differences(training):
+    model, x, target = small_network().train(training), images(), torch.tensor([0, 1, 2, 0])
+    parameters = dict(model.named_parameters())
+
+    def loss(weight):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.nn.utils.stateless._reparametrize_module(model, {"body.3.weight": weight, **buffers}):
+            logits, weights = dynamic_weights(model, x, target, create_graph=True)
+            return (weights * weights.detach().sign()).sum() * 0.1 + logits.square().sum() + weights.square().sum()
+
+    weight = parameters["body.3.weight"].detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(weight), weight)
+    step = 1e-5
+    for index in [(0, 0, 0, 0), (1, 2, 1, 1), (4, 3, 2, 0)]:
+        moved = torch.zeros_like(weight)
+        moved[index] = step
+        difference = (loss(weight + moved) - loss(weight - moved)).item() / (2 * step)
+        assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_with_and_without_a_graph_are_the_same(training):
+    model, x, target = small_network().train(training), images(), torch.tensor([0, 1, 2, 0])
+    logits, weights = dynamic_weights(model, x, target)
+    with_graph = dynamic_weights(model, x, target, create_graph=True)
+    assert not weights.requires_grad
+    assert not logits.requires_grad
+    torch.testing.assert_close(with_graph[0], logits)
+    torch.testing.assert_close(with_graph[1], weights)
+
+
+def test_mean_referenced_contributions_sum_to_the_logit():
+    model, x, target = small_network().train(), images(), torch.tensor([0, 1, 2, 0])
+    for _ in range(50):
+        model(x)
+    model.eval()
+    logits, weights = dynamic_weights(model, x, target)
+    total = (weights * (x - model.mean[:, None, None])).sum((1, 2, 3))
+    torch.testing.assert_close(total, logits[range(4), target] - model.logit_bias)
+
+
+def test_a_batch_is_explained_as_its_images_alone():
+    model, x, target = small_network().eval(), images(), torch.tensor([0, 1, 2, 0])
+    alone = torch.cat([dynamic_weights(model, x[i : i + 1], target[i : i + 1])[1] for i in range(4)])
+    torch.testing.assert_close(dynamic_weights(model, x, target)[1], alone)
+
+
+def test_explanation_mode_gives_the_weights_inside_and_ordinary_gradients_after():
+    model, x, target = small_network().eval(), images(), torch.tensor([0, 1, 2, 0])
+    _, weights = dynamic_weights(model, x, target)
+    x.requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)[0]
+
+    plain = gradient()
+    with explanation_mode(model), explanation_mode(model):
+        torch.testing.assert_close(gradient(), weights)
+    with pytest.raises(RuntimeError, match="inside"), explanation_mode(model):
+        raise RuntimeError("inside")
+    torch.testing.assert_close(gradient(), plain)
+    assert not torch.allclose(plain, weights)
+
+
+def test_explanation_mode_nests_without_ending_the_outer_block():
+    model, x, target = small_network().eval(), images(), torch.tensor([0, 1, 2, 0])
+    _, weights = dynamic_weights(model, x, target)
+    x.requires_grad_()
+    with explanation_mode(model):
+        with explanation_mode(model):
+            model(x)
+        dynamic_weights(model, x.detach(), target)
+        (after,) = torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)
+    torch.testing.assert_close(after, weights)
+
+
+def test_backward_after_the_block_of_a_forward_pass_inside_it_is_held_too():
+    model, x, target = small_network().eval(), images().requires_grad_(), torch.tensor([0, 1, 2, 0])
+    with explanation_mode(model):
+        chosen = model(x).gather(1, target[:, None]).sum()
+    (late,) = torch.autograd.grad(chosen, x)
+    torch.testing.assert_close(late, dynamic_weights(model, x.detach(), target)[1])
+
+
+def test_a_loss_on_weights_taken_in_the_block_has_its_full_gradient():
+    model, x, target = small_network().eval(), images(), torch.tensor([0, 1, 2, 0])
+    logits, weights = dynamic_weights(model, x, target, create_graph=True)
+    parameter = next(model.parameters())
+    (expected,) = torch.autograd.grad(weights.square().sum() + logits.square().sum(), parameter)
+    x.requires_grad_()
+    with explanation_mode(model):
+        logits = model(x)
+        (weights,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(weights.square().sum() + logits.square().sum(), parameter)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_one_model_in_explanation_mode_leaves_another_alone():
+    one, other, x = small_network().eval(), small_network().eval(), images().requires_grad_()
+    (plain,) = torch.autograd.grad(other(x)[:, 0].sum(), x)
+    with explanation_mode(one):
+        (beside,) = torch.autograd.grad(other(x)[:, 0].sum(), x)
+    torch.testing.assert_close(beside, plain)
+
+
+def test_contribution_map_and_picture():
+    model, x, target = small_network().eval(), images(2, 9), torch.tensor([0, 1])
+    _, weights = dynamic_weights(model, x, target)
+    contributions = contribution_map(x, weights)
+    assert contributions.shape == (2, 9, 9)
+    torch.testing.assert_close(contributions.sum((1, 2)), (weights * x).sum((1, 2, 3)))
+    picture = rgba(x, weights, smooth=3)
+    assert picture.shape == (2, 9, 9, 4)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+    torch.testing.assert_close(rgba(x[1:], weights[1:], smooth=3), picture[1:])
+    with pytest.raises(ValueError, match="odd"):
+        rgba(x, weights, smooth=4)
+
+
+def test_rgba_shows_the_colour_that_the_weights_ask_for():
+    weights = torch.zeros(1, 6, 5, 5)
+    weights[:, 0] = 1.0  # red counts for the class ...
+    weights[:, 4] = weights[:, 5] = 0.5  # ... and so does the absence of green and blue
+    x = add_inverse(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 5, 5))
+    red, green, blue, alpha = rgba(x, weights, smooth=1)[0, 2, 2]
+    assert (red, green, blue, alpha) == pytest.approx((1, 0, 0, 1))
