@@ -1,5 +1,6 @@
 """Image folders in all their forms, CIFAR-10 and ImageNet."""
 
+import gzip
 import hashlib
 import io
 import pickle
@@ -181,6 +182,13 @@ def test_a_missing_root_and_a_file_of_no_known_kind_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no archive")
     with pytest.raises(DataError, match=r"notes\.txt: not a tar, tar\.gz or zip"):
         fetched(params(tmp_path / "notes.txt"), tmp_path)
+
+
+def test_a_gzip_that_holds_no_tar_is_named(tmp_path):
+    path = tmp_path / "notes.tar.gz"
+    path.write_bytes(gzip.compress(b"no tar " * 500))
+    with pytest.raises(DataError, match=r"notes\.tar\.gz: not a whole tar"):
+        fetched(params(path), tmp_path)
 
 
 def test_sha256_is_checked(folder, tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -69,11 +69,11 @@ def _list_remote(root: str) -> Contents:
     return Contents(files, frozenset(folders - {""}))
 
 
-def list_tar(path: Path, place: str) -> Contents:
+def list_tar(path: Path, place: str, source: str) -> Contents:
     """The regular files in an uncompressed tar, which references are to call `place`.
 
     Raises:
-        DataError: it is not a tar, or not a whole one.
+        DataError: it is not a tar, or not a whole one; `source` tells where it is from.
     """
     files, folders = {}, set()
     try:
@@ -87,28 +87,30 @@ def list_tar(path: Path, place: str) -> Contents:
             file.seek(tar.offset)
             ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
-        raise DataError(f"{path}: not a whole tar ({error}): get it again") from None
+        raise DataError(f"{source}: not a whole tar ({error}): get it again") from None
     if not ended:
-        raise DataError(f"{path}: the tar has no end: it was cut short; get it again")
+        raise DataError(f"{source}: the tar has no end: it was cut short; get it again")
     return Contents(files, frozenset(folders - {"."}))
 
 
 def is_plain_tar(path: Path) -> bool:
     """Whether the file is an uncompressed tar; raises `DataError` if it is no archive at all."""
     with path.open("rb") as file:
-        start = file.read(262)
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"PK\x03\x04":
+        start = file.read(4)
+    if start[:2] == b"\x1f\x8b" or start == b"PK\x03\x04":
         return False
-    if start[257:262] == b"ustar":
-        return True
-    raise DataError(f"{path}: not a tar, tar.gz or zip")
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.TarError:
+        raise DataError(f"{path}: not a tar, tar.gz or zip") from None
+    return True
 
 
 def to_tar(path: Path, destination: Path, progress: bool) -> None:
     """Unpacks a tar.gz, or turns a zip, into one uncompressed tar, atomically.
 
     Raises:
-        DataError: the archive is damaged or cut short.
+        DataError: the archive is damaged, cut short or encrypted.
     """
     partial = destination.with_name(destination.name + ".part")
     with path.open("rb") as file:
@@ -116,9 +118,9 @@ def to_tar(path: Path, destination: Path, progress: bool) -> None:
     try:
         with partial.open("wb") as output:
             unpack(path, output, progress)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
         partial.unlink()
-        raise DataError(f"{path}: damaged or cut short ({error}): get it again") from None
+        raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
     os.replace(partial, destination)
 
 
@@ -179,6 +181,6 @@ def copy(path: Path, destination: Path) -> None:
     os.replace(partial, destination)
 
 
-def visible(names: Iterator[str]) -> Iterator[str]:
+def visible(names: Iterable[str]) -> Iterator[str]:
     """Those names of which no part is hidden or a by-product of an operating system."""
     return (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))

@@ -43,7 +43,7 @@ class Cifar10(StoredImages):
         digest = f"sha256:{params.sha256}" if params.sha256 else f"md5:{CIFAR10.tgz_md5}"
         download(CIFAR10.url, packed, digest=digest, progress=progress)
         _write_images(cache, raw / _IMAGES, progress)
-        contents = archive.list_tar(raw / _IMAGES, _IMAGES)
+        contents = archive.list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url)
         checksum = listing.sha256_of(packed)
         leave(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
 

@@ -70,7 +70,8 @@ def download(
                 raise DataError(f"{url}: {error.code} {error.reason}: check the address and the right to read it") from None
             reason = str(error)
         failures = 0 if _size(partial) > before else failures + 1
-        time.sleep(pause * 2**failures)
+        if failures < attempts:
+            time.sleep(pause * 2**failures)
     else:
         raise DataError(f"{url}: {reason}; what has arrived is kept: run again to go on from there")
     _accept(url, partial, destination, digest)
@@ -107,7 +108,7 @@ def _read(reader: Any) -> bytes:
         content: bytes = reader.read(_BLOCK)
     except http.client.IncompleteRead as error:
         return error.partial
-    except (TimeoutError, ConnectionError):
+    except OSError:
         return b""
     return content
 

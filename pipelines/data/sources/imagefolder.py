@@ -80,11 +80,11 @@ def _open_archive(path: Path, raw: Path, *, in_place: bool, progress: bool) -> C
     """The contents of an archive on this machine, which is unpacked into `raw` unless it can be read where it is."""
     if archive.is_plain_tar(path):
         if in_place:
-            return archive.list_tar(path, str(path))
+            return archive.list_tar(path, str(path), str(path))
         archive.copy(path, raw / _UNPACKED)
     else:
         archive.to_tar(path, raw / _UNPACKED, progress)
-    return archive.list_tar(raw / _UNPACKED, _UNPACKED)
+    return archive.list_tar(raw / _UNPACKED, _UNPACKED, str(path))
 
 
 def leave(
@@ -107,7 +107,7 @@ def leave(
     found = {split: images.classes_of(contents, folder, source) for split, folder in folders.items()}
     for split in ("train", "test"):
         if not found[split] and not (split == "train" and train_optional):
-            top = sorted({name.partition("/")[0] for name in archive.visible(iter(contents.files))})
+            top = sorted({name.partition("/")[0] for name in archive.visible(contents.files)})
             raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {', '.join(top[:10]) or 'nothing'}")
     classes = _class_names(found, source, folders)
     refs = {split: images.references(contents, found.get(split, {}), classes) for split in ("train", "val", "test")}

@@ -37,11 +37,11 @@ def classes_of(contents: Contents, folder: str, where: str) -> Classes:
     prefix = posixpath.normpath(folder) + "/"
     classes: Classes = {
         name.removeprefix(prefix): []
-        for name in archive.visible(iter(sorted(contents.folders)))
+        for name in archive.visible(sorted(contents.folders))
         if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
     }
     loose, others = [], []
-    for name in archive.visible(iter(sorted(contents.files))):
+    for name in archive.visible(sorted(contents.files)):
         if not name.startswith(prefix):
             continue
         suffix = posixpath.splitext(name)[1].lower()
