@@ -1,6 +1,7 @@
 """Downloads: resumed, verified, never taken for whole too early."""
 
 import hashlib
+import io
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -174,11 +175,39 @@ def test_a_missing_file_is_named(server, tmp_path):
         download(url, tmp_path / "file", progress=False)
 
 
-def test_an_fsspec_url_is_resumed(tmp_path):
+class _Broken(io.BytesIO):
+    """A remote file whose connection ends after 300,000 bytes."""
+
+    def read(self, size=-1):
+        if self.tell() >= 300_000:
+            raise OSError("connection lost")
+        return super().read(min(size, 300_000 - self.tell()))
+
+
+def test_an_fsspec_url_is_resumed(tmp_path, monkeypatch):
     memory = fsspec.filesystem("memory")
     memory.pipe("/sources/file.bin", CONTENT)
-    path = tmp_path / "file"
+    path, starts = tmp_path / "file", []
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "open", lambda *_: _Broken(CONTENT))
+        patch.setattr("pipelines.data.sources.download.time.sleep", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            download("memory://sources/file.bin", path, progress=False)
+    assert (tmp_path / "file.part").stat().st_size == 300_000
+    original = type(memory).open
+
+    def opened(*arguments):
+        file = original(*arguments)
+        seek = file.seek
+        monkeypatch.setattr(file, "seek", lambda offset: (starts.append(offset), seek(offset))[1], raising=False)
+        return file
+
+    monkeypatch.setattr(type(memory), "open", opened)
     download("memory://sources/file.bin", path, digest=SHA256, progress=False)
     assert path.read_bytes() == CONTENT
+    assert starts == [300_000]
+
+
+def test_a_missing_fsspec_url_is_named(tmp_path):
     with pytest.raises(DataError, match="memory://sources/none"):
         download("memory://sources/none", tmp_path / "none", progress=False)
