@@ -149,8 +149,8 @@ class PretrainParams(OptimiserParams):
     label_smoothing: Fraction = 0.0
 
 
-class BcosifyParams(OptimiserParams):
-    """B-cosification: the design choices of Arya et al. 2024, then fine-tuning."""
+class BcosificationParams(OptimiserParams):
+    """The design choices of Arya et al. 2024 (methods of `bcosify`), and the fine-tuning after them."""
 
     b: Annotated[float, Field(ge=1.0)] = 2.0
     bias: Literal["remove", "keep"] = "remove"
@@ -160,7 +160,15 @@ class BcosifyParams(OptimiserParams):
     activation: Literal["keep", "remove"] = "keep"
     logit_bias: float | None = None  # none: -log(classes - 1)
     temperature: PositiveFloat = 1.0
-    from_scratch: bool = False  # the baseline: random weights, normalised in every layer
+    normalize_weight: bool = False
+
+
+class BcosifyParams(Strict):
+    """Which B-cos networks are trained: from the `pretrained` model, and from `scratch` as the baseline."""
+
+    starts: Annotated[list[Literal["pretrained", "scratch"]], Field(min_length=1)]
+    pretrained: BcosificationParams
+    scratch: BcosificationParams
 
 
 class EvaluateParams(Strict):
@@ -196,7 +204,6 @@ class Params(Strict):
     training: TrainingParams
     pretrain: PretrainParams
     bcosify: BcosifyParams
-    scratch: BcosifyParams
     evaluate: EvaluateParams
     tracking: TrackingParams
 

@@ -1,0 +1,48 @@
+# `make repro` and `make test` work on a fresh machine; `make help` lists the rest.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup repro test lint types bench clean lock
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv from requirements.lock (once)
+	@echo "environment ready: $(VENV) ($$($(BIN)/python --version), torch $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))'))"
+
+$(STAMP): requirements.lock pyproject.toml
+	@echo "setting up $(VENV) from requirements.lock (some minutes, about 6 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+repro: setup ## run the pipeline, whatever of it changed
+	@$(BIN)/dvc repro
+	@$(BIN)/python -m stages.summary
+
+test: setup ## all tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff: lint and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup ## mypy
+	@$(BIN)/mypy
+
+bench: setup ## speed and memory against plain baselines, on the GPU where there is one
+	@$(BIN)/python -m tests.benchmarks.gridpg
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	@rm -rf .lock && $(PYTHON) -m venv .lock
+	@.lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@.lock/bin/python -m pip install --quiet --editable '.[dev]' setuptools
+	@.lock/bin/python -m pip freeze --exclude-editable --all | grep -v '^pip==' > requirements.lock
+	@rm -rf .lock
+
+clean: ## remove what the pipeline made (not .venv, not the DVC cache)
+	@rm -rf data models reports runs mlflow.db mlartifacts .mypy_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

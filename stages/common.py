@@ -1,0 +1,118 @@
+"""What every stage does the same way: read its params, say what went wrong in one line, write its reports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines import models, tracking
+from pipelines.data.sample import DataError
+from pipelines.data.shards import Manifest, read_manifest
+from pipelines.models import ModelSpec, WeightsError
+from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
+from pipelines.training import Job, TrainingError, run_directory, train
+
+REPORTS = Path("reports")
+
+
+def shards_of(dataset: str) -> str:
+    """The absolute root of a data set's shards."""
+    return str(Path("data/shards", dataset).absolute())
+
+
+@contextmanager
+def stage() -> Iterator[Params]:
+    """The params of a stage; what is the user's to mend ends it with one line instead of a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        yield load()
+    except (ParamsError, DataError, WeightsError, TrainingError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as indented JSON with a stable order of keys as given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def spec_of(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
+    """The spec of a model of this run's architecture for this run's data."""
+    return ModelSpec(
+        name=params.model.name,
+        classes=tuple(manifest.classes),
+        image_size=params.data.image_size,
+        task=manifest.task,  # type: ignore[arg-type]
+        mean=params.model.mean,
+        std=params.model.std,
+        options=params.model.options,
+        **more,
+    )
+
+
+def absolute_weights(model: ModelParams) -> ModelParams:
+    """`model` with a local weights file as an absolute path, as workers may run elsewhere."""
+    return model.model_copy(update={"weights": os.path.abspath(model.weights)}) if Path(model.weights).is_file() else model
+
+
+def train_stage(
+    params: Params,
+    name: str,
+    *,
+    optim: OptimiserParams,
+    build: Callable[[], Any],
+    spec: ModelSpec,
+    manifest: Manifest,
+    inputs: tuple[Any, ...] = (),
+) -> None:
+    """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its metrics and history in `reports/<name>`.
+
+    Args:
+        params: of the run.
+        name: of the stage, and of the folders.
+        optim: the stage's own params.
+        build: makes the method, in every worker.
+        spec: of the trained model.
+        manifest: of the shards.
+        inputs: what else the outcome depends on; with the params it names the run's folder, where a killed stage goes on.
+    """
+    known = (params.seed, params.dataset, params.data, params.model, optim, params.training.workers, params.training.precision)
+    directory = run_directory(params.training.storage, name, *known, manifest.digest, *inputs)
+    with tracking.stage_run(name, experiment=params.tracking.experiment, params=params.model_dump(), directory=directory) as run:
+        run.dataset(manifest)
+        job = Job(
+            build=build,
+            shards=shards_of(params.dataset),
+            data=params.data,
+            optim=optim,
+            training=params.training,
+            seed=params.seed,
+            directory=directory,
+            on_epoch=run.epoch_logger(),
+            report_key=run.run_id,
+        )
+        result = train(job)
+        module = build().module
+        result.load_best(module)
+        models.save(Path("models", name), module, spec)
+        report(name, result.history, result.best)
+        run.artifact(Path("models", name), "model")
+
+
+def report(name: str, history: list[Any], best: Any) -> None:
+    """Writes `reports/<name>/metrics.json` (of the best epoch) and `history.json` (all epochs, for plots)."""
+    write_json(REPORTS / name / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
+    write_json(REPORTS / name / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in history])
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

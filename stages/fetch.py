@@ -1,0 +1,20 @@
+"""Stage `fetch DATASET`: download or generate it, verify it, leave it with a manifest in `data/raw/DATASET`."""
+
+import sys
+from pathlib import Path
+
+from pipelines.data import sources
+from pipelines.training import run_directory
+from stages.common import stage
+
+
+def main(name: str) -> None:
+    """Fetches the data set called `name` in the params."""
+    with stage() as params:
+        dataset = params.datasets[name]
+        cache = Path(run_directory("runs", f"fetch-{name}", dataset))  # partial downloads outlive the stage's outputs
+        sources.get(dataset).fetch(Path("data/raw", name), cache)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

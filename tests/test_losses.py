@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipelines import losses
+
+
+def test_off_label_targets_are_one_over_the_classes():
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 4, 2])
+    targets = torch.full((4, 5), 0.2)
+    targets[range(4), labels] = 1
+    expected = F.binary_cross_entropy_with_logits(logits, targets)
+    torch.testing.assert_close(losses.uniform_off_label_bce(logits, labels), expected)
+    torch.testing.assert_close(losses.uniform_off_label_bce(logits, F.one_hot(labels, 5)), expected)
+    plain = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 5).float())
+    torch.testing.assert_close(losses.uniform_off_label_bce(logits, labels, off_label=0.0), plain)
+
+
+def test_distillation_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    p = 1 / (1 + math.exp(-1))  # at temperature 2
+    expected = 4 * (p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5))
+    assert losses.distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.distillation_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_explanation_loss_is_one_minus_cosine():
+    maps = torch.tensor([[[1.0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 0]]])
+    other = torch.tensor([[[3.0, 0], [0, 0]], [[0, 2], [0, 0]], [[-1, 0], [0, 0]]])
+    torch.testing.assert_close(losses.explanation_loss(maps, other), torch.tensor([0.0, 1.0, 2.0]))
+
+
+MAPS = torch.tensor([[[2.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+MASKS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (losses.energy_loss, [1 - 3 / 4, 1.0]),
+        (losses.l1_loss, [(0 + 0 + 0.5 + 0.5) / 4, 1 / 4]),
+        (losses.rrr_loss, [0.25 + 0.25, 0.0]),
+        (losses.ppce_loss, [-math.log(0.5) / 2, 100.0]),
+    ],
+)
+def test_localisation_losses_by_hand(loss, expected):
+    torch.testing.assert_close(loss(MAPS, MASKS), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("loss", [losses.energy_loss, losses.l1_loss, losses.rrr_loss, losses.ppce_loss])
+def test_localisation_losses_are_of_each_image_and_have_finite_gradients(loss):
+    torch.manual_seed(0)
+    maps, masks = torch.randn(3, 4, 4), (torch.rand(3, 8, 8) > 0.5).float()
+    maps[1] = 0
+    masks[2] = 0
+    maps.requires_grad_()
+    values = loss(maps, masks)
+    assert values.shape == (3,)
+    torch.testing.assert_close(values[:1], loss(maps[:1], masks[:1]))
+    values.sum().backward()
+    assert maps.grad.isfinite().all()
+
+
+def test_an_empty_mask_costs_nothing_in_ppce():
+    assert losses.ppce_loss(MAPS[:1], torch.zeros(1, 2, 2)).item() == 0
+
+
+def test_siglip_by_hand():
+    one, other = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    pairs = torch.tensor([[1.0, 1.0], [0.0, 0.0]])  # cosines
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    expected = -F.logsigmoid(signs * (10 * pairs - 10)).sum() / 2
+    torch.testing.assert_close(losses.siglip_loss(one, other, 10.0, -10.0), expected)
