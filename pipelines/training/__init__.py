@@ -12,7 +12,7 @@ from pipelines.training.job import (
     run_directory,
     shard_batches,
 )
-from pipelines.training.launch import launch, train
+from pipelines.training.launch import cluster, launch, train
 
 __all__ = [
     "Context",
@@ -22,6 +22,7 @@ __all__ = [
     "TrainingError",
     "absolute",
     "best_record",
+    "cluster",
     "evaluate_split",
     "launch",
     "run_directory",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import uuid
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,7 +33,7 @@ def _write(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes | me
     """Writes `path` so that it is there whole or not at all."""
     filesystem.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
     local = "file" in filesystem.protocol
-    target = f"{path}.partial" if local else path
+    target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
     try:
         with filesystem.open(target, "wb") as file:
             file.write(content)

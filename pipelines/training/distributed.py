@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -21,7 +21,7 @@ class Context:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
 
 
@@ -40,7 +40,7 @@ def seed_rank(seed: int, rank: int) -> None:
 
 def rng_states(device: torch.device) -> dict[str, Any]:
     """The states of this process's generators, as `torch.load(weights_only=True)` can read them back."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(numpy.asarray(keys, dtype=numpy.int64)), position, has_gauss, gauss),

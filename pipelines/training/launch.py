@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 import uuid
@@ -21,6 +22,15 @@ from pipelines.training.loop import fit, report
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
 # that fails for a while) are worth a restart.
 _FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+# Read by Ray when it is imported or starts workers; the user's own settings win.
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two busy cores may need more than the default minute
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other are ten times slower where cores are shared
+}
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
@@ -65,66 +75,63 @@ def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams) -> Any:
     """
     if training.workers == 0:
         use_threads(1)
-        return fn(Context(device=_device(training, "cuda")), *args)
-    return _launch_on_ray(fn, args, training)
+        return fn(Context(device=_device(training)), *args)
+    with cluster(training):
+        return _launch_on_ray(fn, args, training)
 
 
-def _device(training: TrainingParams, gpu: str) -> torch.device:
+def _device(training: TrainingParams) -> torch.device:
     """The device that the params ask for."""
     if training.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise TrainingError(f"training.gpus_per_worker is {training.gpus_per_worker:g}, but torch finds no GPU here")
-    return torch.device(gpu)
+    return torch.device("cuda")
 
 
 def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams) -> Any:
-    """`launch` for one or more Ray workers."""
-    # Read by Ray when it is imported or when a group starts. Two slow cores need more than a minute to start a group.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """`launch` on Ray Train workers, on the Ray that is initialised."""
     import pyarrow.fs
+    from ray import cloudpickle
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    filesystem, root = fsspec.core.url_to_fs(f"{absolute(training.storage)}/ray")
-    name = uuid.uuid4().hex  # a name used before would bring back what Ray kept under it
-    failure = f"{absolute(training.storage)}/ray/{name}"
+    storage, name = f"{absolute(training.storage)}/ray", uuid.uuid4().hex  # a used name would bring back its old state
+    filesystem, root = fsspec.core.url_to_fs(storage)
     gpus = training.gpus_per_worker
-    with _cluster(training):
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"fn": fn, "args": args, "training": training, "failure": failure},
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=training.workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
-            ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=root,
-                storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
-                failure_config=FailureConfig(max_failures=training.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        try:
-            value = trainer.fit().return_value
-        except TrainingFailedError as error:
-            value = None
-            last = str(error).strip().splitlines()[-1]
-            unless_known = TrainingError(f"the workers failed more than {training.max_failures} times: {last}")
-        else:
-            unless_known = None
-        message = checkpoints.read_json(failure, "failure.json")
-        filesystem.rm(f"{root}/{name}", recursive=True)
-    if message is not None:
-        raise TrainingError(message)
-    if unless_known is not None:
-        raise unless_known
+    config = {
+        "call": cloudpickle.dumps((fn, args)),  # opened by the workers alone: Ray's controller need not import it
+        "failure": f"{storage}/{name}",
+        "gpus": gpus,
+    }
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,  # type: ignore[arg-type]
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=root,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    )
+    value, lost = None, ""
+    try:
+        value = trainer.fit().return_value  # type: ignore[attr-defined]
+    except TrainingFailedError as error:
+        last = str(error).strip().splitlines()[-1]
+        lost = f"the workers failed more than {training.max_failures} times: {last}"
+    final = checkpoints.read_json(config["failure"], "failure.json")
+    filesystem.rm(f"{root}/{name}", recursive=True)
+    if final or lost:
+        raise TrainingError(final or lost)
     return value
 
 
@@ -135,15 +142,17 @@ def _work(config: dict[str, Any]) -> Any:
     """
     import ray.train
     import ray.train.torch
+    from ray import cloudpickle
 
     context = ray.train.get_context()
     use_threads(context.get_local_world_size())
     if checkpoints.read_json(config["failure"], "failure.json") is not None:
         return None
-    device = ray.train.torch.get_device() if config["training"].gpus_per_worker else torch.device("cpu")
+    device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
     here = Context(context.get_world_rank(), context.get_world_size(), device, ray.train.report)
     try:
-        return config["fn"](here, *config["args"])
+        fn, args = cloudpickle.loads(config["call"])
+        return fn(here, *args)
     except _FINAL as error:
         known = isinstance(error, TrainingError | ValueError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -156,15 +165,20 @@ def _work(config: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _cluster(training: TrainingParams) -> Iterator[None]:
-    """A Ray that is initialised: the caller's, the one that RAY_ADDRESS names, or one of our own for the time being."""
+def cluster(training: TrainingParams) -> Iterator[None]:
+    """A Ray that is initialised: the caller's, the one that RAY_ADDRESS names, or one of our own for the time being.
+
+    `launch` enters it by itself; around several launches it saves the start of each.
+    """
+    for variable, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     import ray
 
     if ray.is_initialized():
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="WARNING")
+        ray.init(logging_level=logging.WARNING)
     else:
         _start_local(training)
     try:
@@ -177,6 +191,12 @@ def _start_local(training: TrainingParams) -> None:
     """Starts Ray on this machine, with as many logical CPUs as the workers ask for."""
     import ray
 
+    # There is no preemption here to watch for. Without a dashboard one of Ray Train's helpers warns each second: all of
+    # Ray's processes keep to errors, and this process's own logging is left as it was.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
     most = training.workers if isinstance(training.workers, int) else training.workers[1]
     wanted = int(-(-most * training.cpus_per_worker // 1))
     ray.init(
@@ -184,8 +204,11 @@ def _start_local(training: TrainingParams) -> None:
         num_cpus=max(len(os.sched_getaffinity(0)), wanted),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE,
-        logging_level="WARNING",
+        logging_level=logging.ERROR,
+        logging_config=ray.LoggingConfig(log_level="ERROR"),
     )
+    root.setLevel(level)
+    root.handlers[:] = handlers
     found = ray.cluster_resources().get("GPU", 0)
     if training.gpus_per_worker * most > found and training.gpus_per_worker > 0:
         ray.shutdown()

@@ -172,14 +172,16 @@ def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
     A loader draws seeds when it starts; a resumed epoch starts it once more than one never interrupted.
     """
-    iterator, cpu = iter(batches), torch.device("cpu")
+    cpu = torch.device("cpu")
+    states = rng_states(cpu)
+    iterator = iter(batches)
     while True:
-        states = rng_states(cpu)
         batch = next(iterator, None)
         restore_rng_states(states, cpu)
         if batch is None:
             return
         yield batch
+        states = rng_states(cpu)
 
 
 def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
@@ -231,7 +233,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     """Evaluates, writes the epoch's checkpoint and history, then reports."""
     job, context = run.job, run.context
     batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
-    values = evaluate_split(run.method, run.method.module, batches, context, job.training.precision)
+    values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
     run.history = [*run.history, EpochRecord(epoch=run.epoch, step=run.step, metrics=metrics)]

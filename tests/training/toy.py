@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import torchmetrics
 from torch import nn
 
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
-from pipelines.training import Job
+from pipelines.training import Job, Result, checkpoints, evaluate_split
+from pipelines.training.distributed import gather
+from pipelines.training.loop import fit
 
 COUNT, CLASSES, SIDE = 48, 3, 4
+ALL_RANKS = -1
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,15 +69,27 @@ class ToyMethod:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         logits = model(batch["image"])
         loss = nn.functional.cross_entropy(logits, batch["label"])
-        if self.steps == self.at_step and rank == self.rank:
+        if self.steps == self.at_step and self.rank in (rank, ALL_RANKS):
             if self.accident == "nan":
                 return {"loss": loss * torch.nan}
+            if self.accident == "poison":  # a finite loss whose gradient is not
+                weight = self.module[0].weight
+                return {"loss": loss + (weight - weight.detach()).square().sum().sqrt()}
+            if self.accident == "raise" and self.rank == ALL_RANKS:
+                raise ConnectionError("accident on all ranks")
             if self.accident and not self.marker.exists():
-                self.marker.touch()
-                if self.accident == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
+                self.happen()
         return {"loss": loss, "size": logits.square().mean()}
+
+    def happen(self) -> None:
+        """The accident, which leaves its marker."""
+        self.marker.touch()
+        if self.accident == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.accident == "kill driver":
+            os.kill(int(os.environ["TOY_DRIVER"]), signal.SIGKILL)
+            threading.Event().wait()  # until Ray ends this worker, because its driver is gone
+        raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
 
     def metrics(self) -> torchmetrics.MetricCollection:
         accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=CLASSES, average="micro")
@@ -143,3 +159,37 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def drawing_batches(job: Job, split: str, **place: Any) -> Any:
+    """`toy_batches`, from a loader that draws random numbers for itself when it starts and at each batch."""
+
+    class Drawing(list):
+        def __iter__(self) -> Any:
+            torch.rand(3)
+            for batch in super().__iter__():
+                torch.rand(1)
+                yield batch
+
+    return Drawing(toy_batches(job, split, **place))
+
+
+def evaluate_toy(context: Any, job: Job) -> dict[str, Any]:
+    """The metrics of an untrained network over the test split, and the keys that this job's ranks saw, in order."""
+    torch.manual_seed(1)
+    method = ToyMethod()
+    batches = toy_batches(job, "test", rank=context.rank, world_size=context.world_size)
+    values = evaluate_split(method, method.module, batches, context)
+    keys = gather([key for batch in batches for key in batch["key"]], context)
+    return {"values": values, "batches": [-(-len(part) // job.optim.batch_size) for part in keys], "keys": sum(keys, [])}
+
+
+def interrupted_in_place(context: Any, whole: Job, broken: Job, healed: Job) -> bool:
+    """Whether a run that breaks on all ranks at one step, and goes on, ends as one that does not; no process dies."""
+    fit(context, whole)
+    try:
+        fit(context, broken)
+    except ConnectionError:
+        fit(context, healed)
+    results = [Result(job.directory, checkpoints.read_json(job.directory, "history.json"), {}) for job in (whole, healed)]
+    return identical(*(weights(result) for result in results))

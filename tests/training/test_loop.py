@@ -1,0 +1,186 @@
+"""What the loop keeps, stops at, and reports."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import ToyMethod, accident, identical, toy_job, weights
+
+from pipelines.training import EpochRecord, TrainingError, checkpoints, train
+from pipelines.training.job import best_record, is_finished
+
+
+def kept_steps(directory: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step-")) for folder in (directory / "checkpoints").iterdir())
+
+
+def record(epoch: int, **metrics: float) -> EpochRecord:
+    return EpochRecord(epoch=epoch, step=epoch * 10, metrics={f"val/{name}": value for name, value in metrics.items()})
+
+
+def test_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", accident("nan", 9))
+    with pytest.raises(TrainingError, match=r"^the loss of step 9 \(epoch 2\) is not a finite .* step 8 is kept in .*$"):
+        train(job)
+    state = checkpoints.load(job.directory, 8)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert max(kept_steps(tmp_path / "run")) == 8
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", accident("poison", 10))
+    with pytest.raises(TrainingError, match=r"a weight is not a finite number after step 10 .* step 8 is kept"):
+        train(job)
+    assert max(kept_steps(tmp_path / "run")) == 8
+
+
+def test_the_last_k_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    values = iter([0.2, 0.9, 0.5, 0.4, 0.3])
+    job = toy_job(tmp_path / "run", scripted(values), epochs=5, keep_last=2)
+    result = train(job)
+    assert kept_steps(tmp_path / "run") == [12, 28, 30]
+    assert result.best["epoch"] == 2
+    best, last = ToyMethod().module, ToyMethod().module
+    result.load_best(best)
+    result.load_last(last)
+    assert identical(best.state_dict(), checkpoints.load(job.directory, 12)["model"])
+    assert identical(last.state_dict(), checkpoints.load(job.directory, 30)["model"])
+    assert not identical(best.state_dict(), last.state_dict())
+
+
+def scripted(values: Any) -> Any:
+    """A method whose validation accuracy is the next of `values`."""
+
+    class Scripted(ToyMethod):
+        def update(self, metrics: Any, model: Any, batch: Any) -> None:
+            super().update(metrics, model, batch)
+            metrics["accuracy"].compute = lambda: torch.tensor(self.value)
+
+        def metrics(self) -> Any:
+            self.value = next(values)
+            return super().metrics()
+
+    # the loop asks once for the names before the first epoch
+    values = iter([0.0, *values])
+    return Scripted
+
+
+def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -> None:
+    history = [
+        record(1, accuracy=0.5, loss=2.0),
+        record(2, accuracy=0.7, loss=1.0),
+        record(3, accuracy=0.7, loss=1.5),
+        record(4, accuracy=float("nan"), loss=float("nan")),
+    ]
+    assert best_record(history, "val/accuracy")["epoch"] == 2
+    assert best_record(history, "val/loss")["epoch"] == 2
+    with pytest.raises(TrainingError, match="no metric 'val/f1'; there are val/accuracy, val/loss"):
+        best_record(history, "val/f1")
+
+
+def test_patience_counts_epochs_since_the_best(tmp_path: Path) -> None:
+    optim = toy_job(tmp_path, epochs=9, patience=2).optim
+    history = [record(1, accuracy=0.5), record(2, accuracy=0.7), record(3, accuracy=0.6), record(4, accuracy=0.7)]
+    assert [is_finished(history[:n], optim) for n in range(5)] == [False, False, False, False, True]
+
+
+def test_patience_ends_the_run(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", scripted(iter([0.5, 0.7, 0.6, 0.7, 0.9, 0.9])), epochs=6, patience=2)
+    assert [r["epoch"] for r in train(job).history] == [1, 2, 3, 4]
+
+
+def test_an_unknown_selection_is_named_before_any_step(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select="val/f1")
+    with pytest.raises(TrainingError, match=r"optim.select: no metric 'val/f1'; there are .*val/accuracy"):
+        train(job)
+
+
+def test_no_epochs_leave_the_model_as_built_and_evaluate_it_once(tmp_path: Path) -> None:
+    result = train(toy_job(tmp_path / "run", epochs=0))
+    assert [r["epoch"] for r in result.history] == [0]
+    assert result.history[0]["metrics"]["val/count"] == 48
+    torch.manual_seed(0)
+    trained = train(toy_job(tmp_path / "other", epochs=0))
+    assert identical(weights(result), weights(trained))
+    assert train(toy_job(tmp_path / "run", epochs=0)) == result
+
+
+def test_reports_that_fail_stop_nothing_and_are_made_up_for_in_order(tmp_path: Path) -> None:
+    seen: list[int] = []
+    refuse = {2}
+
+    def on_epoch(record: EpochRecord) -> None:
+        if record["epoch"] in refuse:
+            refuse.clear()
+            raise ConnectionError("the server is away")
+        seen.append(record["epoch"])
+
+    result = train(toy_job(tmp_path / "run", on_epoch=on_epoch))
+    assert len(result.history) == 3
+    assert seen == [1, 2, 3]
+
+
+def test_what_was_never_reported_is_reported_when_the_stage_runs_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(record: EpochRecord) -> None:
+        raise ConnectionError("the server is away")
+
+    train(toy_job(tmp_path / "run", on_epoch=refuse))
+    assert "epoch 1 was not reported (ConnectionError: the server is away)" in capsys.readouterr().out
+    seen: list[int] = []
+    for key in ("one", "one", "two"):
+        train(toy_job(tmp_path / "run", on_epoch=lambda record: seen.append(record["epoch"]), report_key=key))
+    assert seen == [1, 2, 3] * 2  # each key's own history, once
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints._write
+
+    def full(filesystem: Any, path: str, content: Any) -> None:
+        if "step-00000010" in path:
+            write(filesystem, path, bytes(content)[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(filesystem, path, content)
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    with pytest.raises(TrainingError, match=r"^no space left to write the checkpoint of step 10 .* step 8 is kept"):
+        train(toy_job(tmp_path / "run"))
+    assert max(kept_steps(tmp_path / "run")) == 8
+    monkeypatch.undo()
+    assert identical(weights(train(toy_job(tmp_path / "run"))), weights(train(toy_job(tmp_path / "whole"))))
+
+
+def test_a_write_that_fails_leaves_no_file_under_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.write_json(str(tmp_path), "a.json", 1)
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.mv", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_json(str(tmp_path), "a.json", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert checkpoints.read_json(str(tmp_path), "a.json") == 1
+
+
+@pytest.mark.parametrize("url", ["memory://runs/a", "file://{}/b"])
+def test_a_run_lives_on_any_storage(tmp_path: Path, url: str) -> None:
+    job = toy_job(tmp_path / "local")
+    whole = train(job)
+    place = url.format(tmp_path)
+    remote = train(type(job)(**{**vars(job), "directory": place}))
+    assert identical(weights(whole), weights(remote))
+    assert checkpoints.read_json(place, "history.json") == remote.history
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_the_worker_counts_that_fail(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"batch_size 8 .* cannot be shared equally by 3"):
+        train(toy_job(tmp_path / "run", workers=3))
+    with pytest.raises(TrainingError, match=r"by 3 of the workers \(2, 4\)"):
+        train(toy_job(tmp_path / "run", workers=(2, 4)))

@@ -1,0 +1,86 @@
+"""Several workers under Ray Train: the same weights whatever dies, the same metrics whatever their number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import (
+    ALL_RANKS,
+    COUNT,
+    accident,
+    evaluate_toy,
+    identical,
+    interrupted_in_place,
+    toy_job,
+    weights,
+)
+
+from pipelines.training import Result, TrainingError, checkpoints, launch, train
+
+pytestmark = pytest.mark.usefixtures("ray_workers")
+
+
+def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
+    whole = train(toy_job(tmp_path / "whole", workers=2))
+    broken = accident("kill", 9, tmp_path / "marker", rank=1)
+    killed = train(toy_job(tmp_path / "killed", broken, workers=2))
+    assert (tmp_path / "marker").exists()
+    assert identical(weights(whole), weights(killed))
+    assert [record["epoch"] for record in killed.history] == [1, 2, 3]
+    assert not list((tmp_path / "storage/ray").iterdir())  # what Ray kept for itself is gone
+
+
+def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
+    jobs = [
+        toy_job(tmp_path / name, broken, workers=3, batch_size=12)
+        for name, broken in (("whole", None), ("run", accident("raise", 6, rank=ALL_RANKS)), ("run", None))
+    ]
+    assert launch(interrupted_in_place, *jobs, training=jobs[0].training)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_evaluation_is_the_same_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
+    job = toy_job(tmp_path / "run", workers=workers, batch_size=11 * workers)  # of 48: the last batches are short
+    here = launch(evaluate_toy, job, training=toy_job(tmp_path, workers=0).training)
+    there = launch(evaluate_toy, job, training=job.training)
+    assert sorted(there["keys"]) == sorted(here["keys"]) == [f"{number:04d}" for number in range(COUNT)]
+    for name in ("count", "accuracy"):
+        assert there["values"][name] == here["values"][name]
+    assert there["values"] == pytest.approx(here["values"], rel=1e-6)
+
+
+def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", accident("bug", 9, tmp_path / "marker", rank=1), workers=2)
+    with pytest.raises(TrainingError, match="^accident at 9$"):
+        train(job)
+    newest = checkpoints.newest(job.directory)
+    assert newest is not None
+    assert newest["step"] == 8
+
+
+def test_a_driver_killed_and_run_again_changes_nothing(tmp_path: Path, uninterrupted: Result) -> None:
+    script = f"""
+import os, sys
+os.environ["TOY_DRIVER"] = str(os.getpid())
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import toy
+from pathlib import Path
+from ray import cloudpickle
+from pipelines.training import train
+cloudpickle.register_pickle_by_value(toy)
+folder = Path({str(tmp_path)!r})
+train(toy.toy_job(folder / "run", toy.accident("kill driver", 9, folder / "marker"), workers=1))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=240, check=False)
+    assert process.returncode == -signal.SIGKILL
+    newest = checkpoints.newest(str(tmp_path / "run"))
+    assert newest is not None
+    assert newest["step"] == 8
+    again = train(toy_job(tmp_path / "run", workers=1))
+    assert identical(weights(uninterrupted), weights(again))
