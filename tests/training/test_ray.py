@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import (
@@ -14,49 +15,51 @@ from toy import (
     COUNT,
     accident,
     evaluate_toy,
+    fit_and_evaluate,
     identical,
-    interrupted_in_place,
+    interrupt_and_evaluate,
     toy_job,
     weights,
 )
 
-from pipelines.training import Result, TrainingError, checkpoints, launch, train
+from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
 
-def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
-    whole = train(toy_job(tmp_path / "whole", workers=2))
-    broken = accident("kill", 9, tmp_path / "marker", rank=1)
-    killed = train(toy_job(tmp_path / "killed", broken, workers=2))
-    assert (tmp_path / "marker").exists()
-    assert identical(weights(whole), weights(killed))
-    assert [record["epoch"] for record in killed.history] == [1, 2, 3]
-    assert not list((tmp_path / "storage/ray").iterdir())  # what Ray kept for itself is gone
-
-
-def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
-    jobs = [
-        toy_job(tmp_path / name, broken, workers=3, batch_size=12)
-        for name, broken in (("whole", None), ("run", accident("raise", 6, rank=ALL_RANKS)), ("run", None))
-    ]
-    assert launch(interrupted_in_place, *jobs, training=jobs[0].training)
-
-
-@pytest.mark.parametrize("workers", [2, 3])
-def test_evaluation_is_the_same_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
-    job = toy_job(tmp_path / "run", workers=workers, batch_size=11 * workers)  # of 48: the last batches are short
-    here = launch(evaluate_toy, job, training=toy_job(tmp_path, workers=0).training)
-    there = launch(evaluate_toy, job, training=job.training)
+def assert_evaluated_as_here(there: dict[str, Any], job: Job) -> None:
+    """Each key exactly once, and the metrics of one worker: counts and top-1 the same, the others to 1e-6."""
+    here = evaluate_toy(Context(), job)
     assert sorted(there["keys"]) == sorted(here["keys"]) == [f"{number:04d}" for number in range(COUNT)]
     for name in ("count", "accuracy"):
         assert there["values"][name] == here["values"][name]
     assert there["values"] == pytest.approx(here["values"], rel=1e-6)
 
 
+def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
+    whole = toy_job(tmp_path / "whole", workers=2)
+    assert_evaluated_as_here(launch(fit_and_evaluate, whole, training=whole.training), whole)
+    broken = accident("kill", 9, tmp_path / "marker", rank=1)
+    killed = train(toy_job(tmp_path / "killed", broken, workers=2))
+    assert (tmp_path / "marker").exists()
+    assert identical(checkpoints.load(whole.directory, 18)["model"], weights(killed))
+    assert [record["epoch"] for record in killed.history] == [1, 2, 3]
+    assert not list((tmp_path / "storage/ray").iterdir())  # what Ray kept for itself is gone
+
+
+def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
+    jobs = [
+        toy_job(tmp_path / name, broken, workers=3, batch_size=12)  # 16 samples a rank: 4 steps an epoch
+        for name, broken in (("whole", None), ("run", accident("raise", 6, rank=ALL_RANKS)), ("run", None))
+    ]
+    there = launch(interrupt_and_evaluate, *jobs, training=jobs[0].training)
+    assert there.pop("same")
+    assert_evaluated_as_here(there, jobs[0])
+
+
 def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path) -> None:
     job = toy_job(tmp_path / "run", accident("bug", 9, tmp_path / "marker", rank=1), workers=2)
-    with pytest.raises(TrainingError, match="^accident at 9$"):
+    with pytest.raises(TrainingError, match=r"^accident at 9$"):
         train(job)
     newest = checkpoints.newest(job.directory)
     assert newest is not None
