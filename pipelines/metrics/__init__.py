@@ -1,0 +1,62 @@
+"""Every metric: classification, localisation, the grid pointing game, agreement, faithfulness."""
+
+from pipelines.metrics.agreement import agreement, explanation_similarity
+from pipelines.metrics.classification import (
+    CalibrationError,
+    GroupAccuracy,
+    UnexplainedShare,
+    multiclass_metrics,
+    multilabel_metrics,
+)
+from pipelines.metrics.faithfulness import deletion, insertion, removal_curve
+from pipelines.metrics.grid import (
+    Grid,
+    confidence,
+    draw_grids,
+    eligible,
+    grid_batches,
+    grid_pointing_game,
+    grid_scores,
+    tile,
+)
+from pipelines.metrics.localisation import (
+    LocalisationMetric,
+    area_share,
+    attribution_iou,
+    box_masks,
+    energy_pointing_game,
+    object_masks,
+    size_corrected,
+    without_energy,
+    without_union,
+)
+
+__all__ = [
+    "CalibrationError",
+    "Grid",
+    "GroupAccuracy",
+    "LocalisationMetric",
+    "UnexplainedShare",
+    "agreement",
+    "area_share",
+    "attribution_iou",
+    "box_masks",
+    "confidence",
+    "deletion",
+    "draw_grids",
+    "eligible",
+    "energy_pointing_game",
+    "explanation_similarity",
+    "grid_batches",
+    "grid_pointing_game",
+    "grid_scores",
+    "insertion",
+    "multiclass_metrics",
+    "multilabel_metrics",
+    "object_masks",
+    "removal_curve",
+    "size_corrected",
+    "tile",
+    "without_energy",
+    "without_union",
+]

@@ -1,0 +1,146 @@
+"""Classification metrics of logits, and how much of a logit its map leaves unexplained.
+
+All take logits as the model gives them. Counts are integers and sums float64, so that results do not depend on the number of
+workers or the order of batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MultilabelF1Score,
+    MultilabelPrecision,
+    MultilabelRecall,
+)
+
+
+def multiclass_metrics(num_classes: int) -> MetricCollection:
+    """`accuracy`, `accuracy_top5` (of 6 classes or more), `calibration_error`: updated with logits (N, K), labels (N,)."""
+    metrics: dict[str, Metric | MetricCollection] = {
+        "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+        "calibration_error": CalibrationError(),
+    }
+    if num_classes >= 6:
+        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+    return MetricCollection(metrics, compute_groups=False)
+
+
+def multilabel_metrics(num_classes: int) -> MetricCollection:
+    """Micro `f1`, `precision`, `recall` at logit >= 0, to be updated with logits (N, K), labels (N, K) of {0, 1}."""
+    kinds: dict[str, Metric | MetricCollection] = {"f1": _F1(num_classes), "precision": _Precision(num_classes)}
+    return MetricCollection(kinds | {"recall": _Recall(num_classes)})
+
+
+class _OfLogits:
+    """torchmetrics guesses from the range of a batch whether it holds probabilities; here it gets decisions."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="micro", validate_args=False)  # type: ignore[call-arg]
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Logits (N, K), labels (N, K) of {0, 1}."""
+        super().update((preds >= 0).long(), target.long())  # type: ignore[misc]
+
+
+class _F1(_OfLogits, MultilabelF1Score):
+    pass
+
+
+class _Precision(_OfLogits, MultilabelPrecision):
+    pass
+
+
+class _Recall(_OfLogits, MultilabelRecall):
+    pass
+
+
+class CalibrationError(Metric):
+    """Expected calibration error of the softmax confidence: Σ_bins share·|accuracy - mean confidence|, equal bins of [0, 1].
+
+    `update(logits (N, K), labels (N,))`. Models trained with binary cross-entropy are measured by the same softmax, so that
+    models compare. torchmetrics has the same with float32 sums. Source: Guo et al., On Calibration, ICML 2017, eq. 3.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    correct: Tensor
+    confidences: Tensor
+
+    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bins = bins
+        for name in ("counts", "correct", "confidences"):
+            self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Logits (N, K), labels (N,)."""
+        confidences, predicted = preds.detach().double().softmax(1).max(1)
+        bins = (confidences * self.bins).long().clamp_max(self.bins - 1)
+        self.counts.index_add_(0, bins, torch.ones_like(confidences))
+        self.correct.index_add_(0, bins, (predicted == target).double())
+        self.confidences.index_add_(0, bins, confidences)
+
+    def compute(self) -> Tensor:
+        """In [0, 1]; NaN without any image."""
+        return (self.correct - self.confidences).abs().sum() / self.counts.sum()
+
+
+class GroupAccuracy(Metric):
+    """Accuracy of the worst group, and the mean over groups: `update(logits (N, K), labels (N,), groups (N,))`.
+
+    `compute()` gives `{"worst_group_accuracy", "mean_group_accuracy"}` over the groups that were seen.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    count: Tensor
+
+    def __init__(self, num_groups: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("correct", "count"):
+            self.add_state(name, torch.zeros(num_groups, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
+        """Logits (N, K), labels (N,), groups (N,) in [0, num_groups)."""
+        hits = (preds.argmax(1) == target).long()
+        self.correct.index_add_(0, groups, hits)
+        self.count.index_add_(0, groups, torch.ones_like(hits))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Both in [0, 1]; NaN without any image."""
+        seen = self.count > 0
+        accuracies = self.correct[seen].double() / self.count[seen]
+        worst = accuracies.min() if len(accuracies) else accuracies.mean()
+        return {"worst_group_accuracy": worst, "mean_group_accuracy": accuracies.mean()}
+
+
+class UnexplainedShare(Metric):
+    """Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|: what no pixel carries.
+
+    `update(logits (N,) of the explained class, logit bias, contributions (N,) summed over the pixels, or maps (N, H, W))`.
+    """
+
+    full_state_update = False
+    missing: Tensor
+    whole: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("missing", "whole"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, logit_bias: float, contributions: Tensor) -> None:
+        """Adds a batch; maps are summed in float64."""
+        wanted = logits.detach().double() - logit_bias
+        given = contributions.detach().double().reshape(len(wanted), -1).sum(1)
+        self.missing += (wanted - given).abs().sum()
+        self.whole += wanted.abs().sum()
+
+    def compute(self) -> Tensor:
+        """0 where the maps sum to the logits; NaN without any image."""
+        return self.missing / self.whole
