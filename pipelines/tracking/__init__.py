@@ -1,0 +1,19 @@
+"""MLflow: runs, kept on disk first; the model registry; the served model. mlflow is imported here alone, when it is used."""
+
+from pipelines.tracking.provenance import lock_hash
+from pipelines.tracking.registry import Registered, TrackingError, load, register
+from pipelines.tracking.runs import EpochLogger, StageRun, stage_run
+from pipelines.tracking.server import project_root, tracking_uri
+
+__all__ = [
+    "EpochLogger",
+    "Registered",
+    "StageRun",
+    "TrackingError",
+    "load",
+    "lock_hash",
+    "project_root",
+    "register",
+    "stage_run",
+    "tracking_uri",
+]

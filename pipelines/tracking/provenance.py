@@ -1,0 +1,81 @@
+"""Where a run comes from: the commit, the inputs as DVC recorded them, the versions of what computed it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.tracking.server import project_root
+
+
+def git_tags(directory: str | Path | None = None) -> dict[str, str]:
+    """The commit that `directory` (the working directory) has checked out, and whether files differ from it.
+
+    `dvc.lock` is left out of the difference: it changes with every stage. Outside a repository there are no tags.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+
+
+def lock_hash(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") -> str:
+    """One sha256 over a stage's inputs as `dvc.lock` records them.
+
+    While a stage runs, its own entry in the lock is still that of its last execution; what the stages before it made has
+    just been recorded. So each input is looked up among the outputs of all stages.
+
+    Args:
+        inputs: name -> path of an input, or any text that identifies one that no stage makes.
+        lock_file: the lock; none there is an empty one.
+    """
+    return hashlib.sha256(json.dumps(input_hashes(inputs, lock_file), sort_keys=True).encode()).hexdigest()
+
+
+def input_hashes(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") -> dict[str, str]:
+    """For each input the hash that `dvc.lock` records of it or of the folder it lies in; else the text itself."""
+    recorded = _recorded_outputs(Path(lock_file))
+
+    def find(path: str) -> str:
+        candidates = [Path(path), *Path(path).parents]
+        return next((recorded[item.as_posix()] for item in candidates if item.as_posix() in recorded), path)
+
+    return {name: find(_relative(path)) for name, path in inputs.items()}
+
+
+def version_tags() -> dict[str, str]:
+    """Versions of python and torch."""
+    return {"python": platform.python_version(), "torch": version("torch")}
+
+
+def _relative(path: str) -> str:
+    """`path` as the lock writes it: relative to the project where it lies inside."""
+    for root in (Path.cwd(), project_root()):
+        if Path(path).is_relative_to(root):
+            return Path(path).relative_to(root).as_posix()
+    return path
+
+
+def _recorded_outputs(lock_file: Path) -> dict[str, str]:
+    if not lock_file.is_file():
+        return {}
+    lock: dict[str, Any] = yaml.safe_load(lock_file.read_text()) or {}
+    outputs = [item for stage in lock.get("stages", {}).values() for item in stage.get("outs", [])]
+    return {
+        item["path"]: next(item[kind] for kind in (item.get("hash", "md5"), "md5", "etag") if kind in item) for item in outputs
+    }

@@ -1,0 +1,31 @@
+"""`python -m pipelines.tracking.relog RUN_DIRECTORY...`: logs runs whose tracking server was dead. Safe to repeat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipelines.tracking.journal import Journal
+from pipelines.tracking.runs import log
+from pipelines.tracking.server import tracking_uri
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Logs each run directory to `MLFLOW_TRACKING_URI`; the number of those that could not be."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.tracking.relog", description=__doc__)
+    parser.add_argument("directories", nargs="+", metavar="RUN_DIRECTORY", help="such as runs/pretrain/0123456789ab")
+    failed = 0
+    for directory in parser.parse_args(arguments).directories:
+        journal = Journal(directory)
+        if not journal.exists:
+            print(f"{directory}: nothing was tracked here (no tracking/run.json)", file=sys.stderr)
+            failed += 1
+            continue
+        journal.update(warned=False)
+        failed += log(journal, tracking_uri()) is None
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

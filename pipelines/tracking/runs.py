@@ -1,0 +1,232 @@
+"""One MLflow run a stage execution. The journal on disk is the truth; the server is brought to it when it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.tracking.journal import Journal, metric_rows, now
+from pipelines.tracking.provenance import git_tags, input_hashes, lock_hash, version_tags
+from pipelines.tracking.server import complaint, connect, project_root, shown, tracking_uri, where_to_look
+from pipelines.tracking.sync import log_metrics, sync
+
+LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
+LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
+
+
+@contextmanager
+def stage_run(
+    stage: str,
+    *,
+    experiment: str,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    inputs: Mapping[str, str] | None = None,
+) -> Iterator[StageRun]:
+    """Tracks one execution of a stage. An unfinished one found in `directory` (the stage was killed) goes on as the same run.
+
+    A tracking server that does not answer, at the start or later, costs seconds and one line that says how to log the run
+    later; nothing of it raises.
+
+    Args:
+        stage: its name, which the run gets.
+        experiment: MLflow's experiment.
+        params: nested values; keys are joined with dots.
+        directory: the persistent folder of this stage and its inputs (`runs/<stage>/<hash>`); where it is a URL, the folder
+            with the same end here.
+        inputs: name -> path (or identifying text) of each input, for `lock_hash`.
+
+    Yields:
+        The run. It ends FINISHED, or FAILED where the block raises.
+    """
+    run = StageRun.begin(stage, experiment, params, directory, inputs or {})
+    try:
+        yield run
+    except BaseException:
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")
+
+
+class StageRun:
+    """A stage's run: everything logged is on disk before a server is asked."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self._journal = journal
+        self._uri = uri
+        self.run_id: str | None = None
+        """MLflow's id; None while the server does not answer."""
+        self.key: str = journal.head["key"]
+        """Names this execution, with or without a server; another for every run."""
+
+    @classmethod
+    def begin(
+        cls, stage: str, experiment: str, params: Mapping[str, Any], directory: str | Path, inputs: Mapping[str, str]
+    ) -> StageRun:
+        """Opens the journal and, where the server answers, the run."""
+        journal, uri = Journal(_local(directory)), tracking_uri()
+        if journal.exists and journal.head["status"] == "FINISHED" and not journal.head["logged"]:
+            log(journal, uri)  # a finished execution that no server has yet: try before a new one takes its place
+            if not journal.head["logged"]:
+                journal.update(status="FAILED")  # not finished until it is logged: the new execution goes on with it
+        tags = {"stage": stage, **version_tags(), **git_tags(), "dvc.inputs": lock_hash(inputs)}
+        tags |= {f"dvc.input.{name}": value for name, value in input_hashes(inputs).items()}
+        journal.begin(stage, experiment, flatten(params), tags)
+        run = cls(journal, uri)
+        run.run_id = log(journal, uri)
+        return run
+
+    @property
+    def directory(self) -> Path:
+        """Where the journal lies; `python -m pipelines.tracking.relog` takes it."""
+        return self._journal.directory
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Logs `values` (names like `val/accuracy`) at `step`. A metric keeps the first value it has at a step."""
+        self._journal.add_metrics(values, step)
+        if self.run_id is not None and not self._journal.head["warned"]:
+            with _warning(self._journal, self._uri):
+                log_metrics(connect(self._uri), self.run_id, self._journal.metrics())
+
+    def history(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Completes the per-epoch metrics from a training's history (`Result.history`); what is there already stays."""
+        for record in records:
+            self._journal.add_metrics(record["metrics"], record["epoch"])
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Keeps a copy of a file or folder; uploaded to `folder` of the run's artifacts when the stage ends."""
+        self._journal.add_artifact(path, folder)
+
+    def pictures(self, paths: Iterable[str | Path]) -> None:
+        """`artifact` to `pictures`, for each path."""
+        for path in paths:
+            self.artifact(path, "pictures")
+
+    def model(self, directory: str | Path) -> None:
+        """Keeps a model's `model.safetensors` and `model.json` as artifacts in `model`."""
+        for name in ("model.safetensors", "model.json"):
+            self.artifact(Path(directory) / name, "model")
+
+    def dataset(self, manifest: Mapping[str, Any], *, name: str, context: str = "training") -> None:
+        """Makes the data set of a shard `manifest` an input of the run; `context` says what for."""
+        self._journal.add_dataset(describe_dataset(manifest, name=name, context=context))
+
+    def epoch_logger(self) -> EpochLogger:
+        """For `Job.on_epoch`."""
+        return EpochLogger(self._uri, self.run_id, str(self.directory))
+
+    def end(self, status: str) -> None:
+        """Closes the journal and logs all of it. `status` is FINISHED or FAILED."""
+        self._journal.update(status=status, ended=now())
+        log(self._journal, self._uri, announce=False)
+
+
+@dataclass
+class EpochLogger:
+    """Logs epochs from the worker process that trains; picklable, and never raises for a server's sake.
+
+    On a machine that does not see `directory` it logs to the server alone; `StageRun.history` completes what it missed.
+
+    Attributes:
+        uri: the tracking server, absolute.
+        run_id: MLflow's id of the run; None where there was no server at the start: then the journal alone is written.
+        directory: the folder of the journal, absolute.
+    """
+
+    uri: str
+    run_id: str | None
+    directory: str
+    _dead: bool = field(default=False, init=False)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Logs `record["metrics"]` at step `record["epoch"]`; a record that was logged before changes nothing."""
+        journal = Journal(self.directory)
+        rows = metric_rows(record["metrics"], record["epoch"])
+        if journal.exists:
+            journal.add_metrics(record["metrics"], record["epoch"])
+            rows = journal.metrics()
+        if self.run_id is None or self._dead:
+            return
+        self._dead = True  # until the server has answered: a dead one is asked once a process
+        with _warning(journal, self.uri):
+            log_metrics(connect(self.uri), self.run_id, rows)
+            self._dead = False
+
+
+def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
+    """Brings the server to `journal` and returns the run's id; None, and one line, where it does not answer.
+
+    Args:
+        journal: with its `run.json`.
+        uri: of the server, absolute.
+        announce: print where the run is to be seen.
+    """
+    with _warning(journal, uri):
+        run = sync(journal, uri)
+        finished = journal.head["status"] == "FINISHED"
+        journal.update(run_id=run.info.run_id, tracking_uri=shown(uri), logged=finished)
+        if announce:
+            look = where_to_look(uri, run.info.experiment_id, run.info.run_id)
+            print(f"MLflow run {journal.head['stage']} {run.info.run_id}: {look}")
+        return run.info.run_id
+    return None
+
+
+@contextmanager
+def _warning(journal: Journal, uri: str) -> Iterator[None]:
+    """Turns whatever a server raises into one line, said once an execution."""
+    try:
+        yield
+    except Exception as error:  # a tracking server must never end a training, whatever is wrong with it
+        if journal.exists and journal.head["warned"]:
+            return
+        if journal.exists:
+            journal.update(warned=True)
+        shown_directory = os.path.relpath(journal.directory)
+        print(
+            f"MLflow at {shown(uri)} {complaint(error)}; nothing is lost, the run is kept in {shown_directory}: "
+            f"log it later with `python -m pipelines.tracking.relog {shown_directory}`",
+            file=sys.stderr,
+        )
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested `params` as MLflow takes them: keys joined with dots, values as text (lists as JSON), cut at MLflow's limit."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
+            flat[f"{prefix}{key}"] = text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+    return flat
+
+
+def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) -> dict[str, str]:
+    """A shard manifest as the fields of an mlflow `Dataset`, and its `context`. The digest is the head of the checksum."""
+    splits = manifest["splits"]
+    samples = {split: sum(shard["count"] for shard in shards) for split, shards in splits.items()}
+    profile = {"samples": samples, "shards": {split: len(shards) for split, shards in splits.items()}}
+    return {
+        "name": name,
+        "digest": manifest["checksum"][:LONGEST_DIGEST],
+        "source_type": "shards",
+        "source": json.dumps({"source": manifest["source"], "sha256": manifest["checksum"]}),
+        "schema": json.dumps({"task": manifest["task"], "classes": list(manifest["classes"])}),
+        "profile": json.dumps({**profile, "classes": len(manifest["classes"])}),
+        "context": context,
+    }
+
+
+def _local(directory: str | Path) -> Path:
+    """`directory`, or for a URL the folder `runs/<stage>/<hash>` here: the journal needs no storage but this machine's."""
+    text = str(directory)
+    if "://" in text and not text.startswith("file://"):
+        return project_root() / "runs" / "/".join(text.rstrip("/").split("/")[-2:])
+    return Path(text.removeprefix("file://")).absolute()

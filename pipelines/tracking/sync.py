@@ -1,0 +1,86 @@
+"""Brings an MLflow run to what a journal says. Doing it again changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.tracking.journal import Journal, MetricRow
+from pipelines.tracking.server import connect, experiment_id
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+T = TypeVar("T")
+KEY_TAG = "journal"  # names the journal on the server, so that the run is found again from it
+
+
+def sync(journal: Journal, uri: str) -> Run:
+    """Logs all of `journal` to the server at `uri`, to its run there or to a new one; returns the run.
+
+    Raises:
+        Exception: whatever the server or the way to it raises; the journal is as it was.
+    """
+    client = connect(uri)
+    head = journal.head
+    run = find_or_create_run(client, uri, head)
+    run_id = run.info.run_id
+    log_params_and_tags(client, run, head["params"], head["tags"])
+    log_metrics(client, run_id, journal.metrics())
+    for dataset in head["datasets"]:
+        log_dataset(client, run_id, dataset)
+    if journal.artifacts.is_dir():
+        client.log_artifacts(run_id, str(journal.artifacts))
+    if head["status"] == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, head["status"], head["ended"])
+    return run
+
+
+def find_or_create_run(client: MlflowClient, uri: str, head: Mapping[str, Any]) -> Run:
+    """The run of the journal with this `head`."""
+    experiment = experiment_id(client, uri, head["experiment"])
+    found = client.search_runs([experiment], f"tags.{KEY_TAG} = '{head['key']}'", max_results=1)
+    if found:
+        return found[0]
+    tags = {KEY_TAG: head["key"], "mlflow.source.name": head["stage"], **head["tags"]}
+    return client.create_run(experiment, start_time=head["started"], tags=tags, run_name=head["stage"])
+
+
+def log_params_and_tags(client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    """Logs the params that the run has not (MLflow never changes one) and the tags that differ."""
+    from mlflow.entities import Param, RunTag
+
+    missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+    for some in chunks(missing, 100):
+        client.log_batch(run.info.run_id, params=some)
+    differing = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+    for some_tags in chunks(differing, 100):
+        client.log_batch(run.info.run_id, tags=some_tags)
+
+
+def log_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricRow]) -> None:
+    """Logs the rows whose metric has no value yet at their step."""
+    from mlflow.entities import Metric
+
+    rows = list(rows)
+    logged = {(key, item.step) for key in {row["key"] for row in rows} for item in client.get_metric_history(run_id, key)}
+    missing = [Metric(**row) for row in rows if (row["key"], row["step"]) not in logged]
+    for some in chunks(missing, 1000):
+        client.log_batch(run_id, metrics=some)
+
+
+def log_dataset(client: MlflowClient, run_id: str, dataset: Mapping[str, str]) -> None:
+    """Makes a data set (see `describe_dataset`) an input of the run; MLflow keeps one of a name and digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    fields = {key: value for key, value in dataset.items() if key != "context"}
+    tags = [InputTag("mlflow.data.context", dataset["context"])]
+    client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**fields), tags)])
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` in pieces of at most `size`: MLflow refuses longer requests."""
+    return (items[start : start + size] for start in range(0, len(items), size))

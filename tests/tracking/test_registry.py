@@ -1,0 +1,179 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
+from pipelines.models import ModelSpec, assemble, save
+from pipelines.tracking import TrackingError, load, register
+from pipelines.tracking.server import connect
+
+NAME = "bcos-demo"
+METRICS = {"test/accuracy": 0.5, "test/gridpg": 0.25}
+
+
+@pytest.fixture
+def model(project):
+    torch.manual_seed(0)
+    spec = ModelSpec("resnet20", ("cat", "dog", "owl"), 16, "bcos")
+    module = assemble(spec)
+    for parameter in module.parameters():  # weights of some size, so that no logit vanishes
+        torch.nn.init.normal_(parameter, std=0.3)
+    save("models/bcos", module, spec)
+    (project / "picture.png").write_bytes(b"png")
+    return module.eval()
+
+
+@pytest.fixture
+def put(model, manifest):
+    def put(directory="models/bcos", metrics=METRICS, **keywords):
+        return register(
+            directory,
+            experiment="demo",
+            name=NAME,
+            metrics=metrics,
+            manifest=manifest,
+            dataset="objects",
+            pictures=["picture.png"],
+            params={"seed": 1},
+            **keywords,
+        )
+
+    return put
+
+
+def versions(client):
+    return [str(item.version) for item in client.search_model_versions(f"name = '{NAME}'")]
+
+
+def test_registering_twice_makes_one_version_with_its_evidence(put, client, model):
+    first, second = put(tags={"recipe": "smoke"}), put(tags={"recipe": "smoke"})
+    assert (first.created, second.created) == (True, False)
+    assert first.version == second.version == "1"
+    version = client.get_model_version_by_alias(NAME, "candidate")
+    assert version.tags["content.sha256"] == first.digest
+    assert version.tags["kind"] == "bcos"
+    assert version.tags["dataset"] == "objects"
+    assert version.tags["recipe"] == "smoke"
+    assert version.tags["metric.test/accuracy"] == "0.5"
+    assert "| test/gridpg | 0.25 |" in version.description
+    assert "pictures/picture.png" in version.description
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {item.key: (item.value, item.dataset_name) for item in logged.metrics} == {
+        "test/accuracy": (0.5, "objects"),
+        "test/gridpg": (0.25, "objects"),
+    }
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "1"}
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["objects"]
+    assert [item.path for item in client.list_artifacts(first.run_id, "pictures")] == ["pictures/picture.png"]
+
+    images = torch.rand(2, 6, 16, 16)
+    loaded, spec = load(f"models:/{NAME}@candidate")
+    assert torch.equal(loaded(images), model(images))
+    assert spec.classes == ("cat", "dog", "owl")
+    assert torch.equal(load("models/bcos")[0](images), model(images))
+
+    put(metrics={**METRICS, "test/accuracy": 0.75})
+    assert versions(client) == ["1"]
+    assert client.get_model_version(NAME, "1").tags["metric.test/accuracy"] == "0.75"
+
+
+def test_another_model_is_another_version_and_the_alias_follows(put, client, model):
+    put()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    save("models/other", model, ModelSpec("resnet20", ("cat", "dog", "owl"), 16, "bcos"))
+    assert put("models/other").version == "2"
+    assert str(client.get_model_version_by_alias(NAME, "candidate").version) == "2"
+    assert put().version == "1"
+    assert str(client.get_model_version_by_alias(NAME, "candidate").version) == "1"
+
+
+@pytest.mark.parametrize("lost", ["database", "artifacts", "weights"])
+def test_what_was_lost_is_made_again(put, client, project, empty_database, model, lost):
+    put()
+    if lost == "database":
+        shutil.copyfile(empty_database, project / "mlflow.db")  # into the same file, which this process holds open
+    elif lost == "artifacts":
+        shutil.rmtree(project / "mlartifacts")
+    else:
+        next((project / "mlartifacts").rglob("model.safetensors")).unlink()
+    again = put()
+    assert again.created
+    assert again.version == ("1" if lost == "database" else "2")
+    images = torch.rand(2, 6, 16, 16)
+    assert torch.equal(load(f"models:/{NAME}@candidate")[0](images), model(images))
+    assert not put().created
+
+
+SCORE = """
+import mlflow, numpy as np, os
+images = np.load("images.npy")
+served = mlflow.pyfunc.load_model("models:/bcos-demo@candidate")
+np.savez("scores.npz", **served.predict(images, params={"explain": True, "targets": [2, 0]}))
+for bad, targets in ((images * 2, [0, 0]), (images, [3, 0]), (images, [1])):
+    try:
+        served.predict(bad, params={"explain": True, "targets": targets})
+    except Exception as error:
+        print("refused:", error)
+from pipelines.tracking import load
+from pipelines.bcos import add_inverse
+import torch
+np.save("loaded.npy", load("models:/bcos-demo@candidate")[0](add_inverse(torch.from_numpy(images))).detach().numpy())
+"""
+
+
+def test_a_new_process_elsewhere_gives_the_logits_and_maps_of_the_trained_model_without_unpickling(put, model, project, tmp_path):
+    put()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    images = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
+    np.save(elsewhere / "images.npy", images)
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    scores = np.load(elsewhere / "scores.npz")
+    inputs = add_inverse(torch.from_numpy(images))
+    logits, weights = dynamic_weights(model, inputs, torch.tensor([2, 0]))
+    assert np.array_equal(np.load(elsewhere / "loaded.npy"), model(inputs).detach().numpy())
+    assert np.array_equal(scores["logits"], logits.numpy())
+    assert np.array_equal(scores["contributions"], contribution_map(inputs, weights).detach().numpy())
+    refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
+    assert len(refused) == 3
+    assert "images must be in [0, 1]" in refused[0]
+    assert "class indices are 0 to 2" in refused[1]
+    assert "1 for 2 images" in refused[2]
+    assert all(len(line) < 120 for line in refused)
+
+
+def test_a_dead_registry_is_one_line(put, monkeypatch, dead_server):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    with pytest.raises(TrackingError, match="is not reachable") as failure:
+        put()
+    assert "\n" not in str(failure.value)
+    with pytest.raises(TrackingError, match="is not reachable"):
+        load(f"models:/{NAME}@candidate")
+
+
+def test_what_the_registry_does_not_have_is_named(client):
+    with pytest.raises(TrackingError, match="nothing"):
+        load("models:/nothing@candidate")
+
+
+def test_a_bad_name_leaves_no_run(put, client, manifest):
+    with pytest.raises(TrackingError, match="Invalid model name"):
+        register("models/bcos", experiment="demo", name="a/b", metrics={}, manifest=manifest, dataset="objects")
+    experiment = connect(client.tracking_uri).get_experiment_by_name("demo")
+    assert experiment is None

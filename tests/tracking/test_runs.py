@@ -1,0 +1,215 @@
+import json
+import pickle
+import time
+
+import pytest
+
+from pipelines.tracking import EpochLogger, StageRun, runs, stage_run
+from pipelines.tracking.journal import Journal
+from pipelines.tracking.relog import main as relog
+from pipelines.tracking.server import absolute_uri, artifact_location, shown, tracking_uri
+
+PARAMS = {"seed": 3, "model": {"name": "resnet20", "mean": [0.5, 0.25]}, "note": "x" * 7000}
+
+
+def record(epoch, value):
+    return {"epoch": epoch, "step": 10 * epoch, "metrics": {"val/accuracy": value, "train/loss": 1 - value}}
+
+
+def history(client, run_id, key="val/accuracy"):
+    return [(item.step, item.value) for item in client.get_metric_history(run_id, key)]
+
+
+def open_run(directory="runs/pretrain/0123"):
+    return stage_run("pretrain", experiment="demo", params=PARAMS, directory=directory, inputs={"shards": "data/shards"})
+
+
+def open_and_kill():
+    """A run that nothing closes, as where the stage's process is killed."""
+    return StageRun.begin("pretrain", "demo", PARAMS, "runs/pretrain/0123", {"shards": "data/shards"})
+
+
+def test_a_run_holds_params_tags_metrics_artifacts_and_data_set(client, manifest, project):
+    (project / "picture.png").write_bytes(b"png")
+    with open_run() as run:
+        run.metrics({"test/accuracy": 0.75})
+        run.pictures([project / "picture.png"])
+        run.dataset(manifest, name="objects")
+    logged = client.get_run(run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["seed"] == "3"
+    assert logged.data.params["model.name"] == "resnet20"
+    assert logged.data.params["model.mean"] == "[0.5, 0.25]"
+    assert len(logged.data.params["note"]) == runs.LONGEST_VALUE
+    assert logged.data.tags["stage"] == "pretrain"
+    assert {"torch", "python", "dvc.inputs"} <= logged.data.tags.keys()
+    assert history(client, run.run_id, "test/accuracy") == [(0, 0.75)]
+    assert [item.path for item in client.list_artifacts(run.run_id, "pictures")] == ["pictures/picture.png"]
+    (dataset,) = [item.dataset for item in logged.inputs.dataset_inputs]
+    assert (dataset.name, dataset.digest) == ("objects", ("ab" * 32)[:36])
+    assert json.loads(dataset.profile)["samples"] == {"train": 14, "test": 7}
+    assert (project / "mlartifacts" / run.run_id).is_dir()
+
+
+def test_a_killed_stage_goes_on_with_its_run_and_neither_loses_nor_doubles_metrics(client):
+    first = open_and_kill()
+    logger = pickle.loads(pickle.dumps(first.epoch_logger()))
+    logger(record(1, 0.5))
+    logger(record(2, 0.6))
+    with open_run() as second:
+        logger = second.epoch_logger()
+        logger(record(2, 0.6))
+        logger(record(3, 0.7))
+        second.history([record(1, 0.5), record(2, 0.6), record(3, 0.7), record(4, 0.8)])
+    assert second.run_id == first.run_id
+    assert history(client, second.run_id) == [(1, 0.5), (2, 0.6), (3, 0.7), (4, 0.8)]
+    assert client.get_run(second.run_id).info.status == "FINISHED"
+
+
+def test_what_was_on_disk_alone_when_the_stage_was_killed_reaches_the_server(client):
+    run = open_and_kill()
+    Journal(run.directory).add_metrics({"val/accuracy": 0.5}, 1)
+    with open(run.directory / "tracking" / "metrics.jsonl", "a") as file:
+        file.write('{"key": "val/accu')  # cut by the kill
+    with open_run() as again:
+        again.metrics({"val/accuracy": 0.6}, 2)
+    assert history(client, run.run_id) == [(1, 0.5), (2, 0.6)]
+
+
+def test_a_finished_stage_gets_a_new_run(client):
+    with open_run() as first:
+        first.metrics({"val/accuracy": 0.5}, 1)
+    with open_run() as second:
+        second.metrics({"val/accuracy": 0.25}, 1)
+    assert second.run_id != first.run_id
+    assert second.key != first.key
+    assert history(client, second.run_id) == [(1, 0.25)]
+
+
+def test_a_deleted_run_is_made_again(client):
+    first = open_and_kill()
+    first.metrics({"val/accuracy": 0.5}, 1)
+    client.delete_run(first.run_id)
+    with open_run() as second:
+        second.metrics({"val/accuracy": 0.6}, 2)
+    assert second.run_id != first.run_id
+    assert history(client, second.run_id) == [(1, 0.5), (2, 0.6)]
+
+
+def test_a_failing_stage_fails_as_before_and_its_run_says_so(client):
+    with pytest.raises(ValueError, match="the cause"), open_run() as run:
+        raise ValueError("the cause")
+    assert client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_dead_server_costs_seconds_and_one_line_and_relog_logs_everything_once(
+    client, project, manifest, monkeypatch, capsys, dead_server
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    (project / "picture.png").write_bytes(b"png")
+    start = time.monotonic()
+    with open_run() as run:
+        logger = run.epoch_logger()
+        for epoch in (1, 2, 3):
+            logger(record(epoch, epoch / 10))
+        run.metrics({"test/accuracy": 0.75})
+        run.pictures([project / "picture.png"])
+        run.dataset(manifest, name="objects")
+    assert time.monotonic() - start < 60
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not reachable" in line
+    assert "python -m pipelines.tracking.relog runs/pretrain/0123" in line
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert relog(["runs/pretrain/0123"]) == 0
+    assert relog(["runs/pretrain/0123"]) == 0
+    experiment = client.get_experiment_by_name("demo")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["model.name"] == "resnet20"
+    assert history(client, logged.info.run_id) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert history(client, logged.info.run_id, "test/accuracy") == [(0, 0.75)]
+    assert len(logged.inputs.dataset_inputs) == 1
+    assert [item.path for item in client.list_artifacts(logged.info.run_id, "pictures")] == ["pictures/picture.png"]
+
+
+def test_a_server_that_dies_in_the_middle_is_asked_once_a_process_and_gets_the_rest_at_the_end(client, monkeypatch, capsys):
+    asked = []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise ConnectionError("[Errno 111] Connection refused")
+
+    with open_run() as run:
+        logger = run.epoch_logger()
+        logger(record(1, 0.5))
+        with monkeypatch.context() as dead:
+            dead.setattr(runs, "log_metrics", refuse)
+            logger(record(2, 0.6))
+            logger(record(3, 0.7))
+            run.metrics({"test/accuracy": 0.75})
+        assert history(client, run.run_id) == [(1, 0.5)]
+    assert len(asked) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert history(client, run.run_id) == [(1, 0.5), (2, 0.6), (3, 0.7)]
+    assert history(client, run.run_id, "test/accuracy") == [(0, 0.75)]
+
+
+def test_a_finished_run_that_no_server_has_is_not_replaced(client, monkeypatch, dead_server):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    for accuracy in (0.5, 0.6):
+        with open_run() as run:
+            run.metrics({"val/accuracy": accuracy}, int(10 * accuracy))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with open_run() as last:
+        last.metrics({"val/accuracy": 0.7}, 7)
+    (old,) = [r for r in client.search_runs(["1"]) if r.info.run_id != last.run_id]
+    assert history(client, old.info.run_id) == [(5, 0.5), (6, 0.6)]
+    assert history(client, last.run_id) == [(7, 0.7)]
+
+
+def test_a_worker_that_does_not_see_the_journal_logs_to_the_server_alone(client, project):
+    with open_run() as run:
+        EpochLogger(tracking_uri(), run.run_id, str(project / "elsewhere"))(record(1, 0.5))
+        assert not (project / "elsewhere").exists()
+        run.history([record(1, 0.5), record(2, 0.6)])
+    assert history(client, run.run_id) == [(1, 0.5), (2, 0.6)]
+
+
+def test_relog_names_a_folder_without_a_run(project, capsys):
+    assert relog(["runs/none"]) == 1
+    assert capsys.readouterr().err == "runs/none: nothing was tracked here (no tracking/run.json)\n"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:////project/mlflow.db"),
+        ("sqlite:///deep/a.db?timeout=5", "sqlite:////project/deep/a.db?timeout=5"),
+        ("sqlite:////else/a.db", "sqlite:////else/a.db"),
+        ("file:runs", "file:///project/runs"),
+        ("file:///else/runs", "file:///else/runs"),
+        ("./mlruns", "file:///project/mlruns"),
+        ("http://host:5000", "http://host:5000"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_addresses_are_absolute(uri, expected, tmp_path):
+    assert absolute_uri(uri, tmp_path) == expected.replace("/project", str(tmp_path))
+
+
+def test_the_database_is_the_projects_also_where_dvc_runs_a_copy(project, monkeypatch):
+    here = tracking_uri()
+    copy = project / ".dvc/tmp/exps/tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    assert tracking_uri() == here == f"sqlite:///{project}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert tracking_uri() == f"sqlite:///{project}/other.db"
+
+
+def test_artifacts_lie_beside_the_database_and_passwords_are_not_shown():
+    assert artifact_location("sqlite:////a/b/mlflow.db") == "file:///a/b/mlartifacts"
+    assert artifact_location("http://host") is None
+    assert shown("https://user:secret@host:5000/x") == "https://host:5000/x"
