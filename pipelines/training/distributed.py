@@ -25,9 +25,14 @@ class Context:
     report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
 
 
+def cpu_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_threads(local_world_size: int) -> None:
     """Gives each of a machine's workers its equal share of the cores: the same after a restart, for equal sums."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    torch.set_num_threads(max(1, cpu_count() // local_world_size))
 
 
 def seed_rank(seed: int, rank: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
-from pipelines.training.distributed import Context, use_threads
+from pipelines.training.distributed import Context, cpu_count, use_threads
 from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished
 from pipelines.training.loop import fit, report
 
@@ -29,6 +30,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other are ten times slower where cores are shared
 }
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
@@ -146,6 +148,8 @@ def _work(config: dict[str, Any]) -> Any:
 
     context = ray.train.get_context()
     use_threads(context.get_local_world_size())
+    if context.get_world_rank() == 0:
+        _show_log()
     if checkpoints.read_json(config["failure"], "failure.json") is not None:
         return None
     device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
@@ -162,6 +166,16 @@ def _work(config: dict[str, Any]) -> Any:
         if here.world_size == 1:
             return None
         raise
+
+
+def _show_log() -> None:
+    """Lets this project's log lines out of a Ray worker, whose root logger keeps to errors."""
+    log = logging.getLogger("pipelines")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
 
 
 @contextmanager
@@ -201,7 +215,7 @@ def _start_local(training: TrainingParams) -> None:
     wanted = int(-(-most * training.cpus_per_worker // 1))
     ray.init(
         address="local",
-        num_cpus=max(len(os.sched_getaffinity(0)), wanted),
+        num_cpus=max(cpu_count(), wanted),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE,
         logging_level=logging.ERROR,

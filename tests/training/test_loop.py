@@ -184,3 +184,18 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_worker_counts_that_fa
         train(toy_job(tmp_path / "run", workers=3))
     with pytest.raises(TrainingError, match=r"by 3 of the workers \(2, 4\)"):
         train(toy_job(tmp_path / "run", workers=(2, 4)))
+
+
+def test_bfloat16_is_for_the_computation_and_weights_stay_float32(tmp_path: Path) -> None:
+    kinds: set[torch.dtype] = set()
+
+    class Watched(ToyMethod):
+        def loss(self, model: Any, batch: Any) -> Any:
+            kinds.add(model(batch["image"]).dtype)
+            return super().loss(model, batch)
+
+    result = train(toy_job(tmp_path / "run", Watched, precision="bfloat16"))
+    assert kinds == {torch.bfloat16}
+    floating = [value for value in weights(result).values() if value.is_floating_point()]
+    assert {value.dtype for value in floating} == {torch.float32}
+    assert not identical(weights(result), weights(train(toy_job(tmp_path / "whole"))))

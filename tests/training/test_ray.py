@@ -64,6 +64,8 @@ def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path
     newest = checkpoints.newest(job.directory)
     assert newest is not None
     assert newest["step"] == 8
+    elsewhere = train(toy_job(tmp_path / "run"))  # in this process: another number of workers may go on with it
+    assert [(record["epoch"], record["step"]) for record in elsewhere.history] == [(1, 6), (2, 12), (3, 18)]
 
 
 def test_a_driver_killed_and_run_again_changes_nothing(tmp_path: Path, uninterrupted: Result) -> None:
