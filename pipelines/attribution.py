@@ -268,8 +268,9 @@ def _integrated_gradients(
     def gradients(
         forward_fn: Callable[[Tensor], Tensor], inputs: tuple[Tensor], target_ind: Tensor, additional_forward_args: None = None
     ) -> tuple[Tensor, ...]:
-        selected = forward_fn(inputs[0]).gather(1, target_ind[:, None]).sum()
-        return torch.autograd.grad(selected, inputs, create_graph=create_graph)
+        logits = forward_fn(inputs[0])
+        every_step = target_ind.expand(len(logits))  # captum repeats the targets for its steps, but not a single one
+        return torch.autograd.grad(logits.gather(1, every_step[:, None]).sum(), inputs, create_graph=create_graph)
 
     integral = IntegratedGradients(model)
     integral.gradient_func = gradients  # captum's own keeps no graph

@@ -80,13 +80,13 @@ class CalibrationError(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Logits (N, K), labels (N,)."""
         confidences, predicted = preds.detach().double().softmax(1).max(1)
-        bins = (confidences * self.bins).long().clamp_max(self.bins - 1)
+        bins = (confidences.nan_to_num() * self.bins).long().clamp_max(self.bins - 1)
         self.counts.index_add_(0, bins, torch.ones_like(confidences))
         self.correct.index_add_(0, bins, (predicted == target).double())
         self.confidences.index_add_(0, bins, confidences)
 
     def compute(self) -> Tensor:
-        """In [0, 1]; NaN without any image."""
+        """In [0, 1]; NaN without any image, and where a logit was not finite."""
         return (self.correct - self.confidences).abs().sum() / self.counts.sum()
 
 

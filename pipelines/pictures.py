@@ -1,0 +1,113 @@
+"""Pictures for the person who decides: the image, its explanation in colour, contribution heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+INCHES = 1.6  # side of a panel
+
+
+def choose(correct: Tensor, count: int, seed: int) -> Tensor:
+    """Indices of `count` images, half of them right and half wrong as far as there are, drawn by `seed`; rising, int64.
+
+    Args:
+        correct: (N,) of bool.
+        count: images wanted; all, where there are fewer.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    right, wrong = (torch.nonzero(which)[:, 0] for which in (correct, ~correct))
+    right, wrong = (each[torch.randperm(len(each), generator=generator)] for each in (right, wrong))
+    wrong_count = min(len(wrong), max(count // 2, count - len(right)))
+    return torch.cat([right[: count - wrong_count], wrong[:wrong_count]]).sort().values
+
+
+def captions(logits: Tensor, labels: Tensor, classes: Sequence[str], probability: str = "softmax") -> list[str]:
+    """A line an image: its true class, the predicted one and its confidence.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        classes: K names.
+        probability: `softmax` over the classes, or `sigmoid` of each.
+    """
+    confidences = logits.softmax(1) if probability == "softmax" else logits.sigmoid()
+    best = logits.argmax(1)
+    return [
+        f"true: {classes[label]}\npredicted: {classes[guess]} ({share:.0%})"
+        for label, guess, share in zip(
+            labels.tolist(), best.tolist(), confidences.gather(1, best[:, None])[:, 0].tolist(), strict=True
+        )
+    ]
+
+
+def save_panels(path: str | Path, images: Tensor, explanations: Mapping[str, Tensor], titles: Sequence[str]) -> None:
+    """Writes a PNG: for each image a row of the image itself and its explanations. The same input gives the same bytes.
+
+    Args:
+        path: of the PNG; its folder is made.
+        images: (N, 3 or more, H, W) in [0, 1], of which the first three channels are shown.
+        explanations: by column title: (N, H, W, 4) in [0, 1] is shown as colours on white, (N, H, W) as a heat map, red for
+            and blue against the class, white at 0, with limits symmetric about it.
+        titles: N, written above the images.
+
+    Raises:
+        ValueError: numbers of images, maps and titles differ, or an explanation has another shape.
+    """
+    for name, number in {"titles": len(titles), **{name: len(maps) for name, maps in explanations.items()}}.items():
+        if number != len(images):
+            raise ValueError(f"{name}: {number} for {len(images)} images")
+    columns = {"input": images[:, :3].permute(0, 2, 3, 1).clamp(0, 1), **{k: _panels(k, v) for k, v in explanations.items()}}
+    with matplotlib.rc_context({"font.size": 6}):
+        figure = Figure(figsize=(INCHES * len(columns), (INCHES + 0.3) * len(images)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(images), len(columns), squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for row, title in enumerate(titles):
+            for column, (name, panels) in enumerate(columns.items()):
+                axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
+                axes[row, column].set_title(title if column == 0 else name)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+
+
+def heat_map(attributions: Tensor, percentile: float = 99.5) -> Tensor:
+    """Signed maps (N, H, W) as colours (N, H, W, 3) in [0, 1]: blue, white at 0, red.
+
+    The limits of a map are symmetric: plus and minus the given percentile of its absolute values.
+    """
+    magnitude = attributions.detach().float().cpu().flatten(1).abs()
+    limit = torch.quantile(magnitude, percentile / 100, dim=1)
+    limit = torch.where(limit > 0, limit, magnitude.amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = (attributions.detach().float().cpu() / limit[:, None, None]).clamp(-1, 1)
+    colours = matplotlib.colormaps["bwr"](((scaled + 1) / 2).numpy())
+    return torch.from_numpy(np.asarray(colours[..., :3])).float()
+
+
+def on_white(rgba: Tensor) -> Tensor:
+    """Colours with opacity (N, H, W, 4) in [0, 1] laid on white: (N, H, W, 3)."""
+    colours, alpha = rgba[..., :3], rgba[..., 3:]
+    return colours * alpha + (1 - alpha)
+
+
+def _panels(name: str, values: Tensor) -> Tensor:
+    """One explanation of all images as colours (N, H, W, 3)."""
+    if values.ndim == 3:
+        return heat_map(values)
+    if values.ndim == 4 and values.shape[-1] == 4:
+        return on_white(values)
+    raise ValueError(f"{name}: (N, H, W) or (N, H, W, 4) can be shown, not {tuple(values.shape)}")
+
+
+def _pixels(colours: Tensor) -> np.ndarray:
+    """(H, W, 3) in [0, 1] as bytes."""
+    return (colours.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
