@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pipelines.data.pillow import DecodeError, image_size, mask_ids
 from pipelines.data.sample import DataError, Description, Sample
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -53,11 +54,9 @@ def _check_labels(sample: Sample, description: Description) -> None:
 
 def _check_geometry(sample: Sample, classes: int) -> None:
     """Raises `DataError` where a box is empty, outside its image or of no class, or the mask does not fit."""
-    from pipelines.data.decode import DecodeError, decode_mask, image_size  # torch: only where it is needed
-
     try:
         height, width = image_size(sample.image)
-        mask = None if sample.mask is None else decode_mask(sample.mask)
+        mask = None if sample.mask is None else mask_ids(sample.mask)
     except DecodeError as error:
         raise DataError(f"{sample.key}: boxes and mask cannot be checked: {error}") from None
     for box in sample.boxes:

@@ -10,15 +10,12 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_with_torchvision
 
-from pipelines.data.sample import DataError
+from pipelines.data.pillow import DecodeError, mask_ids, one_line
+
+__all__ = ["DecodeError", "decode_image", "decode_mask"]
 
 WHITE = (255, 255, 255, 255)
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-MASK_MODES = ("1", "L", "P", "I;16", "I")
-
-
-class DecodeError(DataError):
-    """An image that does not decode: the one error that `on_error: skip` passes over."""
 
 
 def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
@@ -46,7 +43,7 @@ def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
     except DecodeError:
         raise
     except Exception as error:  # decoders meet corrupt bytes with errors of any type
-        raise DecodeError(_one_line(error)) from None
+        raise DecodeError(one_line(error)) from None
 
 
 def decode_mask(encoded: bytes) -> torch.Tensor:
@@ -55,26 +52,7 @@ def decode_mask(encoded: bytes) -> torch.Tensor:
     Raises:
         DecodeError: not an image, truncated, or an image in colours.
     """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        if image.mode in MASK_MODES:
-            return torch.from_numpy(np.array(image).astype(np.int64))
-    except Exception as error:  # as above
-        raise DecodeError(f"mask: {_one_line(error)}") from None
-    raise DecodeError(f"mask: mode {image.mode}; instance ids are grey, of 8 or 16 bits")
-
-
-def image_size(encoded: bytes) -> tuple[int, int]:
-    """(height, width) in stored pixels, from the header alone.
-
-    Raises:
-        DecodeError: the header is not an image's.
-    """
-    try:
-        width, height = Image.open(io.BytesIO(encoded)).size
-    except Exception as error:  # as above
-        raise DecodeError(_one_line(error)) from None
-    return height, width
+    return torch.from_numpy(mask_ids(encoded))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -88,10 +66,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range; store 8 or 16 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    """What `error` says, in one line without the addresses of objects."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image in a known format"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -276,10 +276,13 @@ def keep_boxes(
         corners: (m, 4), XYXY, clipped to the image.
         mask: int64 (H, W), ids 0 to m.
     """
-    kept = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
-    if mask is not None and not kept.all():
+    boxes = torch.cat([classes[:, None], corners], dim=1)
+    kept = (corners[:, 2:] > corners[:, :2]).all(dim=1)
+    if kept.all():
+        return boxes, mask
+    if mask is not None:
         mask = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0) * kept])[mask]
-    return torch.cat([classes[:, None], corners], dim=1)[kept], mask
+    return boxes[kept], mask
 
 
 def _known(raw: RawSample, manifest: Manifest, classes: int) -> dict[str, Any]:
