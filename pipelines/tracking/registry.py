@@ -17,7 +17,7 @@ import pipelines
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import git_tags, version_tags
 from pipelines.tracking.runs import describe_dataset, flatten
-from pipelines.tracking.server import as_default, complaint, connect, prepare, shown, tracking_uri, where_to_look
+from pipelines.tracking.server import as_default, complaint, connect, prepare, shown, tracking_uri, uploading, where_to_look
 from pipelines.tracking.sync import find_or_create_run, log_dataset, log_params_and_tags
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ def _log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec,
             input_example=np.full((1, 3, spec.image_size, spec.image_size), 0.5, dtype=np.float32),
             mlflow_model=Model(model_id=model.model_id, model_uuid=model.model_id, run_id=run.info.run_id),
         )
-        client.log_model_artifacts(model.model_id, f"{folder}/model")
+        with uploading():
+            client.log_model_artifacts(model.model_id, f"{folder}/model")
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     return model.model_id

@@ -17,9 +17,11 @@ SETTINGS = {  # where the environment does not say otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",  # or each run is reported to MLflow's makers
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # no lines on database migrations and registrations
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 retries of 120 s would hold up training for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+UPLOAD_TIMEOUT = "600"  # seconds: a server answers an upload when its own storage has it
 
 
 def project_root() -> Path:
@@ -96,10 +98,22 @@ def as_default(uri: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mlflow.set_tracking_uri("")
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@contextmanager
+def uploading() -> Iterator[None]:
+    """Gives requests the time that files take, unless the environment set the time."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ[name]
+    os.environ[name] = UPLOAD_TIMEOUT if before == SETTINGS[name] else before
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.tracking.journal import Journal, MetricRow
-from pipelines.tracking.server import connect, experiment_id
+from pipelines.tracking.server import connect, experiment_id, uploading
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,7 +31,8 @@ def sync(journal: Journal, uri: str) -> Run:
     for dataset in head["datasets"]:
         log_dataset(client, run_id, dataset)
     if journal.artifacts.is_dir():
-        client.log_artifacts(run_id, str(journal.artifacts))
+        with uploading():
+            client.log_artifacts(run_id, str(journal.artifacts))
     if head["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     else:

@@ -177,3 +177,12 @@ def test_a_bad_name_leaves_no_run(put, client, manifest):
         register("models/bcos", experiment="demo", name="a/b", metrics={}, manifest=manifest, dataset="objects")
     experiment = connect(client.tracking_uri).get_experiment_by_name("demo")
     assert experiment is None
+
+
+def test_what_is_refused_is_answered_in_one_line_that_does_not_repeat_the_input():
+    from pipelines.tracking.served import InputError
+
+    error = InputError("images must be in [0, 1], not 0 to 3")
+    error.message = f"Failed to predict data '[[3, 3, 3]]'. \nError: {error.message}"  # as MLflow's scoring server does
+    assert "[[3, 3, 3]]" not in error.message
+    assert "images must be in [0, 1], not 0 to 3" in error.serialize_as_json()

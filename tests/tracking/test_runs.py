@@ -213,3 +213,10 @@ def test_artifacts_lie_beside_the_database_and_passwords_are_not_shown():
     assert artifact_location("sqlite:////a/b/mlflow.db") == "file:///a/b/mlartifacts"
     assert artifact_location("http://host") is None
     assert shown("https://user:secret@host:5000/x") == "https://host:5000/x"
+
+
+def test_where_checkpoints_are_at_a_url_the_journal_is_here(client, project):
+    with open_run("s3://bucket/deep/runs/pretrain/0123") as run:
+        run.metrics({"val/accuracy": 0.5}, 1)
+    assert run.directory == project / "runs" / "pretrain" / "0123"
+    assert history(client, run.run_id) == [(1, 0.5)]
