@@ -180,6 +180,7 @@ class EvaluateParams(Strict):
     grid_count: PositiveInt = 500
     grid_batch: PositiveInt = 16  # grids at once
     smooth: Annotated[int, Field(ge=1)] = 3  # kernel of the mean that smooths maps before they are scored, pixels
+    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam", "input_x_gradient")
     pictures: Annotated[int, Field(ge=0)] = 16
     seed: int = 0
 

@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipelines import models, tracking
+from pipelines.data.manifest import Manifest
 from pipelines.data.sample import DataError
-from pipelines.data.shards import Manifest, read_manifest
 from pipelines.models import ModelSpec, WeightsError
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
 from pipelines.training import Job, TrainingError, run_directory, train
@@ -33,7 +34,7 @@ def stage() -> Iterator[Params]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         yield load()
-    except (ParamsError, DataError, WeightsError, TrainingError, FileNotFoundError) as error:
+    except (ParamsError, DataError, WeightsError, TrainingError, tracking.TrackingError, FileNotFoundError) as error:
         sys.exit(str(error))
 
 
@@ -70,9 +71,9 @@ def train_stage(
     build: Callable[[], Any],
     spec: ModelSpec,
     manifest: Manifest,
-    inputs: tuple[Any, ...] = (),
+    upstream: tuple[Path, ...] = (),
 ) -> None:
-    """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its metrics and history in `reports/<name>`.
+    """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
 
     Args:
         params: of the run.
@@ -81,29 +82,41 @@ def train_stage(
         build: makes the method, in every worker.
         spec: of the trained model.
         manifest: of the shards.
-        inputs: what else the outcome depends on; with the params it names the run's folder, where a killed stage goes on.
+        upstream: models of earlier stages that the outcome depends on.
+
+    The params, the shards and the upstream models name the run's folder, where a killed stage goes on.
     """
     known = (params.seed, params.dataset, params.data, params.model, optim, params.training.workers, params.training.precision)
-    directory = run_directory(params.training.storage, name, *known, manifest.digest, *inputs)
-    with tracking.stage_run(name, experiment=params.tracking.experiment, params=params.model_dump(), directory=directory) as run:
-        run.dataset(manifest)
+    shards = shards_of(params.dataset)
+    directory = run_directory(
+        params.training.storage, name, *known, file_digest(Path(shards, "manifest.json")), *map(models.digest, upstream)
+    )
+    with tracking.stage_run(
+        name,
+        experiment=params.tracking.experiment,
+        params=params.model_dump(mode="json"),
+        directory=directory,
+        inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
+    ) as run:
+        run.dataset(asdict(manifest), name=params.dataset)
         job = Job(
             build=build,
-            shards=shards_of(params.dataset),
+            shards=shards,
             data=params.data,
             optim=optim,
             training=params.training,
             seed=params.seed,
             directory=directory,
             on_epoch=run.epoch_logger(),
-            report_key=run.run_id,
+            report_key=run.key,
         )
         result = train(job)
         module = build().module
         result.load_best(module)
         models.save(Path("models", name), module, spec)
         report(name, result.history, result.best)
-        run.artifact(Path("models", name), "model")
+        run.history(result.history)
+        run.model(Path("models", name))
 
 
 def report(name: str, history: list[Any], best: Any) -> None:

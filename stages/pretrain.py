@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from pipelines.data.shards import read_manifest
+from pipelines.data.manifest import read_manifest
 from pipelines.methods import Pretrain
 from pipelines.models import ModelSpec, assemble, build
 from pipelines.params import ModelParams

@@ -26,7 +26,7 @@ def main() -> None:
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    .venv/bin/dvc metrics show    plots  .venv/bin/dvc plots show")
     console.print(f"registry   {version['uri']} (version {version['version']})")
-    console.print(f"review     .venv/bin/mlflow ui --backend-store-uri {tracking.default_uri()}", soft_wrap=True)
+    console.print(f"review     .venv/bin/mlflow ui --backend-store-uri {tracking.tracking_uri()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

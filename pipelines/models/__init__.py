@@ -1,8 +1,8 @@
 """Networks by name, their weights, and models on disk. Importing this registers the conversion rules of torchvision and timm."""
 
 from pipelines.models import rules as _rules  # noqa: F401  (registers)
-from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, load, read_spec, save
+from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, read_spec, save
 from pipelines.models.weights import WeightsError
 from pipelines.models.zoo import build
 
-__all__ = ["ConventionalNetwork", "ModelSpec", "WeightsError", "assemble", "build", "load", "read_spec", "save"]
+__all__ = ["ConventionalNetwork", "ModelSpec", "WeightsError", "assemble", "build", "digest", "load", "read_spec", "save"]

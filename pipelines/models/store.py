@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -94,3 +95,11 @@ def read_spec(directory: str | Path) -> ModelSpec:
     content = json.loads(path.read_text())
     tuples = {key: tuple(content[key]) for key in ("classes", "mean", "std")}
     return ModelSpec(**{**content, **tuples})
+
+
+def digest(directory: str | Path) -> str:
+    """The sha256 of the model in `directory`: of its weights and its spec."""
+    content = hashlib.sha256()
+    for name in (WEIGHTS, CONFIG):
+        content.update(hashlib.sha256((Path(directory) / name).read_bytes()).digest())
+    return content.hexdigest()

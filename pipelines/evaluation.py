@@ -1,0 +1,310 @@
+"""Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids.
+
+Runs on any number of workers: each takes its part of the split and of the grids, and what they find is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from pipelines import models
+from pipelines.attribution import attribute_many, explain, last_features
+from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
+from pipelines.data.loader import loader
+from pipelines.data.transforms import eval_transform
+from pipelines.metrics import (
+    Grid,
+    LocalisationMetric,
+    UnexplainedShare,
+    area_share,
+    attribution_iou,
+    box_masks,
+    confidence,
+    draw_grids,
+    eligible,
+    energy_pointing_game,
+    grid_batches,
+    grid_pointing_game,
+    multiclass_metrics,
+    multilabel_metrics,
+    object_masks,
+    size_corrected,
+    without_energy,
+    without_union,
+)
+from pipelines.models import ModelSpec
+from pipelines.params import DataParams, EvaluateParams
+
+Batch = dict[str, Any]
+
+
+class Context(Protocol):
+    """Where this process stands among the workers."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def world_size(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation, and its explanations: name -> keyword arguments of `attribute_many`."""
+
+    model: nn.Module
+    spec: ModelSpec
+    explanations: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the models say of every image of the split, sorted by key: labels (N,), for each model logits (N, K)."""
+
+    keys: list[str]
+    labels: Tensor
+    logits: dict[str, Tensor]
+
+
+def evaluate(
+    context: Context, directories: Mapping[str, str], shards: str, data: DataParams, params: EvaluateParams, split: str = "test"
+) -> dict[str, Any]:
+    """Metrics of the models in `directories` (name -> folder) on `split`; the same on every worker.
+
+    Returns:
+        `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
+        "skipped": n}`. Fractions are in [0, 1].
+    """
+    subjects = {name: load_subject(path, params.posthoc, context.device) for name, path in directories.items()}
+    batches = partial(split_batches, shards, split, data, params.batch_size)
+    accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}
+    scores = {name: _Scores(subject, context.device) for name, subject in subjects.items()}
+    seen: list[Any] = []
+    mine = batches(rank=context.rank, world_size=context.world_size)
+    for batch in mine:
+        batch = {key: value.to(context.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        logits = {}
+        for name, subject in subjects.items():
+            logits[name] = _predict(subject.model, batch["image"])
+            accuracy[name].update(logits[name], batch["label"] if "label" in batch else batch["labels"].long())
+            scores[name].update(batch)
+        seen.append((batch["key"], batch.get("label", torch.zeros(0)).cpu(), {name: each.cpu() for name, each in logits.items()}))
+    results: dict[str, Any] = {
+        name: {**_floats(accuracy[name].compute()), "explanations": scores[name].compute()} for name in subjects
+    }
+    keys = [key for part in _gather(context, [batch_keys for batch_keys, *_ in seen]) for some in part for key in some]
+    found = {
+        "models": results,
+        "images": len(keys),
+        "skipped": sum(_gather(context, mine.skipped)),
+    }
+    if all(subject.spec.task == "multiclass" for subject in subjects.values()):
+        predictions = _predictions(context, seen)
+        found["grids"] = _grid_scores(context, subjects, predictions, batches, params, results)
+    return found
+
+
+def load_subject(directory: str, posthoc: Iterable[str], device: torch.device) -> Subject:
+    """The model in `directory` with its own explanation (B-cos) or the methods `posthoc` (conventional)."""
+    model, spec = models.load(directory)
+    model.to(device).requires_grad_(False)
+    if spec.kind == "bcos":
+        return Subject(model, spec, {"bcos": {"method": "bcos"}})
+    explanations: dict[str, dict[str, Any]] = {method: {"method": method} for method in posthoc}
+    if "gradcam" in explanations:
+        probe = torch.zeros(1, 6, spec.image_size, spec.image_size, device=device)
+        explanations["gradcam"]["layer"] = last_features(model, probe)
+    return Subject(model, spec, explanations)
+
+
+class _Scores:
+    """Localisation and completeness of one model's explanations, for the classes that are in each image."""
+
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        self.subject = subject
+        self.metrics: dict[str, dict[str, Metric]] = {name: {} for name in subject.explanations}
+        self.device = device
+
+    def update(self, batch: Batch) -> None:
+        """Adds every (image, class) pair of a batch."""
+        rows, targets = _pairs(batch)
+        images = add_inverse(batch["image"][rows])
+        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else None
+        size = (images.shape[-2], images.shape[-1])
+        by_box = None if boxes is None else box_masks(boxes, targets, size)
+        by_object = None if boxes is None or "mask" not in batch else object_masks(batch["mask"][rows], boxes, targets)
+        for name, maps in self._maps(images, targets):
+            add = partial(self._add, name)
+            if by_box is not None:
+                epg, undefined = energy_pointing_game(maps, by_box), without_energy(maps)
+                add("epg", epg, undefined)
+                add("size_corrected_epg", size_corrected(epg, area_share(by_box)), undefined)
+                add("iou", attribution_iou(maps, by_box), without_union(maps, by_box))
+            if by_object is not None:
+                add("on_object_epg", energy_pointing_game(maps, by_object), without_energy(maps))
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """For each explanation the means over all workers, and how many pairs were undefined where any was."""
+        found: dict[str, dict[str, float]] = {}
+        for name, metrics in self.metrics.items():
+            found[name] = {}
+            for key, metric in metrics.items():
+                value = metric.compute()
+                found[name][key] = float(value["mean"] if isinstance(value, dict) else value)
+                if isinstance(value, dict):
+                    found[name][f"{key}_undefined"] = int(value["undefined"])
+        return found
+
+    def _maps(self, images: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each explanation's maps (N, H, W); what they leave unexplained is measured on the way."""
+        model, mean = self.subject.model, self.subject.model.mean[:, None, None]  # type: ignore[index]
+        rows = range(len(targets))
+        for name, options in self.subject.explanations.items():
+            if self.subject.spec.kind == "bcos":
+                logits, weights = dynamic_weights(model, images, targets)
+                maps = contribution_map(images, weights)
+                centered = contribution_map(images - mean, weights)
+                self._unexplained(name, "unexplained_share_as_published", logits[rows, targets], maps)
+                self._unexplained(name, "unexplained_share", logits[rows, targets], centered)
+            else:
+                logits, maps = explain(model, images, targets[:, None], **options)
+                maps = maps[:, 0]
+                if options["method"] != "gradcam":  # whose unit is not the logit's
+                    self._unexplained(name, "unexplained_share", logits[rows, targets], maps)
+            yield name, maps
+
+    def _add(self, name: str, key: str, values: Tensor, undefined: Tensor) -> None:
+        self.metrics[name].setdefault(key, LocalisationMetric().to(self.device)).update(values, undefined)
+
+    def _unexplained(self, name: str, key: str, logits: Tensor, maps: Tensor) -> None:
+        bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
+        self.metrics[name].setdefault(key, UnexplainedShare().to(self.device)).update(logits, bias, maps)
+
+
+def _pairs(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The (image, class) pairs of a batch: indices of images (P,), classes (P,)."""
+    if "label" in batch:
+        return torch.arange(len(batch["label"]), device=batch["label"].device), batch["label"]
+    rows, targets = batch["labels"].nonzero(as_tuple=True)
+    return rows, targets
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor) -> Tensor:
+    return model(add_inverse(images))
+
+
+def _accuracy(spec: ModelSpec) -> Any:
+    make = multiclass_metrics if spec.task == "multiclass" else multilabel_metrics
+    return make(len(spec.classes))
+
+
+def split_batches(shards: str, split: str, data: DataParams, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Any:
+    """The batches of one worker in an evaluation pass."""
+    return loader(
+        shards,
+        split,
+        batch_size=batch_size,
+        transform=eval_transform(data),
+        rank=rank,
+        world_size=world_size,
+        workers=data.loader_workers,
+        on_error=data.on_error,
+        verify=data.verify,
+    )
+
+
+def _predictions(context: Context, seen: list[Any]) -> Predictions:
+    """All workers' predictions in one order, whatever their number."""
+    parts = [part for of_worker in _gather(context, seen) for part in of_worker]
+    keys = [key for batch_keys, *_ in parts for key in batch_keys]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    logits = {name: torch.cat([each[name] for *_, each in parts])[order] for name in parts[0][2]}
+    return Predictions([keys[index] for index in order], torch.cat([labels for _, labels, _ in parts])[order], logits)
+
+
+def _grid_scores(
+    context: Context,
+    subjects: Mapping[str, Subject],
+    predictions: Predictions,
+    batches: Any,
+    params: EvaluateParams,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Plays the grid pointing game, enters the scores into `results`, and returns what the grids were.
+
+    `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
+    `gridpg_own_grids` on each model's own, as published.
+    """
+    draw = partial(_draw, predictions, params)
+    common = draw(list(subjects))
+    played = {name: (common, draw([name])) for name in subjects}
+    wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
+    images = images_by_key(batches(), {predictions.keys[index] for index in wanted})
+    table = {index: images[predictions.keys[index]] for index in wanted}
+    for name, subject in subjects.items():
+        for explanation, options in subject.explanations.items():
+            for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
+                scores = LocalisationMetric().to(context.device)
+                explain_many = partial(attribute_many, subject.model, **options)
+                for tiled, classes in grid_batches(
+                    _share(context, grids),
+                    lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device)),
+                    params.grid_batch,
+                ):
+                    scores.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
+                if grids:
+                    results[name]["explanations"][explanation][key] = float(scores.compute()["mean"])
+    correct = eligible(predictions.labels, *predictions.logits.values())
+    return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}
+
+
+def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:
+    """Grids of images that the models called `names` all get right."""
+    logits = [predictions.logits[name] for name in names]
+    return draw_grids(
+        confidence(predictions.labels, *logits),
+        predictions.labels,
+        predictions.keys,
+        eligible(predictions.labels, *logits),
+        n=params.grid_size,
+        count=params.grid_count,
+        seed=params.seed,
+    )
+
+
+def images_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Tensor]:
+    """The images (3, H, W) of the keys that are wanted, from one pass."""
+    return {
+        key: image.clone()
+        for batch in (batches if wanted else ())
+        for key, image in zip(batch["key"], batch["image"], strict=True)
+        if key in wanted
+    }
+
+
+def _share(context: Context, grids: list[Grid]) -> list[Grid]:
+    """The grids of this worker."""
+    return grids[context.rank :: context.world_size]
+
+
+def _gather(context: Context, value: Any) -> list[Any]:
+    """What each worker has, by rank."""
+    if context.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}

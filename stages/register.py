@@ -1,0 +1,43 @@
+"""Stage `register`: the B-cosified model and its evidence as a version in the model registry; run again, it changes nothing."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pipelines import tracking
+from pipelines.data.manifest import read_manifest
+from stages.common import REPORTS, shards_of, stage, write_json
+from stages.evaluate import NAMES
+
+
+def main() -> None:
+    """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`."""
+    with stage() as params:
+        start = params.bcosify.starts[0]
+        metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())["models"][NAMES[start]]
+        version = tracking.register(
+            Path("models/bcosify", start),
+            experiment=params.tracking.experiment,
+            name=params.tracking.model_name,
+            alias=params.tracking.alias,
+            metrics=_flat({"test": metrics}),
+            manifest=asdict(read_manifest(shards_of(params.dataset))),
+            dataset=params.dataset,
+            pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
+            params=params.model_dump(mode="json"),
+        )
+        uri = f"models:/{version.name}@{params.tracking.alias}"
+        write_json(REPORTS / "register.json", {"uri": uri, "version": version.version, "digest": version.digest})
+
+
+def _flat(nested: dict) -> dict[str, float]:
+    """Nested figures as `a/b/c` -> value."""
+    found: dict[str, float] = {}
+    for key, value in nested.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{key}/{rest}".rstrip("/"): number for rest, number in inner.items()}
+    return found
+
+
+if __name__ == "__main__":
+    main()
