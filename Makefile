@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 
 .PHONY: help setup repro test lint types bench clean lock
@@ -20,8 +21,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $(STAMP)
 
 repro: setup ## run the pipeline, whatever of it changed
-	@$(BIN)/dvc repro
-	@$(BIN)/python -m stages.summary
+	@dvc repro
+	@python -m stages.summary
 
 test: setup ## all tests
 	@$(BIN)/python -m pytest

@@ -24,9 +24,9 @@ def main() -> None:
             table.add_row(*first, explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
     console.print(table)
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
-    console.print("metrics    .venv/bin/dvc metrics show    plots  .venv/bin/dvc plots show")
+    console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
-    console.print(f"review     .venv/bin/mlflow ui --backend-store-uri {tracking.tracking_uri()}", soft_wrap=True)
+    console.print(f"review     mlflow ui --backend-store-uri {tracking.tracking_uri()}", soft_wrap=True)
 
 
 if __name__ == "__main__":
