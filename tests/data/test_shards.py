@@ -89,6 +89,12 @@ def test_tar_holds_the_original_bytes_under_webdataset_names(tmp_path):
     }
 
 
+def test_files_have_the_permissions_that_the_user_gives_new_files(tmp_path):
+    write(tmp_path, [plain(0)])
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_remote_root_has_the_same_files(tmp_path):
     write(tmp_path, [rich(i) for i in range(5)])
     write("memory://bucket/toy", [rich(i) for i in range(5)])
