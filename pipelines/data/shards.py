@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Manifest", "Shard", "ShardError", "read_manifest", "write_shards"]
 
 FIELDS = ("boxes", "mask", "group", "caption")
+WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -69,7 +70,7 @@ def write_shards(
         raw: the folder that `source.fetch` filled.
         out: a folder or any fsspec URL.
         shard_size: samples a shard; the last shard of a split may have fewer.
-        workers: processes, each on one shard at a time; 0 writes in this one.
+        workers: at most so many processes, each on one shard at a time; few samples, or 0, are written in this one.
         progress: show a bar with a rate and the time left.
 
     Raises:
@@ -107,12 +108,13 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_P
 
 def _mapped(write: Callable[[_Plan], _Written], plans: Sequence[_Plan], workers: int) -> Iterator[_Written]:
     """`write` of each plan, in the order of the plans; on an error what was not begun is not begun."""
-    if workers == 0 or len(plans) < 2:
+    processes = min(workers, len(plans), sum(len(plan.references) for plan in plans) // WORTH_A_PROCESS)
+    if processes < 2:
         yield from map(write, plans)
         return
     # Spawned, not forked: the caller may have threads, and a fork would copy their locks as they are.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         try:
             yield from pool.map(write, plans)
         finally:
