@@ -223,9 +223,8 @@ def _start_local(training: TrainingParams) -> None:
     )
     root.setLevel(level)
     root.handlers[:] = handlers
-    found = ray.cluster_resources().get("GPU", 0)
-    if training.gpus_per_worker * most > found and training.gpus_per_worker > 0:
+    least = training.workers if isinstance(training.workers, int) else training.workers[0]
+    found, wanted_gpus = ray.cluster_resources().get("GPU", 0), least * training.gpus_per_worker
+    if wanted_gpus > found:
         ray.shutdown()
-        raise TrainingError(
-            f"training asks for {most} workers with {training.gpus_per_worker:g} GPUs each; this machine has {found:g}"
-        )
+        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted_gpus:g} GPUs, this machine has {found:g}")

@@ -48,6 +48,20 @@ def toy_batches(
     return [{"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]} for piece in pieces]
 
 
+class Count(torchmetrics.Metric):
+    """How many samples there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
+        self.total += len(labels)
+
+    def compute(self) -> torch.Tensor:
+        return self.total
+
+
 class ToyNetwork(nn.Module):
     """Layers registered in another order than they are used in: DDP sees gradients come in an order of their own."""
 
@@ -100,23 +114,20 @@ class ToyMethod:
         raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
 
     def metrics(self) -> torchmetrics.MetricCollection:
-        accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=CLASSES, average="micro")
-        error = torchmetrics.classification.MulticlassCalibrationError(num_classes=CLASSES)
+        """Sums, a list state (calibration), and two that share their state (precision and recall)."""
+        classification = torchmetrics.classification
         return torchmetrics.MetricCollection(
             {
-                "accuracy": accuracy,
-                "calibration": error,
-                "loss": torchmetrics.MeanMetric(),
-                "count": torchmetrics.SumMetric(),
+                "accuracy": classification.MulticlassAccuracy(num_classes=CLASSES, average="micro"),
+                "precision": classification.MulticlassPrecision(num_classes=CLASSES),
+                "recall": classification.MulticlassRecall(num_classes=CLASSES),
+                "calibration": classification.MulticlassCalibrationError(num_classes=CLASSES),
+                "count": Count(),
             }
         )
 
     def update(self, metrics: torchmetrics.MetricCollection, model: nn.Module, batch: dict[str, Any]) -> None:
-        logits = model(batch["image"])
-        for name in ("accuracy", "calibration"):
-            metrics[name].update(logits.softmax(1), batch["label"])
-        metrics["loss"].update(nn.functional.cross_entropy(logits, batch["label"], reduction="none"))
-        metrics["count"].update(len(batch["key"]))
+        metrics.update(model(batch["image"]).softmax(1), batch["label"])
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         decayed = [p for p in self.module.parameters() if p.ndim > 1]
