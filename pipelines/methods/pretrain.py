@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines import models
 from pipelines.bcos import add_inverse
 from pipelines.methods.base import Batch, Classification
+
+if TYPE_CHECKING:
+    from pipelines.params import ModelParams
 
 
 class Pretrain(Classification):
@@ -15,6 +22,14 @@ class Pretrain(Classification):
     def __init__(self, module: nn.Module, task: str, num_classes: int, label_smoothing: float = 0.0) -> None:
         super().__init__(module, task, num_classes)
         self.label_smoothing = label_smoothing
+
+    @classmethod
+    def build(cls, model: ModelParams, spec: models.ModelSpec, label_smoothing: float, seed: int) -> Pretrain:
+        """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
+        torch.manual_seed(seed)
+        classes = len(spec.classes)
+        network = models.build(model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options)
+        return cls(models.assemble(spec, network), spec.task, classes, label_smoothing)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`loss` of a batch with `image` (N, 3, H, W) in [0, 1] and `label` or `labels`."""

@@ -1,0 +1,134 @@
+"""Evaluation of real models on shards, on any number of workers."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipelines import models
+from pipelines.bcos import add_inverse
+from pipelines.data import sources
+from pipelines.data.loader import loader
+from pipelines.data.shards import write_shards
+from pipelines.data.transforms import eval_transform
+from pipelines.evaluation import evaluate, images_by_key, split_batches
+from pipelines.gallery import draw_gallery
+from pipelines.models import ModelSpec
+from pipelines.params import DataParams, EvaluateParams, ScenesParams
+
+DATA = DataParams(image_size=32, augment="none")
+PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3)
+
+
+@dataclass(frozen=True)
+class Here:
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objects")
+    params = ScenesParams(source="scenes", image_size=32, counts={"train": 10, "val": 10, "test": 50})
+    source = sources.get(params)
+    source.fetch(folder / "raw", folder / "cache", progress=False)
+    write_shards(source, folder / "raw", str(folder / "shards"), shard_size=20, progress=False)
+    return str(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards):
+    """A conventional and a B-cos model that have the test images by heart, so that grids can be made of them."""
+    folder, classes = tmp_path_factory.mktemp("models"), sources.scenes.CLASSES
+    torch.manual_seed(0)
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    images, wanted = add_inverse(batch["image"]), nn.functional.one_hot(batch["label"], 10).float()
+    directories = {}
+    for kind in ("conventional", "bcos"):
+        spec = ModelSpec("resnet8", tuple(classes), 32, kind)
+        model = models.assemble(spec).train()
+        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(60):
+            optimiser.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(model(images), wanted).backward()
+            optimiser.step()
+        directories[kind] = str(folder / kind)
+        models.save(folder / kind, model, spec)
+    return directories
+
+
+def on_rank(rank, world_size, directories, shards, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    found = evaluate(Here(rank, world_size), directories, shards, DATA, PARAMS)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def flat(nested, prefix=""):
+    for key, value in nested.items():
+        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
+    alone = evaluate(Here(), trained, shards, DATA, PARAMS)
+    assert alone["images"] == 50
+    assert alone["grids"]["count"] == 6
+    for world_size in (2, 3):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        mp.spawn(on_rank, (world_size, trained, shards, folder), nprocs=world_size)
+        for rank in range(world_size):
+            together = torch.load(folder / f"{rank}.pt")
+            assert together["models"]["bcos"]["accuracy"] == alone["models"]["bcos"]["accuracy"]
+            assert dict(flat(together)) == pytest.approx(dict(flat(alone)), abs=1e-6)
+
+
+def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shards):
+    found = evaluate(Here(), trained, shards, DATA, PARAMS)
+    own = found["models"]["bcos"]["explanations"]["bcos"]
+    assert own["unexplained_share"] < 1e-4 < own["unexplained_share_as_published"]
+    posthoc = found["models"]["conventional"]["explanations"]
+    assert set(posthoc) == {"gradcam", "input_x_gradient"}
+    assert all(0 <= value <= 1 for scores in (own, *posthoc.values()) for key, value in scores.items() if key.endswith("gridpg"))
+    assert not any(math.isnan(value) for _, value in flat(found))
+
+
+def test_accuracy_is_that_of_the_logits(trained, shards):
+    model, _ = models.load(trained["bcos"])
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    with torch.no_grad():
+        right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
+    assert evaluate(Here(), trained, shards, DATA, PARAMS)["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
+
+
+def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
+    one = draw_gallery(tmp_path / "one", trained, shards, DATA, PARAMS)
+    other = draw_gallery(tmp_path / "other", trained, shards, DATA, PARAMS)
+    assert [path.name for path in one] == ["panels-00.png"]
+    assert one[0].read_bytes() == other[0].read_bytes()
+
+
+def test_multilabel_models_are_scored_on_every_pair(tmp_path):
+    params = ScenesParams(
+        source="scenes", variant="scenes", image_size=32, objects_per_image=(1, 3), counts={"train": 4, "val": 4, "test": 12}
+    )
+    source = sources.get(params)
+    source.fetch(tmp_path / "raw", tmp_path / "cache", progress=False)
+    write_shards(source, tmp_path / "raw", str(tmp_path / "shards"), shard_size=20, progress=False)
+    spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), 32, "bcos", task="multilabel")
+    models.save(tmp_path / "model", models.assemble(spec), spec)
+    found = evaluate(Here(), {"bcos": str(tmp_path / "model")}, str(tmp_path / "shards"), DATA, PARAMS)
+    assert {"f1", "precision", "recall"} <= set(found["models"]["bcos"])
+    assert "grids" not in found
+    assert draw_gallery(tmp_path / "pictures", {"bcos": str(tmp_path / "model")}, str(tmp_path / "shards"), DATA, PARAMS)
+
+
+def test_images_are_found_by_key(shards):
+    batches = split_batches(shards, "test", DATA, 8)
+    keys = [key for batch in batches for key in batch["key"]][3:40:9]
+    assert sorted(images_by_key(batches, set(keys))) == sorted(keys)

@@ -1,0 +1,85 @@
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pipelines import params
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "pipelines/recipes"
+
+
+def composed(*overrides):
+    with initialize_config_dir(os.fspath(RECIPES), version_base=None):
+        config = compose("config", overrides=list(overrides))
+    OmegaConf.resolve(config)
+    return OmegaConf.to_container(config)
+
+
+def changed(key, value):
+    """The committed params with one value (or new key) changed."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    *path, last = key.split(".")
+    inner = content
+    for part in path:
+        inner = inner[part]
+    inner[last] = value
+    return content
+
+
+def test_the_committed_params_are_the_composed_default_recipe():
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == composed()
+
+
+def test_the_params_name_every_knob():
+    committed = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert params.validate(committed).model_dump(mode="json") == committed
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (RECIPES / "recipe").glob("*.yaml")))
+def test_every_recipe_is_valid(recipe):
+    assert params.validate(composed(f"recipe={recipe}")).recipe == recipe
+
+
+@pytest.mark.parametrize("dataset", sorted(path.stem for path in (RECIPES / "dataset").glob("*.yaml")))
+def test_every_data_set_is_valid(dataset):
+    assert params.validate(composed(f"dataset={dataset}")).dataset == dataset
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (RECIPES / "model").glob("*.yaml")))
+def test_every_model_is_valid(model):
+    assert params.validate(composed(f"model={model}"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("bcosify.pretrained.gap_reordr", True, "bcosify.pretrained.gap_reordr: unknown key"),
+        ("datasets.objects.sources", "x", "datasets.objects.sources: unknown key"),
+        ("pretrain.lr", "fast", "pretrain.lr: .* valid number.*'fast'"),
+        ("pretrain.lr", -1, "pretrain.lr: .* greater than 0.*-1"),
+        ("bcosify.pretrained.b", 0.5, "bcosify.pretrained.b: .* greater than or equal to 1"),
+        ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove' or 'keep'.*'drop'"),
+        ("datasets.objects.correlation", {"train": 2}, "datasets.objects.correlation.train: .* less than or equal to 1"),
+        ("datasets.objects.objects_per_image", [3, 1], "least .3. is above the most .1."),
+        ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has objects"),
+        ("training.workers", -1, "training.workers"),
+        ("bcosify.starts", [], "bcosify.starts"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, told):
+    with pytest.raises(params.ParamsError, match=told):
+        params.validate(changed(key, value), "params.yaml")
+
+
+def test_a_missing_key_and_a_broken_file_are_named(tmp_path):
+    content = changed("seed", 0)
+    del content["pretrain"]["epochs"]
+    with pytest.raises(params.ParamsError, match=r"pretrain\.epochs: missing"):
+        params.validate(content)
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(params.ParamsError, match=r"params\.yaml"):
+        params.load(tmp_path / "params.yaml")
