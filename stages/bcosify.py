@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
-from pipelines.methods import Bcosification
+from pipelines.methods import build_bcosification
 from stages.common import shards_of, spec_of, stage, train_stage
 
 CHOICES = {"b", "bias", "norm", "stem_pool", "gap_reorder", "activation", "logit_bias", "temperature", "normalize_weight"}
@@ -18,7 +18,7 @@ def main(start: str) -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="bcos", design=optim.model_dump(include=CHOICES))
         source = Path("models/pretrain").absolute() if start == "pretrained" else None
-        build = partial(Bcosification.build, spec, source, params.seed)
+        build = partial(build_bcosification, spec, source, params.seed)
         upstream = () if source is None else (source,)
         train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, manifest=manifest, upstream=upstream)
 

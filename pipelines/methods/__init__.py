@@ -1,7 +1,7 @@
 """One file a method: how it trains, and how it is evaluated."""
 
 from pipelines.methods.base import Batch, Classification, Method
-from pipelines.methods.bcosification import Bcosification
-from pipelines.methods.pretrain import Pretrain
+from pipelines.methods.bcosification import Bcosification, build_bcosification
+from pipelines.methods.pretrain import Pretrain, build_pretrain
 
-__all__ = ["Batch", "Bcosification", "Classification", "Method", "Pretrain"]
+__all__ = ["Batch", "Bcosification", "Classification", "Method", "Pretrain", "build_bcosification", "build_pretrain"]

@@ -19,13 +19,13 @@ from pipelines.methods.base import Batch, Classification
 class Bcosification(Classification):
     """Binary cross-entropy with off-label targets 1/K, on a network of `bcosify`."""
 
-    @classmethod
-    def build(cls, spec: models.ModelSpec, pretrained: Path | None, seed: int) -> Bcosification:
-        """The method on the B-cos network of `spec`, made from the conventional model in a folder, or of weights drawn by `seed`."""
-        torch.manual_seed(seed)
-        network = None if pretrained is None else models.load(pretrained)[0].get_submodule("network")
-        return cls(models.assemble(spec, network), spec.task, len(spec.classes))
-
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`loss` of a batch with `image` (N, 3, H, W) in [0, 1] and `label` or `labels`."""
         return {"loss": uniform_off_label_bce(model(add_inverse(batch["image"])), self.targets(batch))}
+
+
+def build_bcosification(spec: models.ModelSpec, pretrained: Path | None, seed: int) -> Bcosification:
+    """The method on the B-cos network of `spec`, from the conventional model in a folder or of weights drawn by `seed`."""
+    torch.manual_seed(seed)
+    network = None if pretrained is None else models.load(pretrained)[0].get_submodule("network")
+    return Bcosification(models.assemble(spec, network), spec.task, len(spec.classes))

@@ -23,17 +23,17 @@ class Pretrain(Classification):
         super().__init__(module, task, num_classes)
         self.label_smoothing = label_smoothing
 
-    @classmethod
-    def build(cls, model: ModelParams, spec: models.ModelSpec, label_smoothing: float, seed: int) -> Pretrain:
-        """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
-        torch.manual_seed(seed)
-        classes = len(spec.classes)
-        network = models.build(model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options)
-        return cls(models.assemble(spec, network), spec.task, classes, label_smoothing)
-
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`loss` of a batch with `image` (N, 3, H, W) in [0, 1] and `label` or `labels`."""
         logits, targets = model(add_inverse(batch["image"])), self.targets(batch)
         if targets.ndim == 2:
             return {"loss": F.binary_cross_entropy_with_logits(logits, targets)}
         return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+
+
+def build_pretrain(model: ModelParams, spec: models.ModelSpec, label_smoothing: float, seed: int) -> Pretrain:
+    """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
+    torch.manual_seed(seed)
+    classes = len(spec.classes)
+    network = models.build(model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options)
+    return Pretrain(models.assemble(spec, network), spec.task, classes, label_smoothing)
