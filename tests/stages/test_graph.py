@@ -1,0 +1,119 @@
+"""The whole graph at toy size, as a user runs it: `dvc exp run`, `dvc repro`, `dvc metrics show`, the registry."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipelines import models
+from pipelines.bcos import add_inverse
+
+ROOT = Path(__file__).parents[2]
+
+
+class Project:
+    """A copy of the working tree in its own git repository."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC", "GIT"))}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.run("git init -q && git add -A && git -c user.name=a -c user.email=a@b.example commit -qm all")
+
+    def run(self, command, check=True):
+        done = subprocess.run(command, shell=True, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def read(self, path):
+        return json.loads((self.folder / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.run("dvc exp run -S recipe=smoke")
+    return project
+
+
+def test_metrics_of_both_models_are_shown(project):
+    shown = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
+    found = shown["reports/evaluate/metrics.json"]["data"]["models"]
+    assert set(found) == {"conventional", "bcosified"}
+    for of_model in found.values():
+        assert 0 <= of_model["accuracy"] <= 1
+    assert found["bcosified"]["explanations"]["bcos"]["unexplained_share"] < 1e-4
+    assert {"reports/pretrain/metrics.json", "reports/bcosify/pretrained/metrics.json"} <= set(shown)
+    assert list((project.folder / "reports/evaluate/pictures").glob("*.png"))
+
+
+def test_plots_and_experiments_are_shown(project):
+    project.run("dvc plots show --json")
+    assert "recipe" in project.run("dvc exp show --csv").stdout
+    project.run("dvc metrics diff")
+
+
+def test_again_changes_nothing_and_registers_nothing(project):
+    before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
+    told = project.run("dvc repro").stdout
+    assert told.count("didn't change, skipping") == 5
+    assert "is in the registry already" in told
+    assert {name: (project.folder / name).read_bytes() for name in before} == before
+
+
+LOAD = """
+import sys, torch
+from pipelines import tracking
+model, spec = tracking.load(sys.argv[1])
+torch.save(model(torch.load("images.pt")), "logits.pt")
+"""
+
+
+def test_the_registered_version_gives_the_trained_models_logits_in_a_new_process(project):
+    images = add_inverse(torch.rand(4, 3, 32, 32))
+    torch.save(images, project.folder / "images.pt")
+    (project.folder / "load.py").write_text(LOAD)
+    uri = project.read("reports/register.json")["uri"]
+    project.run(f"MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false PYTHONPATH=. python load.py {uri}")
+    model, _ = models.load(project.folder / "models/bcosify/pretrained")
+    assert torch.equal(torch.load(project.folder / "logits.pt"), model(images))
+
+
+def test_a_lost_registry_is_made_again(project):
+    for path in project.folder.glob("mlflow.db*"):
+        path.unlink()
+    told = project.run("dvc repro").stdout
+    assert "registered" in told
+    assert "is in the registry already" not in told
+    assert project.read("reports/register.json")["version"] == "1"
+
+
+def test_a_bad_param_ends_the_stage_with_one_line(project):
+    path = project.folder / "params.yaml"
+    content = path.read_text()
+    try:
+        path.write_text(yaml.safe_dump({**yaml.safe_load(content), "sead": 1}))
+        done = project.run("python -m stages.pretrain", check=False)
+    finally:
+        path.write_text(content)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "params.yaml: sead: unknown key (value 1)"
+
+
+def test_an_unknown_recipe_is_refused(project):
+    done = project.run("dvc exp run -S recipe=nothing", check=False)
+    assert done.returncode != 0
+    assert "nothing" in done.stdout + done.stderr
