@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pipelines
 from pipelines import models, tracking
 from pipelines.data.manifest import Manifest
 from pipelines.data.sample import DataError
@@ -21,6 +21,7 @@ from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, 
 from pipelines.training import Job, TrainingError, run_directory, train
 
 REPORTS = Path("reports")
+TRAINING_CODE = ("bcos", "data", "losses.py", "methods", "models", "training")  # in pipelines; dvc.yaml names the same
 
 
 def shards_of(dataset: str) -> str:
@@ -84,13 +85,13 @@ def train_stage(
         manifest: of the shards.
         upstream: models of earlier stages that the outcome depends on.
 
-    The params, the shards and the upstream models name the run's folder, where a killed stage goes on.
+    The params, the shards, the code and the upstream models name the run's folder, where a killed stage goes on: with the same
+    work, never with stale one.
     """
     known = (params.seed, params.dataset, params.data, params.model, optim, params.training.workers, params.training.precision)
     shards = shards_of(params.dataset)
-    directory = run_directory(
-        params.training.storage, name, *known, file_digest(Path(shards, "manifest.json")), *map(models.digest, upstream)
-    )
+    origin = (manifest.digest, code_digest(), *(models.digest(path) for path in upstream))
+    directory = run_directory(params.training.storage, name, *known, *origin)
     with tracking.stage_run(
         name,
         experiment=params.tracking.experiment,
@@ -98,7 +99,7 @@ def train_stage(
         directory=directory,
         inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
     ) as run:
-        run.dataset(asdict(manifest), name=params.dataset)
+        run.dataset(manifest.to_json(), name=params.dataset)
         job = Job(
             build=build,
             shards=shards,
@@ -125,7 +126,11 @@ def report(name: str, history: list[Any], best: Any) -> None:
     write_json(REPORTS / name / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in history])
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def code_digest() -> str:
+    """The sha256 of the code that training runs, so that no run goes on with another's checkpoints."""
+    content = hashlib.sha256()
+    for name in TRAINING_CODE:
+        place = Path(pipelines.__file__).parent / name
+        for path in sorted(place.rglob("*.py")) or [place]:
+            content.update(path.read_bytes())
+    return content.hexdigest()

@@ -1,7 +1,6 @@
 """Stage `register`: the B-cosified model and its evidence as a version in the model registry; run again, it changes nothing."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from pipelines import tracking
@@ -21,7 +20,7 @@ def main() -> None:
             name=params.tracking.model_name,
             alias=params.tracking.alias,
             metrics=_flat({"test": metrics}),
-            manifest=asdict(read_manifest(shards_of(params.dataset))),
+            manifest=read_manifest(shards_of(params.dataset)).to_json(),
             dataset=params.dataset,
             pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
             params=params.model_dump(mode="json"),
