@@ -35,7 +35,8 @@ types: setup ## mypy
 	@$(BIN)/mypy
 
 bench: setup ## speed and memory against plain baselines, on the GPU where there is one
-	@$(BIN)/python -m tests.benchmarks.gridpg
+	@python -m tests.benchmarks.step
+	@python -m tests.benchmarks.gridpg
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock && $(PYTHON) -m venv .lock
