@@ -20,7 +20,7 @@ def main(start: str) -> None:
         source = Path("models/pretrain").absolute() if start == "pretrained" else None
         build = partial(build_bcosification, spec, source, params.seed)
         upstream = () if source is None else (source,)
-        train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, manifest=manifest, upstream=upstream)
+        train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, upstream=upstream)
 
 
 if __name__ == "__main__":

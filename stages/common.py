@@ -7,14 +7,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pipelines
 from pipelines import models, tracking
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.sample import DataError
 from pipelines.models import ModelSpec, WeightsError
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
@@ -64,6 +64,33 @@ def absolute_weights(model: ModelParams) -> ModelParams:
     return model.model_copy(update={"weights": os.path.abspath(model.weights)}) if Path(model.weights).is_file() else model
 
 
+@contextmanager
+def stage_run(
+    params: Params, name: str, *settings: Any, upstream: tuple[str | Path, ...] = ()
+) -> Iterator[tuple[tracking.StageRun, str]]:
+    """The tracked run of a stage, and the folder where a killed stage goes on: with the same work, never with stale one.
+
+    Args:
+        params: of the run.
+        name: of the stage.
+        settings: the params that the outcome depends on; with the shards, the code and `upstream` they name the folder.
+        upstream: models of earlier stages that the outcome depends on.
+    """
+    shards = shards_of(params.dataset)
+    manifest = read_manifest(shards)
+    origin = (manifest.digest, code_digest(), *(models.digest(path) for path in upstream))
+    directory = run_directory(params.training.storage, name, params.dataset, *settings, *origin)
+    with tracking.stage_run(
+        name,
+        experiment=params.tracking.experiment,
+        params=params.model_dump(mode="json"),
+        directory=directory,
+        inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
+    ) as run:
+        run.dataset(manifest.to_json(), name=params.dataset)
+        yield run, directory
+
+
 def train_stage(
     params: Params,
     name: str,
@@ -71,7 +98,6 @@ def train_stage(
     optim: OptimiserParams,
     build: Callable[[], Any],
     spec: ModelSpec,
-    manifest: Manifest,
     upstream: tuple[Path, ...] = (),
 ) -> None:
     """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
@@ -82,27 +108,13 @@ def train_stage(
         optim: the stage's own params.
         build: makes the method, in every worker.
         spec: of the trained model.
-        manifest: of the shards.
-        upstream: models of earlier stages that the outcome depends on.
-
-    The params, the shards, the code and the upstream models name the run's folder, where a killed stage goes on: with the same
-    work, never with stale one.
+        upstream: models of earlier stages that `build` starts from.
     """
-    known = (params.seed, params.dataset, params.data, params.model, optim, params.training.workers, params.training.precision)
-    shards = shards_of(params.dataset)
-    origin = (manifest.digest, code_digest(), *(models.digest(path) for path in upstream))
-    directory = run_directory(params.training.storage, name, *known, *origin)
-    with tracking.stage_run(
-        name,
-        experiment=params.tracking.experiment,
-        params=params.model_dump(mode="json"),
-        directory=directory,
-        inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
-    ) as run:
-        run.dataset(manifest.to_json(), name=params.dataset)
+    settings = (params.seed, params.data, params.model, optim, params.training.workers, params.training.precision)
+    with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,
-            shards=shards,
+            shards=shards_of(params.dataset),
             data=params.data,
             optim=optim,
             training=params.training,
@@ -134,3 +146,12 @@ def code_digest() -> str:
         for path in sorted(place.rglob("*.py")) or [place]:
             content.update(path.read_bytes())
     return content.hexdigest()
+
+
+def flat(nested: Mapping[str, Any]) -> dict[str, float]:
+    """Nested figures as `a/b/c` -> value."""
+    found: dict[str, float] = {}
+    for key, value in nested.items():
+        inner = flat(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}/{rest}".rstrip("/"): number for rest, number in inner.items()}
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.evaluation import evaluate
 from pipelines.gallery import draw_gallery
 from pipelines.training import launch
-from stages.common import REPORTS, shards_of, stage, write_json
+from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports
@@ -20,10 +20,12 @@ def main() -> None:
         directories = {name: str(Path("models", folder).absolute()) for name, folder in folders.items()}
         shards = shards_of(params.dataset)
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
-        metrics = launch(evaluate, directories, shards, params.data, params.evaluate, training=where)
-        write_json(OUT / "metrics.json", metrics)
-        write_plot(OUT / "localisation.csv", metrics)
-        draw_gallery(OUT / "pictures", directories, shards, params.data, params.evaluate)
+        with stage_run(params, "evaluate", params.data, params.evaluate, upstream=tuple(directories.values())) as (run, _):
+            metrics = launch(evaluate, directories, shards, params.data, params.evaluate, training=where)
+            write_json(OUT / "metrics.json", metrics)
+            write_plot(OUT / "localisation.csv", metrics)
+            run.metrics(flat({"test": metrics["models"]}))
+            run.pictures(draw_gallery(OUT / "pictures", directories, shards, params.data, params.evaluate))
 
 
 def write_plot(path: Path, metrics: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ def main() -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="conventional")
         build = partial(build_pretrain, absolute_weights(params.model), spec, params.pretrain.label_smoothing, params.seed)
-        train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec, manifest=manifest)
+        train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.manifest import read_manifest
-from stages.common import REPORTS, shards_of, stage, write_json
+from stages.common import REPORTS, flat, shards_of, stage, write_json
 from stages.evaluate import NAMES
 
 
@@ -19,7 +19,7 @@ def main() -> None:
             experiment=params.tracking.experiment,
             name=params.tracking.model_name,
             alias=params.tracking.alias,
-            metrics=_flat({"test": metrics}),
+            metrics=flat({"test": metrics}),
             manifest=read_manifest(shards_of(params.dataset)).to_json(),
             dataset=params.dataset,
             pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
@@ -27,15 +27,6 @@ def main() -> None:
         )
         uri = f"models:/{version.name}@{params.tracking.alias}"
         write_json(REPORTS / "register.json", {"uri": uri, "version": version.version, "digest": version.digest})
-
-
-def _flat(nested: dict) -> dict[str, float]:
-    """Nested figures as `a/b/c` -> value."""
-    found: dict[str, float] = {}
-    for key, value in nested.items():
-        inner = _flat(value) if isinstance(value, dict) else {"": value}
-        found |= {f"{key}/{rest}".rstrip("/"): number for rest, number in inner.items()}
-    return found
 
 
 if __name__ == "__main__":
