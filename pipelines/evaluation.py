@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -19,6 +18,7 @@ from pipelines import models
 from pipelines.attribution import attribute_many, explain, last_features
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
 from pipelines.data.loader import loader
+from pipelines.data.sample import DataError
 from pipelines.data.transforms import eval_transform
 from pipelines.metrics import (
     Grid,
@@ -42,19 +42,9 @@ from pipelines.metrics import (
 )
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
+from pipelines.training.distributed import Context, gather, to_device
 
 Batch = dict[str, Any]
-
-
-class Context(Protocol):
-    """Where this process stands among the workers."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def world_size(self) -> int: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -68,49 +58,65 @@ class Subject:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the models say of every image of the split, sorted by key: labels (N,), for each model logits (N, K)."""
+    """What the models say of every image, of a batch or of the split (then sorted by key)."""
 
     keys: list[str]
-    labels: Tensor
-    logits: dict[str, Tensor]
+    labels: Tensor  # (N,), or multi-hot (N, K)
+    logits: dict[str, Tensor]  # (N, K) of each model
+
+    def right(self, name: str) -> dict[str, bool]:
+        """Key -> whether the model called `name` is right, in all classes."""
+        logits = self.logits[name]
+        hits = logits.argmax(1) == self.labels if self.labels.ndim == 1 else ((logits >= 0) == self.labels.bool()).all(1)
+        return dict(zip(self.keys, hits.tolist(), strict=True))
 
 
 def evaluate(
     context: Context, directories: Mapping[str, str], shards: str, data: DataParams, params: EvaluateParams, split: str = "test"
-) -> dict[str, Any]:
-    """Metrics of the models in `directories` (name -> folder) on `split`; the same on every worker.
+) -> tuple[dict[str, Any], Predictions]:
+    """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
-        "skipped": n}`. Fractions are in [0, 1].
+        "skipped": n}`, fractions in [0, 1]; and the predictions.
+
+    Raises:
+        DataError: nothing to evaluate.
     """
     subjects = {name: load_subject(path, params.posthoc, context.device) for name, path in directories.items()}
     batches = partial(split_batches, shards, split, data, params.batch_size)
     accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}
     scores = {name: _Scores(subject, context.device) for name, subject in subjects.items()}
-    seen: list[Any] = []
+    seen: list[Predictions] = []
     mine = batches(rank=context.rank, world_size=context.world_size)
     for batch in mine:
-        batch = {key: value.to(context.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch = to_device(batch, context.device)
         logits = {}
         for name, subject in subjects.items():
             logits[name] = _predict(subject.model, batch["image"])
-            accuracy[name].update(logits[name], batch["label"] if "label" in batch else batch["labels"].long())
+            accuracy[name].update(logits[name], _wanted(batch))
             scores[name].update(batch)
-        seen.append((batch["key"], batch.get("label", torch.zeros(0)).cpu(), {name: each.cpu() for name, each in logits.items()}))
+        seen.append(Predictions(batch["key"], _wanted(batch).cpu(), {name: each.cpu() for name, each in logits.items()}))
+    predictions = _predictions([part for of_worker in gather(seen, context) for part in of_worker])
     results: dict[str, Any] = {
-        name: {**_floats(accuracy[name].compute()), "explanations": scores[name].compute()} for name in subjects
+        name: {**_floats(accuracy[name].compute()), "explanations": scores[name].compute(context)} for name in subjects
     }
-    keys = [key for part in _gather(context, [batch_keys for batch_keys, *_ in seen]) for some in part for key in some]
-    found = {
+    found: dict[str, Any] = {
         "models": results,
-        "images": len(keys),
-        "skipped": sum(_gather(context, mine.skipped)),
+        "images": len(predictions.keys),
+        "skipped": sum(gather(mine.skipped, context)),
     }
     if all(subject.spec.task == "multiclass" for subject in subjects.values()):
-        predictions = _predictions(context, seen)
         found["grids"] = _grid_scores(context, subjects, predictions, batches, params, results)
-    return found
+    return found, predictions
+
+
+def evaluate_and_judge(
+    context: Context, directories: Mapping[str, str], *arguments: Any
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The metrics of `evaluate`, and for each image whether the last of the models is right: plain values, for `launch`."""
+    found, predictions = evaluate(context, directories, *arguments)
+    return found, predictions.right(list(directories)[-1])
 
 
 def load_subject(directory: str, posthoc: Iterable[str], device: torch.device) -> Subject:
@@ -152,12 +158,13 @@ class _Scores:
             if by_object is not None:
                 add("on_object_epg", energy_pointing_game(maps, by_object), without_energy(maps))
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        """For each explanation the means over all workers, and how many pairs were undefined where any was."""
+    def compute(self, context: Context) -> dict[str, dict[str, float]]:
+        """For each explanation the means over all workers, and how many pairs were undefined."""
         found: dict[str, dict[str, float]] = {}
         for name, metrics in self.metrics.items():
             found[name] = {}
-            for key, metric in metrics.items():
+            for key in sorted(set().union(*gather(list(metrics), context))):  # a worker may have had no image
+                metric = metrics.setdefault(key, _metric(key).to(self.device))
                 value = metric.compute()
                 found[name][key] = float(value["mean"] if isinstance(value, dict) else value)
                 if isinstance(value, dict):
@@ -183,11 +190,15 @@ class _Scores:
             yield name, maps
 
     def _add(self, name: str, key: str, values: Tensor, undefined: Tensor) -> None:
-        self.metrics[name].setdefault(key, LocalisationMetric().to(self.device)).update(values, undefined)
+        self.metrics[name].setdefault(key, _metric(key).to(self.device)).update(values, undefined)
 
     def _unexplained(self, name: str, key: str, logits: Tensor, maps: Tensor) -> None:
         bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
-        self.metrics[name].setdefault(key, UnexplainedShare().to(self.device)).update(logits, bias, maps)
+        self.metrics[name].setdefault(key, _metric(key).to(self.device)).update(logits, bias, maps)
+
+
+def _metric(key: str) -> Metric:
+    return UnexplainedShare() if key.startswith("unexplained_share") else LocalisationMetric()
 
 
 def _pairs(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -223,13 +234,19 @@ def split_batches(shards: str, split: str, data: DataParams, batch_size: int, *,
     )
 
 
-def _predictions(context: Context, seen: list[Any]) -> Predictions:
+def _wanted(batch: Batch) -> Tensor:
+    """Labels (N,), or multi-hot (N, K), as int64."""
+    return batch["label"] if "label" in batch else batch["labels"].long()
+
+
+def _predictions(parts: list[Predictions]) -> Predictions:
     """All workers' predictions in one order, whatever their number."""
-    parts = [part for of_worker in _gather(context, seen) for part in of_worker]
-    keys = [key for batch_keys, *_ in parts for key in batch_keys]
+    if not parts:
+        raise DataError("no image to evaluate: the split is empty, or none of its images decodes")
+    keys = [key for part in parts for key in part.keys]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    logits = {name: torch.cat([each[name] for *_, each in parts])[order] for name in parts[0][2]}
-    return Predictions([keys[index] for index in order], torch.cat([labels for _, labels, _ in parts])[order], logits)
+    logits = {name: torch.cat([part.logits[name] for part in parts])[order] for name in parts[0].logits}
+    return Predictions([keys[index] for index in order], torch.cat([part.labels for part in parts])[order], logits)
 
 
 def _grid_scores(
@@ -249,8 +266,8 @@ def _grid_scores(
     common = draw(list(subjects))
     played = {name: (common, draw([name])) for name in subjects}
     wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
-    images = images_by_key(batches(), {predictions.keys[index] for index in wanted})
-    table = {index: images[predictions.keys[index]] for index in wanted}
+    found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
+    table = {index: found[predictions.keys[index]].image for index in wanted}
     for name, subject in subjects.items():
         for explanation, options in subject.explanations.items():
             for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
@@ -258,7 +275,7 @@ def _grid_scores(
                 explain_many = partial(attribute_many, subject.model, **options)
                 for tiled, classes in grid_batches(
                     _share(context, grids),
-                    lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device)),
+                    lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255),
                     params.grid_batch,
                 ):
                     scores.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
@@ -282,12 +299,20 @@ def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) ->
     )
 
 
-def images_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Tensor]:
-    """The images (3, H, W) of the keys that are wanted, from one pass."""
+@dataclass(frozen=True)
+class Example:
+    """An image of the split, as bytes: many of them are held at once."""
+
+    image: Tensor  # uint8 (3, H, W)
+    classes: list[int]
+
+
+def examples_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Example]:
+    """The examples of the keys that are wanted, from one pass."""
     return {
-        key: image.clone()
+        key: Example((image * 255).round().byte(), labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)])
         for batch in (batches if wanted else ())
-        for key, image in zip(batch["key"], batch["image"], strict=True)
+        for key, image, labels in zip(batch["key"], batch["image"], _wanted(batch), strict=True)
         if key in wanted
     }
 
@@ -295,15 +320,6 @@ def images_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Tenso
 def _share(context: Context, grids: list[Grid]) -> list[Grid]:
     """The grids of this worker."""
     return grids[context.rank :: context.world_size]
-
-
-def _gather(context: Context, value: Any) -> list[Any]:
-    """What each worker has, by rank."""
-    if context.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * context.world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:

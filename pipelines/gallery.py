@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import Batch, Subject, images_by_key, load_subject, split_batches
+from pipelines.evaluation import Subject, examples_by_key, load_subject, split_batches
 from pipelines.params import DataParams, EvaluateParams
 from pipelines.pictures import choose, save_panels
 
@@ -18,25 +18,35 @@ ROWS = 4  # images a file
 
 
 def draw_gallery(
-    folder: Path, directories: Mapping[str, str], shards: str, data: DataParams, params: EvaluateParams, split: str = "test"
+    folder: Path,
+    directories: Mapping[str, str],
+    right: Mapping[str, bool],
+    shards: str,
+    data: DataParams,
+    params: EvaluateParams,
+    split: str = "test",
 ) -> list[Path]:
     """Writes panels of `params.pictures` images to `folder` and returns their paths.
 
-    The images are drawn by `params.seed`, half of them wrong, as the last of the models in `directories` (name -> folder) sees
-    them. Each model's explanations are those of the class that it predicts.
+    Args:
+        folder: of the panels; it is made.
+        directories: of the models, by name. Each one's explanations are those of the class that it predicts.
+        right: key -> whether the model is right, see `Predictions.right`. Half of the images are drawn from those where it is
+            not, as far as there are any, by `params.seed`.
+        shards, data, params, split: as `evaluate` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     subjects = {name: load_subject(path, params.posthoc, torch.device("cpu")) for name, path in directories.items()}
-    judge = list(subjects.values())[-1]
-    keys, right, truths = _judgements(judge, split_batches(shards, split, data, params.batch_size))
-    chosen = choose(right, params.pictures, params.seed).tolist()
-    images = images_by_key(split_batches(shards, split, data, params.batch_size), {keys[index] for index in chosen})
+    keys = list(right)
+    chosen = [keys[index] for index in choose(torch.tensor(list(right.values())), params.pictures, params.seed).tolist()]
+    examples = examples_by_key(split_batches(shards, split, data, params.batch_size), set(chosen))
+    names = next(iter(subjects.values())).spec.classes
     paths = []
     for start in range(0, len(chosen), ROWS):
-        rows = chosen[start : start + ROWS]
-        batch = add_inverse(torch.stack([images[keys[index]] for index in rows]))
+        rows = {key: examples[key] for key in chosen[start : start + ROWS]}
+        batch = add_inverse(torch.stack([row.image for row in rows.values()]) / 255)
         panels: dict[str, Tensor] = {}
-        titles = [f"{keys[index]}\ntrue: {truths[index]}" for index in rows]
+        titles = [f"{key}\ntrue: {', '.join(names[label] for label in row.classes)}" for key, row in rows.items()]
         for name, subject in subjects.items():
             predicted, explanations = _explained(subject, batch, params.smooth)
             panels |= {f"{name}\n{title}": maps for title, maps in explanations.items()}
@@ -44,24 +54,6 @@ def draw_gallery(
         paths.append(folder / f"panels-{start // ROWS:02d}.png")
         save_panels(paths[-1], batch, panels, titles)
     return paths
-
-
-@torch.no_grad()
-def _judgements(subject: Subject, batches: list[Batch]) -> tuple[list[str], Tensor, list[str]]:
-    """Of every image its key, whether the model is right (in all classes), and its true classes."""
-    classes, found = subject.spec.classes, []
-    for batch in batches:
-        logits = subject.model(add_inverse(batch["image"]))
-        if "label" in batch:
-            right, present = logits.argmax(1) == batch["label"], [[label] for label in batch["label"].tolist()]
-        else:
-            right = ((logits >= 0) == batch["labels"].bool()).all(1)
-            present = [row.nonzero()[:, 0].tolist() for row in batch["labels"]]
-        truths = [", ".join(classes[label] for label in labels) for labels in present]
-        found += list(zip(batch["key"], right.tolist(), truths, strict=True))
-    found.sort()
-    keys, rights, names = zip(*found, strict=True)
-    return list(keys), torch.tensor(rights), list(names)
 
 
 def _explained(subject: Subject, images: Tensor, smooth: int) -> tuple[list[str], dict[str, Tensor]]:

@@ -42,6 +42,7 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
     Where a map has no positive attribution (under 1e-7), 1 - what there is of it inside.
     """
+    masks = masks.to(attributions.dtype)
     positive = _resize(attributions, masks).clamp_min(0)
     inside, total = (positive * masks).sum((1, 2)), positive.sum((1, 2))
     return 1 - inside / torch.where(total < TINY, 1.0, total)
@@ -49,11 +50,13 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
 def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """Mean |A⁺/max A⁺ - M| over the mask's pixels: (N,) in [0, 1] (Rao et al., ICCV 2023, eq. 5)."""
+    masks = masks.to(attributions.dtype)
     return (_resize(_by_maximum(attributions.clamp_min(0)), masks) - masks).abs().mean((1, 2))
 
 
 def rrr_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """Σ outside the mask of (A/max|A|)²: (N,) >= 0 (Ross et al., 2017, as RRR* in Rao et al., ICCV 2023)."""
+    masks = masks.to(attributions.dtype)
     return (_resize(_by_maximum(attributions), masks).square() * (1 - masks)).sum((1, 2))
 
 
@@ -62,6 +65,7 @@ def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
     Source: Shen et al., 2021, as per-pixel cross-entropy in Rao et al., ICCV 2023, eq. 6.
     """
+    masks = masks.to(attributions.dtype)
     inside = _resize(_by_maximum(attributions.clamp_min(0)), masks).clamp(0, 1)
     entropy = F.binary_cross_entropy(inside, torch.ones_like(inside), reduction="none")
     return (entropy * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)

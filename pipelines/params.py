@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
 
 
 class ParamsError(ValueError):
@@ -22,7 +28,7 @@ class ParamsError(ValueError):
 class Strict(BaseModel):
     """A group of params: unknown keys are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------
@@ -50,6 +56,9 @@ class ScenesParams(DatasetParams):
     @model_validator(mode="after")
     def _consistent(self) -> ScenesParams:
         least, most = self.objects_per_image
+        missing = {"train", "val", "test"} - set(self.counts)
+        if missing:
+            raise ValueError(f"counts: {', '.join(sorted(missing))} missing")
         if least > most:
             raise ValueError(f"objects_per_image: the least ({least}) is above the most ({most})")
         if self.variant == "objects" and most != 1:
@@ -114,9 +123,7 @@ class ModelParams(Strict):
 class TrainingParams(Strict):
     """The one loop and its launch: what does not depend on the method."""
 
-    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = (
-        1  # 0: this process; N; [MIN, MAX]: elastic
-    )
+    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1  # 0: this process; N; [MIN, MAX]: elastic
     gpus_per_worker: NonNegativeFloat = 0.0
     cpus_per_worker: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -125,6 +132,12 @@ class TrainingParams(Strict):
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
     log_every: PositiveInt = 20  # steps
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> TrainingParams:
+        if not isinstance(self.workers, int) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers: the least ({self.workers[0]}) is above the most ({self.workers[1]})")
+        return self
 
 
 class OptimiserParams(Strict):
@@ -179,7 +192,7 @@ class EvaluateParams(Strict):
     grid_size: Annotated[int, Field(ge=2)] = 2  # n of the n x n pointing game
     grid_count: PositiveInt = 500
     grid_batch: PositiveInt = 16  # grids at once
-    smooth: Annotated[int, Field(ge=1)] = 3  # kernel of the mean that smooths maps before they are scored, pixels
+    smooth: Annotated[int, Field(ge=1), AfterValidator(_odd)] = 3  # side of the mean filter of maps, pixels
     posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam", "input_x_gradient")
     pictures: Annotated[int, Field(ge=0)] = 16
     seed: int = 0
@@ -211,9 +224,7 @@ class Params(Strict):
     @model_validator(mode="after")
     def _dataset_exists(self) -> Params:
         if self.dataset not in self.datasets:
-            raise ValueError(
-                f"dataset: {self.dataset!r} is not in datasets (it has {', '.join(sorted(self.datasets))})"
-            )
+            raise ValueError(f"dataset: {self.dataset!r} is not in datasets (it has {', '.join(sorted(self.datasets))})")
         return self
 
 
@@ -235,27 +246,25 @@ def validate(content: Any, source: str = "params") -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError("\n".join(_explain(source, item) for item in error.errors())) from None
+        lines = {_key(item): _explain(source, item) for item in reversed(error.errors())}  # one a key
+        raise ParamsError("\n".join(reversed(lines.values()))) from None
+
+
+def _key(item: Any) -> str:
+    """The key of one pydantic error, without pydantic's own names of the branches of a union."""
+    sources = {"scenes", "imagefolder", "cifar10", "imagenet"}
+    parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
+    if parts[:1] == ["datasets"] and len(parts) > 2 and parts[2] in sources:
+        parts.pop(2)
+    return ".".join(parts) or "the file"
 
 
 def _explain(source: str, item: Any) -> str:
     """One line for one pydantic error: the key, the value, what is allowed."""
-    names = {"scenes", "imagefolder", "cifar10", "imagenet"}
-    location = [str(part) for part in item["loc"]]
-    if location[:1] == ["datasets"] and len(location) > 2 and location[2] in names:
-        location.pop(2)  # pydantic's name of the union's branch
-    key = ".".join(location) or "the file"
+    key = _key(item)
     if item["type"] == "extra_forbidden":
         return f"{source}: {key}: unknown key (value {item['input']!r})"
     if item["type"] == "missing":
         return f"{source}: {key}: missing"
     message = item["msg"].removeprefix("Value error, ")
     return f"{source}: {key}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
-
-
-def load_or_exit(path: str | Path = "params.yaml") -> Params:
-    """`load`, for stages: a bad file ends the process with its message alone, before any work starts."""
-    try:
-        return load(path)
-    except ParamsError as error:
-        sys.exit(str(error))

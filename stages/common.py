@@ -14,14 +14,25 @@ from typing import Any
 
 import pipelines
 from pipelines import models, tracking
+from pipelines.bcos import ConversionError
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.sample import DataError
-from pipelines.models import ModelSpec, WeightsError
+from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
 from pipelines.training import Job, TrainingError, run_directory, train
 
 REPORTS = Path("reports")
-TRAINING_CODE = ("bcos", "data", "losses.py", "methods", "models", "training")  # in pipelines; dvc.yaml names the same
+FOR_THE_USER = (
+    ParamsError,
+    DataError,
+    ModelError,
+    WeightsError,
+    ConversionError,
+    TrainingError,
+    tracking.TrackingError,
+    FileNotFoundError,
+)
+TRAINING_CODE = ("bcos", "data", "losses.py", "methods", "metrics", "models", "training")  # in pipelines; dvc.yaml names the same
 
 
 def shards_of(dataset: str) -> str:
@@ -35,7 +46,7 @@ def stage() -> Iterator[Params]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         yield load()
-    except (ParamsError, DataError, WeightsError, TrainingError, tracking.TrackingError, FileNotFoundError) as error:
+    except FOR_THE_USER as error:
         sys.exit(str(error))
 
 
@@ -59,9 +70,13 @@ def spec_of(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
     )
 
 
-def absolute_weights(model: ModelParams) -> ModelParams:
-    """`model` with a local weights file as an absolute path, as workers may run elsewhere."""
-    return model.model_copy(update={"weights": os.path.abspath(model.weights)}) if Path(model.weights).is_file() else model
+def located(model: ModelParams) -> ModelParams:
+    """`model` with a local weights file by its absolute path, as workers may run elsewhere, and its sha256."""
+    if not Path(model.weights).is_file():
+        return model
+    with open(model.weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return model.model_copy(update={"weights": os.path.abspath(model.weights), "sha256": model.sha256 or digest})
 
 
 @contextmanager
@@ -110,7 +125,7 @@ def train_stage(
         spec: of the trained model.
         upstream: models of earlier stages that `build` starts from.
     """
-    settings = (params.seed, params.data, params.model, optim, params.training.workers, params.training.precision)
+    settings = (params.seed, params.data, located(params.model), optim, params.training.workers, params.training.precision)
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,

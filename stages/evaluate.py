@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import evaluate
+from pipelines.evaluation import evaluate_and_judge
 from pipelines.gallery import draw_gallery
 from pipelines.training import launch
 from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
@@ -21,11 +21,11 @@ def main() -> None:
         shards = shards_of(params.dataset)
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
         with stage_run(params, "evaluate", params.data, params.evaluate, upstream=tuple(directories.values())) as (run, _):
-            metrics = launch(evaluate, directories, shards, params.data, params.evaluate, training=where)
+            metrics, right = launch(evaluate_and_judge, directories, shards, params.data, params.evaluate, training=where)
             write_json(OUT / "metrics.json", metrics)
             write_plot(OUT / "localisation.csv", metrics)
             run.metrics(flat({"test": metrics["models"]}))
-            run.pictures(draw_gallery(OUT / "pictures", directories, shards, params.data, params.evaluate))
+            run.pictures(draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate))
 
 
 def write_plot(path: Path, metrics: dict[str, Any]) -> None:

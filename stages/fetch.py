@@ -12,7 +12,8 @@ def main(name: str) -> None:
     """Fetches the data set called `name` in the params."""
     with stage() as params:
         dataset = params.datasets[name]
-        cache = Path(run_directory("runs", f"fetch-{name}", dataset))  # partial downloads outlive the stage's outputs
+        origin = dataset.model_dump(mode="json", exclude={"shard_size", "val_count", "split_seed"})
+        cache = Path(run_directory("runs", f"fetch-{name}", origin))  # partial downloads outlive the stage's outputs
         sources.get(dataset).fetch(Path("data/raw", name), cache)
 
 

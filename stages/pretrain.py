@@ -4,7 +4,7 @@ from functools import partial
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_pretrain
-from stages.common import absolute_weights, shards_of, spec_of, stage, train_stage
+from stages.common import located, shards_of, spec_of, stage, train_stage
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     with stage() as params:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="conventional")
-        build = partial(build_pretrain, absolute_weights(params.model), spec, params.pretrain.label_smoothing, params.seed)
+        build = partial(build_pretrain, located(params.model), spec, params.pretrain.label_smoothing, params.seed)
         train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec)
 
 

@@ -1,7 +1,6 @@
 """Evaluation of real models on shards, on any number of workers."""
 
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -14,20 +13,14 @@ from pipelines.data import sources
 from pipelines.data.loader import loader
 from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
-from pipelines.evaluation import evaluate, images_by_key, split_batches
+from pipelines.evaluation import evaluate, evaluate_and_judge, examples_by_key, split_batches
 from pipelines.gallery import draw_gallery
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams, ScenesParams
+from pipelines.training import Context
 
 DATA = DataParams(image_size=32, augment="none")
 PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3)
-
-
-@dataclass(frozen=True)
-class Here:
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +57,7 @@ def trained(tmp_path_factory, shards):
 def on_rank(rank, world_size, directories, shards, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    found = evaluate(Here(rank, world_size), directories, shards, DATA, PARAMS)
+    found, _ = evaluate(Context(rank, world_size), directories, shards, DATA, PARAMS)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -75,7 +68,7 @@ def flat(nested, prefix=""):
 
 
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
-    alone = evaluate(Here(), trained, shards, DATA, PARAMS)
+    alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
     assert alone["images"] == 50
     assert alone["grids"]["count"] == 6
     for world_size in (2, 3):
@@ -89,7 +82,7 @@ def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
 
 
 def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shards):
-    found = evaluate(Here(), trained, shards, DATA, PARAMS)
+    found, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
     own = found["models"]["bcos"]["explanations"]["bcos"]
     assert own["unexplained_share"] < 1e-4 < own["unexplained_share_as_published"]
     posthoc = found["models"]["conventional"]["explanations"]
@@ -103,32 +96,36 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
     (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
-    assert evaluate(Here(), trained, shards, DATA, PARAMS)["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
+    assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
 
 
 def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
-    one = draw_gallery(tmp_path / "one", trained, shards, DATA, PARAMS)
-    other = draw_gallery(tmp_path / "other", trained, shards, DATA, PARAMS)
+    _, right = evaluate_and_judge(Context(), trained, shards, DATA, PARAMS)
+    one = draw_gallery(tmp_path / "one", trained, right, shards, DATA, PARAMS)
+    other = draw_gallery(tmp_path / "other", trained, right, shards, DATA, PARAMS)
     assert [path.name for path in one] == ["panels-00.png"]
     assert one[0].read_bytes() == other[0].read_bytes()
 
 
 def test_multilabel_models_are_scored_on_every_pair(tmp_path):
-    params = ScenesParams(
-        source="scenes", variant="scenes", image_size=32, objects_per_image=(1, 3), counts={"train": 4, "val": 4, "test": 12}
-    )
+    counts = {"train": 4, "val": 4, "test": 12}
+    params = ScenesParams(source="scenes", variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts)
     source = sources.get(params)
     source.fetch(tmp_path / "raw", tmp_path / "cache", progress=False)
     write_shards(source, tmp_path / "raw", str(tmp_path / "shards"), shard_size=20, progress=False)
     spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), 32, "bcos", task="multilabel")
     models.save(tmp_path / "model", models.assemble(spec), spec)
-    found = evaluate(Here(), {"bcos": str(tmp_path / "model")}, str(tmp_path / "shards"), DATA, PARAMS)
+    directories = {"bcos": str(tmp_path / "model")}
+    found, right = evaluate_and_judge(Context(), directories, str(tmp_path / "shards"), DATA, PARAMS)
     assert {"f1", "precision", "recall"} <= set(found["models"]["bcos"])
     assert "grids" not in found
-    assert draw_gallery(tmp_path / "pictures", {"bcos": str(tmp_path / "model")}, str(tmp_path / "shards"), DATA, PARAMS)
+    assert len(right) == 12
+    assert draw_gallery(tmp_path / "pictures", directories, right, str(tmp_path / "shards"), DATA, PARAMS)
 
 
-def test_images_are_found_by_key(shards):
-    batches = split_batches(shards, "test", DATA, 8)
-    keys = [key for batch in batches for key in batch["key"]][3:40:9]
-    assert sorted(images_by_key(batches, set(keys))) == sorted(keys)
+def test_examples_are_found_by_key_with_their_exact_pixels(shards):
+    batches = list(split_batches(shards, "test", DATA, 8))
+    images = {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
+    found = examples_by_key(batches, set(list(images)[3:40:9]))
+    assert len(found) == 5
+    assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())

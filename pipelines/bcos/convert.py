@@ -287,8 +287,7 @@ def bcosify(
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.ReLU | Gate):
                 _set(network, name, nn.Identity())
-    classes = _class_count(layers)
-    network.logit_bias = -math.log(classes - 1) if logit_bias is None else logit_bias
+    network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
 
@@ -306,12 +305,15 @@ def _class_count(layers: list[BcosConv2d | BcosLinear]) -> int:
     last = layers[-1]
     classes = last.out_channels if isinstance(last, BcosConv2d) else last.out_features
     if classes < 2:
-        raise ConversionError(f"a classifier of at least two classes is needed, the last layer has {classes}")
+        raise ConversionError(f"the default logit bias needs two classes or more, the last layer has {classes}: give logit_bias")
     return classes
 
 
 def _is_stem_pool(module: nn.Module) -> bool:
-    return isinstance(module, nn.MaxPool2d) and module.kernel_size in (3, (3, 3)) and module.stride in (2, (2, 2))
+    if not isinstance(module, nn.MaxPool2d):
+        return False
+    shape = zip((module.kernel_size, module.stride, module.padding), (3, 2, 1), strict=True)
+    return all(value in (wanted, (wanted, wanted)) for value, wanted in shape)
 
 
 def _is_global_pool(module: nn.Module) -> bool:

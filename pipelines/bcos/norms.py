@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class GatedGELU(Gate):
     """GELU as x·Φ(x), exact or by its tanh approximation."""
 
     def __init__(self, approximate: str = "none") -> None:
-        super().__init__(lambda x: F.gelu(x, approximate=approximate))
+        super().__init__(partial(F.gelu, approximate=approximate))
         self.approximate = approximate
 
     def gate(self, x: Tensor) -> Tensor:

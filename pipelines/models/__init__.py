@@ -3,6 +3,17 @@
 from pipelines.models import rules as _rules  # noqa: F401  (registers)
 from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, read_spec, save
 from pipelines.models.weights import WeightsError
-from pipelines.models.zoo import build
+from pipelines.models.zoo import ModelError, build
 
-__all__ = ["ConventionalNetwork", "ModelSpec", "WeightsError", "assemble", "build", "digest", "load", "read_spec", "save"]
+__all__ = [
+    "ConventionalNetwork",
+    "ModelError",
+    "ModelSpec",
+    "WeightsError",
+    "assemble",
+    "build",
+    "digest",
+    "load",
+    "read_spec",
+    "save",
+]

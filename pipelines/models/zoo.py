@@ -17,6 +17,11 @@ from pipelines.models.weights import StateDict, WeightsError, load_strictly, rea
 
 log = logging.getLogger(__name__)
 
+
+class ModelError(ValueError):
+    """An architecture that does not exist, or does not take the options given."""
+
+
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
@@ -41,25 +46,38 @@ def build(
         options: further keyword arguments of the architecture's constructor.
 
     Raises:
-        ValueError: an unknown name (the nearest ones are given).
+        ModelError: an unknown name (the nearest ones are given), or options that the architecture does not take.
         WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
     """
     construct, pretrained = _constructors(name, options or {})
-    if weights == "none":
-        return construct(num_classes)
-    if not re.search(r"[/\\]|\.(th|pth|pt|safetensors|bin)$|^\w+://", weights):
-        try:
-            model = pretrained(weights)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"weights {weights!r} of {name}: {error}") from None
-        return _with_head(model, num_classes, weights)
+    of_file = re.search(r"[/\\]|\.(th|pth|pt|safetensors|bin)$|^\w+://", weights)
+    if sha256 is not None and not of_file:
+        raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
+    try:
+        if weights == "none":
+            return construct(num_classes)
+        if of_file:
+            return _from_file(construct, weights, sha256, num_classes)
+    except TypeError as error:
+        raise ModelError(f"{name} does not take the options {options}: {error}") from None
+    try:
+        model = pretrained(weights)
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise WeightsError(f"weights {weights!r} of {name}: {error}") from None
+    return _with_head(model, num_classes, weights)
+
+
+Constructor = Callable[[int | None], nn.Module]
+
+
+def _from_file(construct: Constructor, weights: str, sha256: str | None, num_classes: int | None) -> nn.Module:
     state = read_state_dict(weights, sha256)
     model = construct(_classes_of(state, construct(None)))
     load_strictly(model, state, weights)
     return _with_head(model, num_classes, weights)
 
 
-def _constructors(name: str, options: dict[str, Any]) -> tuple[Callable[[int | None], nn.Module], Callable[[str], nn.Module]]:
+def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Callable[[str], nn.Module]]:
     """How to make the network with a number of classes, and how to make it with a library's weights."""
     library, _, plain = name.rpartition(":")
     cifar = re.fullmatch(r"(?:cifar_)?resnet(\d+)", plain)
@@ -79,7 +97,7 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Callable[[int | N
         )
     known = [f"resnet{depth}" for depth in CIFAR_DEPTHS] + torchvision.models.list_models() + timm.list_models()
     near = ", ".join(difflib.get_close_matches(plain, known, 5)) or "see torchvision.models and timm.list_models()"
-    raise ValueError(f"unknown model {name!r}; near it: {near}")
+    raise ModelError(f"unknown model {name!r}; near it: {near}")
 
 
 def _no_tags(tag: str) -> nn.Module:
@@ -90,19 +108,23 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and module of the classifier: the last linear layer."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear classifier")
+        raise ModelError(f"{type(model).__name__} has no linear classifier that could be replaced")
     return layers[-1]
 
 
 def _classes_of(state: StateDict, like: nn.Module) -> int | None:
     """The number of classes that `state` was trained for, from the shape of its head."""
-    weight = state.get(f"{_head(like)[0]}.weight")
+    heads = [name for name, module in like.named_modules() if isinstance(module, nn.Linear)]
+    weight = state.get(f"{heads[-1]}.weight") if heads else None
     return None if weight is None else len(weight)
 
 
 def _with_head(model: nn.Module, num_classes: int | None, weights: str) -> nn.Module:
+    if num_classes is None:
+        return model
     name, old = _head(model)
-    if num_classes is None or old.out_features == num_classes:
+    if old.out_features == num_classes:
+        log.info("%s: head %r kept, its %d classes taken to be those of the data", weights, name, num_classes)
         return model
     log.warning("%s: head %r has %d classes, replaced by a new one with %d", weights, name, old.out_features, num_classes)
     parent, _, attribute = name.rpartition(".")

@@ -3,7 +3,7 @@
 from pipelines.tracking.provenance import lock_hash
 from pipelines.tracking.registry import Registered, TrackingError, load, register
 from pipelines.tracking.runs import EpochLogger, StageRun, stage_run
-from pipelines.tracking.server import project_root, tracking_uri
+from pipelines.tracking.server import project_root, tracking_uri, where_to_look
 
 __all__ = [
     "EpochLogger",
@@ -16,4 +16,5 @@ __all__ = [
     "register",
     "stage_run",
     "tracking_uri",
+    "where_to_look",
 ]

@@ -5,6 +5,7 @@ This file travels with each registered version, as models-from-code; the weights
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Builds the network from the version's `model.json` and `model.safetensors`."""
         self.model, self.spec = pipelines.models.load(Path(context.artifacts["config"]).parent)
+        self.one_at_a_time = threading.Lock()  # explanation mode is a state of the model; MLflow's server calls from threads
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Scores images.
@@ -58,8 +60,11 @@ class ServedModel(PythonModel):
         Raises:
             InputError: images of another shape or range, a target that is no class, a model that does not explain itself.
         """
-        params = params or {}
         images = add_inverse(_check_images(model_input))
+        with self.one_at_a_time:
+            return self._scored(images, params or {})
+
+    def _scored(self, images: torch.Tensor, params: dict[str, Any]) -> dict[str, np.ndarray]:
         if not params.get("explain"):
             with torch.no_grad():
                 return {"logits": self.model(images).numpy()}

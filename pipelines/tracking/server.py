@@ -59,10 +59,11 @@ def shown(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else uri
 
 
-def where_to_look(uri: str, experiment_id: str, run_id: str) -> str:
-    """What opens the run: an address of a server, a command for a database file."""
+def where_to_look(uri: str, experiment_id: str | None = None, run_id: str | None = None) -> str:
+    """What opens the tracking server, or a run on it: an address, or a command for a database file."""
     if uri.startswith("http"):
-        return f"{shown(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        run = "" if run_id is None else f"/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{shown(uri).rstrip('/')}{run}"
     return f"mlflow ui --backend-store-uri {shown(uri)}"
 
 

@@ -117,3 +117,31 @@ def test_an_unknown_recipe_is_refused(project):
     done = project.run("dvc exp run -S recipe=nothing", check=False)
     assert done.returncode != 0
     assert "nothing" in done.stdout + done.stderr
+
+
+def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(project):
+    changes = [
+        "dataset=scenes",
+        "datasets.scenes.image_size=32",
+        "datasets.scenes.counts={train: 64, val: 32, test: 32}",
+        "data.image_size=32",
+        "model.name=resnet8",
+        "training.workers=0",
+        "pretrain.epochs=1",
+        "bcosify.starts=[pretrained, scratch]",
+        "bcosify.pretrained.epochs=1",
+        "evaluate.pictures=2",
+    ]
+    project.run("dvc exp run " + " ".join(f"-S '{change}'" for change in changes))
+    found = project.read("reports/evaluate/metrics.json")["models"]
+    assert set(found) == {"conventional", "bcosified", "bcos_from_scratch"}
+    assert all(0 <= of_model["f1"] <= 1 for of_model in found.values())
+    assert "bcos-scenes" in project.read("reports/register.json")["uri"]
+    assert "f1" in project.run("python -m stages.summary").stdout.lower()
+
+
+def test_an_unknown_model_ends_the_stage_with_one_line(project):
+    done = project.run("dvc exp run -S recipe=smoke -S model.name=resnet8o", check=False)
+    assert done.returncode != 0
+    assert "unknown model 'resnet8o'; near it: resnet8" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
