@@ -30,25 +30,6 @@ def choose(correct: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([right[: count - wrong_count], wrong[:wrong_count]]).sort().values
 
 
-def captions(logits: Tensor, labels: Tensor, classes: Sequence[str], probability: str = "softmax") -> list[str]:
-    """A line an image: its true class, the predicted one and its confidence.
-
-    Args:
-        logits: (N, K).
-        labels: (N,).
-        classes: K names.
-        probability: `softmax` over the classes, or `sigmoid` of each.
-    """
-    confidences = logits.softmax(1) if probability == "softmax" else logits.sigmoid()
-    best = logits.argmax(1)
-    return [
-        f"true: {classes[label]}\npredicted: {classes[guess]} ({share:.0%})"
-        for label, guess, share in zip(
-            labels.tolist(), best.tolist(), confidences.gather(1, best[:, None])[:, 0].tolist(), strict=True
-        )
-    ]
-
-
 def save_panels(path: str | Path, images: Tensor, explanations: Mapping[str, Tensor], titles: Sequence[str]) -> None:
     """Writes a PNG: for each image a row of the image itself and its explanations. The same input gives the same bytes.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from pipelines.pictures import captions, choose, heat_map, on_white, save_panels
+from pipelines.pictures import choose, heat_map, on_white, save_panels
 
 
 def test_half_of_the_chosen_images_are_wrong_where_possible():
@@ -41,13 +41,6 @@ def test_transparent_is_white():
     rgba = torch.tensor([0.2, 0.4, 0.6, 0.0]).expand(1, 2, 2, 4)
     assert torch.equal(on_white(rgba), torch.ones(1, 2, 2, 3))
     assert torch.allclose(on_white(torch.tensor([[[[0.2, 0.4, 0.6, 1.0]]]])), torch.tensor([0.2, 0.4, 0.6]))
-
-
-def test_captions_name_true_and_predicted_class_with_confidence():
-    logits = torch.tensor([[0.0, 0.0, 5.0], [3.0, -9.0, -9.0]])
-    lines = captions(logits, torch.tensor([2, 1]), ("a", "b", "c"))
-    assert lines == ["true: c\npredicted: c (99%)", "true: b\npredicted: a (100%)"]
-    assert captions(logits, torch.tensor([2, 1]), ("a", "b", "c"), "sigmoid")[1].endswith("a (95%)")
 
 
 def test_panels_are_the_same_bytes_each_time_and_show_the_image(tmp_path):
