@@ -358,3 +358,18 @@ def test_a_cifar10_with_another_checksum_is_refused(published, tmp_path, monkeyp
     monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", "0" * 32)
     with pytest.raises(DataError, match="md5"):
         fetched(Cifar10Params(source="cifar10", val_count=10), tmp_path)
+
+
+def test_training_images_come_in_shuffled_order_so_that_shards_mix_the_classes(tmp_path):
+    root = tmp_path / "root"
+    for split in ("train", "val", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(20):
+                Image.new("RGB", (4, 4), (number, 0, 0)).save(root / split / name / f"{number:02d}.png")
+    source = get(ImageFolderParams(source="imagefolder", root=str(root)))
+    source.fetch(tmp_path / "raw", tmp_path / "cache", progress=False)
+    labels = [source.load(tmp_path / "raw", ref).label for ref in source.index(tmp_path / "raw", "train")]
+    assert sorted(labels) == [0] * 20 + [1] * 20
+    assert 5 <= sum(labels[:20]) <= 15
+    assert source.index(tmp_path / "raw", "train") == source.index(tmp_path / "raw", "train")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from numpy.random import Generator, Philox, SeedSequence
+
 from pipelines.data.sample import DataError, Description, Sample
 from pipelines.data.sources import archive, images, listing
 from pipelines.data.sources.archive import Contents
@@ -24,13 +26,19 @@ _UNPACKED = "images.tar"
 class StoredImages:
     """How image folders are read once they are fetched."""
 
+    params: DatasetParams
+
     def describe(self, raw: Path) -> Description:
         """The data set fetched into `raw`."""
         return listing.read_description(raw)
 
     def index(self, raw: Path, split: str) -> list[Ref]:
-        """References sorted by class, then by path."""
-        return listing.read_index(raw, split)
+        """References sorted by class, then by path; those of `train` shuffled, so that every shard has all classes."""
+        refs = listing.read_index(raw, split)
+        if split != "train":
+            return refs
+        order = Generator(Philox(SeedSequence([self.params.split_seed, len(refs)]))).permutation(len(refs))
+        return [refs[position] for position in order]
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` where its file is gone, changed or of no use."""
