@@ -66,8 +66,13 @@ def test_every_model_is_valid(model):
         ("datasets.objects.correlation", {"train": 2}, "datasets.objects.correlation.train: .* less than or equal to 1"),
         ("datasets.objects.objects_per_image", [3, 1], "least .3. is above the most .1."),
         ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has objects"),
-        ("training.workers", -1, "training.workers"),
-        ("bcosify.starts", [], "bcosify.starts"),
+        ("training.workers", -1, r"training.workers: .*greater than or equal to 0"),
+        ("training.workers", "x", r"^params.yaml: training.workers: [^\n]*$"),
+        ("training.workers", [4, 2], r"the least .4. is above the most .2."),
+        ("bcosify.starts", [], "bcosify.starts: .*at least 1"),
+        ("evaluate.smooth", 4, "evaluate.smooth: must be odd .got 4."),
+        ("pretrain.lr", float("inf"), "pretrain.lr: .*finite"),
+        ("datasets.objects.counts", {"train": 5, "val": 5}, "counts: test missing"),
     ],
 )
 def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, told):

@@ -1,0 +1,42 @@
+import pytest
+
+import pipelines
+from pipelines.data.sample import DataError
+from pipelines.params import ModelParams
+from stages import common
+
+
+def test_a_local_weights_file_is_known_by_its_place_and_its_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.th").write_bytes(b"one")
+    first = common.located(ModelParams(name="resnet8", weights="weights.th"))
+    (tmp_path / "weights.th").write_bytes(b"two")
+    second = common.located(ModelParams(name="resnet8", weights="weights.th"))
+    assert first.weights == second.weights == str(tmp_path / "weights.th")
+    assert first.sha256 != second.sha256
+    tag = ModelParams(name="resnet18", weights="IMAGENET1K_V1")
+    assert common.located(tag) == tag
+
+
+def test_a_change_of_the_training_code_changes_its_digest(tmp_path, monkeypatch):
+    for name in common.TRAINING_CODE:
+        place = tmp_path / name
+        place.write_text("") if place.suffix else (place.mkdir(), (place / "a.py").write_text(""))
+    monkeypatch.setattr(pipelines, "__file__", str(tmp_path / "__init__.py"))
+    before = common.code_digest()
+    assert common.code_digest() == before
+    (tmp_path / "training/a.py").write_text("# changed")
+    assert common.code_digest() != before
+
+
+def test_what_is_the_users_to_mend_ends_a_stage_with_its_line_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"params\.yaml"), common.stage():
+        pass
+    monkeypatch.setattr(common, "load", lambda: None)
+    with pytest.raises(SystemExit, match="a broken shard"), common.stage():
+        raise DataError("a broken shard")
+
+
+def test_nested_figures_are_flattened_with_slashes():
+    assert common.flat({"test": {"accuracy": 1.0, "bcos": {"epg": 0.5}}}) == {"test/accuracy": 1.0, "test/bcos/epg": 0.5}
