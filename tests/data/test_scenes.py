@@ -48,7 +48,7 @@ def test_an_image_depends_on_seed_split_and_index_alone():
     forwards = [draw(params, "train", index) for index in range(8)]
     backwards = [draw(params, "train", index) for index in reversed(range(8))]
     assert forwards == backwards[::-1]
-    assert draw(several(counts={"train": 3}), "train", 5) == forwards[5]
+    assert draw(several(counts={"train": 3, "val": 3, "test": 3}), "train", 5) == forwards[5]
     others = [draw(params, "val", 5), draw(params, "train", 6), draw(several(seed=1), "train", 5)]
     assert len({sample.image for sample in [forwards[5], *others]}) == 4
 
@@ -86,12 +86,12 @@ def test_an_interrupted_fetch_goes_on_with_what_it_has_drawn(tmp_path, monkeypat
 
 
 def test_what_is_read_is_what_was_drawn(tmp_path):
-    params = several(counts={"train": 12, "test": 3})
+    params = several(counts={"train": 12, "val": 2, "test": 3})
     source, raw = get(params), fetched(params, tmp_path)
     read = [source.load(raw, ref) for ref in source.index(raw, "train")]
     assert read == drawn(params, 12)
     description = source.describe(raw)
-    assert description.counts == {"train": 12, "val": 0, "test": 3}
+    assert description.counts == {"train": 12, "val": 2, "test": 3}
     assert description.task == "multilabel"
     assert description.classes == CLASSES
     assert source.index(raw, "val") == []
