@@ -94,7 +94,7 @@ def test_what_is_read_is_what_was_drawn(tmp_path):
     assert description.counts == {"train": 12, "val": 2, "test": 3}
     assert description.task == "multilabel"
     assert description.classes == CLASSES
-    assert source.index(raw, "val") == []
+    assert [ref.key for ref in source.index(raw, "val")] == ["val-0000000", "val-0000001"]
 
 
 def test_a_cut_tar_is_noticed(tmp_path):
