@@ -52,6 +52,11 @@ class Context:
                 setattr(module, name, self.child(child, name))
         return module
 
+    def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
+        """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
+        module.__class__ = to
+        return module
+
 
 Rule = Callable[[nn.Module, Context], nn.Module]
 RuleT = TypeVar("RuleT", bound=Callable[..., nn.Module])
@@ -277,8 +282,8 @@ def bcosify(
         layer._configure(b, layer.max_out, normalize_weight)
     if bias == "remove":
         for module in network.modules():
-            if "bias" in module._parameters:
-                module.register_parameter("bias", None)
+            for name in [name for name in module._parameters if name == "bias" or name.endswith("_bias")]:
+                module.register_parameter(name, None)
     if stem_pool == "average":
         _replace_first(network.body, _is_stem_pool, nn.AvgPool2d(3, 2, 1, count_include_pad=True))
     if gap_reorder:

@@ -1,31 +1,17 @@
-"""Conversion rules for the block types of torchvision and timm whose forward passes are not modules alone."""
+"""Conversion rules for timm's block types whose forward passes are not modules alone."""
 
 from __future__ import annotations
 
 import timm.layers
-import torchvision
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import nn
 
 from pipelines.bcos import Context, register_conversion
-from pipelines.models.cifar import PadShortcut
 
 
-@register_conversion(PadShortcut, torchvision.ops.Permute, timm.layers.DropPath, torchvision.ops.StochasticDepth)
+@register_conversion(timm.layers.DropPath)
 def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
     return module
-
-
-@register_conversion(torchvision.models.DenseNet)
-def _densenet(module: torchvision.models.DenseNet, context: Context) -> nn.Module:
-    """Its last ReLU and global pool are functions; here they are modules."""
-    return nn.Sequential(
-        context.child(module.features, "features"),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        context.child(module.classifier, "classifier"),
-    )
 
 
 @register_conversion(FastAdaptiveAvgPool)
