@@ -1,9 +1,10 @@
 """B-cos networks: layers, conversion, explanation mode, dynamic weights. Needs torch and nothing else of this project."""
 
+from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
 from pipelines.bcos.hold import Holdable, explanation_mode
-from pipelines.bcos.layers import BcosConv2d, BcosLinear
+from pipelines.bcos.layers import BcosConv2d, BcosLinear, layer_b, set_b
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, GatedGELU, GatedHardswish, GatedSiLU
 
@@ -24,11 +25,14 @@ __all__ = [
     "Holdable",
     "LocationsToBatch",
     "add_inverse",
+    "attend",
     "bcosify",
     "contribution_map",
     "convert",
     "dynamic_weights",
     "explanation_mode",
+    "layer_b",
     "register_conversion",
     "rgba",
+    "set_b",
 ]

@@ -23,9 +23,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from pipelines.bcos.layers import BcosConv2d, BcosLinear
+from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, Gate, GatedGELU, GatedHardswish, GatedSiLU
+
+NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
 
 class ConversionError(ValueError):
@@ -37,7 +39,7 @@ class Context:
     """Where in the network a rule is at work, and under which choices."""
 
     path: str = ""
-    norm: Literal["uncentered", "centered"] = "uncentered"
+    norm: NormMode = "uncentered"
     image_layer: nn.Module | None = None  # the layer that takes the image
     done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # shared modules stay shared
 
@@ -156,7 +158,7 @@ def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
     weight: torch.Tensor | None = module.weight
     bias: torch.Tensor | None = module.bias
     mean, var = module.running_mean, module.running_var
-    if not centered:  # the mean's part moves into the bias
+    if context.norm == "uncentered":  # the mean's part moves into the bias
         shift = -mean * torch.rsqrt(var + module.eps)
         bias = shift if weight is None or bias is None else bias + weight * shift
     layer = _with_parameters(layer, weight, bias)
@@ -220,14 +222,15 @@ def convert(
     *,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    norm: Literal["uncentered", "centered"] = "uncentered",
+    norm: NormMode = "uncentered",
 ) -> BcosNetwork:
     """The B-cos network at B = 1 that computes what `model` computes.
 
     Args:
         model: takes normalised images (N, 3, H, W), gives logits (N, K). It is left untouched.
         mean, std: of RGB, those that `model` was trained with, for images in [0, 1].
-        norm: `uncentered` moves a BatchNorm's mean into its bias; `centered` keeps subtracting it.
+        norm: `uncentered` moves a BatchNorm's mean into its bias; `centered` keeps subtracting it; `uncentered_unshifted` neither
+            subtracts nor moves it, which changes the function.
 
     Returns:
         A network that takes (N, 6, H, W) in [0, 1] (see `add_inverse`): in evaluation mode its logits are those of `model` on
@@ -245,14 +248,16 @@ def bcosify(
     model: nn.Module,
     *,
     b: float = 2.0,
-    bias: Literal["remove", "keep"] = "remove",
-    norm: Literal["uncentered", "centered"] = "uncentered",
+    b_mode: ExponentMode = "fixed",
+    bias: Literal["remove", "decay", "keep"] = "remove",
+    norm: NormMode = "uncentered",
     stem_pool: Literal["average", "keep"] = "average",
     gap_reorder: bool = True,
     activation: Literal["keep", "remove"] = "keep",
     logit_bias: float | None = None,
     temperature: float = 1.0,
     normalize_weight: bool = False,
+    max_out: int = 1,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> BcosNetwork:
@@ -261,14 +266,17 @@ def bcosify(
     Args:
         model: takes normalised images (N, 3, H, W), gives logits (N, K).
         b: exponent of every B-cos layer, >= 1.
-        bias: `remove` takes every bias away, the norms' included.
-        norm: `uncentered` or `centered` BatchNorm.
+        b_mode: `fixed`; `scheduled`: `set_b` moves it; `learned`: a parameter of each layer, kept at 1 or above.
+        bias: `remove` takes every bias away, the norms' included; `decay` and `keep` keep them (the optimiser decays, or not).
+        norm: of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, as in `convert`.
         stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
         gap_reorder: classify every location, then average, where the classifier follows a global average pool.
         activation: `remove` takes the ReLUs away.
         logit_bias: added to every logit; none: -log(K - 1), so that each class starts at probability 1/K.
         temperature: T, by which logits are divided.
         normalize_weight: rows of norm 1, for training from scratch.
+        max_out: units of which each output of a B-cos layer is the maximum. More than one are drawn at random, all of them:
+            for training from scratch too.
         mean, std: as in `convert`.
 
     Returns:
@@ -279,7 +287,10 @@ def bcosify(
     network = convert(model, mean=mean, std=std, norm=norm)
     layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
     for layer in layers:
-        layer._configure(b, layer.max_out, normalize_weight)
+        layer._configure(b, max_out, normalize_weight, b_mode)
+        if max_out > 1:
+            layer.weight = nn.Parameter(layer.weight.new_empty(max_out * len(layer.weight), *layer.weight.shape[1:]))
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # as torch's own layers start
     if bias == "remove":
         for module in network.modules():
             for name in [name for name in module._parameters if name == "bias" or name.endswith("_bias")]:

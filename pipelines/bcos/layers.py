@@ -21,6 +21,33 @@ PATCH_EPSILON = 1e-6  # in the root of a patch's norm
 VECTOR_EPSILON = 1e-12  # beside a vector's norm
 COSINE_EPSILON = 1e-6  # beside the cosine, for B other than 2
 
+ExponentMode = Literal["fixed", "scheduled", "learned"]
+
+
+def check_exponent(b: float) -> float:
+    """`b` as a float; raises ValueError below 1."""
+    if not b >= 1:
+        raise ValueError(f"B must be at least 1, not {b}")
+    return float(b)
+
+
+def layer_b(model: nn.Module) -> dict[str, float]:
+    """The exponent B of each B-cos layer of `model`, by the layer's name."""
+    return {name: float(layer.b) for name, layer in model.named_modules() if isinstance(layer, _Bcos)}
+
+
+def set_b(model: nn.Module, b: float) -> None:
+    """Sets the exponent of every B-cos layer of `model` whose B follows a schedule.
+
+    Raises:
+        ValueError: B below 1, or no such layer.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _Bcos) and layer.b_value is not None]
+    if not layers:
+        raise ValueError("this network has no B-cos layer whose B follows a schedule: bcosify it with b_mode='scheduled'")
+    for layer in layers:
+        layer.b_value.fill_(check_exponent(b))  # type: ignore[union-attr]
+
 
 class _Square(torch.autograd.Function):
     """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three."""
@@ -48,16 +75,26 @@ class _Bcos(Holdable):
     """What the two layers share: the exponent, MaxOut, weight normalisation and the scale."""
 
     weight: Tensor
-    b: float
+    b_mode: ExponentMode
+    b_value: Tensor | None  # B where it follows a schedule: 0-d, saved with the weights
+    b_offset: nn.Parameter | None  # B - 2 where it is learned: 0-d, so that weight decay pulls B towards 2
     max_out: int
     normalize_weight: bool
 
-    def _configure(self, b: float, max_out: int, normalize_weight: bool) -> None:
-        if b < 1:
-            raise ValueError(f"B must be at least 1, not {b}")
+    def _configure(self, b: float, max_out: int, normalize_weight: bool, b_mode: ExponentMode = "fixed") -> None:
         if max_out < 1:
             raise ValueError(f"max_out must be at least 1, not {max_out}")
-        self.b, self.max_out, self.normalize_weight = float(b), max_out, normalize_weight
+        self.b_mode, self._fixed_b = b_mode, check_exponent(b)
+        self.register_buffer("b_value", torch.tensor(float(b)) if b_mode == "scheduled" else None)
+        self.register_parameter("b_offset", nn.Parameter(torch.tensor(b - 2.0)) if b_mode == "learned" else None)
+        self.max_out, self.normalize_weight = max_out, normalize_weight
+
+    @property
+    def b(self) -> float | Tensor:
+        """The exponent B >= 1: a number, or a 0-d tensor where it is scheduled or learned (then with its gradient)."""
+        if self.b_offset is not None:
+            return (2 + self.b_offset).clamp_min(1)
+        return self._fixed_b if self.b_value is None else self.b_value
 
     def _rows(self) -> Tensor:
         """The weight rows as they are used, each of norm 1 where `normalize_weight` is set."""
@@ -65,16 +102,21 @@ class _Bcos(Holdable):
 
     def _scale(self, linear: Tensor, norm: Tensor) -> Tensor:
         """s^(B-1) · linear, with s = |linear| / norm held in explanation mode."""
-        if self.b == 2 and self.explanation is None:
+        b = self.b
+        squares = isinstance(b, float) and b == 2
+        if squares and self.explanation is None and not torch.compiler.is_compiling():
             return _Square.apply(linear, norm)
         cosine = linear.abs() / norm
-        factor = cosine if self.b == 2 else (cosine + COSINE_EPSILON).pow(self.b - 1)
+        factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
         return linear * self.hold(factor)
+
+    def _is_linear(self) -> bool:
+        return self.b_mode == "fixed" and self._fixed_b == 1
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         more = f", max_out={self.max_out}" if self.max_out > 1 else ""
-        return f"{super().extra_repr()}, b={self.b:g}{more}" + (", normalize_weight" if self.normalize_weight else "")
+        return f"{super().extra_repr()}, b={float(self.b):g}{more}" + (", normalize_weight" if self.normalize_weight else "")
 
 
 class BcosConv2d(_Bcos, nn.Conv2d):
@@ -123,7 +165,7 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         linear = F.conv2d(x_NCHW, self._rows(), None, self.stride, padding, self.dilation, self.groups)
         if self.max_out > 1:
             linear = linear.unflatten(1, (-1, self.max_out)).max(2).values
-        if self.b != 1:
+        if not self._is_linear():
             linear = self._scale_patches(linear, self._patch_norm(x_NCHW, padding))
         return linear if self.bias is None else linear + self.bias[:, None, None]
 
@@ -183,7 +225,7 @@ class BcosLinear(_Bcos, nn.Linear):
         linear = F.linear(x, self._rows())
         if self.max_out > 1:
             linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
-        if self.b != 1:
+        if not self._is_linear():
             norm = x.square().sum(-1, keepdim=True).clamp_min(VECTOR_EPSILON**2).sqrt()  # finite second derivatives at 0
             linear = self._scale(linear, norm + VECTOR_EPSILON)
         return linear if self.bias is None else linear + self.bias

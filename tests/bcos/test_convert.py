@@ -159,3 +159,27 @@ def test_three_channels_given_to_a_converted_model_are_refused():
         add_inverse(torch.rand(1, 6, 32, 32))
     with pytest.raises(ConversionError, match="three channels"):
         convert(nn.Sequential(nn.Conv2d(1, 4, 3)))
+
+
+def test_a_network_without_the_shift_differs_from_the_function_by_the_means_alone():
+    source, images = with_random_statistics(build("resnet20")), torch.rand(2, 3, 32, 32)
+    without = convert(source, norm="uncentered_unshifted")(add_inverse(images))
+    assert not torch.allclose(without, source(normalised(images)), rtol=1e-2)
+    for module in source.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.zero_()
+    after = convert(source, norm="uncentered_unshifted")(add_inverse(images))
+    torch.testing.assert_close(after, source(normalised(images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", [{"b_mode": "scheduled"}, {"b_mode": "learned"}, {"bias": "decay"}])
+def test_choices_of_training_start_as_the_fixed_network(choice):
+    source, images = with_random_statistics(build("resnet8")), add_inverse(torch.rand(2, 3, 32, 32))
+    fixed = bcosify(source, b=1.5, bias="keep" if "bias" in choice else "remove")
+    torch.testing.assert_close(bcosify(source, b=1.5, **choice)(images), fixed(images), rtol=1e-4, atol=1e-5)
+
+
+def test_max_out_multiplies_the_units_not_the_channels():
+    model = bcosify(build("resnet8"), max_out=2, normalize_weight=True)
+    assert model.body.conv1.weight.shape == (32, 6, 3, 3)
+    assert model(torch.rand(2, 6, 32, 32)).shape == (2, 10)

@@ -1,9 +1,20 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosGroupNorm, BcosLayerNorm, BcosLinear, explanation_mode
+from pipelines.bcos import (
+    BcosBatchNorm,
+    BcosConv2d,
+    BcosGroupNorm,
+    BcosLayerNorm,
+    BcosLinear,
+    explanation_mode,
+    layer_b,
+    set_b,
+)
 
 CONVOLUTIONS = [
     {"kernel_size": 3, "padding": 1},
@@ -139,3 +150,41 @@ def test_layer_and_group_norm_are_torchs_in_and_out_of_explanation_mode(ours, to
     torch.testing.assert_close(ours(x), torchs(x))
     with explanation_mode(ours):
         torch.testing.assert_close(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize("layer", [BcosConv2d(3, 4, 3), BcosLinear(3, 4)])
+def test_a_scheduled_exponent_is_the_fixed_one_of_that_value(layer):
+    x = torch.rand(2, 3, 5, 5) if isinstance(layer, BcosConv2d) else torch.rand(2, 3)
+    network = nn.Sequential(layer)
+    layer._configure(1.0, 1, False, "scheduled")
+    for b in (1.0, 1.5, 2.0):
+        set_b(network, b)
+        assert layer_b(network) == {"0": b}
+        scheduled = layer(x)
+        fixed = copy.deepcopy(layer)
+        fixed._configure(b, 1, False)
+        torch.testing.assert_close(scheduled, fixed(x), rtol=1e-4, atol=1e-6)
+    assert "0.b_value" in network.state_dict()
+    with pytest.raises(ValueError, match="at least 1, not 0.5"):
+        set_b(network, 0.5)
+    with pytest.raises(ValueError, match="scheduled"):
+        set_b(nn.Sequential(BcosLinear(3, 4)), 1.5)
+
+
+def test_a_learned_exponent_has_a_gradient_and_stays_at_one_or_above():
+    layer = BcosConv2d(3, 4, 3)
+    layer._configure(1.0, 1, False, "learned")
+    x = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(layer(x), nn.functional.conv2d(x, layer.weight), rtol=1e-4, atol=1e-6)
+    layer(x).sum().backward()
+    assert layer.b_offset.grad != 0
+    optimiser = torch.optim.AdamW([layer.b_offset], lr=0.1, weight_decay=0.5)
+    layer.b_offset.grad = None
+    before = float(layer.b)
+    for _ in range(10):
+        layer.b_offset.grad = torch.zeros(())
+        optimiser.step()
+    assert before < float(layer.b) < 2
+    with torch.no_grad():
+        layer.b_offset.fill_(-3)
+    assert layer_b(layer) == {"": 1.0}
