@@ -93,7 +93,7 @@ class _Bcos(Holdable):
     def b(self) -> float | Tensor:
         """The exponent B >= 1: a number, or a 0-d tensor where it is scheduled or learned (then with its gradient)."""
         if self.b_offset is not None:
-            return (2 + self.b_offset).clamp_min(1)
+            return torch.where(self.b_offset < -1, 1.0, 2 + self.b_offset)  # a clamp would have no gradient at 1 itself
         return self._fixed_b if self.b_value is None else self.b_value
 
     def _rows(self) -> Tensor:
