@@ -309,11 +309,14 @@ def bcosify(
 
 
 def _image_layer(model: nn.Module) -> nn.Module:
-    """The first layer, in the order of definition, that takes three channels."""
+    """The first layer, in the order of definition, that takes three channels: a convolution, or a linear layer of patches.
+
+    The latter is a subclass of `nn.Linear` with the attribute `in_channels`, whose own rule doubles its weight.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+        if isinstance(module, nn.Conv2d | nn.Linear) and getattr(module, "in_channels", None) == 3:
             return module
-    raise ConversionError("no convolution of this network takes three channels, so where the image enters is unknown")
+    raise ConversionError("no layer of this network takes three channels, so where the image enters is unknown")
 
 
 def _class_count(layers: list[BcosConv2d | BcosLinear]) -> int:

@@ -1,4 +1,4 @@
-"""`build(name, weights)`: networks of torchvision and timm by name, and the CIFAR ResNets."""
+"""`build(name, weights)`: networks of torchvision and timm by name, the CIFAR ResNets, SimpleViTs and ViT-Cs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from pipelines.models.cifar import CifarResNet
+from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
 from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,9 @@ def build(
     """The network `name` with `weights`; it takes normalised images (N, 3, H, W) and gives logits (N, K).
 
     Args:
-        name: `resnet20` (also `cifar_resnet20`; CIFAR: 8, 14, 20, 32, 44, 56, 110), a torchvision name, a timm name;
-            `torchvision:name` and `timm:name` say which library, where both have it torchvision's is taken.
+        name: `resnet20` (also `cifar_resnet20`; CIFAR: 8, 14, 20, 32, 44, 56, 110), `simple_vit_s` or `vitc_s` (sizes ti, s, b,
+            l), a torchvision name, a timm name; `torchvision:name` and `timm:name` say which library, where both have it
+            torchvision's is taken.
         weights: `none` for random ones, a tag of the library (torchvision: `IMAGENET1K_V2`, `DEFAULT`; timm: `pretrained` or the
             tag after the dot), or a local file or URL.
         num_classes: K; where the weights' head has another number, it is replaced by a new one, and the log says so. By
@@ -84,6 +86,8 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
     if library == "" and cifar and int(cifar[1]) in CIFAR_DEPTHS:
         depth = int(cifar[1])
         return lambda classes: CifarResNet(depth, classes or 10, **options), _no_tags
+    if library == "" and plain in SIMPLE_VITS + VITCS:
+        return lambda classes: simple_vit(plain, classes or 1000, **options), _no_tags
     if library in ("", "torchvision") and plain in torchvision.models.list_models(module=torchvision.models):
         get = torchvision.models.get_model
         return (
@@ -95,13 +99,18 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
             lambda classes: timm.create_model(plain, **({} if classes is None else {"num_classes": classes}), **options),
             lambda tag: timm.create_model(plain if tag == "pretrained" else f"{plain}.{tag}", pretrained=True, **options),
         )
-    known = [f"resnet{depth}" for depth in CIFAR_DEPTHS] + torchvision.models.list_models() + timm.list_models()
+    known = (
+        [f"resnet{depth}" for depth in CIFAR_DEPTHS]
+        + [*SIMPLE_VITS, *VITCS]
+        + torchvision.models.list_models()
+        + timm.list_models()
+    )
     near = ", ".join(difflib.get_close_matches(plain, known, 5)) or "see torchvision.models and timm.list_models()"
     raise ModelError(f"unknown model {name!r}; near it: {near}")
 
 
 def _no_tags(tag: str) -> nn.Module:
-    raise ValueError("CIFAR ResNets have no tagged weights: give a file or URL")
+    raise ValueError("this network has no tagged weights: give a file or URL")
 
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear]:
