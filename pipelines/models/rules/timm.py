@@ -1,26 +1,483 @@
-"""Conversion rules for timm's block types whose forward passes are not modules alone."""
+"""Conversion rules for timm's module types.
+
+timm writes most of its attention and its gates as functions inside `forward`. Where what depends on the input passes through a
+child on its way (the softmax through `attn_drop`, the gate through `gate` or `act`), that child is made to hold it and `forward`
+stays timm's own; only where there is no such child, a subclass overrides `forward`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import timm.layers
-from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
-from torch import nn
+import timm.models
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.layers.activations import GELU, GELUTanh, HardMish, HardSwish, Mish, PReLU, QuickGELU, Swish, Tanh
+from timm.layers.activations_me import HardMishMe, HardSwishMe, MishMe, SwishMe
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
 
-from pipelines.bcos import Context, register_conversion
+from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, Holdable, register_conversion
+from pipelines.bcos.attention import attend
+from pipelines.bcos.convert import Rule
+from pipelines.bcos.norms import Gate, GatedGELU, GatedHardswish, GatedSiLU
+
+layers, models = timm.layers, timm.models
+
+# Linear as they are ---------------------------------------------------------------------------------------------------
 
 
-@register_conversion(timm.layers.DropPath)
+@register_conversion(
+    layers.DropPath, layers.DropBlock2d, layers.PatchDropout, layers.PatchDropoutWithIndices, layers.LayerScale,
+    layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
+    layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
+    layers.adaptive_avgmax_pool.FastAdaptiveMaxPool, layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
+    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU, nn.PReLU, nn.AvgPool1d,
+    models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
+    models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
+)  # fmt: skip
 def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
     return module
 
 
-@register_conversion(FastAdaptiveAvgPool)
-def _fast_pool(module: FastAdaptiveAvgPool, context: Context) -> nn.Module:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten() if module.flatten else nn.Identity())
+@register_conversion(
+    layers.RelPosBias, layers.RelPosMlp, layers.RelPosBiasTf, layers.RotaryEmbedding, layers.RotaryEmbeddingCat,
+    layers.RotaryEmbeddingMixed, layers.RotaryEmbeddingDinoV3, layers.FourierEmbed, models.beit.RelativePositionBias,
+    models.xcit.PositionalEncodingFourier, models.edgenext.PositionalEncodingFourier,
+)  # fmt: skip
+def _position(module: nn.Module, context: Context) -> nn.Module:
+    """Positions do not depend on the image: their layers stay ordinary."""
+    return module
 
 
-@register_conversion(timm.layers.BatchNormAct2d)
-def _norm_and_activation(module: timm.layers.BatchNormAct2d, context: Context) -> nn.Module:
-    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
-    norm.load_state_dict(module.state_dict())
-    return nn.Sequential(context.child(norm, "norm"), context.child(module.drop, "drop"), context.child(module.act, "act"))
+@register_conversion(
+    models.vision_transformer.VisionTransformer, models.deit.VisionTransformerDistilled, models.beit.Beit, models.beit.Block,
+    models.eva.Eva, models.eva.EvaBlock, models.eva.EvaBlockPostNorm, models.cait.Cait, models.cait.LayerScaleBlock,
+    models.cait.LayerScaleBlockClassAttn, models.xcit.Xcit, models.xcit.XCABlock, models.xcit.ClassAttentionBlock,
+    models.convnext.ConvNeXtBlock, models.inception_next.MetaNeXtBlock, models.edgenext.ConvBlock,
+    models.edgenext.SplitTransposeBlock, models.rdnet.DenseBlock, models.swin_transformer.SwinTransformerBlock,
+    models.swin_transformer_v2.SwinTransformerV2Block, models.swin_transformer_v2_cr.SwinTransformerV2CrBlock,
+    models.mlp_mixer.ResBlock, models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
+    models.nfnet.NormFreeBlock, models.volo.VOLO, models.vision_transformer_relpos.VisionTransformerRelPos,
+)  # fmt: skip
+def _owner_of_constants(module: nn.Module, context: Context) -> nn.Module:
+    """Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor."""
+    return context.children(module)
+
+
+# Layers and norms that are torch's own under another name -------------------------------------------------------------
+
+
+def _as(module: nn.Module, base: type[nn.Module], context: Context) -> nn.Module:
+    """What the rule of `base` makes of `module`."""
+    return context.child(context.recast(module, base), base.__name__)
+
+
+class LayerNorm2d(BcosLayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class HeldRmsNorm(Holdable, layers.RmsNorm):
+    """timm's RMS norm, x / sqrt(mean x² + ε), with a root that can be held."""
+
+    channels_first = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., *normalized_shape), or (N, C, ...) where `channels_first`, -> the same."""
+        if self.explanation is None and not self.channels_first:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        axes = (1,) if self.channels_first else tuple(range(-len(self.normalized_shape), 0))
+        x = x * self.hold(torch.rsqrt(x.square().mean(axes, keepdim=True) + self.eps))
+        if self.weight is None:
+            return x
+        return x * (self.weight.view(-1, *[1] * (x.ndim - 2)) if self.channels_first else self.weight)
+
+
+class HeldRmsNorm2d(HeldRmsNorm):
+    """RMS norm over the channels of (N, C, H, W)."""
+
+    channels_first = True
+
+
+def _to_layer_norm_2d(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(_as(module, nn.LayerNorm, context), LayerNorm2d)
+
+
+_NORMS: dict[type[nn.Module], Rule] = {
+    nn.BatchNorm2d: lambda module, context: _as(module, nn.BatchNorm2d, context),
+    nn.LayerNorm: lambda module, context: _as(module, nn.LayerNorm, context),
+    nn.GroupNorm: lambda module, context: _as(module, nn.GroupNorm, context),
+    layers.LayerNorm2d: _to_layer_norm_2d,
+    layers.RmsNorm: lambda module, context: context.recast(module, HeldRmsNorm),
+    layers.RmsNorm2d: lambda module, context: context.recast(module, HeldRmsNorm2d),
+}
+
+for _type, _base in {
+    layers.LayerNorm: nn.LayerNorm,
+    layers.LayerNormFp32: nn.LayerNorm,
+    models.metaformer.LayerNormNoBias: nn.LayerNorm,
+    layers.LayerNorm2d: layers.LayerNorm2d,
+    layers.LayerNorm2dFp32: layers.LayerNorm2d,
+    layers.norm.LayerNormExp2d: layers.LayerNorm2d,
+    models.metaformer.LayerNorm2dNoBias: layers.LayerNorm2d,
+    layers.GroupNorm: nn.GroupNorm,
+    layers.GroupNorm1: nn.GroupNorm,
+    models.metaformer.GroupNorm1NoBias: nn.GroupNorm,
+    layers.RmsNorm: layers.RmsNorm,
+    layers.RmsNormFp32: layers.RmsNorm,
+    layers.RmsNorm2d: layers.RmsNorm2d,
+    layers.norm.RmsNorm2dFp32: layers.RmsNorm2d,
+}.items():
+    register_conversion(_type)(_NORMS[_base])
+
+
+def _norm_and_activation(base: type[nn.Module]) -> Rule:
+    def rule(module: nn.Module, context: Context) -> nn.Module:
+        drop, act = module.drop, module.act
+        del module.drop, module.act
+        return nn.Sequential(_NORMS[base](module, context), context.child(drop, "drop"), context.child(act, "act"))
+
+    return rule
+
+
+for _type, _base in {
+    layers.BatchNormAct2d: nn.BatchNorm2d,
+    layers.GroupNormAct: nn.GroupNorm,
+    layers.norm_act.GroupNorm1Act: nn.GroupNorm,
+    layers.LayerNormAct: nn.LayerNorm,
+    layers.norm_act.LayerNormActFp32: nn.LayerNorm,
+    layers.LayerNormAct2d: layers.LayerNorm2d,
+    layers.norm_act.LayerNormAct2dFp32: layers.LayerNorm2d,
+    layers.norm_act.RmsNormAct: layers.RmsNorm,
+    layers.norm_act.RmsNormActFp32: layers.RmsNorm,
+    layers.norm_act.RmsNormAct2d: layers.RmsNorm2d,
+    layers.norm_act.RmsNormAct2dFp32: layers.RmsNorm2d,
+}.items():
+    register_conversion(_type)(_norm_and_activation(_base))
+
+
+class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
+    """x + β + γ·x·n(x), n a channel's norm over the image by its mean over channels; n can be held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) or (N, C, H, W), as the layer was built for, -> the same."""
+        norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
+        relative = self.hold(norms / (norms.mean(self.channel_dim, keepdim=True) + self.eps))
+        x = x + self.weight.view(self.wb_shape) * (x * relative)
+        return x if self.bias is None else x + self.bias.view(self.wb_shape)
+
+
+@register_conversion(layers.grn.GlobalResponseNorm)
+def _global_response_norm(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(module, HeldGlobalResponseNorm)
+
+
+@register_conversion(layers.Linear)
+def _linear(module: nn.Module, context: Context) -> nn.Module:
+    return _as(module, nn.Linear, context)
+
+
+class BcosConv2dSame(BcosConv2d):
+    """B-cos convolution with TensorFlow's padding: as many zeros as make the output ceil(input / stride) large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
+        return super().forward(pad_same(x, self.kernel_size, self.stride, self.dilation))
+
+
+@register_conversion(layers.Conv2dSame)
+def _conv_same(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(_as(module, nn.Conv2d, context), BcosConv2dSame)
+
+
+@register_conversion(layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame)
+def _standardised_conv(module: layers.ScaledStdConv2d, context: Context) -> nn.Module:
+    """The standardised weight becomes the weight, for good: B-cos layers take it as it is, or normalise it themselves."""
+    rows = module.weight.detach().flatten(1)
+    rows = F.batch_norm(rows[None], None, None, training=True, momentum=0.0, eps=module.eps)[0]
+    if hasattr(module, "gain"):
+        rows = rows * (module.gain.detach().flatten(1) * module.scale)
+        del module.gain
+    module.weight = nn.Parameter(rows.view_as(module.weight))
+    if getattr(module, "same_pad", False):
+        return _conv_same(module, context)
+    return _as(module, nn.Conv2d, context)
+
+
+@register_conversion(layers.adaptive_avgmax_pool.FastAdaptiveAvgPool)
+def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, context: Context) -> nn.Module:
+    """As the module that `gap_reorder` looks for, where it pools images."""
+    channels_last = module.dim == (1, 2)
+    if not channels_last and module.dim != (2, 3):
+        return module
+    steps: list[nn.Module] = [torchvision.ops.Permute([0, 3, 1, 2])] if channels_last else []
+    steps.append(nn.AdaptiveAvgPool2d(1))
+    if module.flatten:
+        steps.append(nn.Flatten())
+    elif channels_last:
+        steps.append(torchvision.ops.Permute([0, 2, 3, 1]))
+    return nn.Sequential(*steps)
+
+
+# Activations x·g(x) ---------------------------------------------------------------------------------------------------
+
+
+class GatedQuickGELU(Gate):
+    """x·sigmoid(1.702·x), which approximates GELU."""
+
+    def __init__(self) -> None:
+        super().__init__(layers.quick_gelu)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """sigmoid(1.702·x), in [0, 1]."""
+        return torch.sigmoid(1.702 * x)
+
+
+class GatedMish(Gate):
+    """Mish as x·tanh(softplus(x))."""
+
+    def __init__(self) -> None:
+        super().__init__(F.mish)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """tanh(softplus(x)), in [0, 1]."""
+        return F.softplus(x).tanh()
+
+
+class GatedHardMish(Gate):
+    """x·clip((x + 2)/2, 0, 1), timm's approximation of Mish."""
+
+    def __init__(self) -> None:
+        super().__init__(layers.hard_mish)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """clip((x + 2)/2, 0, 1)."""
+        return 0.5 * (x + 2).clamp(0, 2)
+
+
+class GatedTanh(Gate):
+    """tanh as x·(tanh(x)/x)."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tanh)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """tanh(x)/x, in (0, 1]; 1 at 0, with finite gradients there."""
+        tiny = x.abs() < 1e-4  # tanh(x)/x = 1 - x²/3 + O(x⁴), and the next term is below what float64 resolves
+        return torch.where(tiny, 1 - x.square() / 3, torch.tanh(x) / torch.where(tiny, 1.0, x))
+
+
+class HeldStarReLU(Holdable, models.metaformer.StarReLU):
+    """s·relu(x)² + b, as relu(x) times the gate s·relu(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        x = self.relu(x)
+        x = x * self.hold(self.scale * x)
+        return x if self.bias is None else x + self.bias
+
+
+_GATES: dict[Callable[[], nn.Module], tuple[type[nn.Module], ...]] = {
+    GatedSiLU: (Swish, SwishMe),
+    GatedHardswish: (HardSwish, HardSwishMe),
+    GatedGELU: (GELU,),
+    lambda: GatedGELU("tanh"): (GELUTanh,),
+    GatedQuickGELU: (QuickGELU,),
+    GatedMish: (nn.Mish, Mish, MishMe),
+    GatedHardMish: (HardMish, HardMishMe),
+    GatedTanh: (nn.Tanh, Tanh),
+}
+
+for _gate, _types in _GATES.items():
+    register_conversion(*_types)(lambda module, context, gate=_gate: gate())
+
+
+@register_conversion(models.metaformer.StarReLU)
+def _star_relu(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(module, HeldStarReLU)
+
+
+# Gates: what they multiply is on the way of the image, what computes them is not, and stays ordinary ------------------
+
+
+class Factor(Holdable):
+    """A module whose output is an input-dependent factor, which can be held."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module gives."""
+        return self.hold(self.module(x))
+
+
+def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
+    """The rule of a type whose child `name` gives the factor, and whose children `converted` alone are on the image's way."""
+
+    def rule(module: nn.Module, context: Context) -> nn.Module:
+        setattr(module, name, Factor(getattr(module, name)))
+        return _convert_children(module, converted, context)
+
+    return rule
+
+
+def _convert_children(module: nn.Module, names: tuple[str, ...], context: Context) -> nn.Module:
+    for name in names:
+        child = getattr(module, name)
+        if child is not None:
+            setattr(module, name, context.child(child, name))
+    return module
+
+
+register_conversion(
+    layers.SEModule, layers.EffectiveSEModule, layers.squeeze_excite.SqueezeExciteCl, layers.EcaModule, layers.CecaModule,
+    layers.GatherExcite, layers.cbam.ChannelAttn, layers.cbam.SpatialAttn, layers.cbam.LightSpatialAttn,
+    models._efficientnet_blocks.SqueezeExcite,
+)(_factor("gate"))  # fmt: skip
+register_conversion(layers.cbam.LightChannelAttn)(_factor("fc2"))
+register_conversion(layers.SelectiveKernel)(_factor("attn", ("paths",)))
+register_conversion(layers.SplitAttn)(_factor("rsoftmax", ("conv", "bn0", "drop", "act0")))
+register_conversion(layers.GluMlp)(_factor("act", ("fc1", "drop1", "norm", "fc2", "drop2")))
+register_conversion(layers.SwiGLU)(_factor("act", ("fc1_x", "drop1", "norm", "fc2", "drop2")))
+register_conversion(models.mlp_mixer.SpatialGatingUnit)(_factor("proj"))
+
+# Attention: the softmax passes through `attn_drop`, which holds it; q, k, v are linear, the output projection is B-cos --
+
+
+class HeldDropout(Holdable, nn.Dropout):
+    """Dropout of an attention matrix, which can be held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        return self.hold(super().forward(x))
+
+
+def _attention(original: type[nn.Module], *converted: str) -> None:
+    """Registers the rule of an attention module that has `attn_drop`, and `converted` beside its output projection."""
+    # fused attention gives no matrix to hold, so in explanation mode it steps back
+    name = f"Held_{original.__module__.rpartition('.')[2]}_{original.__name__}"
+    fused_unless_explained = property(lambda layer: layer.attn_drop.explanation is None)
+    held = type(name, (original,), {"fused_attn": fused_unless_explained, "__module__": __name__, "__doc__": original.__doc__})
+    globals()[name] = held  # where pickle looks for it
+
+    @register_conversion(original)
+    def rule(module: nn.Module, context: Context) -> nn.Module:
+        context.recast(module.attn_drop, HeldDropout)  # type: ignore[arg-type]
+        if getattr(module, "gate", None) is not None:
+            module.gate = Factor(module.gate)
+        _convert_children(module, ("proj", "proj_drop", *converted), context)
+        return context.recast(module, held) if getattr(module, "fused_attn", False) else module
+
+
+_attention(layers.Attention, "norm")
+_attention(layers.AttentionRope, "norm")
+_attention(layers.attention2d.Attention2d)
+_attention(models.eva.EvaAttention, "norm")
+_attention(models.pvt_v2.Attention, "sr", "norm", "act", "pool")
+_attention(models.twins.GlobalSubSampleAttn, "sr", "norm")
+for _type in (
+    models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn, models.edgenext.CrossCovarianceAttn,
+    models.fastvit.Attention, models.maxxvit.Attention2d, models.maxxvit.AttentionCl, models.metaformer.Attention,
+    models.nest.Attention, models.swin_transformer.WindowAttention, models.swin_transformer_v2.WindowAttention,
+    models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.twins.LocallyGroupedAttn, models.visformer.Attention,
+    models.vision_transformer_relpos.RelPosAttention, models.volo.Attention, models.volo.ClassAttention,
+    models.volo.OutlookAttention, models.xcit.XCA,
+):  # fmt: skip
+    _attention(_type)
+
+
+class HeldAttentionPoolLatent(Holdable, layers.AttentionPoolLatent):
+    """Attention pooling by learned queries, with a matrix that can be held."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) -> (N, C), or (N, queries, C) where the queries are not pooled."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = attend(self, self.q_norm(q), self.k_norm(k), v, bias=attn_mask)
+        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm(x))
+        return {"token": lambda: x[:, 0], "avg": lambda: x.mean(1)}.get(self.pool, lambda: x)()
+
+
+class HeldEfficientFormerAttention(Holdable, models.efficientformer.Attention):
+    """EfficientFormer's attention with a bias for each distance; its matrix can be held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> the same."""
+        qkv = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
+        bias = self.attention_biases[:, self.attention_bias_idxs]
+        return self.proj(attend(self, q, k, v, bias=bias, scale=self.scale).transpose(1, 2).flatten(2))
+
+
+class _Attention2dOfMaps(Holdable):
+    """What the two attention layers of EfficientFormer v2 share; their q, k, v are maps (N, C, H, W)."""
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(N, heads·D, H, W) -> (N, heads, H·W, D)."""
+        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+
+    def _bias(self) -> Tensor:
+        """(heads, queries, keys)."""
+        return self.attention_biases[:, self.attention_bias_idxs]
+
+
+class HeldAttention2d(_Attention2dOfMaps, models.efficientformer_v2.Attention2d):
+    """Attention with talking heads, whose matrix can be held, plus a convolution of the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        if self.stride_conv is not None:
+            x = self.stride_conv(x)
+        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self.v(x)
+        logits = self.talking_head1(q @ k.transpose(-2, -1) * self.scale + self._bias())
+        matrix = self.hold(self.talking_head2(logits.softmax(-1)))
+        x = (matrix @ self._heads(v)).transpose(2, 3).reshape(v.shape) + self.v_local(v)
+        return self.proj(self.act(x if self.upsample is None else self.upsample(x)))
+
+
+class HeldAttention2dDownsample(_Attention2dOfMaps, models.efficientformer_v2.Attention2dDownsample):
+    """Attention whose queries are at half the resolution; its matrix can be held."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
+        v = self.v(x)
+        local = self.v_local(v)
+        q, k, values = (self._heads(each) for each in (self.q(x), self.k(x), v))
+        x = attend(self, q, k, values, bias=self._bias(), scale=self.scale)
+        return self.proj(self.act(x.transpose(2, 3).reshape(local.shape) + local))
+
+
+@register_conversion(layers.AttentionPoolLatent)
+def _attention_pool(module: nn.Module, context: Context) -> nn.Module:
+    _convert_children(module, ("proj", "proj_drop", "norm", "mlp"), context)
+    return context.recast(module, HeldAttentionPoolLatent)
+
+
+@register_conversion(models.efficientformer.Attention)
+def _efficientformer_attention(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(_convert_children(module, ("proj",), context), HeldEfficientFormerAttention)
+
+
+@register_conversion(models.efficientformer_v2.Attention2d)
+def _attention_2d(module: models.efficientformer_v2.Attention2d, context: Context) -> nn.Module:
+    module.v.bn = context.child(module.v.bn, "v.bn")
+    _convert_children(module, ("stride_conv", "upsample", "v_local", "act", "proj"), context)
+    return context.recast(module, HeldAttention2d)
+
+
+@register_conversion(models.efficientformer_v2.Attention2dDownsample)
+def _attention_2d_downsample(module: models.efficientformer_v2.Attention2dDownsample, context: Context) -> nn.Module:
+    module.v.bn = context.child(module.v.bn, "v.bn")
+    _convert_children(module, ("v_local", "act", "proj"), context)
+    return context.recast(module, HeldAttention2dDownsample)
