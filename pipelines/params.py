@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Exponent = Annotated[float, Field(ge=1.0)]  # B
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -100,6 +101,7 @@ class DataParams(Strict):
     eval_resize: PositiveInt | None = None  # shorter side before the centre crop; none: straight to image_size
     augment: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "flip"
     crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels, for pad_crop_flip
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = None  # magnitude of RandAugment, after crop and flip
     loader_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes a training worker
     shuffle_buffer: PositiveInt = 10_000  # samples
     on_error: Literal["raise", "skip"] = "raise"  # an image that does not decode: stop, or skip and count
@@ -127,6 +129,10 @@ class TrainingParams(Strict):
     gpus_per_worker: NonNegativeFloat = 0.0
     cpus_per_worker: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: PositiveInt = 1  # parts of a worker's batch, one after the other, whose gradients make one step
+    channels_last: bool = False  # memory format of images and convolutions
+    compile: bool = False  # the objective by torch.compile
+    checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
     storage: str = "runs"  # folder or fsspec URL of checkpoints
     checkpoint_every: PositiveInt = 100  # steps
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
@@ -137,6 +143,12 @@ class TrainingParams(Strict):
     def _least_and_most(self) -> TrainingParams:
         if not isinstance(self.workers, int) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers: the least ({self.workers[0]}) is above the most ({self.workers[1]})")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_or_checkpointed(self) -> TrainingParams:
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("compile and checkpoint_activations: choose one, the compiler decides itself what is kept")
         return self
 
 
@@ -152,8 +164,14 @@ class OptimiserParams(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     clip: Literal["none", "agc", "norm"] = "none"
     clip_value: PositiveFloat = 0.01
+    mixup: NonNegativeFloat = 0.0  # alpha of the Beta distribution of the mixing share; 0: no mixing
     select: str = "val/accuracy"  # the metric whose best epoch is kept
     patience: PositiveInt | None = None  # epochs without a better `select` before stopping
+
+    @property
+    def settled(self) -> int:
+        """Epochs after which the network is the one that is wanted: none before counts as the best."""
+        return 0
 
 
 class PretrainParams(OptimiserParams):
@@ -165,15 +183,40 @@ class PretrainParams(OptimiserParams):
 class BcosificationParams(OptimiserParams):
     """The design choices of Arya et al. 2024 (methods of `bcosify`), and the fine-tuning after them."""
 
-    b: Annotated[float, Field(ge=1.0)] = 2.0
-    bias: Literal["remove", "keep"] = "remove"
-    norm: Literal["uncentered", "centered"] = "uncentered"
+    b: Exponent = 2.0  # in the end
+    b_mode: Literal["fixed", "scheduled", "learned"] = "fixed"
+    b_start: Exponent = 1.0  # where a schedule or learning starts
+    b_epochs: PositiveInt = 1  # over which a schedule goes from b_start to b, in equal parts a step
+    b_decay: NonNegativeFloat = 0.0  # weight decay that pulls a learned B towards 2
+    bias: Literal["remove", "decay", "keep"] = "remove"
+    bias_decay: NonNegativeFloat = 0.0  # weight decay on biases (the norms' too), where they decay
+    norm: Literal["uncentered", "uncentered_unshifted", "centered"] = "uncentered"
     stem_pool: Literal["average", "keep"] = "average"
     gap_reorder: bool = True
     activation: Literal["keep", "remove"] = "keep"
     logit_bias: float | None = None  # none: -log(classes - 1)
     temperature: PositiveFloat = 1.0
     normalize_weight: bool = False
+    max_out: PositiveInt = 1  # units of which each output is the maximum
+
+    @model_validator(mode="after")
+    def _exponents_fit(self) -> BcosificationParams:
+        if self.b_mode == "learned" and self.b != 2:
+            raise ValueError(f"b: a learned B is pulled towards 2, not {self.b:g}; b_start says where it starts")
+        if self.b_mode == "scheduled" and self.b_epochs > self.epochs:
+            raise ValueError(f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.epochs} epochs")
+        return self
+
+    @property
+    def settled(self) -> int:
+        """Epochs until B has its final value."""
+        return self.b_epochs if self.b_mode == "scheduled" else 0
+
+    def design(self) -> dict[str, Any]:
+        """The keyword arguments of `bcosify` for the network as training starts."""
+        names = ("b_mode", "bias", "norm", "stem_pool", "gap_reorder", "activation", "logit_bias", "temperature")
+        chosen = self.model_dump(include={*names, "normalize_weight", "max_out"})
+        return {"b": self.b if self.b_mode == "fixed" else self.b_start, **chosen}
 
 
 class BcosifyParams(Strict):

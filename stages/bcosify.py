@@ -8,17 +8,15 @@ from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_bcosification
 from stages.common import shards_of, spec_of, stage, train_stage
 
-CHOICES = {"b", "bias", "norm", "stem_pool", "gap_reorder", "activation", "logit_bias", "temperature", "normalize_weight"}
-
 
 def main(start: str) -> None:
     """Trains the B-cos network whose weights start as `start` says: `pretrained` or `scratch`."""
     with stage() as params:
         optim = getattr(params.bcosify, start)
         manifest = read_manifest(shards_of(params.dataset))
-        spec = spec_of(params, manifest, kind="bcos", design=optim.model_dump(include=CHOICES))
+        spec = spec_of(params, manifest, kind="bcos", design=optim.design())
         source = Path("models/pretrain").absolute() if start == "pretrained" else None
-        build = partial(build_bcosification, spec, source, params.seed)
+        build = partial(build_bcosification, spec, source, optim, params.seed)
         upstream = () if source is None else (source,)
         train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, upstream=upstream)
 

@@ -32,6 +32,7 @@ FOR_THE_USER = (
     tracking.TrackingError,
     FileNotFoundError,
 )
+COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}  # params.training that change what is computed
 TRAINING_CODE = ("bcos", "data", "losses.py", "methods", "metrics", "models", "training")  # in pipelines; dvc.yaml names the same
 
 
@@ -125,7 +126,8 @@ def train_stage(
         spec: of the trained model.
         upstream: models of earlier stages that `build` starts from.
     """
-    settings = (params.seed, params.data, located(params.model), optim, params.training.workers, params.training.precision)
+    computation = params.training.model_dump(include=COMPUTATION)
+    settings = (params.seed, params.data, located(params.model), optim, computation)
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,

@@ -12,7 +12,7 @@ def main() -> None:
     with stage() as params:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="conventional")
-        build = partial(build_pretrain, located(params.model), spec, params.pretrain.label_smoothing, params.seed)
+        build = partial(build_pretrain, located(params.model), spec, params.pretrain, params.seed)
         train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec)
 
 

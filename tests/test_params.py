@@ -62,7 +62,7 @@ def test_every_model_is_valid(model):
         ("pretrain.lr", "fast", "pretrain.lr: .* valid number.*'fast'"),
         ("pretrain.lr", -1, "pretrain.lr: .* greater than 0.*-1"),
         ("bcosify.pretrained.b", 0.5, "bcosify.pretrained.b: .* greater than or equal to 1"),
-        ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove' or 'keep'.*'drop'"),
+        ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove', 'decay' or 'keep'.*'drop'"),
         ("datasets.objects.correlation", {"train": 2}, "datasets.objects.correlation.train: .* less than or equal to 1"),
         ("datasets.objects.objects_per_image", [3, 1], "least .3. is above the most .1."),
         ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has objects"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torchvision.transforms.v2 import MixUp
 
 from pipelines.bcos import add_inverse
 
@@ -16,8 +17,15 @@ class Method(Protocol):
 
     module: nn.Module
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Named scalars of a training batch; `loss` is the one to minimise. `model` is `module`, possibly wrapped."""
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """What `loss` takes, from a batch of the loader: tensors, one row an image. Random choices are made here, uncompiled."""
+        ...
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named scalars of a prepared batch, each a mean over its images; `loss` is the one to minimise. `model` is `module`.
+
+        It may be compiled, and called on parts of a batch: it draws nothing itself and keeps nothing.
+        """
         ...
 
     def metrics(self) -> Any:
@@ -25,29 +33,45 @@ class Method(Protocol):
         ...
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`."""
+        """Takes an evaluation batch of the loader into `metrics`."""
         ...
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of parameters for the optimiser."""
         ...
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets what the method's own schedules say for `epoch`, counted from 0."""
+    def set_progress(self, epochs: float) -> None:
+        """Sets what the method's own schedules say after `epochs` epochs, a fraction in mid-epoch.
+
+        Called before each step and before the evaluation at an epoch's end.
+        """
+        ...
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Figures of the module at an epoch's end, beside losses and evaluation."""
         ...
 
 
 class Classification:
-    """What the ways of training a classifier share: the input, the metrics, the parameter groups.
+    """What the ways of training a classifier share: the input, mixup, the metrics, the parameter groups.
 
     Args:
         module: (N, 6, H, W) in [0, 1] -> logits (N, K).
         task: `multiclass` (a batch has `label`) or `multilabel` (`labels`).
         num_classes: K.
+        mixup: alpha of the Beta distribution from which the mixing share is drawn; 0: no mixing (Zhang et al., 2018).
     """
 
-    def __init__(self, module: nn.Module, task: str, num_classes: int) -> None:
+    def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
         self.module, self.task, self.num_classes = module, task, num_classes
+        self._mix = MixUp(alpha=mixup, num_classes=num_classes) if mixup > 0 else None
+
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, 6, H, W) in [0, 1] and `target`: class indices (N,), or where mixed or multilabel (N, K) in [0, 1]."""
+        images, targets = batch["image"], self.targets(batch)
+        if self._mix is not None:
+            images, targets = self._mix(images, targets)
+        return {"image": add_inverse(images), "target": targets}
 
     def targets(self, batch: Batch) -> Tensor:
         """(N,) class indices, or (N, K) of {0, 1}."""
@@ -73,5 +97,9 @@ class Classification:
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
-    def begin_epoch(self, epoch: int) -> None:
+    def set_progress(self, epochs: float) -> None:
         """Nothing changes from epoch to epoch."""
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """None."""
+        return {}

@@ -9,31 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.bcos import add_inverse
-from pipelines.methods.base import Batch, Classification
+from pipelines.methods.base import Classification
 
 if TYPE_CHECKING:
-    from pipelines.params import ModelParams
+    from pipelines.params import ModelParams, PretrainParams
 
 
 class Pretrain(Classification):
     """Cross-entropy (multiclass, with label smoothing) or binary cross-entropy (multilabel)."""
 
-    def __init__(self, module: nn.Module, task: str, num_classes: int, label_smoothing: float = 0.0) -> None:
-        super().__init__(module, task, num_classes)
+    def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0, label_smoothing: float = 0.0) -> None:
+        super().__init__(module, task, num_classes, mixup)
         self.label_smoothing = label_smoothing
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`loss` of a batch with `image` (N, 3, H, W) in [0, 1] and `label` or `labels`."""
-        logits, targets = model(add_inverse(batch["image"])), self.targets(batch)
-        if targets.ndim == 2:
-            return {"loss": F.binary_cross_entropy_with_logits(logits, targets)}
-        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` of a prepared batch."""
+        logits = model(batch["image"])
+        if self.task == "multilabel":
+            return {"loss": F.binary_cross_entropy_with_logits(logits, batch["target"])}
+        return {"loss": F.cross_entropy(logits, batch["target"], label_smoothing=self.label_smoothing)}
 
 
-def build_pretrain(model: ModelParams, spec: models.ModelSpec, label_smoothing: float, seed: int) -> Pretrain:
+def build_pretrain(model: ModelParams, spec: models.ModelSpec, params: PretrainParams, seed: int) -> Pretrain:
     """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
     torch.manual_seed(seed)
     classes = len(spec.classes)
     network = models.build(model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options)
-    return Pretrain(models.assemble(spec, network), spec.task, classes, label_smoothing)
+    return Pretrain(models.assemble(spec, network), spec.task, classes, params.mixup, params.label_smoothing)

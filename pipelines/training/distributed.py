@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,18 +65,23 @@ def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def wrap(module: nn.Module, context: Context) -> nn.Module:
-    """`module`, in DistributedDataParallel where there are several workers.
+def wrap(objective: nn.Module, context: Context) -> nn.Module:
+    """`objective`, in DistributedDataParallel where there are several workers.
 
     On the CPU the search for unused parameters is on, because it keeps the gradient buckets as they are: otherwise
     they are rebuilt after a process's first step, a resumed run would add up gradients in another order at its first
     step than one never killed, and with three or more workers the last bits differ.
     """
-    if context.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
+    if context.world_size == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
+        return objective
     if context.device.type == "cuda":
-        return DistributedDataParallel(module, device_ids=[context.device])
-    return DistributedDataParallel(module, find_unused_parameters=True)
+        return DistributedDataParallel(objective, device_ids=[context.device])
+    return DistributedDataParallel(objective, find_unused_parameters=True)
+
+
+def exchanging(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
+    return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
 
 
 def gather(value: Any, context: Context) -> list[Any]:

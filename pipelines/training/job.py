@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -27,7 +27,7 @@ class EpochRecord(TypedDict):
 
     epoch: int
     step: int  # optimiser steps so far
-    metrics: dict[str, float]  # train/<loss>, train/lr, train/images_per_second, train/skipped, val/<metric>
+    metrics: dict[str, float]  # train/<loss>, train/lr, train/images_per_second, train/skipped, train/<of method>, val/<metric>
 
 
 @runtime_checkable
@@ -107,8 +107,10 @@ class Result:
         module.load_state_dict(checkpoints.load(self.directory, self.history[-1]["step"])["model"])
 
 
-def best_record(history: Iterable[EpochRecord], select: str) -> EpochRecord:
+def best_record(history: list[EpochRecord], select: str, settled: int = 0) -> EpochRecord:
     """The first record with the best `select`: the highest, or the lowest where the name contains `loss`.
+
+    Epochs before `settled` (a scheduled B is not yet what it shall be) count only as long as there are no others.
 
     Raises:
         TrainingError: a record has no such metric.
@@ -121,7 +123,7 @@ def best_record(history: Iterable[EpochRecord], select: str) -> EpochRecord:
         value = sign * record["metrics"][select]
         return -math.inf if math.isnan(value) else value
 
-    return max(history, key=score)
+    return max([record for record in history if record["epoch"] >= settled] or history, key=score)
 
 
 def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
@@ -130,7 +132,8 @@ def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
         return False
     if history[-1]["epoch"] >= optim.epochs:
         return True
-    return optim.patience is not None and (history[-1]["epoch"] - best_record(history, optim.select)["epoch"] >= optim.patience)
+    best = best_record(history, optim.select, optim.settled)["epoch"]
+    return optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
 
 
 def run_directory(storage: str | Path, stage: str, *inputs: Any) -> str:

@@ -42,24 +42,27 @@ def train(job: Job) -> Result:
     Raises:
         TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
     """
-    check_batch_size(job.optim.batch_size, job.training.workers)
+    check_batch_size(job.optim.batch_size, job.training)
     summary = checkpoints.newest(job.directory)
     if summary is not None and is_finished(summary["history"], job.optim):
         report(job, summary["history"])
         history = summary["history"]
     else:
         history = launch(fit, job, training=job.training)
-    return Result(job.directory, history, best_record(history, job.optim.select))
+    return Result(job.directory, history, best_record(history, job.optim.select, job.optim.settled))
 
 
-def check_batch_size(batch_size: int, workers: int | tuple[int, int]) -> None:
-    """Raises `TrainingError` unless the effective batch can be shared equally by every allowed number of workers."""
+def check_batch_size(batch_size: int, training: TrainingParams) -> None:
+    """Raises `TrainingError` unless every allowed number of workers can share the effective batch equally, in equal parts."""
+    workers, parts = training.workers, training.accumulate
     least, most = (max(1, workers),) * 2 if isinstance(workers, int) else workers
-    bad = [str(count) for count in range(least, most + 1) if batch_size % count]
+    bad = [str(count) for count in range(least, most + 1) if batch_size % (count * parts)]
     if bad:
+        in_parts = f", each of which takes {parts} parts (training.accumulate)" if parts > 1 else ""
         raise TrainingError(
             f"batch_size {batch_size} (over all workers) cannot be shared equally by {', '.join(bad)} of the "
-            f"workers {workers}: choose a multiple of every number of workers that may occur"
+            f"workers {workers}{in_parts}: choose a multiple of every number of workers that may occur"
+            + (" times the parts" if parts > 1 else "")
         )
 
 

@@ -17,6 +17,7 @@ from pipelines.training import checkpoints
 from pipelines.training.distributed import (
     Context,
     broadcast,
+    exchanging,
     gather,
     least,
     restore_rng_states,
@@ -27,6 +28,7 @@ from pipelines.training.distributed import (
 )
 from pipelines.training.evaluation import evaluate_split
 from pipelines.training.job import EpochRecord, Job, TrainingError, best_record, is_finished
+from pipelines.training.objective import build_objective
 from pipelines.training.optim import clip_gradients, optimiser, set_rate
 from pipelines.training.progress import EpochProgress, epoch_line
 
@@ -59,7 +61,7 @@ class Run:
     job: Job
     context: Context
     method: Any
-    model: nn.Module  # method.module, wrapped by DDP where there are several workers
+    objective: nn.Module  # the method's losses: compiled where the params say so, in DDP where there are several workers
     optimiser: torch.optim.Optimizer
     steps_per_epoch: int
     epoch: int = 0  # finished epochs
@@ -96,14 +98,15 @@ def set_up(context: Context, job: Job) -> Run:
     if steps_per_epoch == 0 and job.optim.epochs > 0:
         raise TrainingError(f"{job.shards}: the train split gives no batch of {job.optim.batch_size}")
 
+    objective = build_objective(method, job.training)
     groups = method.parameter_groups(job.optim.weight_decay)
-    run = Run(job, context, method, method.module, optimiser(groups, job.optim), steps_per_epoch)
+    run = Run(job, context, method, objective, optimiser(groups, job.optim), steps_per_epoch)
     run.first_bad = run.first_bad.to(context.device)
     seed_rank(job.seed, context.rank + 1)  # other random numbers (dropout) on every rank
     summary = broadcast(checkpoints.newest(job.directory) if context.rank == 0 else None, context)
     if summary is not None:
         resume(run, summary)
-    run.model = wrap(method.module, context)
+    run.objective = wrap(objective, context)
     return run
 
 
@@ -137,8 +140,7 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
 def train_epoch(run: Run) -> dict[str, float]:
     """Trains the epoch at hand, or the rest of it; returns its train metrics, over all ranks."""
     job, context = run.job, run.context
-    run.method.begin_epoch(run.epoch)
-    run.model.train()
+    run.objective.train()
     place = {"rank": context.rank, "world_size": context.world_size}
     batches = job.batches(job, "train", epoch=run.epoch, start_batch=run.batches, **place)
     check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
@@ -159,11 +161,13 @@ def train_epoch(run: Run) -> dict[str, float]:
     seconds = time.monotonic() - began
     losses, counts, skipped = merge(gather(run.tally.state(), context))
     run.epoch, run.batches, run.tally = run.epoch + 1, 0, Tally()
+    run.method.set_progress(run.epoch)
     return {
         **{f"train/{name}": total / counts[name] for name, total in losses.items()},
         "train/lr": rate,
         "train/images_per_second": images / seconds,
         "train/skipped": float(skipped),
+        **{f"train/{name}": value for name, value in run.method.epoch_metrics().items()},
     }
 
 
@@ -186,22 +190,49 @@ def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """One optimiser step; returns its loss and learning rate."""
-    optim, device = run.job.optim, run.context.device
-    half = run.job.training.precision == "bfloat16"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        losses = run.method.loss(run.model, to_device(batch, device))
-    loss = losses["loss"]
+    optim = run.job.optim
+    run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    losses = gradients(run, run.method.prepare(to_device(batch, run.context.device)))
+    loss = losses["loss"]
     clip_gradients(run.method.module.parameters(), optim)
     rate = set_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
     run.optimiser.step()
     run.step += 1
     run.batches += 1
-    bad = torch.where(torch.isfinite(loss.detach()), math.inf, float(run.step))
+    bad = torch.where(torch.isfinite(loss), math.inf, float(run.step))
     run.first_bad = torch.minimum(run.first_bad, bad.to(run.first_bad))
     run.tally.add(losses, batch.get("skipped", 0))
-    return loss.detach(), rate
+    return loss, rate
+
+
+def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The losses of a prepared batch, without graph, once their gradients are in the parameters.
+
+    A batch is taken in `training.accumulate` parts, each with the weight of its share: the gradient is that of the
+    whole but for what a module computes over a batch (BatchNorm's statistics are those of a part).
+    """
+    training, device = run.job.training, run.context.device
+    if training.channels_last:
+        batch = {name: laid_out(value) for name, value in batch.items()}
+    count = len(next(iter(batch.values())))
+    pieces = {name: value.tensor_split(min(training.accumulate, count)) for name, value in batch.items()}
+    parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
+    total: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        share = len(next(iter(part.values()))) / count
+        with exchanging(run.objective, number == len(parts)):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
+                losses = run.objective(part)
+            (losses["loss"] * share).backward()
+        for name, value in losses.items():
+            total[name] = total.get(name, 0.0) + share * value.detach()
+    return total
+
+
+def laid_out(value: torch.Tensor) -> torch.Tensor:
+    """`value`, where it is images with its channels last in memory."""
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
 def stop_if_bad(run: Run) -> None:
@@ -256,7 +287,8 @@ def save(run: Run) -> None:
     ranks = gather({"rng": rng_states(run.context.device), "tally": run.tally.state()}, run.context)
     if run.context.rank != 0:
         return
-    keep = {best_record(run.history, run.job.optim.select)["step"]} if run.history else set()
+    optim = run.job.optim
+    keep = {best_record(run.history, optim.select, optim.settled)["step"]} if run.history else set()
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
     summary = {"epoch": run.epoch, "batches": run.batches, "history": run.history}
     with full_disk_explained(run):

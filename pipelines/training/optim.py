@@ -16,9 +16,9 @@ from pipelines.params import OptimiserParams
 def optimiser(groups: list[dict[str, Any]], params: OptimiserParams) -> torch.optim.Optimizer:
     """The optimiser over a method's parameter groups; a group's own `lr` or `weight_decay` wins over the params'.
 
-    `sgd` has momentum 0.9; `adam` adds the weight decay to the gradient, `adamw` decouples it.
+    `sgd` has momentum 0.9; `adam` adds the weight decay to the gradient, `adamw` decouples it. All are torch's fused ones.
     """
-    settings: dict[str, Any] = {"lr": params.lr, "weight_decay": params.weight_decay}
+    settings: dict[str, Any] = {"lr": params.lr, "weight_decay": params.weight_decay, "fused": True}
     if params.optimiser == "sgd":
         result: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, **settings)
     elif params.optimiser == "adam":
@@ -91,11 +91,13 @@ SCHEDULES: dict[str, Callable[[int, int, int], tuple[float, float | None]]] = {
 def clip_gradients(parameters: Iterable[nn.Parameter], params: OptimiserParams) -> None:
     """Clips gradients in place.
 
-    `agc`: adaptive clipping (Brock et al., 2021, eq. 3): each unit's gradient norm is at most `clip_value` times
-    its weight norm (at least 1e-3; a unit is a row of the weight, a bias or norm weight as a whole). All parameters
-    are clipped, the classifier too. `norm`: the norm of all gradients together is at most `clip_value`.
+    `agc`: adaptive clipping (Brock et al., 2021, eq. 3): each unit's gradient norm is at most `clip_value` times its
+    weight norm (at least 1e-3; a unit is a row of the weight, a bias or norm weight as a whole). All parameters are
+    clipped, the classifier too, but for single numbers: a learned B is no unit of weights. `norm`: the norm of all
+    gradients together is at most `clip_value`.
     """
     if params.clip == "agc":
-        adaptive_clip_grad(parameters, clip_factor=params.clip_value, eps=1e-3)
+        units = [parameter for parameter in parameters if parameter.ndim > 0]
+        adaptive_clip_grad(units, clip_factor=params.clip_value, eps=1e-3)
     elif params.clip == "norm":
         nn.utils.clip_grad_norm_(parameters, params.clip_value)

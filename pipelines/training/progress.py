@@ -54,6 +54,6 @@ class EpochProgress:
 
 
 def epoch_line(epoch: int, epochs: int, metrics: dict[str, float]) -> str:
-    """One line that sums up an epoch."""
-    values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    """One line that sums up an epoch; figures of single layers (`train/b/<layer>`) are for the history."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") == 1)
     return f"epoch {epoch}/{epochs}: {values}"

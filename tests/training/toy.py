@@ -86,21 +86,28 @@ class ToyMethod:
         self.accident, self.at_step, self.marker, self.rank = accident, at_step, Path(marker), rank
         self.steps = 0
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The batch; `nan` or `poison` among its tensors, or the accident at once, where it is time."""
         self.steps += 1
+        made = {"image": batch["image"], "label": batch["label"]}
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if self.steps == self.at_step and self.rank in (rank, ALL_RANKS):
+            if self.accident in ("nan", "poison"):
+                made[self.accident] = torch.full((len(batch["label"]),), torch.nan)
+            elif self.accident == "raise" and self.rank == ALL_RANKS:
+                raise ConnectionError("accident on all ranks")
+            elif self.accident and not self.marker.exists():
+                self.happen()
+        return made
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         logits = model(batch["image"])
         loss = nn.functional.cross_entropy(logits, batch["label"])
-        if self.steps == self.at_step and self.rank in (rank, ALL_RANKS):
-            if self.accident == "nan":
-                return {"loss": loss * torch.nan}
-            if self.accident == "poison":  # a finite loss whose gradient is not
-                weight = self.module.conv.weight
-                return {"loss": loss + (weight - weight.detach()).square().sum().sqrt()}
-            if self.accident == "raise" and self.rank == ALL_RANKS:
-                raise ConnectionError("accident on all ranks")
-            if self.accident and not self.marker.exists():
-                self.happen()
+        if "nan" in batch:
+            loss = loss * batch["nan"].mean()
+        if "poison" in batch:  # a finite loss whose gradient is not
+            weight = self.module.conv.weight
+            loss = loss + (weight - weight.detach()).square().sum().sqrt()
         return {"loss": loss, "size": logits.square().mean()}
 
     def happen(self) -> None:
@@ -134,8 +141,11 @@ class ToyMethod:
         others = [p for p in self.module.parameters() if p.ndim <= 1]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-    def begin_epoch(self, epoch: int) -> None:
-        self.module.dropout.p = 0.3 + 0.05 * epoch
+    def set_progress(self, epochs: float) -> None:
+        self.module.dropout.p = 0.3 + 0.05 * int(epochs)
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {"dropout": self.module.dropout.p}
 
 
 def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:

@@ -1,0 +1,108 @@
+"""The losses of a method as one module, and what is done to it from outside: memory format, compilation, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipelines.params import TrainingParams
+from pipelines.training.job import TrainingError
+
+
+class Objective(nn.Module):
+    """A prepared batch of tensors -> named losses; what DDP wraps and torch.compile compiles.
+
+    So a method's `loss` always has the module itself, never a wrapped one.
+    """
+
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        self.module = method.module
+        self.method = method
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The named scalars of the method's `loss`."""
+        return self.method.loss(self.module, batch)
+
+
+def build_objective(method: Any, training: TrainingParams) -> Objective:
+    """The objective of `method`, laid out, checkpointed and compiled as `training` says; its module keeps its parameters' names.
+
+    Raises:
+        TrainingError: `checkpoint_activations` of a module without blocks.
+    """
+    objective = Objective(method)
+    if training.channels_last:
+        objective.to(memory_format=torch.channels_last)
+    if training.checkpoint_activations:
+        checkpoint_blocks(method.module)
+    if training.compile:
+        compile_objective(objective)
+    return objective
+
+
+def compile_objective(objective: Objective) -> None:
+    """Compiles `objective` in place.
+
+    What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter) and of this run alone, so
+    that a resumed run computes what one never killed does. DDP's own splitting of compiled graphs cannot take B-cos layers.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    objective.compile(dynamic=False, isolate_recompiles=True)
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Makes the blocks of `module` keep only their inputs in training, and compute the rest again in the backward pass.
+
+    Blocks are the members of an `nn.Sequential` or `nn.ModuleList`, at any depth, that are neither one themselves nor a layer.
+    """
+    found = list(blocks(module))
+    if not found:
+        raise TrainingError(
+            f"training.checkpoint_activations: {type(getattr(module, 'body', module)).__name__} has no blocks "
+            "(members of an nn.Sequential or nn.ModuleList that have layers of their own)"
+        )
+    for block in found:
+        block.forward = partial(_checkpointed, block, block.forward)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of `checkpoint_blocks`, none inside another."""
+    for child in module.children():
+        listed = isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(child, nn.Sequential | nn.ModuleList)
+        if listed and next(child.children(), None) is not None:
+            yield child
+        else:
+            yield from blocks(child)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward` of `block`, its activations dropped where a backward pass will follow."""
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    contexts = partial(_contexts, block)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For the first pass and for the second, in which running statistics must not move again."""
+    return nullcontext(), _throwaway_buffers(block)
+
+
+@contextmanager
+def _throwaway_buffers(block: nn.Module) -> Iterator[None]:
+    """In the block, the buffers are copies: what is written to them is lost."""
+    kept = [(module, dict(module._buffers)) for module in block.modules() if module._buffers]
+    try:
+        for module, buffers in kept:
+            module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
