@@ -21,9 +21,10 @@ def add_inverse(images: Tensor) -> Tensor:
 
 
 def six_channel_statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Mean [m, 1-m] and deviation [σ, σ] of the six channels, each (6,), from those of RGB."""
-    mean_RGB, std_RGB = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return torch.cat([mean_RGB, 1 - mean_RGB]).float(), torch.cat([std_RGB, std_RGB]).float()
+    """Mean [m, 1-m] and deviation [σ, σ] of the six channels, each (6,), from those of RGB; six values are taken as they are."""
+    mean_6 = mean if len(mean) == 6 else (*mean, *(1 - m for m in mean))
+    std_6 = std if len(std) == 6 else (*std, *std)
+    return torch.tensor(mean_6, dtype=torch.float32), torch.tensor(std_6, dtype=torch.float32)
 
 
 def check_six_channels(images: Tensor) -> None:

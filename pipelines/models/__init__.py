@@ -1,6 +1,7 @@
 """Networks by name, their weights, and models on disk. Importing this registers the conversion rules of torchvision and timm."""
 
 from pipelines.models import rules as _rules  # noqa: F401  (registers)
+from pipelines.models.published import load_published
 from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, read_spec, save
 from pipelines.models.weights import WeightsError
 from pipelines.models.zoo import ModelError, build
@@ -14,6 +15,7 @@ __all__ = [
     "build",
     "digest",
     "load",
+    "load_published",
     "read_spec",
     "save",
 ]

@@ -50,7 +50,7 @@ def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
     """Loads `state` into `model`.
 
     Raises:
-        WeightsError: one line that lists every missing, unexpected and misshaped key.
+        WeightsError: one line that names the missing, unexpected and misshaped keys, of each kind the first few.
     """
     own = model.state_dict()
     optional = {key for key in own if key.endswith("num_batches_tracked")}
@@ -65,9 +65,13 @@ def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
         "misshaped": sorted(misshaped),
     }
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        told = "; ".join(f"{kind}: {_few(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(f"weights {source} do not fit {type(model).__name__}: {told}")
     model.load_state_dict(state, strict=False)
+
+
+def _few(keys: list[str], most: int = 5) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _local(source: str, sha256: str | None) -> Path:

@@ -1,0 +1,176 @@
+"""The published checkpoints of B-cos networks as models of this project, read from a local file.
+
+Two repositories publish them, by the names that `load_published` takes:
+
+- `b-cos-v2:ARCHITECTURE` (B-cos/B-cos-v2; Böhle et al., TPAMI 2024): B-cos from scratch. Weight rows of norm 1, no activations,
+  and an input that is not normalised. Its ordinary ViTs are `build("simple_vit_s", weights=FILE)` and the like.
+- `b-cosification:ARCHITECTURE` (shrebox/B-cosification; Arya et al., NeurIPS 2024): B-cosified, with the design that is the
+  default of `bcosify`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.models.store import ModelSpec, assemble
+from pipelines.models.vit import SIMPLE_VITS, VITCS
+from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
+from pipelines.models.zoo import ModelError
+
+CLASSES, IMAGE_SIZE = 1000, 224
+CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}  # of a block, past the permutation and the activation
+DENSENET_PARTS = (
+    *("conv0", "norm0", "relu0", "pool0"),
+    *("denseblock1", "transition1", "denseblock2", "transition2", "denseblock3", "transition3", "denseblock4", "norm5"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the checkpoints of one repository have in common."""
+
+    architectures: tuple[str, ...]  # as `build` takes them
+    prefixes: tuple[str, ...]  # of their keys: one of these is before all keys of a file
+    design: dict[str, Any]  # keyword arguments of `bcosify`
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_ALL = {"b": 2.0, "b_mode": "fixed", "bias": "remove", "norm": "uncentered", "stem_pool": "average", "max_out": 1}
+_LOGITS = {"logit_bias": -math.log(CLASSES - 1), "temperature": 1.0}
+ORIGINS = {
+    "b-cos-v2": Origin(
+        (
+            *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+            "resnext50_32x4d",
+            *(f"densenet{depth}" for depth in (121, 161, 169, 201)),
+            "convnext_tiny",  # both ConvNeXts as published with norms of places ("pn"), not those of the batch ("bnu")
+            "convnext_base",
+            *SIMPLE_VITS,
+            *VITCS,
+        ),
+        ("0.", ""),  # a ViT is the first of two modules, before the logits' bias
+        {**_ALL, **_LOGITS, "activation": "remove", "normalize_weight": True},
+        (0.0,) * 6,
+        (1.0,) * 6,
+    ),
+    "b-cosification": Origin(
+        ("resnet18", "resnet50", "densenet121", *SIMPLE_VITS, *VITCS),
+        ("model.model.", "model."),  # the trainer's checkpoint, or its network alone
+        {**_ALL, **_LOGITS, "activation": "keep", "normalize_weight": False, "gap_reorder": True},
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+    ),
+}
+
+
+def load_published(
+    name: str, source: str, *, classes: tuple[str, ...] | None = None, sha256: str | None = None
+) -> tuple[nn.Module, ModelSpec]:
+    """The published model `name` with the weights in `source`, in evaluation mode, and the spec that `save` wants with it.
+
+    Args:
+        name: `b-cos-v2:resnet18`, `b-cosification:vitc_ti`, ...
+        source: a file or URL, as published.
+        classes: names of the 1000 classes of ImageNet, in the order of their WordNet ids; by default torchvision's.
+        sha256: of the file.
+
+    Returns:
+        (N, 6, H, W) in [0, 1] -> logits (N, 1000), and its spec.
+
+    Raises:
+        ModelError: no such model was published; another number of classes.
+        WeightsError: a file that is missing, altered, unsafe or of another network.
+    """
+    spec = published_spec(name, classes)
+    model = assemble(spec)
+    load_strictly(model, translated(name, read_state_dict(source, sha256), source), f"{source} of {name}")
+    return model.eval(), spec
+
+
+def published_spec(name: str, classes: tuple[str, ...] | None = None) -> ModelSpec:
+    """How the published model `name` is built; arguments and errors as of `load_published`."""
+    origin, architecture = _origin(name)
+    if classes is None:
+        classes = tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+    if len(classes) != CLASSES:
+        raise ModelError(f"{name} was trained for the {CLASSES} classes of ImageNet, not for {len(classes)}")
+    reorder = {"gap_reorder": architecture not in SIMPLE_VITS + VITCS}  # ViTs from scratch average first
+    return ModelSpec(
+        name=architecture,
+        classes=classes,
+        image_size=IMAGE_SIZE,
+        kind="bcos",
+        mean=origin.mean,
+        std=origin.std,
+        design={**reorder, **origin.design},
+    )
+
+
+def translated(name: str, state: StateDict, source: str) -> StateDict:
+    """`state`, with the published keys and shapes, under the keys and in the shapes of the network of `published_spec(name)`.
+
+    Keys that have no counterpart stay as they are, for `load_strictly` to name. Running means go: uncentred norms have none.
+
+    Raises:
+        WeightsError: keys of another repository.
+    """
+    origin, architecture = _origin(name)
+    prefix = next((prefix for prefix in origin.prefixes if all(key.startswith(prefix) for key in state)), None)
+    if prefix is None:
+        wanted, found = " or ".join(map(repr, origin.prefixes)), next(key for key in state if not key.startswith(origin.prefixes))
+        raise WeightsError(f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?")
+    found_state = {}
+    for key, value in state.items():
+        if key.endswith(".running_mean"):
+            continue
+        key = re.sub(r"\.linear\.weight$", ".weight", key.removeprefix(prefix))  # the plain layer inside a B-cos layer
+        if architecture.startswith("convnext"):
+            key = _convnext_key(key)
+        if architecture.startswith("densenet") and name.startswith("b-cosification"):
+            key = _densenet_key(key)
+        if _is_pointwise(key) and value.shape[2:] == (1, 1):  # published as a 1×1 convolution, a linear layer here
+            value = value.flatten(1)
+        found_state[f"body.{key}"] = value
+    return found_state
+
+
+def _origin(name: str) -> tuple[Origin, str]:
+    where, _, architecture = name.partition(":")
+    if where not in ORIGINS or architecture not in ORIGINS[where].architectures:
+        known = [f"{where}:{architecture}" for where, origin in ORIGINS.items() for architecture in origin.architectures]
+        near = ", ".join(difflib.get_close_matches(name, known, 5)) or ", ".join(known)
+        raise ModelError(f"no published model {name!r}; near it: {near}")
+    return ORIGINS[where], architecture
+
+
+def _is_pointwise(key: str) -> bool:
+    """Whether the layer is the classifier of a CNN, or one of the two linear layers in a block of a ConvNeXt."""
+    return re.search(r"^(fc|classifier|classifier\.2)\.weight$|\.block\.[35]\.weight$", key) is not None
+
+
+def _convnext_key(key: str) -> str:
+    """There the stem is two modules, here one of two; there blocks do not permute, and their activations are gone."""
+    key = re.sub(r"^features\.([2-9])\.", lambda found: f"features.{int(found[1]) - 1}.", key)
+    key = re.sub(r"^features\.([01])\.weight$", r"features.0.\1.weight", key)
+    key = re.sub(r"\.block\.([123])\.", lambda found: f".block.{CONVNEXT_PARTS[found[1]]}.", key)
+    return re.sub(r"^classifier\.1\.", "classifier.2.", key)
+
+
+def _densenet_key(key: str) -> str:
+    """There the parts of `features`, and those of the transitions, go by their positions."""
+    found = re.fullmatch(r"features\.(\d+)\.(.*)", key)
+    if found is None or int(found[1]) >= len(DENSENET_PARTS):
+        return key
+    part, rest = DENSENET_PARTS[int(found[1])], found[2]
+    if part.startswith("transition"):
+        rest = re.sub(r"^([02])\.", lambda position: {"0": "norm.", "2": "conv."}[position[1]], rest)
+    return f"features.{part}.{rest}"
