@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pipelines.data.rand_augment import rand_augment
 from pipelines.params import DataParams
 
 Views = dict[str, torch.Tensor]
@@ -33,7 +34,8 @@ def train_transform(params: DataParams) -> Step:
     """The augmentation that `params.augment` names; gives `image_size` square views. Picklable.
 
     `flip` comes after the fixed view of evaluation, `pad_crop_flip` (CIFAR) after a plain resize, and
-    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image.
+    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment,
+    where `params.rand_augment` gives its magnitude, comes last.
     """
     size = params.image_size
     match params.augment:
@@ -45,6 +47,8 @@ def train_transform(params: DataParams) -> Step:
             steps = (partial(resize_square, size=size), partial(pad_crop, padding=params.crop_padding), flip)
         case "random_resized_crop_flip":
             steps = (partial(random_resized_crop, size=size), flip)
+    if params.rand_augment is not None:
+        steps = (*steps, partial(rand_augment, magnitude=params.rand_augment))
     return partial(apply, steps)
 
 

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
+from pipelines.data import rand_augment as ra
 from pipelines.data.loader import keep_boxes
 from pipelines.data.transforms import eval_transform, resize_square, train_transform
 from pipelines.params import DataParams
@@ -166,3 +167,43 @@ def test_boxes_that_a_crop_left_empty_are_dropped_and_ids_follow():
     untouched, same = keep_boxes(torch.tensor([5.0]), corners[:1], mask)
     assert untouched.tolist() == [[5, 0, 0, 2, 2]]
     assert same is mask
+
+
+@pytest.mark.parametrize("magnitude", [0, 10, 30])
+def test_operations_of_rand_augment_are_torchvisions(magnitude):
+    theirs = v2.RandAugment(interpolation=InterpolationMode.BILINEAR)
+    ours = ra._MOVES | ra._COLOURS
+    assert ours.keys() == theirs._AUGMENTATION_SPACE.keys()
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, (strengths, signed) in theirs._AUGMENTATION_SPACE.items():
+        values = strengths(31, 20, 30)
+        for sign in (1, -1) if signed else (1,):
+            value = 0.0 if values is None else sign * float(values[magnitude])
+            wanted = theirs._apply_image_or_video_transform(image, name, value, theirs.interpolation, theirs._fill)
+            found = ours[name](image, sign * magnitude / 30)
+            assert (wanted.int() - found.int()).abs().max() <= 1, name  # theirs rounds the value to float32
+
+
+def test_rand_augment_draws_every_operation_from_the_samples_generator_and_moves_all_views():
+    transform = train_transform(params(rand_augment=15))
+    before = torch.get_rng_state()
+    original = scene(32, 32, (8, 10, 22, 20))
+    moved, lost = 0, []
+    for seed in range(150):
+        views, again = (transform(dict(original), random.Random(seed)) for _ in range(2))
+        assert all(torch.equal(views[name], again[name]) for name in views)
+        assert all(view.shape == original[name].shape for name, view in views.items())
+        shown, mask = views["map"][0] > 0.5, views["mask"] == 1
+        moved += not torch.equal(views["mask"], original["mask"])
+        lost.append(int((shown ^ mask).sum()))
+        rows, columns = mask.nonzero(as_tuple=True)
+        xmin, ymin, xmax, ymax = views["boxes"][0].tolist()
+        assert xmin - 1 <= columns.min()
+        assert ymin - 1 <= rows.min()
+        assert columns.max() <= xmax + 1
+        assert rows.max() <= ymax + 1
+    assert max(lost) <= 24  # of 140 pixels: interpolation at the border
+    assert 60 < moved < 120  # 1 - (9/14)^2 of 150 are 88
+    assert torch.equal(before, torch.get_rng_state())
+    seen = {name for seed in range(150) for name in random.Random(seed).choices(list(ra._MOVES | ra._COLOURS), k=2)}
+    assert seen == ra._MOVES.keys() | ra._COLOURS.keys()
