@@ -1,5 +1,6 @@
 """B-cos networks: layers, conversion, explanation mode, dynamic weights. Needs torch and nothing else of this project."""
 
+from pipelines.bcos import multihead as _multihead  # noqa: F401  (registers)
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba

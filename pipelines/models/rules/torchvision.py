@@ -1,26 +1,269 @@
-"""Conversion rules for torchvision's block types whose forward passes are not modules alone, and for the CIFAR ResNets."""
+"""Conversion rules for torchvision's block types whose forward passes are not modules alone, and for the CIFAR ResNets.
+
+What computes a factor alone (the fully connected layers of a squeeze-excitation, the projections to q and k, the network of Swin
+v2's position biases) stays as it is: nothing of the image flows through it linearly, so it has no row in W(x).
+"""
 
 from __future__ import annotations
 
-import torchvision
-from torch import nn
+import math
 
-from pipelines.bcos import Context, register_conversion
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import convnext, maxvit, swin_transformer, vision_transformer
+from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv
+from torchvision.models.inception import BasicConv2d as InceptionConv
+from torchvision.ops import SqueezeExcitation
+
+from pipelines.bcos import BcosLayerNorm, Context, Holdable, attend, register_conversion
+from pipelines.bcos.norms import Gate
 from pipelines.models.cifar import PadShortcut
 
 
-@register_conversion(PadShortcut, torchvision.ops.Permute, torchvision.ops.StochasticDepth)
+@register_conversion(
+    PadShortcut, torchvision.ops.Permute, torchvision.ops.StochasticDepth,
+    maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
+)  # fmt: skip
 def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
     return module
 
 
+@register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)
+def _own_parameters_are_linear(module: nn.Module, context: Context) -> nn.Module:
+    """A layer scale multiplies; a class token and position embeddings are constants beside or on top of the features."""
+    return context.children(module)
+
+
+# Networks whose pools and activations are functions: here they are modules, under the names of the originals -----------
+
+
+def _in_order(module: nn.Module, context: Context, *steps: str | tuple[str, nn.Module]) -> nn.Sequential:
+    """The network as a sequence: children by name, converted, and what stands in for functions, with a name each."""
+    sequence = nn.Sequential()
+    for step in steps:
+        name, part = (step, context.child(getattr(module, step), step)) if isinstance(step, str) else step
+        sequence.add_module(name, part)
+    return sequence
+
+
+def _pool() -> list[tuple[str, nn.Module]]:
+    return [("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+
+
 @register_conversion(torchvision.models.DenseNet)
 def _densenet(module: torchvision.models.DenseNet, context: Context) -> nn.Module:
-    """Its last ReLU and global pool are functions; here they are modules."""
-    return nn.Sequential(
-        context.child(module.features, "features"),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        context.child(module.classifier, "classifier"),
-    )
+    return _in_order(module, context, "features", ("relu", nn.ReLU()), *_pool(), "classifier")
+
+
+@register_conversion(torchvision.models.MobileNetV2)
+def _mobilenet_v2(module: torchvision.models.MobileNetV2, context: Context) -> nn.Module:
+    return _in_order(module, context, "features", *_pool(), "classifier")
+
+
+@register_conversion(torchvision.models.MNASNet)
+def _mnasnet(module: torchvision.models.MNASNet, context: Context) -> nn.Module:
+    return _in_order(module, context, "layers", *_pool(), "classifier")
+
+
+@register_conversion(torchvision.models.ShuffleNetV2)
+def _shufflenet(module: torchvision.models.ShuffleNetV2, context: Context) -> nn.Module:
+    return _in_order(module, context, "conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", *_pool(), "fc")
+
+
+@register_conversion(GoogLeNetConv, InceptionConv)
+def _basic_conv(module: nn.Module, context: Context) -> nn.Module:
+    return _in_order(module, context, "conv", "bn", ("relu", nn.ReLU(inplace=True)))
+
+
+# GoogLeNet and Inception: one output, six channels ---------------------------------------------------------------------
+
+
+class _SixChannels(nn.Module):
+    """Changes the normalisation of z and of -z alike, as the originals change that of z in their `_transform_input`."""
+
+    transform_input: bool
+
+    def _transform_input(self, x: Tensor) -> Tensor:
+        if not self.transform_input:
+            return x
+        scale, shift = x.new_tensor([0.229, 0.224, 0.225]) / 0.5, (x.new_tensor([0.485, 0.456, 0.406]) - 0.5) / 0.5
+        return x * torch.cat([scale, scale])[:, None, None] + torch.cat([shift, -shift])[:, None, None]
+
+
+class _GoogLeNet(_SixChannels, torchvision.models.GoogLeNet):
+    pass
+
+
+class _Inception3(_SixChannels, torchvision.models.Inception3):
+    pass
+
+
+@register_conversion(torchvision.models.GoogLeNet)
+def _googlenet(module: torchvision.models.GoogLeNet, context: Context) -> nn.Module:
+    """Its auxiliary classifiers served its own training; a network here has one output."""
+    module.aux_logits, module.aux1, module.aux2 = False, None, None  # type: ignore[assignment]
+    return context.recast(context.children(module), _GoogLeNet)
+
+
+@register_conversion(torchvision.models.Inception3)
+def _inception(module: torchvision.models.Inception3, context: Context) -> nn.Module:
+    """As GoogLeNet."""
+    module.aux_logits, module.AuxLogits = False, None
+    return context.recast(context.children(module), _Inception3)
+
+
+# Factors ---------------------------------------------------------------------------------------------------------------
+
+
+class _GlobalMean(nn.Module):
+    """The pool of a squeeze-excitation, which is no global pool of the network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
+class _SqueezeExcitation(Holdable, SqueezeExcitation):
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.hold(self._scale(input))
+
+
+@register_conversion(SqueezeExcitation)
+def _squeeze_excitation(module: SqueezeExcitation, context: Context) -> nn.Module:
+    module.avgpool = _GlobalMean()  # type: ignore[assignment]
+    return context.recast(module, _SqueezeExcitation)
+
+
+class GatedTanh(Gate):
+    """Tanh as x·(tanh(x)/x)."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tanh)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """tanh(x)/x in (0, 1], near 0 by its series, whose derivative does not cancel."""
+        small = x.abs() < 1e-2
+        divisor = torch.where(small, 1.0, x)
+        square = x * x
+        return torch.where(small, 1 - square / 3 * (1 - square * 0.4), torch.tanh(divisor) / divisor)
+
+
+@register_conversion(nn.Tanh)
+def _tanh(module: nn.Tanh, context: Context) -> nn.Module:
+    return GatedTanh()
+
+
+class _LayerNorm2d(BcosLayerNorm):
+    """Over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@register_conversion(convnext.LayerNorm2d)
+def _layer_norm_2d(module: convnext.LayerNorm2d, context: Context) -> nn.Module:
+    return context.recast(context.child(context.recast(module, nn.LayerNorm), ""), _LayerNorm2d)
+
+
+# Attention in windows --------------------------------------------------------------------------------------------------
+
+
+def _to_windows(x_NHWC: Tensor, size: list[int]) -> Tensor:
+    """(N, H, W, C) -> (N·windows, places of a window, C)."""
+    x = x_NHWC.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _from_windows(windows: Tensor, size: list[int], height: int, width: int) -> Tensor:
+    """The inverse of `_to_windows`: -> (N, height, width, C)."""
+    x = windows.unflatten(1, size).unflatten(0, (-1, height // size[0], width // size[1]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _across_the_edge(x_NHWC: Tensor, size: list[int], shift: list[int]) -> Tensor:
+    """-100 between places that a cyclic shift brought into one window from opposite edges, else 0: (windows, places, places)."""
+    regions = []
+    for axis in (0, 1):
+        length = x_NHWC.shape[1 + axis]
+        place = torch.arange(length, device=x_NHWC.device)
+        regions.append((place >= length - size[axis]).long() + (place >= length - shift[axis]).long())
+    region = 3 * regions[0][:, None] + regions[1]
+    windows = _to_windows(region[None, :, :, None], size).squeeze(-1)
+    return (windows[:, :, None] != windows[:, None, :]).to(x_NHWC.dtype) * -100.0
+
+
+class _ShiftedWindows(Holdable):
+    """Swin's attention: the forward pass of both versions, with the attention matrix held."""
+
+    window_size: list[int]
+    shift_size: list[int]
+    num_heads: int
+    attention_dropout: float
+    dropout: float
+    qkv: nn.Linear
+    proj: nn.Module
+    logit_scale: Tensor | None  # of v2, which compares directions
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
+        height, width = x.shape[1:3]
+        size = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % size[1], 0, -height % size[0]))
+        padded = x.shape[1:3]
+        shift = [0 if window >= side else by for window, side, by in zip(size, padded, self.shift_size, strict=True)]
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        bias = self.get_relative_position_bias()  # type: ignore[operator]
+        windows = _to_windows(x, size)
+        if any(shift):
+            bias = bias + _across_the_edge(x, size, shift)[:, None]
+            bias = bias.repeat(len(windows) // len(bias), 1, 1, 1)
+        mixed = F.dropout(self.proj(self._attention(windows, bias)), self.dropout, self.training)
+        x = _from_windows(mixed, size, *padded)
+        if any(shift):
+            x = x.roll((shift[0], shift[1]), (1, 2))
+        return x[:, :height, :width].contiguous()
+
+    def _attention(self, windows: Tensor, bias: Tensor) -> Tensor:
+        """(windows, places, C) -> the same, before the projection."""
+        qkv_bias, scale = self.qkv.bias, None
+        if self.logit_scale is not None and qkv_bias is not None:  # v2 has no bias of k
+            q_bias, k_bias, v_bias = qkv_bias.chunk(3)
+            qkv_bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])  # type: ignore[assignment]
+        qkv = F.linear(windows, self.qkv.weight, qkv_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.logit_scale is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
+        return attend(self, q, k, v, bias=bias, scale=scale, dropout=self.attention_dropout).transpose(1, 2).flatten(2)
+
+
+class _ShiftedWindowAttention(_ShiftedWindows, swin_transformer.ShiftedWindowAttention):
+    logit_scale = None
+
+
+class _ShiftedWindowAttentionV2(_ShiftedWindows, swin_transformer.ShiftedWindowAttentionV2):
+    pass
+
+
+@register_conversion(swin_transformer.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttentionV2)
+def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, context: Context) -> nn.Module:
+    module.proj = context.child(module.proj, "proj")  # type: ignore[assignment]
+    v2 = isinstance(module, swin_transformer.ShiftedWindowAttentionV2)
+    return context.recast(module, _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
+
+
+class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
+    """MaxViT's attention with its matrix held: (N, groups, places, C) -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x.flatten(0, 1)).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        mixed = attend(self, q, k, v, bias=self.get_relative_positional_bias(), scale=self.scale_factor)
+        return self.merge(mixed.transpose(1, 2).flatten(2)).view_as(x)
+
+
+@register_conversion(maxvit.RelativePositionalMultiHeadAttention)
+def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, context: Context) -> nn.Module:
+    module.merge = context.child(module.merge, "merge")  # type: ignore[assignment]
+    return context.recast(module, _RelativeAttention)
