@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from toy import (
     ALL_RANKS,
     COUNT,
+    SteadyMethod,
     accident,
+    compile_and_accumulate,
     evaluate_toy,
     fit_and_evaluate,
     identical,
@@ -55,6 +58,27 @@ def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_pat
     there = launch(interrupt_and_evaluate, *jobs, training=jobs[0].training)
     assert there.pop("same")
     assert_evaluated_as_here(there, jobs[0])
+
+
+def test_two_workers_compile_resume_and_take_their_batch_in_parts(tmp_path: Path) -> None:
+    steady, drops = partial(SteadyMethod, norm=False), partial(SteadyMethod, dropout=0.3)
+    broken = accident("raise", 9, rank=ALL_RANKS, method=SteadyMethod, dropout=0.3)
+    builds: dict[str, Any] = {
+        "plain": (steady, {}),
+        "compiled": (steady, {"compile": True}),
+        "parts": (steady, {"accumulate": 2}),
+        "whole": (drops, {"compile": True}),
+        "broken": (broken, {"compile": True}),
+        "healed": (drops, {"compile": True}),
+    }
+    jobs = {
+        name: toy_job(tmp_path / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params)
+        for name, (method, params) in builds.items()
+    }
+    found = launch(compile_and_accumulate, jobs, training=jobs["plain"].training)
+    assert found["resumed"]
+    assert found["compiled"] < 1e-4
+    assert found["parts"] < 1e-5
 
 
 def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import torch
 import torchmetrics
 from torch import nn
 
+from pipelines.bcos import BcosBatchNorm
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import Context, Job, checkpoints, evaluate_split
 from pipelines.training.distributed import gather
@@ -148,6 +150,56 @@ class ToyMethod:
         return {"dropout": self.module.dropout.p}
 
 
+class SteadyMethod(ToyMethod):
+    """With one dropout throughout, so that compiled code stays; without a norm, a batch's loss is the mean of its parts'."""
+
+    def __init__(self, *accident: Any, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__(*accident)
+        self.module.dropout.p = dropout
+        if not norm:
+            self.module.norm = nn.Identity()
+
+    def set_progress(self, epochs: float) -> None:
+        pass
+
+
+class BlockNetwork(nn.Module):
+    """Two blocks with running statistics and dropout, in a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.dropout = nn.Dropout(0.0)  # not used: `ToyMethod` sets it
+
+        def block(norm: nn.Module) -> nn.Module:
+            return Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.2)))
+
+        self.stage = nn.Sequential(block(nn.BatchNorm2d(8)), block(BcosBatchNorm(8)), nn.Sequential(nn.ReLU()))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stage(self.stem(images)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+class BlockMethod(ToyMethod):
+    """`ToyMethod` on `BlockNetwork`."""
+
+    def __init__(self, *accident: Any) -> None:
+        super().__init__(*accident)
+        self.module = BlockNetwork()
+
+
 def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
     """3 epochs of 6 steps; `overrides` go to whichever params have the key."""
     optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
@@ -173,21 +225,27 @@ def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
     )
 
 
-def accident(kind: str, at_step: int, marker: Path | str = "", rank: int = 0) -> partial[ToyMethod]:
+def accident(
+    kind: str, at_step: int, marker: Path | str = "", rank: int = 0, method: type[ToyMethod] = ToyMethod, **more: Any
+) -> partial[ToyMethod]:
     """A `build` whose method has an accident in the `at_step`-th step of its process (once, where a marker is given)."""
-    return partial(ToyMethod, kind, at_step, str(marker), rank)
+    return partial(method, kind, at_step, str(marker), rank, **more)
 
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
     """The last weights of a finished run."""
-    method = ToyMethod()
-    result.load_last(method.module)
-    return method.module.state_dict()
+    return checkpoints.load(result.directory, result.history[-1]["step"])["model"]
 
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two state dicts of the same keys."""
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
 def drawing_batches(job: Job, split: str, **place: Any) -> Any:
@@ -228,3 +286,18 @@ def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Jo
         fit(context, healed)
     same = identical(*(checkpoints.load(job.directory, 12)["model"] for job in (whole, healed)))
     return {"same": same, **evaluate_toy(context, whole)}
+
+
+def compile_and_accumulate(context: Context, jobs: dict[str, Job]) -> dict[str, Any]:
+    """Whether a compiled run resumes bit for bit, and how far a compiled one and one in parts are from the plain one."""
+    for name in ("plain", "compiled", "parts", "whole"):
+        fit(context, jobs[name])
+    with contextlib.suppress(ConnectionError):
+        fit(context, jobs["broken"])
+    fit(context, jobs["healed"])
+    last = {name: checkpoints.load(job.directory, 18)["model"] for name, job in jobs.items()}
+    return {
+        "resumed": identical(last["whole"], last["healed"]),
+        "compiled": difference(last["plain"], last["compiled"]),
+        "parts": difference(last["plain"], last["parts"]),
+    }

@@ -1,0 +1,112 @@
+"""What is done to the objective from outside changes how it is computed, not what."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
+
+from pipelines.training import Context, TrainingError, train
+from pipelines.training.loop import gradients, set_up
+from pipelines.training.objective import blocks, build_objective
+
+PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
+SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up
+
+
+def last_weights(tmp_path: Path, name: str, method: Any = PLAIN, **params: Any) -> dict[str, torch.Tensor]:
+    return weights(train(toy_job(tmp_path / name, method, **{**SGD, **params})))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_trains_as_the_whole_one(tmp_path: Path, parts: int) -> None:
+    whole = last_weights(tmp_path, "whole")
+    assert difference(whole, last_weights(tmp_path, "parts", accumulate=parts)) < 1e-5
+    assert difference(whole, PLAIN().module.state_dict()) > 0.01
+
+
+def test_parts_count_by_their_size(tmp_path: Path) -> None:
+    images, labels = samples()
+    batch = {"image": images[:7], "label": labels[:7]}
+    found = []
+    for parts in (1, 4):  # 2, 2, 2 and 1 images
+        run = set_up(Context(), toy_job(tmp_path / "run", PLAIN, accumulate=parts))
+        losses = gradients(run, batch)
+        found.append([*losses.values(), *(parameter.grad for parameter in run.method.module.parameters())])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*found, strict=True))
+
+
+def test_parts_that_a_batch_cannot_be_cut_into_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"^batch_size 8 .* by 2 of the workers 2, each of which takes 3 parts"
+    ):
+        train(toy_job(tmp_path / "run", workers=2, accumulate=3))
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])
+def test_channels_last_is_a_matter_of_layout_and_resumes_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
+    params = {"optimiser": optimiser, "lr": 0.1 if optimiser == "sgd" else 0.001}
+    rows, last = (last_weights(tmp_path, name, **params, channels_last=name == "last") for name in ("rows", "last"))
+    assert last["conv.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert not rows["conv.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert difference(rows, last) < 1e-4
+    broken = accident("raise", 9, tmp_path / "marker", method=SteadyMethod, norm=False)
+    with pytest.raises(ConnectionError):
+        last_weights(tmp_path, "broken", broken, channels_last=True, **params)
+    assert identical(last, last_weights(tmp_path, "broken", channels_last=True, **params))
+
+
+def test_checkpointed_blocks_train_bit_for_bit_as_others(tmp_path: Path) -> None:
+    kept, again = (
+        last_weights(tmp_path, name, BlockMethod, checkpoint_activations=name == "again") for name in ("kept", "again")
+    )
+    assert identical(kept, again)  # running statistics moved once a step, dropout drew the same
+    assert not torch.equal(kept["stage.1.body.1.running_var"], torch.ones(8))
+
+
+def saved_bytes(method: ToyMethod, **params: Any) -> int:
+    """Of all tensors that the forward pass keeps for the backward pass."""
+    objective = build_objective(method, toy_job("run", **params).training).train()
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    images, labels = samples()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective({"image": images, "label": labels})
+    return total
+
+
+def test_checkpointed_blocks_keep_less() -> None:
+    assert saved_bytes(BlockMethod(), checkpoint_activations=True) < saved_bytes(BlockMethod()) / 2
+
+
+def test_blocks_are_the_members_of_stages_that_have_layers() -> None:
+    network = BlockMethod().module
+    assert list(blocks(network)) == [network.stage[0], network.stage[1]]
+    listed = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(1, 1)}), nn.ReLU()])
+    assert list(blocks(nn.ModuleDict({"stage": listed}))) == [listed[0]]
+
+
+def test_a_network_without_blocks_is_told(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^training.checkpoint_activations: ToyNetwork has no blocks [^\n]*$"):
+        train(toy_job(tmp_path / "run", checkpoint_activations=True))
+
+
+def test_compiled_training_is_eager_training_up_to_rounding_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    eager = last_weights(tmp_path, "eager", SteadyMethod)
+    assert difference(eager, last_weights(tmp_path, "compiled", SteadyMethod, compile=True)) < 1e-4
+    drops = partial(SteadyMethod, dropout=0.3)
+    whole = last_weights(tmp_path, "whole", drops, compile=True)
+    with pytest.raises(ConnectionError):
+        last_weights(tmp_path, "broken", accident("raise", 9, tmp_path / "m", method=SteadyMethod, dropout=0.3), compile=True)
+    assert identical(whole, last_weights(tmp_path, "broken", drops, compile=True))
+    assert difference(whole, eager) > 1e-3
