@@ -5,6 +5,7 @@ Runs on any number of workers: each takes its part of the split and of the grids
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from pipelines.metrics import (
     energy_pointing_game,
     grid_batches,
     grid_pointing_game,
+    in_windows,
     multiclass_metrics,
     multilabel_metrics,
     object_masks,
@@ -260,7 +262,7 @@ def _grid_scores(
     """Plays the grid pointing game, enters the scores into `results`, and returns what the grids were.
 
     `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
-    `gridpg_own_grids` on each model's own, as published.
+    `gridpg_own_grids` on each model's own, as published. `grid_windows` is how many windows a grid is explained in.
     """
     draw = partial(_draw, predictions, params)
     common = draw(list(subjects))
@@ -269,10 +271,11 @@ def _grid_scores(
     found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
     table = {index: found[predictions.keys[index]].image for index in wanted}
     for name, subject in subjects.items():
+        results[name]["grid_windows"] = (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
         for explanation, options in subject.explanations.items():
             for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
                 scores = LocalisationMetric().to(context.device)
-                explain_many = partial(attribute_many, subject.model, **options)
+                explain_many = grid_explainer(subject, options)
                 for tiled, classes in grid_batches(
                     _share(context, grids),
                     lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255),
@@ -283,6 +286,18 @@ def _grid_scores(
                     results[name]["explanations"][explanation][key] = float(scores.compute()["mean"])
     correct = eligible(predictions.labels, *predictions.logits.values())
     return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}
+
+
+def grid_explainer(subject: Subject, options: dict[str, Any]) -> Any:
+    """What gives the maps of grids (G, 6, H, W) for classes (G, T): of ViTs in windows of their own image size."""
+    explain_many = partial(attribute_many, subject.model, **options)
+    return in_windows(explain_many, subject.spec.image_size) if knows_positions(subject.model) else explain_many
+
+
+def knows_positions(model: nn.Module) -> bool:
+    """Whether the network has embeddings of absolute positions, and so one image size that it is made for, as ViTs have."""
+    names = (name for named in (model.named_modules(), model.named_parameters()) for name, _ in named)
+    return any(re.search(r"(^|\.)pos(itional|ition)?_embed", name) for name in names)
 
 
 def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:

@@ -13,7 +13,15 @@ from pipelines.data import sources
 from pipelines.data.loader import loader
 from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
-from pipelines.evaluation import evaluate, evaluate_and_judge, examples_by_key, split_batches
+from pipelines.evaluation import (
+    Subject,
+    evaluate,
+    evaluate_and_judge,
+    examples_by_key,
+    grid_explainer,
+    knows_positions,
+    split_batches,
+)
 from pipelines.gallery import draw_gallery
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams, ScenesParams
@@ -129,3 +137,31 @@ def test_examples_are_found_by_key_with_their_exact_pixels(shards):
     found = examples_by_key(batches, set(list(images)[3:40:9]))
     assert len(found) == 5
     assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())
+
+
+def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():
+    torch.manual_seed(0)
+    images, classes = add_inverse(torch.rand(2, 3, 64, 64)), torch.tensor([[0, 1, 2, 3]] * 2)
+    spec = ModelSpec("timm:test_vit", tuple("abcd"), 32, "bcos", options={"img_size": 32, "patch_size": 8})
+    subject, seen = Subject(models.assemble(spec).eval(), spec, {}), []
+    subject.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    maps = grid_explainer(subject, {"method": "bcos"})(images, classes)
+    assert maps.shape == (2, 4, 64, 64)
+    assert (maps.abs().amax((2, 3)) > 0).all()
+    assert set(seen) == {(6, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("timm:test_vit", {}, True),
+        ("simple_vit_ti", {"depth": 1}, True),
+        ("torchvision:vit_b_16", {}, True),
+        ("timm:test_resnet", {}, False),
+        ("torchvision:swin_t", {}, False),
+        ("resnet8", {}, False),
+    ],
+)
+def test_which_networks_know_positions(name, options, expected):
+    with torch.device("meta"):
+        assert knows_positions(models.build(name, options=options)) is expected

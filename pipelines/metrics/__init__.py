@@ -17,6 +17,7 @@ from pipelines.metrics.grid import (
     grid_batches,
     grid_pointing_game,
     grid_scores,
+    in_windows,
     tile,
 )
 from pipelines.metrics.localisation import (
@@ -50,6 +51,7 @@ __all__ = [
     "grid_batches",
     "grid_pointing_game",
     "grid_scores",
+    "in_windows",
     "insertion",
     "multiclass_metrics",
     "multilabel_metrics",

@@ -112,6 +112,42 @@ def grid_pointing_game(explain: Explain, grids: Tensor, classes: Tensor, smooth:
     return grid_scores(explain(grids.contiguous(memory_format=torch.channels_last), classes), smooth)  # the faster layout
 
 
+def in_windows(explain: Explain, size: int) -> Explain:
+    """`explain` for networks made for images of `size` × `size`: windows of that size are explained, and their maps added up.
+
+    The windows lie at a stride of half their size over the image with zeros around it, so that each pixel is in four of them. Of
+    an n × n grid there are (2n + 1)². As many are explained at once as have the pixels of the images together.
+
+    Args:
+        explain: (windows (M, C, size, size), classes (M, T)) -> signed maps (M, T, size, size).
+        size: even.
+
+    Returns:
+        (images (N, C, H, W), classes (N, T)) -> maps (N, T, H, W), H and W multiples of size/2.
+
+    Source: Arya et al., B-cosification, NeurIPS 2024, appendix; methods.md, section 5.
+    """
+    if size % 2:
+        raise ValueError(f"windows overlap by half their size, which must be even: not {size}")
+    stride = padding = size // 2
+
+    def explain_in_windows(images: Tensor, classes: Tensor) -> Tensor:
+        """(N, C, H, W) and (N, T) -> (N, T, H, W)."""
+        height, width = images.shape[-2:]
+        if height % stride or width % stride:
+            raise ValueError(f"sides of images must be multiples of {stride}, half the window: not {height} × {width}")
+        tiles = F.pad(images, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)  # (N, C, rows, columns, size, size)
+        windows = tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        per_image = len(windows) // len(images)
+        at_once = max(1, len(images) * height * width // size**2)
+        parts = zip(windows.split(at_once), classes.repeat_interleave(per_image, 0).split(at_once), strict=True)
+        maps = torch.cat([explain(some, of_them) for some, of_them in parts]).unflatten(0, (-1, per_image))
+        columns = maps.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (N, T·size·size, windows)
+        return F.fold(columns, (height, width), size, padding=padding, stride=stride)
+
+    return explain_in_windows
+
+
 def grid_scores(maps: Tensor, smooth: int = 15) -> Tensor:
     """Share of the positive part of each map in the cell of its class: maps (G, n², H, W) -> (G, n²) in [0, 1].
 

@@ -160,7 +160,7 @@ class SimpleViT(nn.Module):
         embedding["patches"] = Patches(patch_size)
         embedding["linear"] = PatchLinear(channels, patch_size, dim)
         self.to_patch_embedding = nn.Sequential(embedding)
-        self.positions = SineCosinePositions()
+        self.positional_embedding = SineCosinePositions()
         blocks: OrderedDict[str, nn.Module] = OrderedDict(
             (f"encoder_{index}", Encoder(dim, heads, 4 * dim)) for index in range(depth)
         )
@@ -170,7 +170,7 @@ class SimpleViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> logits (N, K)."""
-        patches = self.positions(self.to_patch_embedding(images))
+        patches = self.positional_embedding(self.to_patch_embedding(images))
         grid = patches.shape[1:3]
         tokens_NLD = self.transformer(patches.flatten(1, 2))
         features = tokens_NLD.transpose(1, 2).unflatten(2, grid)  # as a pool of places takes them: (N, D, h, w)

@@ -14,9 +14,10 @@ from pipelines.metrics import (
     grid_batches,
     grid_pointing_game,
     grid_scores,
+    in_windows,
     tile,
 )
-from pipelines.models import ConventionalNetwork
+from pipelines.models import ConventionalNetwork, build
 from pipelines.models.cifar import CifarResNet
 
 COUNT, CLASSES = 60, 6
@@ -151,3 +152,42 @@ def test_all_classes_of_a_grid_cost_one_forward_pass():
     model.register_forward_hook(lambda *_: calls.append(1))
     grid_pointing_game(partial(attribute_many, model), torch.rand(2, 6, 32, 32), torch.tensor([[0, 1, 2, 3]] * 2), smooth=3)
     assert len(calls) == 1
+
+
+def test_windows_cover_each_pixel_four_times():
+    images, classes = torch.rand(3, 6, 24, 16), torch.tensor([[0, 1, 2, 3]] * 3)
+    sizes = []
+
+    def explain(windows, targets):
+        sizes.append(tuple(windows.shape))
+        return windows.sum(1, keepdim=True) * targets[:, :, None, None]
+
+    maps = in_windows(explain, 8)(images, classes)
+    torch.testing.assert_close(maps, 4 * explain(images, classes))
+    assert {size[1:] for size in sizes[:-1]} == {(6, 8, 8)}
+    assert sum(size[0] for size in sizes[:-1]) == 3 * (2 * 3 + 1) * (2 * 2 + 1)
+    assert max(size[0] for size in sizes[:-1]) == 3 * 3 * 2  # as many pixels as the images
+
+
+def test_windows_of_a_vit_are_those_of_a_loop():
+    torch.manual_seed(0)
+    model = bcosify(build("simple_vit_ti", num_classes=5, options={"dim": 24, "depth": 1, "heads": 2, "patch_size": 4})).eval()
+    images, classes = add_inverse(torch.rand(2, 3, 32, 32)), torch.tensor([[0, 1, 4], [3, 2, 1]])
+    maps = in_windows(partial(attribute_many, model, method="bcos"), 16)(images, classes)
+    expected = torch.zeros(2, 3, 48, 48)
+    for image in range(2):
+        padded = torch.nn.functional.pad(images[image], (8, 8, 8, 8))
+        for target in range(3):
+            for top in range(0, 33, 8):
+                for left in range(0, 33, 8):
+                    window = padded[None, :, top : top + 16, left : left + 16]
+                    own = attribute(model, window, classes[image, target, None], method="bcos")[0]
+                    expected[image, target, top : top + 16, left : left + 16] += own
+    torch.testing.assert_close(maps, expected[:, :, 8:40, 8:40], rtol=1e-4, atol=1e-6)
+
+
+def test_windows_that_would_not_cover_the_image():
+    with pytest.raises(ValueError, match="even: not 7"):
+        in_windows(lambda *_: None, 7)
+    with pytest.raises(ValueError, match="multiples of 4, half the window: not 24 × 18"):
+        in_windows(lambda *_: None, 8)(torch.rand(1, 6, 24, 18), torch.tensor([[0]]))
