@@ -2,38 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Explanation, explaining
+from pipelines.bcos.hold import Explanation, Holdable, Recording, Replay, explaining
 
 TINY = 1e-12
 
 
 def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """Logits and the rows of W(x) of one class an image, from one forward and one backward pass.
+    """Logits, and the rows of W(x) of one class or of several classes an image, all from one forward pass.
 
     Args:
-        model: a network of `convert` or `bcosify`, in training or evaluation mode.
+        model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not.
         images: (N, 6, H, W) in [0, 1].
-        targets: (N,) class indices.
+        targets: (N,) class indices, or (N, T) for T classes of each image: one backward pass for each of the T.
         create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
-            the parameters (factors are held, not detached).
+            the parameters (factors are held, not detached). Where the network is to be compiled, compile the function that
+            computes the loss and calls this: compiled code has no second derivative of its own.
 
     Returns:
-        logits (N, K) and weights (N, 6, H, W): logit_target = Σ weights·images + what no pixel carries.
+        logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + what no pixel carries.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, eq. 6 to 8.
     """
-    if not images.requires_grad:
+    if torch.compiler.is_compiling():
+        return _traced(model, images, targets, create_graph)
+    if not create_graph or not images.requires_grad:
         images = images.detach().requires_grad_()
-    with explaining(model, Explanation(detach=not create_graph)) as explanation, torch.enable_grad():
-        logits = model(images)
-        explained = logits.gather(1, targets[:, None]).sum()
-        (weights,) = torch.autograd.grad(explained, images, create_graph=create_graph)
+    explanation = Explanation(detach=not create_graph)
+    with torch.enable_grad(), nullcontext() if create_graph else frozen(model):
+        with explaining(model, explanation):
+            logits = model(images)
+            weights = input_gradients(logits, targets, images, create_graph)
     explanation.holding = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
+
+
+def input_gradients(logits: Tensor, targets: Tensor, point: Tensor, create_graph: bool = False) -> Tensor:
+    """∂logit_target/∂point for targets (N,): of the shape of `point` (N, ...); for targets (N, T): (N, T, ...).
+
+    Logits (N, K) were computed from `point`; each of the T targets takes one backward pass through their graph.
+    """
+    if targets.ndim == 1:
+        return input_gradients(logits, targets[:, None], point, create_graph)[:, 0]
+    gradients = []
+    for index, targets_N1 in enumerate(targets.split(1, dim=1), start=1):
+        chosen = logits.gather(1, targets_N1).sum()
+        again = create_graph or index < targets.shape[1]
+        gradients += torch.autograd.grad(chosen, point, create_graph=create_graph, retain_graph=again)
+    return torch.stack(gradients, dim=1)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In the block no parameter requires a gradient, so that nothing is kept for theirs: up to a third faster."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
+def _traced(model: nn.Module, images: Tensor, targets: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """`dynamic_weights` in a form that a compiler can trace and differentiate again."""
+    if targets.ndim == 2:
+        raise RuntimeError("compiled dynamic weights are those of one class an image: targets (N,)")
+    columns = targets[:, None]
+
+    def explained(point: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(point)
+        return logits.gather(1, columns).sum(), logits
+
+    if not create_graph:
+        with explaining(model, Explanation(detach=True)):
+            weights, logits = torch.func.grad(explained, has_aux=True)(images)
+        return logits.detach(), weights.detach()
+    with explaining(model, Recording()):
+        logits = model(images)
+    with explaining(model, Replay()):
+        weights, _ = torch.func.grad(explained, has_aux=True)(images)
+    for layer in model.modules():
+        if isinstance(layer, Holdable):
+            layer.recorded = None
+    return logits, weights
 
 
 def contribution_map(images: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 A B-cos network is dynamic linear: logit_k = W_k(x)·x + constants, where W_k(x) is the gradient of the logit with respect to the
 input when every input-dependent factor (the B-cos scale, a norm's standard deviation, a gate, an attention matrix) counts as
 constant. Factors are *held* in the backward pass that gives W(x), and only there: they keep their graph, so that a loss on W(x)
-or on the logits still has its full gradient with respect to the parameters.
+or on the logits still has its full gradient with respect to the parameters. There are two ways to do so, with equal results:
+an autograd function that withholds the factor's gradient (`Explanation`), and, where a compiler traces the network, one pass
+that records the factors and a second one that takes them as given (`Recording`, `Replay`); the compiler merges the two.
 """
 
 from __future__ import annotations
@@ -24,11 +26,34 @@ class Explanation:
         self.holding = True
         self.differentiated = False  # whether W(x) was computed with a graph of its own
 
-    def hold(self, factor: Tensor) -> Tensor:
+    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
         """`factor`, constant to the backward passes that run while `holding` is set."""
-        if not factor.requires_grad:
-            return factor
-        return factor.detach() if self.detach else _Held.apply(factor, self)
+        if self.detach:
+            return factor.detach()
+        return _Held.apply(factor, self) if factor.requires_grad else factor
+
+
+class Recording(Explanation):
+    """Notes each layer's factor and leaves it as it is."""
+
+    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
+        """`factor` itself."""
+        if layer.recorded is not None:
+            raise RuntimeError(
+                f"a {type(layer).__name__} stands at several places of the network: compiled dynamic weights with a graph "
+                "need a module of its own at each"
+            )
+        layer.recorded = factor
+        return factor
+
+
+class Replay(Explanation):
+    """Gives each layer the factor that was recorded, whatever its input is now."""
+
+    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
+        """What was recorded."""
+        assert layer.recorded is not None
+        return layer.recorded
 
 
 class _Held(torch.autograd.Function):
@@ -53,10 +78,11 @@ class Holdable(nn.Module):
     """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
 
     explanation: Explanation | None = None
+    recorded: Tensor | None = None  # the factor, between `Recording` and `Replay`
 
     def hold(self, factor: Tensor) -> Tensor:
         """`factor` as the explanation mode of the moment wants it."""
-        return factor if self.explanation is None else self.explanation.hold(factor)
+        return factor if self.explanation is None else self.explanation.hold(factor, self)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class _Square(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor) -> Tensor:
-        return linear.abs().mul_(linear).div_(norm)
+        return linear.abs().mul_(linear).mul_(norm.reciprocal())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -66,9 +66,29 @@ class _Square(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         linear, norm = ctx.saved_tensors
         graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
-        scaled = gradient * (linear.abs() / norm) if graph else linear.abs().div_(norm).mul_(gradient)
-        d_norm = -(scaled * linear).sum_to_size(norm.shape) / norm if ctx.needs_input_grad[1] else None
-        return 2 * scaled if graph else scaled.mul_(2), d_norm
+        weighed = gradient * linear.abs() if graph else linear.abs().mul_(gradient)
+        d_norm = -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
+        twice = 2 / norm
+        return weighed * twice if graph else weighed.mul_(twice), d_norm
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Σ_c x² over the channels, (N, C, H, W) -> (N, 1, H, W); its gradient takes one pass over x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_NCHW: Tensor) -> Tensor:
+        return x_NCHW.square().sum(1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x_NCHW,) = ctx.saved_tensors
+        return x_NCHW * (2 * gradient)
 
 
 class _Bcos(Holdable):
@@ -184,11 +204,12 @@ class BcosConv2d(_Bcos, nn.Conv2d):
 
     def _patch_norm(self, x_NCHW: Tensor, padding: tuple[int, int]) -> Tensor:
         """sqrt(Σ_patch x² + ε) for each group and place: a sum pool of Σ_c x²; (N, groups, H', W')."""
-        squares = x_NCHW.square()
-        if self.groups == 1:
-            squares = squares.sum(1, keepdim=True)
-        elif self.groups != x_NCHW.shape[1]:
-            squares = squares.unflatten(1, (self.groups, -1)).sum(2)
+        if self.groups == 1 and not torch.compiler.is_compiling():
+            squares = _SumOfSquares.apply(x_NCHW)
+        elif self.groups == x_NCHW.shape[1]:
+            squares = x_NCHW.square()
+        else:
+            squares = x_NCHW.square().unflatten(1, (self.groups, -1)).sum(2)
         if math.prod(self.kernel_size) == 1 and padding == (0, 0):
             sums = squares[:, :, :: self.stride[0], :: self.stride[1]]
         elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Holdable
+from pipelines.bcos.hold import Holdable, Replay
 
 
 def _batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,11 @@ class _UncenteredNorm(torch.autograd.Function):
         inverse = torch.rsqrt(var + ctx.eps)
         d_scale = (gradient * x).sum(ctx.axes, keepdim=True)
         through_var = -weight * inverse**3 * d_scale / (x.numel() // x.shape[1])
-        return torch.addcmul(gradient * (weight * inverse), x - mean, through_var), d_scale * inverse, None, None
+        d_x = torch.addcmul(-mean * through_var, x, through_var)
+        scale = weight * inverse
+        graph = torch.is_grad_enabled()
+        d_x = torch.addcmul(d_x, gradient, scale) if graph else d_x.addcmul_(gradient, scale)
+        return d_x, d_scale * inverse, None, None
 
 
 class BcosBatchNorm(Holdable):
@@ -88,7 +92,8 @@ class BcosBatchNorm(Holdable):
             return y if shift is None else y + shift
         if self.training:
             mean, var = _batch_statistics(x, axes)
-            self._track(mean, var)
+            if not isinstance(self.explanation, Replay):  # its batch has been seen before
+                self._track(mean, var)
         else:
             mean, var = self.running_mean, self.running_var.view(shape)
         scale = self.hold(torch.rsqrt(var + self.eps))
