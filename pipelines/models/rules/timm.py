@@ -19,7 +19,7 @@ from timm.layers.activations_me import HardMishMe, HardSwishMe, MishMe, SwishMe
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
-from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, Holdable, register_conversion
+from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, ConversionError, Holdable, register_conversion
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Rule
 from pipelines.bcos.norms import Gate, GatedGELU, GatedHardswish, GatedSiLU
@@ -34,7 +34,7 @@ layers, models = timm.layers, timm.models
     layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
     layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
     layers.adaptive_avgmax_pool.FastAdaptiveMaxPool, layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
-    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU, nn.PReLU, nn.AvgPool1d,
+    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU, nn.PReLU, nn.AvgPool1d, nn.Unfold,
     models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
     models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
 )  # fmt: skip
@@ -61,6 +61,7 @@ def _position(module: nn.Module, context: Context) -> nn.Module:
     models.swin_transformer_v2.SwinTransformerV2Block, models.swin_transformer_v2_cr.SwinTransformerV2CrBlock,
     models.mlp_mixer.ResBlock, models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
     models.nfnet.NormFreeBlock, models.volo.VOLO, models.vision_transformer_relpos.VisionTransformerRelPos,
+    models.convit.ConVit, models.tnt.TNT, models.vision_transformer_sam.VisionTransformerSAM,
 )  # fmt: skip
 def _owner_of_constants(module: nn.Module, context: Context) -> nn.Module:
     """Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor."""
@@ -298,9 +299,17 @@ for _gate, _types in _GATES.items():
     register_conversion(*_types)(lambda module, context, gate=_gate: gate())
 
 
-@register_conversion(models.metaformer.StarReLU)
-def _star_relu(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(module, HeldStarReLU)
+class HeldSquaredReLU(Holdable, models.metaformer.SquaredReLU):
+    """relu(x)², as relu(x) times itself as the gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        x = self.relu(x)
+        return x * self.hold(x)
+
+
+register_conversion(models.metaformer.StarReLU)(lambda module, context: context.recast(module, HeldStarReLU))
+register_conversion(models.metaformer.SquaredReLU)(lambda module, context: context.recast(module, HeldSquaredReLU))
 
 
 # Gates: what they multiply is on the way of the image, what computes them is not, and stays ordinary ------------------
@@ -329,10 +338,13 @@ def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
 
 
 def _convert_children(module: nn.Module, names: tuple[str, ...], context: Context) -> nn.Module:
+    """`module` with those children (or theirs, by dotted names) converted that it has."""
     for name in names:
-        child = getattr(module, name)
+        path, _, attribute = name.rpartition(".")
+        parent = module.get_submodule(path)
+        child = getattr(parent, attribute, None)
         if child is not None:
-            setattr(module, name, context.child(child, name))
+            setattr(parent, attribute, context.child(child, name))
     return module
 
 
@@ -341,6 +353,7 @@ register_conversion(
     layers.GatherExcite, layers.cbam.ChannelAttn, layers.cbam.SpatialAttn, layers.cbam.LightSpatialAttn,
     models._efficientnet_blocks.SqueezeExcite,
 )(_factor("gate"))  # fmt: skip
+register_conversion(models.hgnet.EseModule, models.senet.SEModule)(_factor("sigmoid"))
 register_conversion(layers.cbam.LightChannelAttn)(_factor("fc2"))
 register_conversion(layers.SelectiveKernel)(_factor("attn", ("paths",)))
 register_conversion(layers.SplitAttn)(_factor("rsoftmax", ("conv", "bn0", "drop", "act0")))
@@ -359,17 +372,21 @@ class HeldDropout(Holdable, nn.Dropout):
         return self.hold(super().forward(x))
 
 
-def _attention(original: type[nn.Module], *converted: str) -> None:
-    """Registers the rule of an attention module that has `attn_drop`, and `converted` beside its output projection."""
+def _attention(original: type[nn.Module], *converted: str, through: str = "attn_drop") -> None:
+    """Registers the rule of an attention module whose matrix passes `through` a child.
+
+    On the image's way are the output projection and `converted`.
+    """
     # fused attention gives no matrix to hold, so in explanation mode it steps back
+    fused_unless_explained = property(lambda layer: getattr(layer, through).explanation is None)
     name = f"Held_{original.__module__.rpartition('.')[2]}_{original.__name__}"
-    fused_unless_explained = property(lambda layer: layer.attn_drop.explanation is None)
     held = type(name, (original,), {"fused_attn": fused_unless_explained, "__module__": __name__, "__doc__": original.__doc__})
     globals()[name] = held  # where pickle looks for it
 
     @register_conversion(original)
     def rule(module: nn.Module, context: Context) -> nn.Module:
-        context.recast(module.attn_drop, HeldDropout)  # type: ignore[arg-type]
+        matrix = getattr(module, through)
+        setattr(module, through, context.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix))
         if getattr(module, "gate", None) is not None:
             module.gate = Factor(module.gate)
         _convert_children(module, ("proj", "proj_drop", *converted), context)
@@ -378,17 +395,20 @@ def _attention(original: type[nn.Module], *converted: str) -> None:
 
 _attention(layers.Attention, "norm")
 _attention(layers.AttentionRope, "norm")
-_attention(layers.attention2d.Attention2d)
+_attention(layers.MultiQueryAttention2d, "value.norm", "output")
+_attention(models.davit.WindowAttention, through="softmax")
 _attention(models.eva.EvaAttention, "norm")
-_attention(models.pvt_v2.Attention, "sr", "norm", "act", "pool")
+_attention(models.nextvit.EfficientAttention, "sr", "norm")
+_attention(models.pvt_v2.Attention, "pool", "sr", "norm", "act")
 _attention(models.twins.GlobalSubSampleAttn, "sr", "norm")
 for _type in (
-    models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn, models.edgenext.CrossCovarianceAttn,
-    models.fastvit.Attention, models.maxxvit.Attention2d, models.maxxvit.AttentionCl, models.metaformer.Attention,
+    layers.attention2d.Attention2d, models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn,
+    models.convit.GPSA, models.convit.MHSA, models.edgenext.CrossCovarianceAttn, models.fastvit.Attention,
+    models.gcvit.WindowAttentionGlobal, models.maxxvit.Attention2d, models.maxxvit.AttentionCl, models.metaformer.Attention,
     models.nest.Attention, models.swin_transformer.WindowAttention, models.swin_transformer_v2.WindowAttention,
-    models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.twins.LocallyGroupedAttn, models.visformer.Attention,
-    models.vision_transformer_relpos.RelPosAttention, models.volo.Attention, models.volo.ClassAttention,
-    models.volo.OutlookAttention, models.xcit.XCA,
+    models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.tnt.Attention, models.twins.LocallyGroupedAttn,
+    models.vision_transformer_relpos.RelPosAttention, models.vision_transformer_sam.Attention, models.visformer.Attention,
+    models.volo.Attention, models.volo.ClassAttention, models.volo.OutlookAttention, models.xcit.XCA,
 ):  # fmt: skip
     _attention(_type)
 
@@ -409,53 +429,96 @@ class HeldAttentionPoolLatent(Holdable, layers.AttentionPoolLatent):
         return {"token": lambda: x[:, 0], "avg": lambda: x.mean(1)}.get(self.pool, lambda: x)()
 
 
-class HeldEfficientFormerAttention(Holdable, models.efficientformer.Attention):
-    """EfficientFormer's attention with a bias for each distance; its matrix can be held."""
+class _BiasedByDistance(Holdable):
+    """Attention with a learned bias for each distance between two places (LeViT and its kin), whose matrix can be held."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> the same."""
-        qkv = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], dim=-1)
-        bias = self.attention_biases[:, self.attention_bias_idxs]
-        return self.proj(attend(self, q, k, v, bias=bias, scale=self.scale).transpose(1, 2).flatten(2))
-
-
-class _Attention2dOfMaps(Holdable):
-    """What the two attention layers of EfficientFormer v2 share; their q, k, v are maps (N, C, H, W)."""
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(N, heads·D, H, W) -> (N, heads, H·W, D)."""
-        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+    def _heads(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        """(N, L, heads·D), or maps (N, heads·D, H, W), -> (N, heads, L, size) for each size; they sum to D."""
+        tokens = x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)
 
     def _bias(self) -> Tensor:
         """(heads, queries, keys)."""
         return self.attention_biases[:, self.attention_bias_idxs]
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(N, heads, L, D) each -> (N, L, heads·D)."""
+        return attend(self, q, k, v, bias=self._bias(), scale=self.scale).transpose(1, 2).flatten(2)
 
-class HeldAttention2d(_Attention2dOfMaps, models.efficientformer_v2.Attention2d):
-    """Attention with talking heads, whose matrix can be held, plus a convolution of the values."""
+
+def _as_maps(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(N, height·width, C) -> (N, C, height, width)."""
+    return tokens.transpose(1, 2).unflatten(-1, (height, width))
+
+
+class HeldEfficientFormerAttention(_BiasedByDistance, models.efficientformer.Attention):
+    """EfficientFormer's attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> the same."""
+        return self.proj(self._attend(*self._heads(self.qkv(x), self.key_dim, self.key_dim, self.val_dim)))
+
+
+class HeldTinyVitAttention(_BiasedByDistance, models.tiny_vit.Attention):
+    """TinyViT's attention, which starts with a norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> the same."""
+        return self.proj(self._attend(*self._heads(self.qkv(self.norm(x)), self.key_dim, self.key_dim, self.val_dim)))
+
+
+class HeldLevitAttention(_BiasedByDistance, models.levit.Attention):
+    """LeViT's attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C), or (N, C, H, W) where it is made of convolutions, -> the same."""
+        out = self._attend(*self._heads(self.qkv(x), self.key_dim, self.key_dim, self.val_dim))
+        return self.proj(_as_maps(out, *x.shape[-2:]) if self.use_conv else out)
+
+
+class HeldLevitDownsample(_BiasedByDistance, models.levit.AttentionDownsample):
+    """LeViT's attention with fewer queries than keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C), or (N, C, H, W) where it is made of convolutions, -> the same with 1/stride of the places a side."""
+        queries = self.q(x)
+        out = self._attend(*self._heads(queries, self.key_dim), *self._heads(self.kv(x), self.key_dim, self.val_dim))
+        return self.proj(_as_maps(out, *queries.shape[-2:]) if self.use_conv else out)
+
+
+class HeldAttention2d(_BiasedByDistance, models.efficientformer_v2.Attention2d):
+    """EfficientFormer v2's attention with talking heads, plus a convolution of the values."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same."""
         if self.stride_conv is not None:
             x = self.stride_conv(x)
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self.v(x)
+        v = self.v(x)
+        (q,), (k,), (heads,) = self._heads(self.q(x), self.key_dim), self._heads(self.k(x), self.key_dim), self._heads(v, self.d)
         logits = self.talking_head1(q @ k.transpose(-2, -1) * self.scale + self._bias())
         matrix = self.hold(self.talking_head2(logits.softmax(-1)))
-        x = (matrix @ self._heads(v)).transpose(2, 3).reshape(v.shape) + self.v_local(v)
+        x = (matrix @ heads).transpose(2, 3).reshape(v.shape) + self.v_local(v)
         return self.proj(self.act(x if self.upsample is None else self.upsample(x)))
 
 
-class HeldAttention2dDownsample(_Attention2dOfMaps, models.efficientformer_v2.Attention2dDownsample):
-    """Attention whose queries are at half the resolution; its matrix can be held."""
+class HeldAttention2dDownsample(_BiasedByDistance, models.efficientformer_v2.Attention2dDownsample):
+    """EfficientFormer v2's attention with queries at half the resolution, plus a convolution of the values."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
         v = self.v(x)
         local = self.v_local(v)
-        q, k, values = (self._heads(each) for each in (self.q(x), self.k(x), v))
-        x = attend(self, q, k, values, bias=self._bias(), scale=self.scale)
-        return self.proj(self.act(x.transpose(2, 3).reshape(local.shape) + local))
+        q, k, heads = self._heads(self.q(x), self.key_dim), self._heads(self.k(x), self.key_dim), self._heads(v, self.d)
+        return self.proj(self.act(_as_maps(self._attend(*q, *k, *heads), *local.shape[-2:]) + local))
+
+
+class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
+    """DaViT's attention between channels: the matrix is softmax(kᵀ·v), and weighs q."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> the same."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # (N, heads, D, L)
+        return self.proj(attend(self, k, v, q, scale=self.scale).permute(0, 3, 1, 2).flatten(2))
 
 
 @register_conversion(layers.AttentionPoolLatent)
@@ -464,20 +527,46 @@ def _attention_pool(module: nn.Module, context: Context) -> nn.Module:
     return context.recast(module, HeldAttentionPoolLatent)
 
 
-@register_conversion(models.efficientformer.Attention)
-def _efficientformer_attention(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(_convert_children(module, ("proj",), context), HeldEfficientFormerAttention)
+# attention that is overridden: what becomes of it, and which of its children are on the image's way (q, k, v are linear, up to
+# the norms between them)
+def _overridden(held: type[nn.Module], converted: tuple[str, ...]) -> Rule:
+    return lambda module, context: context.recast(_convert_children(module, converted, context), held)
 
 
-@register_conversion(models.efficientformer_v2.Attention2d)
-def _attention_2d(module: models.efficientformer_v2.Attention2d, context: Context) -> nn.Module:
-    module.v.bn = context.child(module.v.bn, "v.bn")
-    _convert_children(module, ("stride_conv", "upsample", "v_local", "act", "proj"), context)
-    return context.recast(module, HeldAttention2d)
+for _type, _held, _names in (
+    (layers.AttentionPoolLatent, HeldAttentionPoolLatent, ("proj", "proj_drop", "norm", "mlp")),
+    (models.davit.ChannelAttention, HeldChannelAttention, ("proj",)),
+    (models.efficientformer.Attention, HeldEfficientFormerAttention, ("proj",)),
+    (models.tiny_vit.Attention, HeldTinyVitAttention, ("norm", "proj")),
+    (models.levit.Attention, HeldLevitAttention, ("qkv.bn", "proj")),
+    (models.levit.AttentionDownsample, HeldLevitDownsample, ("kv.bn", "proj")),
+    (models.efficientformer_v2.Attention2d, HeldAttention2d, ("stride_conv", "v.bn", "v_local", "upsample", "act", "proj")),
+    (models.efficientformer_v2.Attention2dDownsample, HeldAttention2dDownsample, ("v.bn", "v_local", "act", "proj")),
+):
+    register_conversion(_type)(_overridden(_held, _names))
 
 
-@register_conversion(models.efficientformer_v2.Attention2dDownsample)
-def _attention_2d_downsample(module: models.efficientformer_v2.Attention2dDownsample, context: Context) -> nn.Module:
-    module.v.bn = context.child(module.v.bn, "v.bn")
-    _convert_children(module, ("v_local", "act", "proj"), context)
-    return context.recast(module, HeldAttention2dDownsample)
+# Without this, a walk would convert the children of these types and miss what their `forward` does with the input
+@register_conversion(
+    layers.attention2d.MultiQueryAttentionV2, layers.attention_pool.AttentionPoolPrr, layers.AttentionPool2d,
+    layers.RotAttentionPool2d, layers.bottleneck_attn.BottleneckAttn, layers.coord_attn.CoordAttn,
+    layers.coord_attn.EfficientLocalAttn, layers.coord_attn.SimpleCoordAttn, layers.coord_attn.StripAttn,
+    layers.diff_attention.DiffAttention, layers.GlobalContext, layers.halo_attn.HaloAttn, layers.lambda_layer.LambdaLayer,
+    layers.non_local_attn.BilinearAttnTransform, layers.NonLocalAttn, layers.other_pool.SimPool1d,
+    layers.other_pool.SimPool2d, models._efficientnet_blocks.CondConvResidual, models.coat.FactorAttnConvRelPosEnc,
+    models.coat.ConvRelPosEnc, models.cpubone.ConvAttention, models.crossvit.CrossAttention,
+    models.davit.ChannelAttentionV2, models.efficientvim.EfficientViMBlock,
+    models.efficientvim.HSMSSD, models.efficientvit_msra.CascadedGroupAttention, models.focalnet.FocalModulation,
+    models.gemma4_vit.Gemma4Attention, models.gemma4_vit.Gemma4GatedMlp, models.ghostnet.GhostModuleV2,
+    models.ghostnet.GhostModuleV3, models.hiera.MaskUnitAttention, models.hieradet_sam2.MultiScaleAttention,
+    models.iformer.SHMA, models.lowformer.ConvAttention, models.mobilevit.LinearSelfAttention,
+    models.mvitv2.MultiScaleAttention, models.mvitv2.MultiScaleAttentionPoolFirst, models.shvit.SHSA,
+    models.swiftformer.EfficientAdditiveAttention, models.vision_transformer.ParallelScalingBlock,
+    models.vision_transformer.DiffParallelScalingBlock, models.vitamin.GeGluMlp,
+)  # fmt: skip
+def _refused(module: nn.Module, context: Context) -> nn.Module:
+    name = type(module).__name__
+    raise ConversionError(
+        f"no conversion rule for {name} at {context.path!r} (its forward multiplies functions of the input, which nothing "
+        f"holds): write one with @register_conversion({name})"
+    )
