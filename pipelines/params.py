@@ -227,6 +227,14 @@ class BcosifyParams(Strict):
     scratch: BcosificationParams
 
 
+class PublishedParams(Strict):
+    """A published B-cos network, trained on ImageNet."""
+
+    name: str  # `b-cos-v2:resnet18`, `b-cosification:vitc_s`, ...: see `pipelines.models.published`
+    weights: str  # its checkpoint, a local file or URL
+    sha256: Sha256 | None = None
+
+
 class EvaluateParams(Strict):
     """Accuracy, localisation and pictures on the test split."""
 
@@ -238,6 +246,7 @@ class EvaluateParams(Strict):
     smooth: Annotated[int, Field(ge=1), AfterValidator(_odd)] = 3  # side of the mean filter of maps, pixels
     posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam", "input_x_gradient")
     pictures: Annotated[int, Field(ge=0)] = 16
+    published: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PublishedParams] = {}  # evaluated too, by a name for reports
     seed: int = 0
 
 

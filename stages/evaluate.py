@@ -1,11 +1,15 @@
-"""Stage `evaluate`: all trained models on the test split, with figures and pictures in `reports/evaluate`."""
+"""Stage `evaluate`: all models on the test split, with figures and pictures in `reports/evaluate`."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.manifest import read_manifest
 from pipelines.evaluation import evaluate_and_judge
 from pipelines.gallery import draw_gallery
+from pipelines.models import load_published, save
+from pipelines.params import Params, ParamsError
 from pipelines.training import launch
 from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
 
@@ -14,11 +18,12 @@ NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-
 
 
 def main() -> None:
-    """Evaluates the conventional model and every B-cos network of the params."""
+    """Evaluates the conventional model, every B-cos network of the params, and the published ones that they name."""
     with stage() as params:
         folders = {"conventional": "pretrain"} | {NAMES[start]: f"bcosify/{start}" for start in params.bcosify.starts}
         directories = {name: str(Path("models", folder).absolute()) for name, folder in folders.items()}
         shards = shards_of(params.dataset)
+        directories = published_models(params, read_manifest(shards).classes) | directories
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
         with stage_run(params, "evaluate", params.data, params.evaluate, upstream=tuple(directories.values())) as (run, _):
             metrics, right = launch(evaluate_and_judge, directories, shards, params.data, params.evaluate, training=where)
@@ -26,6 +31,19 @@ def main() -> None:
             write_plot(OUT / "localisation.csv", metrics)
             run.metrics(flat({"test": metrics["models"]}))
             run.pictures(draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate))
+
+
+def published_models(params: Params, classes: Sequence[str]) -> dict[str, str]:
+    """Folders of the published networks, by name, made here from their checkpoints; `classes` are those of the data."""
+    folders = {}
+    for name, published in params.evaluate.published.items():
+        if name in ("conventional", *NAMES.values()):
+            raise ParamsError(f"evaluate.published.{name}: a model of this run has that name in reports: give it another")
+        model, spec = load_published(published.name, published.weights, classes=tuple(classes), sha256=published.sha256)
+        folder = Path("models/published", name).absolute()
+        save(folder, model, spec)
+        folders[name] = str(folder)
+    return folders
 
 
 def write_plot(path: Path, metrics: dict[str, Any]) -> None:
