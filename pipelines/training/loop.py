@@ -193,7 +193,8 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     optim = run.job.optim
     run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
-    losses = gradients(run, run.method.prepare(to_device(batch, run.context.device)))
+    with compiler_explained():
+        losses = gradients(run, run.method.prepare(to_device(batch, run.context.device)))
     loss = losses["loss"]
     clip_gradients(run.method.module.parameters(), optim)
     rate = set_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
@@ -228,6 +229,16 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + share * value.detach()
     return total
+
+
+@contextmanager
+def compiler_explained() -> Iterator[None]:
+    """Turns what the compiler raises into an error of one line, which no restart would cure."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause = " ".join(str(error).partition("\n\n")[0].split())
+        raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
 
 
 def laid_out(value: torch.Tensor) -> torch.Tensor:

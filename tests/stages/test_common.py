@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 import pipelines
 from pipelines.data.sample import DataError
@@ -40,3 +43,11 @@ def test_what_is_the_users_to_mend_ends_a_stage_with_its_line_alone(tmp_path, mo
 
 def test_nested_figures_are_flattened_with_slashes():
     assert common.flat({"test": {"accuracy": 1.0, "bcos": {"epg": 0.5}}}) == {"test/accuracy": 1.0, "test/bcos/epg": 0.5}
+
+
+def test_dvc_and_run_directories_depend_on_the_same_of_training():
+    stages = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]
+    for name in ("pretrain", "bcosify"):
+        assert {f"training.{key}" for key in common.COMPUTATION} == {
+            param for param in stages[name]["params"] if param.startswith("training.")
+        }

@@ -42,9 +42,7 @@ def test_parts_count_by_their_size(tmp_path: Path) -> None:
 
 
 def test_parts_that_a_batch_cannot_be_cut_into_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^batch_size 8 .* by 2 of the workers 2, each of which takes 3 parts"
-    ):
+    with pytest.raises(TrainingError, match=r"^batch_size 8 .* by 2 of the workers 2, each of which takes 3 parts"):
         train(toy_job(tmp_path / "run", workers=2, accumulate=3))
 
 
@@ -110,3 +108,13 @@ def test_compiled_training_is_eager_training_up_to_rounding_and_resumes_bit_for_
         last_weights(tmp_path, "broken", accident("raise", 9, tmp_path / "m", method=SteadyMethod, dropout=0.3), compile=True)
     assert identical(whole, last_weights(tmp_path, "broken", drops, compile=True))
     assert difference(whole, eager) > 1e-3
+
+
+def test_what_the_compiler_cannot_do_is_one_line(tmp_path: Path) -> None:
+    import torch._inductor.config as compiler
+
+    with (
+        compiler.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        pytest.raises(TrainingError, match=r"^training.compile: [^\n]*no-such-compiler[^\n]* .compile: false [^\n]*$"),
+    ):
+        last_weights(tmp_path, "run", SteadyMethod, compile=True)
