@@ -7,6 +7,7 @@ stays timm's own; only where there is no such child, a subclass overrides `forwa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import timm.layers
@@ -65,6 +66,18 @@ def _position(module: nn.Module, context: Context) -> nn.Module:
 )  # fmt: skip
 def _owner_of_constants(module: nn.Module, context: Context) -> nn.Module:
     """Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor."""
+    return context.children(module)
+
+
+@register_conversion(
+    models.byobnet.RepVggBlock, models.byobnet.MobileOneBlock, models.fastvit.MobileOneBlock, models.crossvit.CrossVit,
+)  # fmt: skip
+def _branches(module: nn.Module, context: Context) -> nn.Module:
+    """Several layers of these may take the image, not only the first."""
+    layers_of_image = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
+    if any(layer is context.image_layer for layer in layers_of_image):
+        for layer in layers_of_image:
+            dataclasses.replace(context, image_layer=layer).child(layer, "branch")
     return context.children(module)
 
 
@@ -140,7 +153,7 @@ for _type, _base in {
 
 def _norm_and_activation(base: type[nn.Module]) -> Rule:
     def rule(module: nn.Module, context: Context) -> nn.Module:
-        drop, act = module.drop, module.act
+        drop, act = module.get_submodule("drop"), module.get_submodule("act")
         del module.drop, module.act
         return nn.Sequential(_NORMS[base](module, context), context.child(drop, "drop"), context.child(act, "act"))
 
@@ -189,7 +202,7 @@ class BcosConv2dSame(BcosConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
-        return super().forward(pad_same(x, self.kernel_size, self.stride, self.dilation))
+        return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
 
 
 @register_conversion(layers.Conv2dSame)
@@ -387,8 +400,9 @@ def _attention(original: type[nn.Module], *converted: str, through: str = "attn_
     def rule(module: nn.Module, context: Context) -> nn.Module:
         matrix = getattr(module, through)
         setattr(module, through, context.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix))
-        if getattr(module, "gate", None) is not None:
-            module.gate = Factor(module.gate)
+        gate = getattr(module, "gate", None)
+        if gate is not None:
+            module.gate = Factor(gate)
         _convert_children(module, ("proj", "proj_drop", *converted), context)
         return context.recast(module, held) if getattr(module, "fused_attn", False) else module
 
@@ -403,12 +417,13 @@ _attention(models.pvt_v2.Attention, "pool", "sr", "norm", "act")
 _attention(models.twins.GlobalSubSampleAttn, "sr", "norm")
 for _type in (
     layers.attention2d.Attention2d, models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn,
-    models.convit.GPSA, models.convit.MHSA, models.edgenext.CrossCovarianceAttn, models.fastvit.Attention,
-    models.gcvit.WindowAttentionGlobal, models.maxxvit.Attention2d, models.maxxvit.AttentionCl, models.metaformer.Attention,
-    models.nest.Attention, models.swin_transformer.WindowAttention, models.swin_transformer_v2.WindowAttention,
-    models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.tnt.Attention, models.twins.LocallyGroupedAttn,
-    models.vision_transformer_relpos.RelPosAttention, models.vision_transformer_sam.Attention, models.visformer.Attention,
-    models.volo.Attention, models.volo.ClassAttention, models.volo.OutlookAttention, models.xcit.XCA,
+    models.convit.GPSA, models.convit.MHSA, models.crossvit.CrossAttention, models.edgenext.CrossCovarianceAttn,
+    models.fastvit.Attention, models.gcvit.WindowAttentionGlobal, models.maxxvit.Attention2d, models.maxxvit.AttentionCl,
+    models.metaformer.Attention, models.nest.Attention, models.swin_transformer.WindowAttention,
+    models.swin_transformer_v2.WindowAttention, models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.tnt.Attention,
+    models.twins.LocallyGroupedAttn, models.vision_transformer_relpos.RelPosAttention,
+    models.vision_transformer_sam.Attention, models.visformer.Attention, models.volo.Attention, models.volo.ClassAttention,
+    models.volo.OutlookAttention, models.xcit.XCA,
 ):  # fmt: skip
     _attention(_type)
 
@@ -431,6 +446,11 @@ class HeldAttentionPoolLatent(Holdable, layers.AttentionPoolLatent):
 
 class _BiasedByDistance(Holdable):
     """Attention with a learned bias for each distance between two places (LeViT and its kin), whose matrix can be held."""
+
+    num_heads: int
+    scale: float
+    attention_biases: nn.Parameter
+    attention_bias_idxs: Tensor
 
     def _heads(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
         """(N, L, heads·D), or maps (N, heads·D, H, W), -> (N, heads, L, size) for each size; they sum to D."""
@@ -554,7 +574,7 @@ for _type, _held, _names in (
     layers.diff_attention.DiffAttention, layers.GlobalContext, layers.halo_attn.HaloAttn, layers.lambda_layer.LambdaLayer,
     layers.non_local_attn.BilinearAttnTransform, layers.NonLocalAttn, layers.other_pool.SimPool1d,
     layers.other_pool.SimPool2d, models._efficientnet_blocks.CondConvResidual, models.coat.FactorAttnConvRelPosEnc,
-    models.coat.ConvRelPosEnc, models.cpubone.ConvAttention, models.crossvit.CrossAttention,
+    models.coat.ConvRelPosEnc, models.cpubone.ConvAttention,
     models.davit.ChannelAttentionV2, models.efficientvim.EfficientViMBlock,
     models.efficientvim.HSMSSD, models.efficientvit_msra.CascadedGroupAttention, models.focalnet.FocalModulation,
     models.gemma4_vit.Gemma4Attention, models.gemma4_vit.Gemma4GatedMlp, models.ghostnet.GhostModuleV2,
