@@ -69,6 +69,8 @@ def test_every_model_is_valid(model):
         ("training.workers", -1, r"training.workers: .*greater than or equal to 0"),
         ("training.workers", "x", r"^params.yaml: training.workers: [^\n]*$"),
         ("training.workers", [4, 2], r"the least .4. is above the most .2."),
+        ("training.accumulate", 0, r"training.accumulate: .*greater than 0"),
+        ("data.rand_augment", 31, r"data.rand_augment: .*less than or equal to 30"),
         ("bcosify.starts", [], "bcosify.starts: .*at least 1"),
         ("evaluate.smooth", 4, "evaluate.smooth: must be odd .got 4."),
         ("pretrain.lr", float("inf"), "pretrain.lr: .*finite"),
@@ -78,6 +80,13 @@ def test_every_model_is_valid(model):
 def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, told):
     with pytest.raises(params.ParamsError, match=told):
         params.validate(changed(key, value), "params.yaml")
+
+
+def test_compiling_and_checkpointing_together_are_refused_in_one_line():
+    content = changed("training.compile", True)
+    content["training"]["checkpoint_activations"] = True
+    with pytest.raises(params.ParamsError, match=r"^params.yaml: training: compile and checkpoint_activations: choose[^\n]*"):
+        params.validate(content, "params.yaml")
 
 
 def test_a_missing_key_and_a_broken_file_are_named(tmp_path):

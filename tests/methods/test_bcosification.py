@@ -284,6 +284,17 @@ def test_the_conventional_loss_of_mixed_targets_is_the_mean_of_the_two_losses() 
     assert torch.allclose(found, 0.7 * F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(logits, labels.roll(1)))
 
 
+def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
+    method = Pretrain(nn.Identity(), "multilabel", 3, mixup=0.4)
+    labels = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
+    made = method.prepare({"image": torch.rand(2, 3, 2, 2), "labels": labels})
+    share = float(made["target"][0, 0])
+    assert torch.allclose(made["target"], share * labels + (1 - share) * labels.roll(1, 0))
+    logits = torch.randn(2, 3)
+    wanted = F.binary_cross_entropy_with_logits(logits, made["target"])
+    assert torch.equal(method.loss(method.module, {**made, "image": logits})["loss"], wanted)
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
