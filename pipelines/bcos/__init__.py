@@ -2,6 +2,7 @@
 
 from pipelines.bcos import multihead as _multihead  # noqa: F401  (registers)
 from pipelines.bcos.attention import attend
+from pipelines.bcos.audit import Finding, audit, check_held
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
 from pipelines.bcos.hold import Holdable, explanation_mode
@@ -20,6 +21,7 @@ __all__ = [
     "BcosNetwork",
     "Context",
     "ConversionError",
+    "Finding",
     "GatedGELU",
     "GatedHardswish",
     "GatedSiLU",
@@ -27,7 +29,9 @@ __all__ = [
     "LocationsToBatch",
     "add_inverse",
     "attend",
+    "audit",
     "bcosify",
+    "check_held",
     "contribution_map",
     "convert",
     "dynamic_weights",

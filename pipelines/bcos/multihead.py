@@ -48,7 +48,7 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The projections of q, k and v, each (N, heads, L, head_dim)."""
         if query is key and key is value and self.in_proj_weight is not None:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            projected = list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
             separate = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
             weights = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)

@@ -81,7 +81,11 @@ def _basic_conv(module: nn.Module, context: Context) -> nn.Module:
 
 
 class _SixChannels(nn.Module):
-    """Changes the normalisation of z and of -z alike, as the originals change that of z in their `_transform_input`."""
+    """Changes the normalisation of z and of -z alike, as the originals change that of z in their `_transform_input`.
+
+    Its shift is a constant that no pixel carries. `transform_input = False` on the original, and a mean and deviation of 0.5 in
+    the conversion, are the same without.
+    """
 
     transform_input: bool
 
@@ -103,7 +107,7 @@ class _Inception3(_SixChannels, torchvision.models.Inception3):
 @register_conversion(torchvision.models.GoogLeNet)
 def _googlenet(module: torchvision.models.GoogLeNet, context: Context) -> nn.Module:
     """Its auxiliary classifiers served its own training; a network here has one output."""
-    module.aux_logits, module.aux1, module.aux2 = False, None, None  # type: ignore[assignment]
+    module.aux_logits, module.aux1, module.aux2 = False, None, None
     return context.recast(context.children(module), _GoogLeNet)
 
 
@@ -126,12 +130,12 @@ class _GlobalMean(nn.Module):
 
 class _SqueezeExcitation(Holdable, SqueezeExcitation):
     def forward(self, input: Tensor) -> Tensor:
-        return input * self.hold(self._scale(input))
+        return input * self.hold(self._scale(input))  # type: ignore[operator]
 
 
 @register_conversion(SqueezeExcitation)
 def _squeeze_excitation(module: SqueezeExcitation, context: Context) -> nn.Module:
-    module.avgpool = _GlobalMean()  # type: ignore[assignment]
+    module.avgpool = _GlobalMean()
     return context.recast(module, _SqueezeExcitation)
 
 
@@ -147,6 +151,22 @@ class GatedTanh(Gate):
         divisor = torch.where(small, 1.0, x)
         square = x * x
         return torch.where(small, 1 - square / 3 * (1 - square * 0.4), torch.tanh(divisor) / divisor)
+
+
+class GatedReLU6(Gate):
+    """ReLU6 as x·g(x), so that what it cuts off leaves no constant that no pixel carries."""
+
+    def __init__(self) -> None:
+        super().__init__(F.relu6)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """0 below 0, 1 up to 6, 6/x above."""
+        return (x > 0) * (6 / x.clamp_min(6))
+
+
+@register_conversion(nn.ReLU6)
+def _relu6(module: nn.ReLU6, context: Context) -> nn.Module:
+    return GatedReLU6()
 
 
 @register_conversion(nn.Tanh)
@@ -249,21 +269,26 @@ class _ShiftedWindowAttentionV2(_ShiftedWindows, swin_transformer.ShiftedWindowA
 
 @register_conversion(swin_transformer.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttentionV2)
 def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, context: Context) -> nn.Module:
-    module.proj = context.child(module.proj, "proj")  # type: ignore[assignment]
+    module.proj = context.child(module.proj, "proj")
     v2 = isinstance(module, swin_transformer.ShiftedWindowAttentionV2)
     return context.recast(module, _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
 
 
 class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
-    """MaxViT's attention with its matrix held: (N, groups, places, C) -> the same."""
+    """MaxViT's attention, with its matrix held."""
+
+    to_qkv: nn.Linear
+    merge: nn.Module
+    scale_factor: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, groups, places, C) -> the same."""
         q, k, v = self.to_qkv(x.flatten(0, 1)).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        mixed = attend(self, q, k, v, bias=self.get_relative_positional_bias(), scale=self.scale_factor)
+        mixed = attend(self, q, k, v, bias=self.get_relative_positional_bias(), scale=self.scale_factor)  # type: ignore[operator]
         return self.merge(mixed.transpose(1, 2).flatten(2)).view_as(x)
 
 
 @register_conversion(maxvit.RelativePositionalMultiHeadAttention)
 def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, context: Context) -> nn.Module:
-    module.merge = context.child(module.merge, "merge")  # type: ignore[assignment]
+    module.merge = context.child(module.merge, "merge")
     return context.recast(module, _RelativeAttention)
