@@ -11,7 +11,7 @@ from timm.models import efficientnet, metaformer, mlp_mixer, mobilenetv3, resnet
 from torch import nn
 
 import pipelines.models  # noqa: F401  (registers the rules)
-from pipelines.bcos import ConversionError, add_inverse, bcosify, convert, dynamic_weights, explanation_mode
+from pipelines.bcos import BcosLinear, ConversionError, add_inverse, bcosify, convert, dynamic_weights, explanation_mode
 from pipelines.bcos.network import LocationsToBatch
 from tests.models.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
 
@@ -95,3 +95,122 @@ def test_conversion_preserves_the_function(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_dynamic_weights_are_the_jacobian_with_frozen_factors(name):
     check_frozen_jacobian(network(name), images_for(name))
+
+
+COMPLETE = ["resnet50d", "seresnet18", "densenet121", "vgg", "regnety_002", "efficientnet", "convnextv2_atto", "resnetv2"]
+
+
+@pytest.mark.parametrize("name", [*COMPLETE, "swin_tiny_patch4_window7_224"])
+def test_without_biases_and_positions_pixels_carry_the_whole_logit(name):
+    model = bcosify(shake(network(name)), logit_bias=0.0).double()
+    images, targets = add_inverse(images_for(name).double()), torch.arange(2)
+    settle(model, images)
+    logits, weights = dynamic_weights(model, images, targets)
+    explained = (weights * (images - model.mean[:, None, None])).sum((1, 2, 3))
+    assert relative(explained, logits[range(2), targets]) <= 1e-6
+
+
+ATTENTION = ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256", "maxvit_pico_rw_256", "caformer"]
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, "vit_tiny_patch16_224 attention pool", "levit_128s", "convnextv2_atto", "gmlp"])
+def test_explanation_mode_leaves_the_logits_as_they_are(name):
+    model, images = bcosify(shake(network(name))).double().eval(), add_inverse(images_for(name).double())
+    with torch.no_grad():
+        plain = model(images)
+        with explanation_mode(model):
+            torch.testing.assert_close(model(images), plain)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "densenet121", "regnety_002", "efficientnet", "vgg", "swin_tiny_patch4_window7_224"]
+)
+def test_classifying_every_location_first_changes_nothing_where_the_classifier_is_linear(name):
+    source, images = settle(shake(network(name)), normalised(images_for(name))), add_inverse(images_for(name))
+    choices = {"b": 1.0, "bias": "keep", "stem_pool": "keep"}
+    reordered, original = (bcosify(source, gap_reorder=reorder, **choices) for reorder in (True, False))
+    assert sum(isinstance(module, LocationsToBatch) for module in reordered.modules()) == 1
+    assert not any(isinstance(module, LocationsToBatch) for module in original.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(reordered(images), original(images), rtol=1e-3, atol=1e-4)
+
+
+def test_what_computes_a_gate_stays_ordinary():
+    model = convert(network("seresnet18"))
+    gates = [module for name, module in model.named_modules() if name.endswith(".se")]
+    assert len(gates) == 4
+    assert not any(isinstance(module, nn.AdaptiveAvgPool2d) for gate in gates for module in gate.modules())
+    assert all(type(gate.fc1) is nn.Conv2d and type(gate.fc2) is nn.Conv2d for gate in gates)
+
+
+def test_queries_keys_and_values_stay_linear_and_the_output_projection_does_not():
+    model = convert(network("vit_tiny_patch16_224"))
+    assert all(type(block.attn.qkv) is nn.Linear for block in model.body.blocks)
+    assert all(isinstance(block.attn.proj, BcosLinear) for block in model.body.blocks)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_converted_attention_can_be_copied_and_pickled(copied):
+    model, images = convert(network("vit_tiny_patch16_224").eval()), add_inverse(pictures(1, 32))
+    torch.testing.assert_close(copied(model)(images), model(images))
+
+
+ACTIVATIONS = ["swish", "hard_swish", "gelu", "gelu_tanh", "quick_gelu", "mish", "hard_mish", "tanh", "prelu", "relu"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_its_gate_times_its_input(name):
+    activation = timm.layers.create_act_layer(name)
+    layer = convert(nn.Sequential(nn.Conv2d(3, 4, 1), activation)).body[1]
+    x = torch.cat([torch.linspace(-4, 4, 17), torch.tensor([0.0, 1e-6])]).requires_grad_()
+    with explanation_mode(layer):
+        y = layer(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y, activation(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slope * x, y)
+
+
+NORMS = ["layernorm2d", "rmsnorm2d", "groupnorm", "groupnorm1", "batchnorm2d"]
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("make", [timm.layers.create_norm_layer, timm.layers.create_norm_act_layer])
+def test_a_norm_with_its_factor_held_is_linear_but_for_its_bias(name, make):
+    groups = {"num_groups": 2} if name == "groupnorm" else {}
+    norm = shake(make(name, 6, **groups)).eval()
+    layer = convert(nn.Sequential(nn.Conv2d(3, 6, 1), copy.deepcopy(norm))).eval().body[1]
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    with explanation_mode(layer):
+        torch.testing.assert_close(layer(x), norm(x))
+    for key, parameter in layer.named_parameters():
+        if key.endswith("bias"):
+            nn.init.zeros_(parameter)
+    with explanation_mode(layer):
+        y = layer(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close((slope * x).sum(), y.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_same_padding_follows_the_size_of_the_input():
+    layer = timm.layers.create_conv2d(3, 4, 3, stride=2, padding="same", bias=True)
+    model = convert(nn.Sequential(layer))
+    for side in (7, 8, 9):
+        images = torch.rand(1, 3, side, side + 1)
+        torch.testing.assert_close(model(add_inverse(images)), layer(normalised(images)))
+
+
+def test_every_branch_of_a_stem_takes_the_image():
+    block = timm.models.byobnet.RepVggBlock(3, 4, 3, stride=2)
+    images = torch.rand(2, 3, 16, 16)
+    settle(shake(block), normalised(images))
+    with torch.no_grad():
+        torch.testing.assert_close(convert(block)(add_inverse(images)), block(normalised(images)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [timm.models.focalnet.FocalModulation(8, focal_window=3, focal_level=1), timm.layers.CondConv2d(8, 8), timm.layers.Sigmoid()],
+)
+def test_a_type_that_no_rule_reaches_is_refused_by_name(module):
+    with pytest.raises(ConversionError, match=rf"{type(module).__name__} at '1'.*register_conversion"):
+        convert(nn.Sequential(nn.Conv2d(3, 8, 1), module))
