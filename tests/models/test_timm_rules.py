@@ -12,6 +12,7 @@ from torch import nn
 
 import pipelines.models  # noqa: F401  (registers the rules)
 from pipelines.bcos import BcosLinear, ConversionError, add_inverse, bcosify, convert, dynamic_weights, explanation_mode
+from pipelines.bcos.audit import audit
 from pipelines.bcos.network import LocationsToBatch
 from tests.models.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
 
@@ -94,7 +95,8 @@ def test_conversion_preserves_the_function(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_dynamic_weights_are_the_jacobian_with_frozen_factors(name):
-    check_frozen_jacobian(network(name), images_for(name))
+    explained = check_frozen_jacobian(network(name), images_for(name))
+    assert audit(explained, add_inverse(images_for(name).double())) == []
 
 
 COMPLETE = ["resnet50d", "seresnet18", "densenet121", "vgg", "regnety_002", "efficientnet", "convnextv2_atto", "resnetv2"]
