@@ -23,6 +23,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from pipelines.bcos.hold import Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, Gate, GatedGELU, GatedHardswish, GatedSiLU
@@ -57,6 +58,8 @@ class Context:
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
         """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
         module.__class__ = to
+        if issubclass(to, Holdable):
+            module.__dict__["hold_state"] = HoldState()
         return module
 
 

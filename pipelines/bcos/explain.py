@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Explanation, Holdable, Recording, Replay, explaining
+from pipelines.bcos.hold import Explanation, Recording, Replay, explaining, holdable_states
 
 TINY = 1e-12
 
@@ -35,10 +35,9 @@ def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_gr
     if not create_graph or not images.requires_grad:
         images = images.detach().requires_grad_()
     explanation = Explanation(detach=not create_graph)
-    with torch.enable_grad(), nullcontext() if create_graph else frozen(model):
-        with explaining(model, explanation):
-            logits = model(images)
-            weights = input_gradients(logits, targets, images, create_graph)
+    with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
+        logits = model(images)
+        weights = input_gradients(logits, targets, images, create_graph)
     explanation.holding = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
 
@@ -50,7 +49,7 @@ def input_gradients(logits: Tensor, targets: Tensor, point: Tensor, create_graph
     """
     if targets.ndim == 1:
         return input_gradients(logits, targets[:, None], point, create_graph)[:, 0]
-    gradients = []
+    gradients: list[Tensor] = []
     for index, targets_N1 in enumerate(targets.split(1, dim=1), start=1):
         chosen = logits.gather(1, targets_N1).sum()
         again = create_graph or index < targets.shape[1]
@@ -89,9 +88,8 @@ def _traced(model: nn.Module, images: Tensor, targets: Tensor, create_graph: boo
         logits = model(images)
     with explaining(model, Replay()):
         weights, _ = torch.func.grad(explained, has_aux=True)(images)
-    for layer in model.modules():
-        if isinstance(layer, Holdable):
-            layer.recorded = None
+    for state in holdable_states(model):
+        state.recorded = None
     return logits, weights
 
 

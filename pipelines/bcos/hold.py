@@ -38,12 +38,12 @@ class Recording(Explanation):
 
     def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
         """`factor` itself."""
-        if layer.recorded is not None:
+        if layer.hold_state.recorded is not None:
             raise RuntimeError(
                 f"a {type(layer).__name__} stands at several places of the network: compiled dynamic weights with a graph "
                 "need a module of its own at each"
             )
-        layer.recorded = factor
+        layer.hold_state.recorded = factor
         return factor
 
 
@@ -52,8 +52,8 @@ class Replay(Explanation):
 
     def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
         """What was recorded."""
-        assert layer.recorded is not None
-        return layer.recorded
+        assert layer.hold_state.recorded is not None
+        return layer.hold_state.recorded
 
 
 class _Held(torch.autograd.Function):
@@ -74,29 +74,56 @@ class _Held(torch.autograd.Function):
         return None, None
 
 
+class HoldState:
+    """What a layer's forward pass is for. Beside the module, not in it: a compiler can follow changes of a plain object."""
+
+    def __init__(self) -> None:
+        self.explanation: Explanation | None = None
+        self.recorded: Tensor | None = None  # the factor, between `Recording` and `Replay`
+
+
 class Holdable(nn.Module):
     """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
 
-    explanation: Explanation | None = None
-    recorded: Tensor | None = None  # the factor, between `Recording` and `Replay`
+    hold_state: HoldState
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Holdable:
+        """A layer outside explanation mode, also where it is copied or unpickled."""
+        layer = super().__new__(cls)
+        object.__setattr__(layer, "hold_state", HoldState())
+        return layer
+
+    @property
+    def explanation(self) -> Explanation | None:
+        """The explanation that this forward pass is for; none outside explanation mode."""
+        return self.hold_state.explanation
 
     def hold(self, factor: Tensor) -> Tensor:
         """`factor` as the explanation mode of the moment wants it."""
-        return factor if self.explanation is None else self.explanation.hold(factor, self)
+        explanation = self.hold_state.explanation
+        return factor if explanation is None else explanation.hold(factor, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "hold_state"}
+
+
+def holdable_states(model: nn.Module) -> list[HoldState]:
+    """The states of all holdable layers of `model`."""
+    return [module.hold_state for module in model.modules() if isinstance(module, Holdable)]
 
 
 @contextmanager
 def explaining(model: nn.Module, explanation: Explanation) -> Iterator[Explanation]:
     """Hands `explanation` to every holdable layer of `model` for the time of the block."""
-    layers = [module for module in model.modules() if isinstance(module, Holdable)]
-    before = [layer.explanation for layer in layers]
+    states = holdable_states(model)
+    before = [state.explanation for state in states]
     try:
-        for layer in layers:
-            layer.explanation = explanation
+        for state in states:
+            state.explanation = explanation
         yield explanation
     finally:
-        for layer, previous in zip(layers, before, strict=True):
-            layer.explanation = previous
+        for state, previous in zip(states, before, strict=True):
+            state.explanation = previous
 
 
 @contextmanager
@@ -109,7 +136,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
     """
-    current = next((module.explanation for module in model.modules() if isinstance(module, Holdable)), None)
+    current = next((state.explanation for state in holdable_states(model)), None)
     if current is not None and not current.detach:  # nested: the outer block decides when to release
         yield model
         return

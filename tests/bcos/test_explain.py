@@ -1,5 +1,7 @@
 """Held, not detached: what W(x) is, and what a loss on it and on the logits has for a gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -206,3 +208,25 @@ def test_rgba_shows_the_colour_that_the_weights_ask_for():
     x = add_inverse(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 5, 5))
     red, green, blue, alpha = rgba(x, weights, smooth=1)[0, 2, 2]
     assert (red, green, blue, alpha) == pytest.approx((1, 0, 0, 1))
+
+
+def test_many_classes_are_each_explained_as_alone():
+    model, x = small_network().eval(), images()
+    targets = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2]])
+    logits, weights = dynamic_weights(model, x, targets)
+    assert weights.shape == (4, 2, *x.shape[1:])
+    for index in range(2):
+        alone_logits, alone = dynamic_weights(model, x, targets[:, index])
+        torch.testing.assert_close(weights[:, index], alone)
+        torch.testing.assert_close(logits, alone_logits)
+
+
+def test_parameters_stay_trainable_and_copies_are_outside_explanation_mode():
+    model, x, target = small_network().eval(), images(), torch.tensor([0, 1, 2, 0])
+    dynamic_weights(model, x, target)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with explanation_mode(model):
+        copied = copy.deepcopy(model)
+    x.requires_grad_()
+    (plain,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(copied(x)[:, 0].sum(), x)[0], plain)

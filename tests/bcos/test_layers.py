@@ -165,7 +165,7 @@ def test_a_scheduled_exponent_is_the_fixed_one_of_that_value(layer):
         fixed._configure(b, 1, False)
         torch.testing.assert_close(scheduled, fixed(x), rtol=1e-4, atol=1e-6)
     assert "0.b_value" in network.state_dict()
-    with pytest.raises(ValueError, match="at least 1, not 0.5"):
+    with pytest.raises(ValueError, match=r"at least 1, not 0\.5"):
         set_b(network, 0.5)
     with pytest.raises(ValueError, match="scheduled"):
         set_b(nn.Sequential(BcosLinear(3, 4)), 1.5)
