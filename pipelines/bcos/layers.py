@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bcos.hold import Holdable
+from pipelines.bcos.precision import widened
 
 PATCH_EPSILON = 1e-6  # in the root of a patch's norm
 VECTOR_EPSILON = 1e-12  # beside a vector's norm
@@ -33,7 +34,7 @@ def check_exponent(b: float) -> float:
 
 def layer_b(model: nn.Module) -> dict[str, float]:
     """The exponent B of each B-cos layer of `model`, by the layer's name."""
-    return {name: float(layer.b) for name, layer in model.named_modules() if isinstance(layer, _Bcos)}
+    return {name: float(torch.as_tensor(layer.b).detach()) for name, layer in model.named_modules() if isinstance(layer, _Bcos)}
 
 
 def set_b(model: nn.Module, b: float) -> None:
@@ -56,7 +57,7 @@ class _Square(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor) -> Tensor:
-        return linear.abs().mul_(linear).mul_(norm.reciprocal())
+        return widened(linear).abs().mul_(linear).mul_(norm.reciprocal()).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -66,10 +67,11 @@ class _Square(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         linear, norm = ctx.saved_tensors
         graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
-        weighed = gradient * linear.abs() if graph else linear.abs().mul_(gradient)
+        magnitude = widened(linear).abs()
+        weighed = magnitude * gradient if graph else magnitude.mul_(gradient)
         d_norm = -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
         twice = 2 / norm
-        return weighed * twice if graph else weighed.mul_(twice), d_norm
+        return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -79,7 +81,7 @@ class _SumOfSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(x_NCHW: Tensor) -> Tensor:
-        return x_NCHW.square().sum(1, keepdim=True)
+        return widened(x_NCHW).square().sum(1, keepdim=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -88,7 +90,7 @@ class _SumOfSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x_NCHW,) = ctx.saved_tensors
-        return x_NCHW * (2 * gradient)
+        return (x_NCHW * (2 * gradient)).to(x_NCHW.dtype)
 
 
 class _Bcos(Holdable):
@@ -126,17 +128,18 @@ class _Bcos(Holdable):
         squares = isinstance(b, float) and b == 2
         if squares and self.explanation is None and not torch.compiler.is_compiling():
             return _Square.apply(linear, norm)
-        cosine = linear.abs() / norm
+        cosine = widened(linear).abs() / norm
         factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
-        return linear * self.hold(factor)
+        return (linear * self.hold(factor)).to(linear.dtype)
 
     def _is_linear(self) -> bool:
         return self.b_mode == "fixed" and self._fixed_b == 1
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
+        b = float(torch.as_tensor(self.b).detach())
         more = f", max_out={self.max_out}" if self.max_out > 1 else ""
-        return f"{super().extra_repr()}, b={float(self.b):g}{more}" + (", normalize_weight" if self.normalize_weight else "")
+        return f"{super().extra_repr()}, b={b:g}{more}" + (", normalize_weight" if self.normalize_weight else "")
 
 
 class BcosConv2d(_Bcos, nn.Conv2d):
@@ -207,9 +210,9 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         if self.groups == 1 and not torch.compiler.is_compiling():
             squares = _SumOfSquares.apply(x_NCHW)
         elif self.groups == x_NCHW.shape[1]:
-            squares = x_NCHW.square()
+            squares = widened(x_NCHW).square()
         else:
-            squares = x_NCHW.square().unflatten(1, (self.groups, -1)).sum(2)
+            squares = widened(x_NCHW).square().unflatten(1, (self.groups, -1)).sum(2)
         if math.prod(self.kernel_size) == 1 and padding == (0, 0):
             sums = squares[:, :, :: self.stride[0], :: self.stride[1]]
         elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
@@ -247,6 +250,6 @@ class BcosLinear(_Bcos, nn.Linear):
         if self.max_out > 1:
             linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
         if not self._is_linear():
-            norm = x.square().sum(-1, keepdim=True).clamp_min(VECTOR_EPSILON**2).sqrt()  # finite second derivatives at 0
+            norm = widened(x).square().sum(-1, keepdim=True).clamp_min(VECTOR_EPSILON**2).sqrt()  # finite second derivatives at 0
             linear = self._scale(linear, norm + VECTOR_EPSILON)
         return linear if self.bias is None else linear + self.bias

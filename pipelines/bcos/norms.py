@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bcos.hold import Holdable, Replay
+from pipelines.bcos.precision import widened
 
 
 def _batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `axes`, kept; in two passes, which is many times faster than `torch.var_mean` on CPUs."""
+    x = widened(x)
     mean = x.mean(axes, keepdim=True)
     return mean, (x - mean).square().mean(axes, keepdim=True)
 
@@ -32,7 +34,7 @@ class _UncenteredNorm(torch.autograd.Function):
         ctx.eps, ctx.axes = eps, axes
         ctx.save_for_backward(x, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
-        return x * (weight * torch.rsqrt(var + eps)), mean, var
+        return (x * (weight * torch.rsqrt(var + eps))).to(x.dtype), mean, var
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -40,13 +42,13 @@ class _UncenteredNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of this pass is wanted, through the statistics too
             mean, var = _batch_statistics(x, ctx.axes)
         inverse = torch.rsqrt(var + ctx.eps)
-        d_scale = (gradient * x).sum(ctx.axes, keepdim=True)
+        d_scale = (widened(gradient) * x).sum(ctx.axes, keepdim=True)
         through_var = -weight * inverse**3 * d_scale / (x.numel() // x.shape[1])
         d_x = torch.addcmul(-mean * through_var, x, through_var)
         scale = weight * inverse
         graph = torch.is_grad_enabled()
         d_x = torch.addcmul(d_x, gradient, scale) if graph else d_x.addcmul_(gradient, scale)
-        return d_x, d_scale * inverse, None, None
+        return d_x.to(x.dtype), d_scale * inverse, None, None
 
 
 class BcosBatchNorm(Holdable):
@@ -89,7 +91,7 @@ class BcosBatchNorm(Holdable):
         if self.training and self.explanation is None and weight is not None and not self.centered:
             y, mean, var = _UncenteredNorm.apply(x, weight, self.eps, axes)
             self._track(mean, var)
-            return y if shift is None else y + shift
+            return y if shift is None else (y + shift).to(x.dtype)
         if self.training:
             mean, var = _batch_statistics(x, axes)
             if not isinstance(self.explanation, Replay):  # its batch has been seen before
@@ -101,7 +103,7 @@ class BcosBatchNorm(Holdable):
         if self.centered:
             centring = mean.view(shape) * scale
             shift = -centring if shift is None else shift - centring
-        return x * scale if shift is None else torch.addcmul(shift, x, scale)
+        return (x * scale if shift is None else torch.addcmul(shift, widened(x), scale)).to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -125,10 +127,11 @@ class BcosLayerNorm(Holdable, nn.LayerNorm):
         if self.explanation is None:
             return super().forward(x)
         axes = tuple(range(-len(self.normalized_shape), 0))
-        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-        x = (x - mean) * self.hold(torch.rsqrt(var + self.eps))
+        wide, dtype = widened(x), x.dtype
+        var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+        x = (wide - mean) * self.hold(torch.rsqrt(var + self.eps))
         x = x if self.weight is None else x * self.weight
-        return x if self.bias is None else x + self.bias
+        return (x if self.bias is None else x + self.bias).to(dtype)
 
 
 class BcosGroupNorm(Holdable, nn.GroupNorm):
@@ -140,13 +143,13 @@ class BcosGroupNorm(Holdable, nn.GroupNorm):
         """(N, C, ...) -> the same."""
         if self.explanation is None:
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        grouped = x.unflatten(1, (self.num_groups, -1))
+        grouped, dtype = widened(x).unflatten(1, (self.num_groups, -1)), x.dtype
         axes = tuple(range(2, grouped.ndim))
         var, mean = torch.var_mean(grouped, axes, correction=0, keepdim=True)
         x = ((grouped - mean) * self.hold(torch.rsqrt(var + self.eps))).flatten(1, 2)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         x = x if self.weight is None else x * self.weight.view(shape)
-        return x if self.bias is None else x + self.bias.view(shape)
+        return (x if self.bias is None else x + self.bias.view(shape)).to(dtype)
 
 
 class Gate(Holdable):
