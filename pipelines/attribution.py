@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.bcos.explain import dynamic_weights, frozen, input_gradients
 from pipelines.bcos.hold import Explanation, explaining
 
 
@@ -92,7 +93,7 @@ def explain(
     """Logits (N, K) and maps (N, T, H, W) of the classes `targets` (N, T), from one forward pass; else as `attribute`."""
     if method not in METHODS:
         raise ValueError(f"unknown attribution method {method!r}: {', '.join(METHODS)} are known")
-    with torch.enable_grad(), contextlib.nullcontext() if create_graph else _frozen(model):
+    with torch.enable_grad(), contextlib.nullcontext() if create_graph else frozen(model):
         logits, maps = METHODS[method](model, images, targets, layer=layer, create_graph=create_graph, **options)
         if resize and maps.shape[-2:] != images.shape[-2:]:
             maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
@@ -146,19 +147,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """In the block no parameter requires a gradient, so that nothing is kept for theirs: up to a third faster."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad = True
-
-
 class _Features:
     """The output of one layer during a forward pass, as the point at which gradients are taken."""
 
@@ -204,26 +192,6 @@ def _forward(model: nn.Module, images: Tensor, layer: str | None, create_graph: 
     return model(images), images
 
 
-def _gradient_maps(
-    logits: Tensor,
-    targets_NT: Tensor,
-    point: Tensor,
-    contribution: Callable[[Tensor], Tensor],
-    create_graph: bool,
-) -> Tensor:
-    """`contribution` of ∂logit_t/∂point for each of the T targets, from T backward passes through one graph: (N, T, h, w)."""
-    maps = []
-    for index, targets_N1 in enumerate(targets_NT.split(1, dim=1), start=1):
-        (gradient,) = torch.autograd.grad(
-            logits.gather(1, targets_N1).sum(),
-            point,
-            create_graph=create_graph,
-            retain_graph=create_graph or index < targets_NT.shape[1],
-        )
-        maps.append(contribution(gradient))
-    return torch.stack(maps, dim=1)
-
-
 def _linear(
     model: nn.Module,
     images: Tensor,
@@ -238,15 +206,22 @@ def _linear(
 
     `held`: with the factors of a B-cos network held, so that the gradient is the row of W(x).
     """
+    if held and layer is None:
+        logits, weights_NTCHW = dynamic_weights(model, images, targets_NT, create_graph)
+        return logits, _contributions(model, images, weights_NTCHW, centered)
     explanation = Explanation(detach=not create_graph)
     with explaining(model, explanation) if held else contextlib.nullcontext():
         logits, point = _forward(model, images, layer, create_graph)
-        values = point - model.mean[:, None, None] if centered and layer is None else point  # type: ignore[index]
-        if not create_graph:
-            values = values.detach()
-        maps = _gradient_maps(logits, targets_NT, point, lambda gradient: (values * gradient).sum(1), create_graph)
+        gradients_NTCHW = input_gradients(logits, targets_NT, point, create_graph)
     explanation.holding = False  # a loss on the maps has its full gradient
-    return logits, maps
+    return logits, _contributions(model, point if create_graph else point.detach(), gradients_NTCHW, centered and layer is None)
+
+
+def _contributions(model: nn.Module, values: Tensor, gradients_NTCHW: Tensor, centered: bool) -> Tensor:
+    """Σ_c v_c·g_c: (N, T, h, w)."""
+    if centered:
+        values = values - model.mean[:, None, None]  # type: ignore[index]
+    return (values.unsqueeze(1) * gradients_NTCHW).sum(2)
 
 
 def _gradcam(
@@ -254,12 +229,9 @@ def _gradcam(
 ) -> tuple[Tensor, Tensor]:
     """Positive part of Σ_c f_c·mean_HW(∂logit/∂f_c). Source: Selvaraju et al., Grad-CAM, 2017, eq. 1 and 2."""
     logits, features = _forward(model, images, layer or last_features(model, images), create_graph)
+    weights_NTC11 = input_gradients(logits, targets_NT, features, create_graph).mean((3, 4), keepdim=True)
     values = features if create_graph else features.detach()
-
-    def weigh(gradient: Tensor) -> Tensor:
-        return (values * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
-
-    return logits, _gradient_maps(logits, targets_NT, features, weigh, create_graph)
+    return logits, (values.unsqueeze(1) * weights_NTC11).sum(2).relu()
 
 
 def _integrated_gradients(

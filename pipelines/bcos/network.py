@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RANGE_TOLERANCE = 1e-3  # resizing and rounding to half precision may leave [0, 1] by so much
 
 
 def add_inverse(images: Tensor) -> Tensor:
@@ -35,6 +39,15 @@ def check_six_channels(images: Tensor) -> None:
         )
 
 
+def _warn_of_range(images: Tensor) -> None:
+    """Warns where values lie outside [0, 1]: such images were normalised before, or are bytes."""
+    with contextlib.suppress(RuntimeError):  # under vmap there are no values to look at
+        least, most = (float(value) for value in images.detach().aminmax())
+        if least < -RANGE_TOLERANCE or most > 1 + RANGE_TOLERANCE:
+            told = f"a B-cos network takes images in [0, 1] and normalises them itself; these lie in [{least:.3g}, {most:.3g}]"
+            warnings.warn(told, stacklevel=3)
+
+
 class LocationsToBatch(nn.Module):
     """Stands where the global pool was: (N, C, H, W) -> (N·H·W, C, 1, 1), so that the classifier sees every location."""
 
@@ -52,6 +65,7 @@ class BcosNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    _looked_at_range = False
 
     def __init__(
         self,
@@ -67,6 +81,13 @@ class BcosNetwork(nn.Module):
         mean_6, std_6 = six_channel_statistics(mean, std)
         self.register_buffer("mean", mean_6, persistent=False)
         self.register_buffer("std", std_6, persistent=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """As `forward`; the first batch is looked at for values outside [0, 1], of which it warns."""
+        if not self._looked_at_range and not torch.compiler.is_compiling():
+            self._looked_at_range = True
+            _warn_of_range(images)
+        return super().__call__(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 6, H, W) in [0, 1] -> (N, K)."""

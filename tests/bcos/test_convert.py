@@ -1,5 +1,6 @@
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,13 @@ def test_max_out_multiplies_the_units_not_the_channels():
     model = bcosify(build("resnet8"), max_out=2, normalize_weight=True)
     assert model.body.conv1.weight.shape == (32, 6, 3, 3)
     assert model(torch.rand(2, 6, 32, 32)).shape == (2, 10)
+
+
+def test_values_outside_the_unit_interval_are_warned_of_once():
+    model, images = convert(build("resnet8")).eval(), add_inverse(torch.rand(2, 3, 32, 32))
+    with pytest.warns(UserWarning, match=r"\[0, 1\] and normalises them itself; these lie in \[-"):
+        model(4 * images - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(4 * images - 2)
+        convert(build("resnet8"))(images)
