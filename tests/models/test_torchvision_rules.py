@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from families import check_conversion, check_frozen_jacobian, pictures, relative, settle, shake
 from torch import nn
 from torchvision import models
 from torchvision.models import convnext, efficientnet, maxvit, mobilenetv3, regnet, resnet, swin_transformer
@@ -22,6 +21,7 @@ from pipelines.bcos import (
     dynamic_weights,
 )
 from pipelines.models.rules.torchvision import GatedReLU6, GatedTanh
+from tests.models.families import check_conversion, check_frozen_jacobian, pictures, relative, settle, shake
 
 K = 5
 
