@@ -11,7 +11,7 @@ that records the factors and a second one that takes them as given (`Recording`,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ class Holdable(nn.Module):
         """`factor` as the explanation mode of the moment wants it."""
         explanation = self.hold_state.explanation
         return factor if explanation is None else explanation.hold(factor, self)
+
+    def computing_factor(self) -> AbstractContextManager[Any]:
+        """A block in which a factor is computed: without a graph where the explanation needs none."""
+        explanation = self.hold_state.explanation
+        return torch.no_grad() if explanation is not None and explanation.detach else nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "hold_state"}

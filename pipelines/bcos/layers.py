@@ -128,8 +128,10 @@ class _Bcos(Holdable):
         squares = isinstance(b, float) and b == 2
         if squares and self.explanation is None and not torch.compiler.is_compiling():
             return _Square.apply(linear, norm)
-        cosine = widened(linear).abs() / norm
-        factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
+        with self.computing_factor():
+            size = widened(linear).abs()
+            cosine = size / norm if torch.is_grad_enabled() else size.div_(norm)
+            factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
         return (linear * self.hold(factor)).to(linear.dtype)
 
     def _is_linear(self) -> bool:
@@ -189,7 +191,9 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         if self.max_out > 1:
             linear = linear.unflatten(1, (-1, self.max_out)).max(2).values
         if not self._is_linear():
-            linear = self._scale_patches(linear, self._patch_norm(x_NCHW, padding))
+            with self.computing_factor():
+                norm = self._patch_norm(x_NCHW, padding)
+            linear = self._scale_patches(linear, norm)
         return linear if self.bias is None else linear + self.bias[:, None, None]
 
     def _scale_patches(self, linear_NCHW: Tensor, norm_NGHW: Tensor) -> Tensor:
@@ -250,6 +254,8 @@ class BcosLinear(_Bcos, nn.Linear):
         if self.max_out > 1:
             linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
         if not self._is_linear():
-            norm = widened(x).square().sum(-1, keepdim=True).clamp_min(VECTOR_EPSILON**2).sqrt()  # finite second derivatives at 0
-            linear = self._scale(linear, norm + VECTOR_EPSILON)
+            with self.computing_factor():
+                squares = widened(x).square().sum(-1, keepdim=True)
+                norm = squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON  # finite second derivatives at 0
+            linear = self._scale(linear, norm)
         return linear if self.bias is None else linear + self.bias

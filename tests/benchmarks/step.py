@@ -1,44 +1,131 @@
-"""Cost of a B-cos network against the plain one it was made from: training step, inference, explanation.
+"""Cost of a B-cos network against the plain one it was made from: training step, inference, explanation, memory.
 
-    python -m tests.benchmarks.step [--case resnet20-32] [--threads 2] [--rounds 7]
+    python -m tests.benchmarks.step [--case resnet18-112 ...] [--mode eager compiled] [--rounds 7] [--json FILE]
 
-Prints one line of JSON a case: milliseconds of the plain network, and for each measure the ratio B-cos / plain (medians over
-rounds in which both take turns, so that what else runs on the machine strikes both alike). `dynamic_weights` is held against the
-plain network's forward pass and input gradient. Runs on the GPU where there is one.
+Three networks take turns, so that what else runs on the machine strikes all alike: `plain`, `bcos`, and (eager) `formula`, the
+same B-cos network whose layers are written out in plain autograd operations. Measures: a training step (forward and backward
+pass), inference, `dynamic_weights` (against the plain network's forward pass and input gradient, parameters frozen in both), 20
+classes explained at once (against 20 calls), and the bytes saved for the backward pass of a training step. Prints one line of
+JSON a case and mode, then a table of the ratios to `plain` (medians over the rounds). Needs torch, torchvision and timm alone; on
+a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
 from torch import Tensor, nn
 
-from pipelines.bcos import bcosify, dynamic_weights
+from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
 from pipelines.models import ConventionalNetwork, build
 
-CASES = {"resnet20-32": ("resnet20", 32, 64), "resnet18-112": ("resnet18", 112, 16), "resnet50-112": ("resnet50", 112, 8)}
+CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the side of its images in pixels, and the batch."""
+
+    network: str
+    size: int
+    batch: int
+
+
+CASES = {
+    "cpu": {
+        "resnet20-32": Case("resnet20", 32, 64),
+        "resnet18-112": Case("resnet18", 112, 16),
+        "resnet50-112": Case("resnet50", 112, 8),
+    },
+    "cuda": {
+        "resnet18-224": Case("resnet18", 224, 128),
+        "resnet50-224": Case("resnet50", 224, 128),
+        "vit_b_16-224": Case("vit_b_16", 224, 128),
+    },
+}
+
+
+class FormulaConv2d(BcosConv2d):
+    """The convolution as its formula stands: |w·x|·(w·x)/‖x‖, each operation on its own."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out_channels, H', W')."""
+        linear = nn.functional.conv2d(x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        squares = (x_NCHW**2).sum(1, keepdim=True)
+        sums = nn.functional.avg_pool2d(squares, self.kernel_size, self.stride, self.padding, divisor_override=1)  # type: ignore[arg-type]
+        return linear * self.hold(linear.abs() / (sums + 1e-6).sqrt())
+
+
+class FormulaLinear(BcosLinear):
+    """The linear layer as its formula stands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        linear = nn.functional.linear(x, self.weight)
+        return linear * self.hold(linear.abs() / (x.norm(dim=-1, keepdim=True) + 1e-12))
+
+
+class FormulaBatchNorm(BcosBatchNorm):
+    """The uncentred norm as its formula stands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        var = x.var((0, 2, 3), unbiased=False) if self.training else self.running_var
+        if self.training:
+            self._track(var, var)
+        assert self.weight is not None
+        return self.weight[:, None, None] * x / self.hold((var + self.eps).sqrt())[:, None, None]
+
+
+FORMULAS = {BcosConv2d: FormulaConv2d, BcosLinear: FormulaLinear, BcosBatchNorm: FormulaBatchNorm}
+
+
+def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[str, nn.Module]:
+    """The networks that are compared, of the same weights."""
+    torch.manual_seed(0)
+    source = build(case.network, num_classes=CLASSES)
+    bcos = bcosify(source)
+    found: dict[str, nn.Module] = {"plain": ConventionalNetwork(source), "bcos": bcos}
+    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in bcos.modules())
+    if mode == "eager" and not grouped:
+        found["formula"] = copy.deepcopy(bcos)
+        for module in found["formula"].modules():
+            module.__class__ = FORMULAS.get(type(module), type(module))  # type: ignore[call-overload, assignment]
+    for model in found.values():
+        model.to(device)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if mode == "compiled":
+            model.compile(fullgraph=True, dynamic=False)
+    return found
 
 
 def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward, backward, no optimiser."""
-    model.train().zero_grad(set_to_none=True)
+    """Forward and backward pass, no optimiser."""
+    model.train().requires_grad_(True).zero_grad(set_to_none=True)
     nn.functional.cross_entropy(model(images), labels).backward()
 
 
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward alone."""
+    """Forward pass alone."""
     model.eval()(images)
 
 
 def explain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """The gradient of each label's logit with respect to the input; of a B-cos network its dynamic weights."""
-    model.eval()
+    model.eval().requires_grad_(False)
     if not isinstance(model, ConventionalNetwork):
         dynamic_weights(model, images, labels)
         return
@@ -49,36 +136,113 @@ def explain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 MEASURES = {"training_step": train_step, "inference": infer, "dynamic_weights": explain}
 
 
-def seconds(function: Callable[..., None], *arguments: object) -> float:
+def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes of storage that a training step keeps for its backward pass, parameters and images left out."""
+    model.train().requires_grad_(True)
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(images)
+    for tensor in (*model.parameters(), *model.buffers(), images):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del logits
+    return sum(storages.values())
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Time of one call, the GPU's work included."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     function(*arguments)
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
+    """Time of explaining 20 classes of a batch at once, relative to 20 calls."""
+    model.eval().requires_grad_(False)
+    targets = torch.stack([torch.randperm(CLASSES, device=images.device) for _ in images])
+
+    def one_by_one() -> None:
+        for column in targets.unbind(1):
+            dynamic_weights(model, images, column)
+
+    dynamic_weights(model, images, targets)
+    return statistics.median(
+        seconds(dynamic_weights, model, images, targets) / seconds(one_by_one) for _ in range(max(1, rounds // 3))
+    )
+
+
+def measure(name: str, case: Case, device: str, mode: str, rounds: int, channels_last: bool) -> dict[str, Any]:
+    """One line of the report."""
+    models = networks(case, device, mode, channels_last)
+    images = torch.rand(case.batch, 6, case.size, case.size, device=device)
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (case.batch,), device=device)
+    found: dict[str, Any] = {
+        "case": name,
+        "mode": mode,
+        "batch": case.batch,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        for what, function in MEASURES.items():
+            for model in models.values():  # compiles, and warms up
+                function(model, images, labels)
+                function(model, images, labels)
+            turns = [{key: seconds(function, model, images, labels) for key, model in models.items()} for _ in range(rounds)]
+            found[f"{what}_plain_ms"] = round(1000 * statistics.median(turn["plain"] for turn in turns), 1)
+            for key in list(models)[1:]:
+                found[f"{what}_{key}"] = round(statistics.median(turn[key] / turn["plain"] for turn in turns), 3)
+        kept = {key: saved_bytes(model, images, labels) for key, model in models.items()}
+        found["saved_plain_mb"] = round(kept["plain"] / 1e6, 1)
+        found |= {f"saved_{key}": round(kept[key] / kept["plain"], 3) for key in list(models)[1:]}
+        found["twenty_classes_at_once"] = round(many_classes(models["bcos"], images, rounds), 3)
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The ratios as markdown."""
+    columns = ["training_step", "inference", "dynamic_weights", "saved"]
+    head = ["case", "mode", *(f"{column} {key}" for column in columns for key in ("bcos", "formula")), "20 classes at once"]
+    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for line in lines:
+        ratios = [str(line.get(f"{column}_{key}", "")) for column in columns for key in ("bcos", "formula")]
+        rows.append("| " + " | ".join([line["case"], line["mode"], *ratios, str(line["twenty_classes_at_once"])]) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Measures the cases asked for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--case", choices=CASES[device], nargs="+", default=list(CASES[device]))
+    parser.add_argument("--mode", choices=["eager", "compiled"], nargs="+", default=["eager", "compiled"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
+    parser.add_argument("--json", type=Path, help="where the lines go too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in options.case or CASES:
-        network, size, batch = CASES[name]
-        torch.manual_seed(0)
-        source = build(network, num_classes=10)
-        plain, bcos = ConventionalNetwork(source).to(device), bcosify(source).to(device)
-        images, labels = torch.rand(batch, 6, size, size, device=device), torch.randint(10, (batch,), device=device)
-        found: dict[str, object] = {"case": name, "batch": batch, "device": device, "threads": options.threads}
-        for measure, function in MEASURES.items():
-            turns = [[seconds(function, model, images, labels) for model in (plain, bcos)] for _ in range(options.rounds + 1)][1:]
-            found[f"{measure}_plain_ms"] = round(1000 * statistics.median(turn[0] for turn in turns), 1)
-            found[f"{measure}_ratio"] = round(statistics.median(turn[1] / turn[0] for turn in turns), 3)
-        print(json.dumps(found), flush=True)
+    lines = []
+    for name in options.case:
+        for mode in options.mode:
+            torch.compiler.reset()
+            lines.append(measure(name, CASES[device][name], device, mode, options.rounds, options.channels_last))
+            print(json.dumps(lines[-1]), flush=True)
+    if options.json:
+        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print("\n" + table(lines))
 
 
 if __name__ == "__main__":
