@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.bcos import layer_b, set_b
+from pipelines.bcos import check_held, layer_b, set_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods.base import Classification
 
@@ -79,7 +79,13 @@ def is_exponent(name: str) -> bool:
 
 
 def build_bcosification(spec: models.ModelSpec, pretrained: Path | None, params: BcosificationParams, seed: int) -> Bcosification:
-    """The method on the B-cos network of `spec`, from the conventional model in a folder or of weights drawn by `seed`."""
+    """The method on the B-cos network of `spec`, from the conventional model in a folder or of weights drawn by `seed`.
+
+    Raises:
+        ConversionError: the network has a part that cannot be converted, or that explanation mode would not hold.
+    """
     torch.manual_seed(seed)
     network = None if pretrained is None else models.load(pretrained)[0].get_submodule("network")
-    return Bcosification(models.assemble(spec, network), spec.task, len(spec.classes), params)
+    module = models.assemble(spec, network)
+    check_held(module, torch.full((2, 6, spec.image_size, spec.image_size), 0.5))
+    return Bcosification(module, spec.task, len(spec.classes), params)
