@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup repro test lint types bench clean lock
+.PHONY: help setup repro test lint types bench architectures clean lock
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv from requirements.lock (once)
 	@echo "environment ready: $(VENV) ($$($(BIN)/python --version), torch $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))'))"
@@ -35,8 +35,12 @@ types: setup ## mypy
 	@$(BIN)/mypy
 
 bench: setup ## speed and memory against plain baselines, on the GPU where there is one
-	@python -m tests.benchmarks.step
+	@python -m tests.benchmarks.step --json reports/bench.jsonl
 	@python -m tests.benchmarks.gridpg
+	@dvc repro --quiet shard && python -m tests.benchmarks.loader
+
+architectures: setup ## convert every family of networks anew: docs/architectures.md
+	@python -m tests.benchmarks.architectures --write docs/architectures.md
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock && $(PYTHON) -m venv .lock

@@ -241,6 +241,7 @@ def main() -> None:
             lines.append(measure(name, CASES[device][name], device, mode, options.rounds, options.channels_last))
             print(json.dumps(lines[-1]), flush=True)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print("\n" + table(lines))
 
