@@ -70,7 +70,7 @@ CASES = [
     Case("swin_v2_t", "Swin v2"),
     Case("maxvit_t", "MaxViT", 224, batch=1),
     Case("googlenet", "GoogLeNet", options={"aux_logits": False, "init_weights": False}),
-    Case("inception_v3", "Inception v3", 96, {"aux_logits": False, "init_weights": False}),
+    Case("inception_v3", "Inception v3", 160, {"aux_logits": False, "init_weights": False}),
     Case("shufflenet_v2_x1_0", "ShuffleNet v2"),
     Case("squeezenet1_1", "SqueezeNet"),
     Case("mnasnet1_0", "MNASNet"),
