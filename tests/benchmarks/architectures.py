@@ -22,7 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
 from torch import Tensor, nn
 
 from pipelines.bcos import BcosNetwork, add_inverse, audit, bcosify, dynamic_weights
