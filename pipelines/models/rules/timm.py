@@ -192,6 +192,19 @@ def _global_response_norm(module: nn.Module, context: Context) -> nn.Module:
     return context.recast(module, HeldGlobalResponseNorm)
 
 
+class LearnableAffine(models.hgnet.LearnableAffineBlock):
+    """s·x + b, where the bias may have been removed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        return self.scale * x if self.bias is None else self.scale * x + self.bias
+
+
+@register_conversion(models.hgnet.LearnableAffineBlock)
+def _learnable_affine(module: nn.Module, context: Context) -> nn.Module:
+    return context.recast(module, LearnableAffine)
+
+
 @register_conversion(layers.Linear)
 def _linear(module: nn.Module, context: Context) -> nn.Module:
     return _as(module, nn.Linear, context)
@@ -372,6 +385,8 @@ register_conversion(layers.SelectiveKernel)(_factor("attn", ("paths",)))
 register_conversion(layers.SplitAttn)(_factor("rsoftmax", ("conv", "bn0", "drop", "act0")))
 register_conversion(layers.GluMlp)(_factor("act", ("fc1", "drop1", "norm", "fc2", "drop2")))
 register_conversion(layers.SwiGLU)(_factor("act", ("fc1_x", "drop1", "norm", "fc2", "drop2")))
+register_conversion(models.starnet.Block)(_factor("act", ("dwconv", "f2", "g", "dwconv2", "drop_path")))
+register_conversion(models.mambaout.GatedConvBlock)(_factor("act", ("norm", "fc1", "conv", "fc2", "drop_path")))
 register_conversion(models.mlp_mixer.SpatialGatingUnit)(_factor("proj"))
 
 # Attention: the softmax passes through `attn_drop`, which holds it; q, k, v are linear, the output projection is B-cos --
@@ -576,7 +591,8 @@ for _type, _held, _names in (
     layers.other_pool.SimPool2d, models._efficientnet_blocks.CondConvResidual, models.coat.FactorAttnConvRelPosEnc,
     models.coat.ConvRelPosEnc, models.cpubone.ConvAttention,
     models.davit.ChannelAttentionV2, models.efficientvim.EfficientViMBlock,
-    models.efficientvim.HSMSSD, models.efficientvit_msra.CascadedGroupAttention, models.focalnet.FocalModulation,
+    models.efficientvim.HSMSSD, models.efficientvit_mit.LiteMLA, models.efficientvit_msra.CascadedGroupAttention,
+    models.focalnet.FocalModulation,
     models.gemma4_vit.Gemma4Attention, models.gemma4_vit.Gemma4GatedMlp, models.ghostnet.GhostModuleV2,
     models.ghostnet.GhostModuleV3, models.hiera.MaskUnitAttention, models.hieradet_sam2.MultiScaleAttention,
     models.iformer.SHMA, models.lowformer.ConvAttention, models.mobilevit.LinearSelfAttention,
