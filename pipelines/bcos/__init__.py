@@ -6,7 +6,7 @@ from pipelines.bcos.audit import Finding, audit, check_held
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
 from pipelines.bcos.hold import Holdable, explanation_mode
-from pipelines.bcos.layers import BcosConv2d, BcosLinear, layer_b, set_b
+from pipelines.bcos.layers import BcosConv2d, BcosLinear, clamp_b, layer_b, set_b
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, GatedGELU, GatedHardswish, GatedSiLU
 
@@ -32,6 +32,7 @@ __all__ = [
     "audit",
     "bcosify",
     "check_held",
+    "clamp_b",
     "contribution_map",
     "convert",
     "dynamic_weights",

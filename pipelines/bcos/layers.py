@@ -50,6 +50,14 @@ def set_b(model: nn.Module, b: float) -> None:
         layer.b_value.fill_(check_exponent(b))  # type: ignore[union-attr]
 
 
+@torch.no_grad()
+def clamp_b(model: nn.Module) -> None:
+    """Sets every learned exponent of `model` that is below 1 to 1, where it has a gradient again."""
+    for layer in model.modules():
+        if isinstance(layer, _Bcos) and layer.b_offset is not None:
+            layer.b_offset.clamp_(min=-1)
+
+
 class _Square(torch.autograd.Function):
     """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.bcos import check_held, layer_b, set_b
+from pipelines.bcos import check_held, clamp_b, layer_b, set_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods.base import Classification
 
@@ -50,10 +50,15 @@ class Bcosification(Classification):
         return [group for group in groups if group["params"]]
 
     def set_progress(self, epochs: float) -> None:
-        """B along its schedule: linear from `b_start` to `b` over `b_epochs` epochs."""
+        """B along its schedule: linear from `b_start` to `b` over `b_epochs` epochs; a learned B that a step took below 1, at 1.
+
+        Below 1 it would have no gradient, and without decay never come back.
+        """
         if self.params.b_mode == "scheduled":
             done = min(1.0, epochs / self.params.b_epochs)
             set_b(self.module, self.params.b_start + done * (self.params.b - self.params.b_start))
+        elif self.params.b_mode == "learned":
+            clamp_b(self.module)
 
     def epoch_metrics(self) -> dict[str, float]:
         """`b_mean`, where B changes `b/<layer>` of each layer, and where there are biases `bias_abs_mean`, the mean |bias|."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import models, params
-from pipelines.bcos import add_inverse, layer_b
+from pipelines.bcos import BcosConv2d, BcosLinear, add_inverse, layer_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods import Bcosification, Classification, Pretrain, build_bcosification
 from pipelines.params import BcosificationParams, DataParams, TrainingParams
@@ -111,6 +111,19 @@ def test_a_learned_b_starts_where_it_is_told_moves_and_is_logged(tmp_path: Path)
     assert max(values) > 1.01
     assert len(set(values)) > 1
     assert last["train/b_mean"] == pytest.approx(sum(values) / len(values))
+
+
+def test_a_learned_b_that_would_fall_below_one_stays_there_and_can_leave_again() -> None:
+    optim = choices(b_mode="learned", b_start=1.0)
+    method = method_of(optim)
+    layers = [module for module in method.module.modules() if isinstance(module, BcosConv2d | BcosLinear)]
+    made = torch.optim.SGD([layer.b_offset for layer in layers], lr=0.5)
+    for slope, wanted in ((1.0, 1.0), (1.0, 1.0), (-1.0, 1.5)):
+        made.zero_grad()
+        torch.stack([slope * layer.b for layer in layers]).sum().backward()
+        made.step()
+        method.set_progress(0.5)
+        assert exponents(method) == {wanted}
 
 
 def step_without_gradients(method: Bcosification, optim: BcosificationParams) -> None:
