@@ -207,6 +207,12 @@ class BcosificationParams(OptimiserParams):
             raise ValueError(f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.epochs} epochs")
         return self
 
+    @model_validator(mode="after")
+    def _biases_decay(self) -> BcosificationParams:
+        if self.bias == "decay" and self.bias_decay == 0:
+            raise ValueError("bias_decay: biases that decay need a decay above 0; bias: keep leaves them as they are")
+        return self
+
     @property
     def settled(self) -> int:
         """Epochs until B has its final value."""
@@ -225,6 +231,12 @@ class BcosifyParams(Strict):
     starts: Annotated[list[Literal["pretrained", "scratch"]], Field(min_length=1)]
     pretrained: BcosificationParams
     scratch: BcosificationParams
+
+    @model_validator(mode="after")
+    def _pretrained_weights_stay(self) -> BcosifyParams:
+        if self.pretrained.max_out > 1:
+            raise ValueError(f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: for scratch alone")
+        return self
 
 
 class PublishedParams(Strict):

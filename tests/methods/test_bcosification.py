@@ -319,6 +319,8 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
             {"b_mode": "learned", "b": 1.5},
             r"pretrained: b: a learned B is pulled towards 2, not 1.5; [^\n]*$",
         ),
+        ({"bias": "decay", "bias_decay": 0}, r"pretrained: bias_decay: biases that decay need a decay above 0; [^\n]*$"),
+        ({"max_out": 2}, r"bcosify: pretrained.max_out: 2 units are all drawn at random[^\n]*$"),
         ({"b_start": 0.5}, r"pretrained.b_start: .*greater than or equal to 1"),
     ],
 )
