@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from pipelines.bcos.precision import widened
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANGE_TOLERANCE = 1e-3  # resizing and rounding to half precision may leave [0, 1] by so much
@@ -90,9 +92,9 @@ class BcosNetwork(nn.Module):
         return super().__call__(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 6, H, W) in [0, 1] -> (N, K)."""
+        """(N, 6, H, W) in [0, 1] -> (N, K), of single precision at least: the bias would take half's digits."""
         check_six_channels(images)
-        logits = self.body((images - self.mean[:, None, None]) / self.std[:, None, None])
+        logits = widened(self.body((images - self.mean[:, None, None]) / self.std[:, None, None]))
         if len(logits) != len(images):  # the classifier saw every location
             logits = logits.view(len(images), -1, logits.shape[-1]).mean(1)
         return logits / self.temperature + self.logit_bias

@@ -1,4 +1,4 @@
-"""What stays in single precision under autocast: norms, their statistics, and the cosine factor."""
+"""What stays in single precision under autocast: norms, their statistics, the cosine factor, and logits."""
 
 import torch
 from torch import Tensor

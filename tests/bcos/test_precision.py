@@ -1,4 +1,4 @@
-"""Under bfloat16 autocast norms, statistics and cosines are those of float32, and nothing else is widened."""
+"""Under bfloat16 autocast norms, statistics, cosines and logits are those of float32, and nothing else is widened."""
 
 import copy
 
@@ -68,3 +68,14 @@ def test_training_and_explaining_under_autocast_are_near_single_precision():
 def test_a_linear_layer_keeps_the_type_of_its_input():
     layer = BcosLinear(8, 4).to(HALF)
     assert layer(torch.randn(2, 8).to(HALF)).dtype == HALF
+
+
+def test_the_logit_bias_costs_an_autocast_network_no_digits():
+    torch.manual_seed(0)
+    model, images = bcosify(build("resnet8"), logit_bias=0.0).eval(), add_inverse(torch.rand(2, 3, 32, 32))
+    with autocast():
+        unbiased = model(images)
+        model.logit_bias = -6.9
+        biased = model(images)
+    assert biased.dtype == torch.float32
+    torch.testing.assert_close(biased + 6.9, unbiased, rtol=0, atol=1e-6)
