@@ -23,7 +23,8 @@ def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_gr
         targets: (N,) class indices, or (N, T) for T classes of each image: one backward pass for each of the T.
         create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
             the parameters (factors are held, not detached). Where the network is to be compiled, compile the function that
-            computes the loss and calls this: compiled code has no second derivative of its own.
+            computes the loss and calls this: compiled code has no second derivative of its own. It takes two passes, in which
+            dropout and stochastic depth draw differently: W(x) is that of the logits only without them.
 
     Returns:
         logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + what no pixel carries.

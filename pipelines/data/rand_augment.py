@@ -80,7 +80,7 @@ def _posterize(image: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def _solarize(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """Values from a threshold on are inverted: none at strength 0, all at 1."""
+    """Values from a threshold on are inverted: 255 alone at strength 0, all at 1."""
     return F.solarize(image, 255 * (1 - abs(strength)))
 
 
