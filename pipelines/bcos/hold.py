@@ -118,8 +118,8 @@ def holdable_states(model: nn.Module) -> list[HoldState]:
 
 
 @contextmanager
-def explaining(model: nn.Module, explanation: Explanation) -> Iterator[Explanation]:
-    """Hands `explanation` to every holdable layer of `model` for the time of the block."""
+def explaining(model: nn.Module, explanation: Explanation | None) -> Iterator[Explanation | None]:
+    """Hands `explanation` (none: as outside explanation mode) to every holdable layer of `model` for the time of the block."""
     states = holdable_states(model)
     before = [state.explanation for state in states]
     try:

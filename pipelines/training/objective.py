@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipelines.bcos.hold import Explanation, explaining, holdable_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 
@@ -86,23 +87,38 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **k
     """`forward` of `block`, its activations dropped where a backward pass will follow."""
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    contexts = partial(_contexts, block)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    states = holdable_states(block)
+    second = partial(_second_pass, block, states[0].explanation if states else None)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _Reusable(second)), **kwargs)
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For the first pass and for the second, in which running statistics must not move again."""
-    return nullcontext(), _throwaway_buffers(block)
+class _Reusable(AbstractContextManager[Any]):
+    """What `make` gives, made anew each time: W(x) in a loss takes two backward passes, and each computes again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> Any:
+        self._entered.append(self._make())
+        return self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 @contextmanager
-def _throwaway_buffers(block: nn.Module) -> Iterator[None]:
-    """In the block, the buffers are copies: what is written to them is lost."""
+def _second_pass(block: nn.Module, explanation: Explanation | None) -> Iterator[None]:
+    """In the block, what is computed is what the first pass computed, and what is written to buffers is lost.
+
+    `explanation` is the one of the first pass: a backward pass that computes again may come when its explanation mode has ended.
+    """
     kept = [(module, dict(module._buffers)) for module in block.modules() if module._buffers]
     try:
         for module, buffers in kept:
             module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
-        yield
+        with explaining(block, explanation):
+            yield
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 from toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
 
+from pipelines.bcos import bcosify, dynamic_weights
+from pipelines.models import build
 from pipelines.training import Context, TrainingError, train
 from pipelines.training.loop import gradients, set_up
-from pipelines.training.objective import blocks, build_objective
+from pipelines.training.objective import blocks, build_objective, checkpoint_blocks
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
 SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up
@@ -65,6 +68,19 @@ def test_checkpointed_blocks_train_bit_for_bit_as_others(tmp_path: Path) -> None
     )
     assert identical(kept, again)  # running statistics moved once a step, dropout drew the same
     assert not torch.equal(kept["stage.1.body.1.running_var"], torch.ones(8))
+
+
+def test_checkpointed_blocks_carry_the_whole_gradient_of_a_loss_on_w() -> None:
+    torch.manual_seed(0)
+    images, targets, found = torch.rand(4, 6, 8, 8), torch.arange(4), []
+    network = bcosify(build("resnet8", options={"width": 4}))
+    for module in (network, copy.deepcopy(network)):
+        if found:
+            checkpoint_blocks(module)
+        logits, weights = dynamic_weights(module.train(), images, targets, create_graph=True)
+        (logits.square().mean() + weights.square().mean()).backward()
+        found.append([logits, weights, *module.buffers(), *(parameter.grad for parameter in module.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def saved_bytes(method: ToyMethod, **params: Any) -> int:
