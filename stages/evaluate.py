@@ -15,6 +15,7 @@ from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports
+OWN_NAMES = {"conventional", *NAMES.values(), "shards", "pretrain", *NAMES}  # in reports, and of the tracked run's inputs
 
 
 def main() -> None:
@@ -37,8 +38,8 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, str]:
     """Folders of the published networks, by name, made here from their checkpoints; `classes` are those of the data."""
     folders = {}
     for name, published in params.evaluate.published.items():
-        if name in ("conventional", *NAMES.values()):
-            raise ParamsError(f"evaluate.published.{name}: a model of this run has that name in reports: give it another")
+        if name in OWN_NAMES:
+            raise ParamsError(f"evaluate.published.{name}: something of this run has that name already: give it another")
         model, spec = load_published(published.name, published.weights, classes=tuple(classes), sha256=published.sha256)
         folder = Path("models/published", name).absolute()
         save(folder, model, spec)
