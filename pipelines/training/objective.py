@@ -15,6 +15,8 @@ from pipelines.bcos.hold import Explanation, explaining, holdable_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 
+BATCH_SIZES = 64  # that are compiled, each on its own; `data.on_error: skip` makes batches shorter
+
 
 class Objective(nn.Module):
     """A prepared batch of tensors -> named losses; what DDP wraps and torch.compile compiles.
@@ -51,10 +53,12 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
 def compile_objective(objective: Objective) -> None:
     """Compiles `objective` in place.
 
-    What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter) and of this run alone, so
-    that a resumed run computes what one never killed does. DDP's own splitting of compiled graphs cannot take B-cos layers.
+    What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter, no falling back to eager
+    code once many were) and of this run alone, so that a resumed run computes what one never killed does. DDP's own splitting
+    of compiled graphs cannot take B-cos layers.
     """
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)
     objective.compile(dynamic=False, isolate_recompiles=True)
 
 

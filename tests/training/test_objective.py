@@ -126,6 +126,17 @@ def test_compiled_training_is_eager_training_up_to_rounding_and_resumes_bit_for_
     assert difference(whole, eager) > 1e-3
 
 
+def test_batches_of_many_sizes_are_all_compiled() -> None:
+    class Tells(SteadyMethod):
+        def loss(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            return {"compiled": model(batch["image"]).sum() * 0 + float(torch.compiler.is_compiling())}
+
+    images = samples()[0]
+    objective = build_objective(Tells(), toy_job("run", compile=True).training)
+    objective.compile(backend="eager", dynamic=False, isolate_recompiles=True)  # tracing is what counts, and is quick
+    assert [objective({"image": images[:size]})["compiled"].item() for size in range(2, 16)] == [1.0] * 14
+
+
 def test_what_the_compiler_cannot_do_is_one_line(tmp_path: Path) -> None:
     import torch._inductor.config as compiler
 
