@@ -5,10 +5,11 @@ from pipelines.bcos.attention import attend
 from pipelines.bcos.audit import Finding, audit, check_held
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
+from pipelines.bcos.gates import GatedGELU, GatedHardswish, GatedSiLU
 from pipelines.bcos.hold import Holdable, explanation_mode
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, clamp_b, layer_b, set_b
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
-from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, GatedGELU, GatedHardswish, GatedSiLU
+from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -23,10 +23,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from pipelines.bcos.gates import Gate, GatedGELU, GatedHardswish, GatedMish, GatedReLU6, GatedSiLU, GatedTanh
 from pipelines.bcos.hold import Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
-from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm, Gate, GatedGELU, GatedHardswish, GatedSiLU
+from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
@@ -104,9 +105,11 @@ def _walk(module: nn.Module, context: Context) -> nn.Module:
 
 
 @register_conversion(
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.ReLU, nn.LeakyReLU, nn.PReLU,
+    nn.AvgPool1d, nn.Unfold,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
     BcosConv2d, BcosLinear, BcosBatchNorm, BcosLayerNorm, BcosGroupNorm, GatedGELU, GatedSiLU, GatedHardswish,
+    GatedMish, GatedTanh, GatedReLU6,
     LocationsToBatch,
 )  # fmt: skip
 def _dynamic_linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
@@ -193,14 +196,14 @@ def _gelu(module: nn.GELU, context: Context) -> nn.Module:
     return GatedGELU(module.approximate)
 
 
-@register_conversion(nn.SiLU)
-def _silu(module: nn.SiLU, context: Context) -> nn.Module:
-    return GatedSiLU()
-
-
-@register_conversion(nn.Hardswish)
-def _hardswish(module: nn.Hardswish, context: Context) -> nn.Module:
-    return GatedHardswish()
+for plain, gated in (
+    (nn.SiLU, GatedSiLU),
+    (nn.Hardswish, GatedHardswish),
+    (nn.Mish, GatedMish),
+    (nn.Tanh, GatedTanh),
+    (nn.ReLU6, GatedReLU6),
+):
+    register_conversion(plain)(lambda module, context, gated=gated: gated())
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -274,7 +277,7 @@ def bcosify(
         norm: of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, as in `convert`.
         stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
         gap_reorder: classify every location, then average, where the classifier follows a global average pool.
-        activation: `remove` takes the ReLUs away.
+        activation: `remove` takes the ReLUs and gated activations away, but for those that compute a factor (squeeze-excitation).
         logit_bias: added to every logit; none: -log(K - 1), so that each class starts at probability 1/K.
         temperature: T, by which logits are divided.
         normalize_weight: rows of norm 1, for training from scratch.
@@ -304,7 +307,7 @@ def bcosify(
         _replace_last(network.body, _is_global_pool, LocationsToBatch())
     if activation == "remove":
         for name, module in list(network.named_modules()):
-            if isinstance(module, nn.ReLU | Gate):
+            if isinstance(module, nn.ReLU | Gate) and not _is_in_a_factor(network, name):
                 _set(network, name, nn.Identity())
     network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
     network.temperature = temperature
@@ -329,6 +332,12 @@ def _class_count(layers: list[BcosConv2d | BcosLinear]) -> int:
     if classes < 2:
         raise ConversionError(f"the default logit bias needs two classes or more, the last layer has {classes}: give logit_bias")
     return classes
+
+
+def _is_in_a_factor(network: nn.Module, name: str) -> bool:
+    """Whether the module of this name only helps to compute the factor of a layer around it, as in a squeeze-excitation."""
+    places = name.split(".")
+    return any(isinstance(network.get_submodule(".".join(places[:end])), Holdable) for end in range(1, len(places)))
 
 
 def _is_stem_pool(module: nn.Module) -> bool:

@@ -1,13 +1,7 @@
-"""Normalisation layers and gates whose input-dependent factor can be held.
-
-A norm's factor is 1/sqrt(var + eps); its centring is linear in the input and stays. A gated activation x·g(x) has the factor g.
-"""
+"""Normalisation layers whose factor 1/sqrt(var + eps) can be held; their centring is linear in the input and stays."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -150,55 +144,3 @@ class BcosGroupNorm(Holdable, nn.GroupNorm):
         shape = (1, -1) + (1,) * (x.ndim - 2)
         x = x if self.weight is None else x * self.weight.view(shape)
         return (x if self.bias is None else x + self.bias.view(shape)).to(dtype)
-
-
-class Gate(Holdable):
-    """A gated activation x·g(x); its subclasses say what g is."""
-
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def gate(self, x: Tensor) -> Tensor:
-        """g(x), of the shape of x."""
-        raise TypeError(f"{type(self).__name__} does not say what its gate is")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same; outside explanation mode by torch's own fused activation."""
-        return self.activation(x) if self.explanation is None else x * self.hold(self.gate(x))
-
-
-class GatedGELU(Gate):
-    """GELU as x·Φ(x), exact or by its tanh approximation."""
-
-    def __init__(self, approximate: str = "none") -> None:
-        super().__init__(partial(F.gelu, approximate=approximate))
-        self.approximate = approximate
-
-    def gate(self, x: Tensor) -> Tensor:
-        """Φ(x), in [0, 1]."""
-        if self.approximate == "tanh":
-            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
-class GatedSiLU(Gate):
-    """SiLU as x·sigmoid(x)."""
-
-    def __init__(self) -> None:
-        super().__init__(F.silu)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """sigmoid(x), in [0, 1]."""
-        return torch.sigmoid(x)
-
-
-class GatedHardswish(Gate):
-    """Hardswish as x·clip((x + 3)/6, 0, 1)."""
-
-    def __init__(self) -> None:
-        super().__init__(F.hardswish)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """clip((x + 3)/6, 0, 1)."""
-        return F.hardsigmoid(x)

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import pipelines.models  # noqa: F401  (registers the rules of the libraries)
 from pipelines.bcos import (
     BcosConv2d,
     BcosLinear,

@@ -20,7 +20,7 @@ from pipelines.bcos import (
     convert,
     dynamic_weights,
 )
-from pipelines.models.rules.torchvision import GatedReLU6, GatedTanh
+from pipelines.bcos.gates import GatedReLU6, GatedTanh
 from tests.models.families import check_conversion, check_frozen_jacobian, pictures, relative, settle, shake
 
 K = 5
@@ -222,3 +222,10 @@ def test_the_bias_of_windows_is_that_of_maxvit():
     nn.init.normal_(original.relative_position_bias_table)
     x = torch.randn(2, 3, 9, 8)
     torch.testing.assert_close(convert(nn.Sequential(nn.Conv2d(3, 8, 1), original)).body[1](x), original(x))
+
+
+def test_removed_activations_are_those_on_the_linear_path():
+    network = bcosify(models.regnet_y_400mf(), activation="remove")
+    left = [name for name, module in network.named_modules() if isinstance(module, nn.ReLU)]
+    assert left
+    assert all(".se." in name for name in left)

@@ -2,11 +2,12 @@
 
 import warnings
 
-import timm
+from timm import __version__ as timm_version
+from torch.torch_version import TorchVersion
 
 from pipelines.models.rules import torchvision as _torchvision  # noqa: F401
 
-try:
+if TorchVersion(timm_version) >= "1.0.31":
     from pipelines.models.rules import timm as _timm  # noqa: F401
-except (AttributeError, ImportError) as error:  # module types come and go between its versions
-    warnings.warn(f"timm {timm.__version__} has no rules here, so its networks do not convert: {error}", stacklevel=2)
+else:  # its module types come and go from version to version
+    warnings.warn(f"networks of timm {timm_version} do not convert: the rules here are for 1.0.31 or newer", stacklevel=2)

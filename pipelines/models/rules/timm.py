@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, ConversionError, Holdable, register_conversion
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Rule
-from pipelines.bcos.norms import Gate, GatedGELU, GatedHardswish, GatedSiLU
+from pipelines.bcos.gates import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
 
 layers, models = timm.layers, timm.models
 
@@ -35,7 +35,7 @@ layers, models = timm.layers, timm.models
     layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
     layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
     layers.adaptive_avgmax_pool.FastAdaptiveMaxPool, layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
-    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU, nn.PReLU, nn.AvgPool1d, nn.Unfold,
+    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU,
     models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
     models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
 )  # fmt: skip
@@ -266,17 +266,6 @@ class GatedQuickGELU(Gate):
         return torch.sigmoid(1.702 * x)
 
 
-class GatedMish(Gate):
-    """Mish as x·tanh(softplus(x))."""
-
-    def __init__(self) -> None:
-        super().__init__(F.mish)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """tanh(softplus(x)), in [0, 1]."""
-        return F.softplus(x).tanh()
-
-
 class GatedHardMish(Gate):
     """x·clip((x + 2)/2, 0, 1), timm's approximation of Mish."""
 
@@ -286,18 +275,6 @@ class GatedHardMish(Gate):
     def gate(self, x: Tensor) -> Tensor:
         """clip((x + 2)/2, 0, 1)."""
         return 0.5 * (x + 2).clamp(0, 2)
-
-
-class GatedTanh(Gate):
-    """tanh as x·(tanh(x)/x)."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.tanh)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """tanh(x)/x, in (0, 1]; 1 at 0, with finite gradients there."""
-        tiny = x.abs() < 1e-4  # tanh(x)/x = 1 - x²/3 + O(x⁴), and the next term is below what float64 resolves
-        return torch.where(tiny, 1 - x.square() / 3, torch.tanh(x) / torch.where(tiny, 1.0, x))
 
 
 class HeldStarReLU(Holdable, models.metaformer.StarReLU):
@@ -316,9 +293,9 @@ _GATES: dict[Callable[[], nn.Module], tuple[type[nn.Module], ...]] = {
     GatedGELU: (GELU,),
     lambda: GatedGELU("tanh"): (GELUTanh,),
     GatedQuickGELU: (QuickGELU,),
-    GatedMish: (nn.Mish, Mish, MishMe),
+    GatedMish: (Mish, MishMe),
     GatedHardMish: (HardMish, HardMishMe),
-    GatedTanh: (nn.Tanh, Tanh),
+    GatedTanh: (Tanh,),
 }
 
 for _gate, _types in _GATES.items():

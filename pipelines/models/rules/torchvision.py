@@ -18,7 +18,6 @@ from torchvision.models.inception import BasicConv2d as InceptionConv
 from torchvision.ops import SqueezeExcitation
 
 from pipelines.bcos import BcosLayerNorm, Context, Holdable, attend, register_conversion
-from pipelines.bcos.norms import Gate
 from pipelines.models.cifar import PadShortcut
 
 
@@ -137,41 +136,6 @@ class _SqueezeExcitation(Holdable, SqueezeExcitation):
 def _squeeze_excitation(module: SqueezeExcitation, context: Context) -> nn.Module:
     module.avgpool = _GlobalMean()
     return context.recast(module, _SqueezeExcitation)
-
-
-class GatedTanh(Gate):
-    """Tanh as x·(tanh(x)/x)."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.tanh)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """tanh(x)/x in (0, 1], near 0 by its series, whose derivative does not cancel."""
-        small = x.abs() < 1e-2
-        divisor = torch.where(small, 1.0, x)
-        square = x * x
-        return torch.where(small, 1 - square / 3 * (1 - square * 0.4), torch.tanh(divisor) / divisor)
-
-
-class GatedReLU6(Gate):
-    """ReLU6 as x·g(x), so that what it cuts off leaves no constant that no pixel carries."""
-
-    def __init__(self) -> None:
-        super().__init__(F.relu6)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """0 below 0, 1 up to 6, 6/x above."""
-        return (x > 0) * (6 / x.clamp_min(6))
-
-
-@register_conversion(nn.ReLU6)
-def _relu6(module: nn.ReLU6, context: Context) -> nn.Module:
-    return GatedReLU6()
-
-
-@register_conversion(nn.Tanh)
-def _tanh(module: nn.Tanh, context: Context) -> nn.Module:
-    return GatedTanh()
 
 
 class _LayerNorm2d(BcosLayerNorm):
