@@ -3,7 +3,7 @@
 from pipelines.bcos import multihead as _multihead  # noqa: F401  (registers)
 from pipelines.bcos.attention import attend
 from pipelines.bcos.audit import Finding, audit, check_held
-from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, register_conversion
+from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, is_bias, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
 from pipelines.bcos.gates import GatedGELU, GatedHardswish, GatedSiLU
 from pipelines.bcos.hold import Holdable, explanation_mode
@@ -38,6 +38,7 @@ __all__ = [
     "convert",
     "dynamic_weights",
     "explanation_mode",
+    "is_bias",
     "layer_b",
     "register_conversion",
     "rgba",

@@ -299,7 +299,7 @@ def bcosify(
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # as torch's own layers start
     if bias == "remove":
         for module in network.modules():
-            for name in [name for name in module._parameters if name == "bias" or name.endswith("_bias")]:
+            for name in [name for name in module._parameters if is_bias(name)]:
                 module.register_parameter(name, None)
     if stem_pool == "average":
         _replace_first(network.body, _is_stem_pool, nn.AvgPool2d(3, 2, 1, count_include_pad=True))
@@ -312,6 +312,12 @@ def bcosify(
     network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this (dotted) name is a bias, which `bcosify(bias="remove")` takes away."""
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias")
 
 
 def _image_layer(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.bcos import check_held, clamp_b, layer_b, set_b
+from pipelines.bcos import check_held, clamp_b, is_bias, layer_b, set_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods.base import Classification
 
@@ -70,12 +70,6 @@ class Bcosification(Classification):
         if biases:
             found["bias_abs_mean"] = float(torch.cat(biases).abs().mean())
         return found
-
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter of this name is one that `bcosify(bias="remove")` takes away."""
-    last = name.rpartition(".")[2]
-    return last == "bias" or last.endswith("_bias")
 
 
 def is_exponent(name: str) -> bool:
