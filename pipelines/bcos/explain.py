@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bcos.hold import Explanation, Recording, Replay, explaining, holdable_states
 
 TINY = 1e-12
+
+# Several classes are explained by several backward passes through one graph. A compiled one may by default be gone through once.
+torch._functorch.config.donated_buffer = False
 
 
 def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class _Bcos(Holdable):
             return _Square.apply(linear, norm)
         with self.computing_factor():
             size = widened(linear).abs()
-            cosine = size / norm if torch.is_grad_enabled() else size.div_(norm)
+            cosine = size / norm if torch.is_grad_enabled() else size.mul_(norm.reciprocal())
             factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
         return (linear * self.hold(factor)).to(linear.dtype)
 

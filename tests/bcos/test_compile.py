@@ -80,6 +80,16 @@ def test_a_compiled_network_toggles_explanation_mode_without_recompiling():
                 torch.testing.assert_close(one, other)
 
 
+def test_a_compiled_network_explains_several_classes_from_one_forward_pass():
+    eager = small_network().eval()
+    compiled = copy.deepcopy(eager)
+    compiled.compile(fullgraph=True, backend="inductor")  # it alone frees what a second backward pass needs
+    images, _ = batch()
+    targets = torch.tensor([[0, 1, 2]] * len(images))
+    for one, other in zip(dynamic_weights(compiled, images, targets), dynamic_weights(eager, images, targets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_a_schedule_of_b_does_not_recompile():
     from pipelines.bcos import set_b
 
