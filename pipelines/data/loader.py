@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -48,11 +50,20 @@ class Plan:
     shuffle_buffer: int
     on_error: Literal["raise", "skip"]
     verify: bool
+    subset: tuple[int, ...] | None
+
+    def counts(self) -> list[int]:
+        """Samples of each shard, of those that are wanted."""
+        counts = [shard.count for shard in self.manifest.shards(self.split)]
+        if self.subset is None:
+            return counts
+        ends = [bisect_left(self.subset, end) for end in accumulate(counts)]
+        return [end - start for start, end in pairwise([0, *ends])]
 
     def share(self) -> range:
         """The places in the epoch's order that this rank reads."""
         return rank_share(
-            self.manifest.count(self.split),
+            sum(self.counts()),
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -114,6 +125,7 @@ def loader(
     shuffle_buffer: int = 10_000,
     on_error: Literal["raise", "skip"] = "raise",
     verify: bool = False,
+    subset: Sequence[int] | None = None,
 ) -> Loader:
     """The batches of one rank in one epoch.
 
@@ -147,6 +159,7 @@ def loader(
         shuffle_buffer: samples among which each next one is drawn, in training.
         on_error: `raise` or `skip`.
         verify: check the sha256 of each shard before reading it.
+        subset: numbers of the samples to read, counted through the split's shards, in ascending order; none: all of them.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -177,6 +190,7 @@ def loader(
         shuffle_buffer=shuffle_buffer,
         on_error=on_error,
         verify=verify,
+        subset=None if subset is None else tuple(subset),
     )
     plan.share()
     return Loader(plan)
@@ -222,8 +236,9 @@ def worker_batches(plan: Plan, *, worker: int, workers: int) -> Iterator[Batch]:
 
 def worker_numbers(plan: Plan, *, worker: int, workers: int) -> list[int]:
     """Numbers of the samples of one of a rank's `workers` processes, from `start_batch` on, in their order."""
-    counts = [shard.count for shard in plan.manifest.shards(plan.split)]
-    order = epoch_order(counts, seed=plan.seed, epoch=plan.epoch, train=plan.train)
+    order = epoch_order(plan.counts(), seed=plan.seed, epoch=plan.epoch, train=plan.train)
+    if plan.subset is not None:
+        order = [plan.subset[place] for place in order]
     share = worker_share(plan.share(), batch_size=plan.batch_size, worker=worker, workers=workers)
     numbers = order[share.start : share.stop]
     if plan.train:

@@ -59,6 +59,11 @@ class Manifest:
         return self.splits[split]
 
     @property
+    def labelled(self) -> bool:
+        """Whether samples have classes."""
+        return self.task != "caption"
+
+    @property
     def digest(self) -> str:
         """sha256 of the whole manifest: equal where every byte of every shard is."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

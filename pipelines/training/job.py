@@ -59,6 +59,7 @@ def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_
         shuffle_buffer=job.data.shuffle_buffer,
         on_error=job.data.on_error,
         verify=job.data.verify,
+        subset=job.subset if train else None,
     )
 
 
@@ -75,6 +76,7 @@ class Job:
             `train`, until the call succeeds.
         report_key: names where `on_epoch` reports to (an MLflow run's id): a new key gets the whole history again.
         batches: makes the batches of a split, called as `shard_batches` is.
+        subset: numbers of the training samples to read, see `loader`; none: all of them.
     """
 
     build: Callable[[], Any]
@@ -87,6 +89,7 @@ class Job:
     on_epoch: Callable[[EpochRecord], None] | None = None
     report_key: str = ""
     batches: Callable[..., Batches] = shard_batches
+    subset: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
