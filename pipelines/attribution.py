@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.explain import dynamic_weights, frozen, input_gradients
+from pipelines.bcos.explain import dynamic_weights, frozen, input_gradients, predicted
 from pipelines.bcos.hold import Explanation, explaining
 
 
@@ -268,6 +268,43 @@ def _integrated_gradients(
     with torch.set_grad_enabled(create_graph):
         logits = model(images)
     return logits, torch.stack(maps, dim=1)
+
+
+class Explainer(Protocol):
+    """What of a model is compared with another's: images (N, 6, H, W) -> logits (N, K) and maps (N, ...) of one class each."""
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and maps of the classes `targets` (N,), by default those that the model predicts."""
+
+
+@torch.compiler.disable  # its hooks are beyond the compiler: such a step is computed eagerly
+def _gradcam_at(
+    model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False, *, layer: str
+) -> tuple[Tensor, Tensor]:
+    with torch.compiler.set_stance("force_eager"):
+        if targets is None:
+            with torch.no_grad():
+                targets = predicted(model(images))
+        logits, maps_NTHW = explain(model, images, targets[:, None], method="gradcam", layer=layer, create_graph=create_graph)
+    return logits, maps_NTHW[:, 0]
+
+
+def explainers(one: nn.Module, other: nn.Module, images: Tensor, *, held: bool) -> tuple[Explainer, Explainer]:
+    """How two models are explained so that their maps compare.
+
+    Args:
+        one, other: models of this project, of any architectures.
+        images: (N, 6, H, W), of which the first is sent through to find the last convolutional features.
+        held: both are B-cos: their maps are the dynamic weights W(x), (N, 6, H, W). Otherwise both are explained by GradCAM of
+            the last convolutional features, resized to (N, H, W).
+
+    Source: Parchami-Araghi et al., Good Teachers Explain, ECCV 2024, section 3.
+    """
+    if held:
+        return dynamic_weights, dynamic_weights
+    return partial(_gradcam_at, layer=last_features(one, images)), partial(_gradcam_at, layer=last_features(other, images))
 
 
 METHODS: dict[str, Method] = {

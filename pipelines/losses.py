@@ -32,6 +32,18 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def binary_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """τ²·Σ_k KL(σ(t_k/τ) ‖ σ(s_k/τ)) of logits (N, K), the mean over images: a scalar. For several labels an image.
+
+    There each class is a decision of its own, with its threshold at logit 0, which a softmax would not teach.
+    """
+    student, teacher = student_logits / temperature, teacher_logits / temperature
+    wanted = teacher.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(student, wanted, reduction="none")
+    own = F.binary_cross_entropy_with_logits(teacher, wanted, reduction="none")
+    return temperature**2 * (cross - own).sum(1).mean()
+
+
 def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     """1 - cosine of each pair of maps (N, ...): (N,) in [0, 2] (Parchami-Araghi et al., ECCV 2024, eq. 3)."""
     return 1 - F.cosine_similarity(student_maps.flatten(1), teacher_maps.flatten(1), dim=1)

@@ -239,6 +239,38 @@ class BcosifyParams(Strict):
         return self
 
 
+class DistillationParams(OptimiserParams):
+    """The loss of Parchami-Araghi et al. 2024, and its training; an `explanation_weight` of 0 is plain distillation."""
+
+    temperature: PositiveFloat = 1.0  # τ
+    explanation_weight: NonNegativeFloat = 0.0  # λ
+    label_weight: NonNegativeFloat = 0.0  # α
+    explain_every: PositiveInt = 1  # explanations are matched on every so many-th step alone
+
+
+class StudentParams(ModelParams):
+    """The network that learns. It is made B-cos, from random weights or from those named, or stays conventional."""
+
+    kind: Literal["bcos", "conventional"] = "bcos"
+    normalize_weight: bool = True  # of B-cos layers, for students from random weights
+
+    def design(self) -> dict[str, Any]:
+        """The keyword arguments of `bcosify`; none for a conventional student."""
+        return {"normalize_weight": self.normalize_weight} if self.kind == "bcos" else {}
+
+
+class DistillParams(Strict):
+    """Which students are trained: `e2kd`, and as the baseline plain distillation, `kd`."""
+
+    runs: Annotated[list[Literal["kd", "e2kd"]], Field(min_length=1)]
+    teacher: str  # folder of a model, or `models:/name@alias` in the registry
+    student: StudentParams
+    shots: PositiveInt | None = None  # training images a class; none: all of them
+    shots_seed: int = 0  # draws which ones
+    kd: DistillationParams
+    e2kd: DistillationParams
+
+
 class PublishedParams(Strict):
     """A published B-cos network, trained on ImageNet."""
 
@@ -282,6 +314,7 @@ class Params(Strict):
     training: TrainingParams
     pretrain: PretrainParams
     bcosify: BcosifyParams
+    distill: DistillParams
     evaluate: EvaluateParams
     tracking: TrackingParams
 

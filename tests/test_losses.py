@@ -26,6 +26,14 @@ def test_distillation_by_hand():
     assert losses.distillation_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-7)
 
 
+def test_distillation_of_several_labels_by_hand():
+    student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]])
+    p = 1 / (1 + math.exp(-1))  # at temperature 2; the second class is right already
+    expected = 4 * (p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5))
+    assert losses.binary_distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.binary_distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_explanation_loss_is_one_minus_cosine():
     maps = torch.tensor([[[1.0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 0]]])
     other = torch.tensor([[[3.0, 0], [0, 0]], [[0, 2], [0, 0]], [[-1, 0], [0, 0]]])

@@ -18,13 +18,16 @@ TINY = 1e-12
 torch._functorch.config.donated_buffer = False
 
 
-def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+def dynamic_weights(
+    model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
     """Logits, and the rows of W(x) of one class or of several classes an image, all from one forward pass.
 
     Args:
         model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not.
         images: (N, 6, H, W) in [0, 1].
-        targets: (N,) class indices, or (N, T) for T classes of each image: one backward pass for each of the T.
+        targets: (N,) class indices, or (N, T) for T classes of each image: one backward pass for each of the T. None: the class
+            that the model predicts.
         create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
             the parameters (factors are held, not detached). Where the network is to be compiled, compile the function that
             computes the loss and calls this: compiled code has no second derivative of its own. It takes two passes, in which
@@ -42,9 +45,14 @@ def dynamic_weights(model: nn.Module, images: Tensor, targets: Tensor, create_gr
     explanation = Explanation(detach=not create_graph)
     with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
         logits = model(images)
-        weights = input_gradients(logits, targets, images, create_graph)
+        weights = input_gradients(logits, predicted(logits) if targets is None else targets, images, create_graph)
     explanation.holding = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class with the highest of the logits (N, K): (N,)."""
+    return logits.detach().argmax(1)
 
 
 def input_gradients(logits: Tensor, targets: Tensor, point: Tensor, create_graph: bool = False) -> Tensor:
@@ -75,14 +83,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _traced(model: nn.Module, images: Tensor, targets: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+def _traced(model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool) -> tuple[Tensor, Tensor]:
     """`dynamic_weights` in a form that a compiler can trace and differentiate again."""
-    if targets.ndim == 2:
+    if targets is not None and targets.ndim == 2:
         raise RuntimeError("compiled dynamic weights are those of one class an image: targets (N,)")
-    columns = targets[:, None]
 
     def explained(point: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(point)
+        columns = (predicted(logits) if targets is None else targets)[:, None]
         return logits.gather(1, columns).sum(), logits
 
     if not create_graph:

@@ -16,9 +16,13 @@ class Method(Protocol):
     """A trainable module with its losses and metrics. It does not know where it runs."""
 
     module: nn.Module
+    fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """What `loss` takes, from a batch of the loader: tensors, one row an image. Random choices are made here, uncompiled."""
+        """What `loss` takes, from a batch of the loader: tensors, one row an image. Random choices are made here, uncompiled.
+
+        Beside what the loader gives, `batch` has `step`, the number of optimiser steps done: a resumed run has the same.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,6 +65,8 @@ class Classification:
         num_classes: K.
         mixup: alpha of the Beta distribution from which the mixing share is drawn; 0: no mixing (Zhang et al., 2018).
     """
+
+    fixed: tuple[nn.Module, ...] = ()
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
         self.module, self.task, self.num_classes = module, task, num_classes

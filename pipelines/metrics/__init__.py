@@ -1,6 +1,6 @@
 """Every metric: classification, localisation, the grid pointing game, agreement, faithfulness."""
 
-from pipelines.metrics.agreement import agreement, explanation_similarity
+from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (
     CalibrationError,
     GroupAccuracy,
@@ -33,6 +33,7 @@ from pipelines.metrics.localisation import (
 )
 
 __all__ = [
+    "Agreement",
     "CalibrationError",
     "Grid",
     "GroupAccuracy",

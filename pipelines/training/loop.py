@@ -92,7 +92,8 @@ def set_up(context: Context, job: Job) -> Run:
         raise TrainingError(f"batch_size {job.optim.batch_size} cannot be shared by {context.world_size} workers")
     seed_rank(job.seed, 0)  # the same initial weights on every rank
     method = job.build()
-    method.module.to(context.device)
+    for module in (method.module, *method.fixed):
+        module.to(context.device)
     check_selection(job, method)
     steps_per_epoch = len(job.batches(job, "train", rank=context.rank, world_size=context.world_size))
     if steps_per_epoch == 0 and job.optim.epochs > 0:
@@ -194,7 +195,7 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
     with compiler_explained():
-        losses = gradients(run, run.method.prepare(to_device(batch, run.context.device)))
+        losses = gradients(run, prepared(run, batch))
     loss = losses["loss"]
     clip_gradients(run.method.module.parameters(), optim)
     rate = set_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
@@ -205,6 +206,13 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     run.first_bad = torch.minimum(run.first_bad, bad.to(run.first_bad))
     run.tally.add(losses, batch.get("skipped", 0))
     return loss, rate
+
+
+def prepared(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the method makes of a batch of the loader."""
+    device, precision = run.context.device, run.job.training.precision
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        return run.method.prepare({**to_device(batch, device), "step": run.step})
 
 
 def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -42,11 +42,14 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
     """
     objective = Objective(method)
     if training.channels_last:
-        objective.to(memory_format=torch.channels_last)
+        for module in (objective, *method.fixed):
+            module.to(memory_format=torch.channels_last)
     if training.checkpoint_activations:
         checkpoint_blocks(method.module)
     if training.compile:
         compile_objective(objective)
+        for module in method.fixed:
+            module.compile(dynamic=False)
     return objective
 
 

@@ -230,3 +230,11 @@ def test_parameters_stay_trainable_and_copies_are_outside_explanation_mode():
     x.requires_grad_()
     (plain,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
     torch.testing.assert_close(torch.autograd.grad(copied(x)[:, 0].sum(), x)[0], plain)
+
+
+def test_without_targets_the_predicted_class_is_explained():
+    model, x = small_network(), images()
+    logits, weights = dynamic_weights(model, x)
+    same_logits, wanted = dynamic_weights(model, x, logits.argmax(1))
+    assert torch.equal(logits, same_logits)
+    assert torch.equal(weights, wanted)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.metrics import agreement, explanation_similarity
+from pipelines.metrics import Agreement, agreement, explanation_similarity
 
 
 def test_agreement_is_the_share_of_equal_top_1():
@@ -21,3 +21,10 @@ def test_similarity_is_a_cosine_of_whole_maps():
     left, right = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
     left[0, 0, 0], right[0, 0, :] = 1, 1
     assert explanation_similarity(left, right).item() == pytest.approx(0.5**0.5)
+
+
+def test_agreement_over_uneven_batches_is_that_of_the_whole():
+    student, teacher, metric = torch.randn(23, 4), torch.randn(23, 4), Agreement()
+    for one, other in zip(student.split(5), teacher.split(5), strict=True):
+        metric.update(one, other)
+    assert metric.compute() == agreement(student, teacher)

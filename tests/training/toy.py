@@ -83,6 +83,8 @@ class ToyNetwork(nn.Module):
 class ToyMethod:
     """A small network, and an accident at one step of the first process that gets there."""
 
+    fixed = ()
+
     def __init__(self, accident: str = "", at_step: int = 0, marker: str = "", rank: int = 0) -> None:
         self.module = ToyNetwork()
         self.accident, self.at_step, self.marker, self.rank = accident, at_step, Path(marker), rank
