@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pipelines import models
-from pipelines.attribution import attribute_many, explain, last_features
+from pipelines.attribution import Explainer, attribute_many, explain, explainers, last_features
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
-from pipelines.data.loader import loader
+from pipelines.data.loader import NO_GROUP, loader
 from pipelines.data.sample import DataError
 from pipelines.data.transforms import eval_transform
 from pipelines.metrics import (
+    Agreement,
     Grid,
+    GroupAccuracy,
     LocalisationMetric,
     UnexplainedShare,
     area_share,
@@ -32,6 +34,7 @@ from pipelines.metrics import (
     draw_grids,
     eligible,
     energy_pointing_game,
+    explanation_similarity,
     grid_batches,
     grid_pointing_game,
     in_windows,
@@ -65,6 +68,7 @@ class Predictions:
     keys: list[str]
     labels: Tensor  # (N,), or multi-hot (N, K)
     logits: dict[str, Tensor]  # (N, K) of each model
+    groups: Tensor  # (N,), -1 for images without
 
     def right(self, name: str) -> dict[str, bool]:
         """Key -> whether the model called `name` is right, in all classes."""
@@ -74,9 +78,18 @@ class Predictions:
 
 
 def evaluate(
-    context: Context, directories: Mapping[str, str], shards: str, data: DataParams, params: EvaluateParams, split: str = "test"
+    context: Context,
+    directories: Mapping[str, str],
+    shards: str,
+    data: DataParams,
+    params: EvaluateParams,
+    split: str = "test",
+    teacher: str | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
+
+    Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
+    latter of the class that the teacher predicts.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
@@ -89,6 +102,8 @@ def evaluate(
     batches = partial(split_batches, shards, split, data, params.batch_size)
     accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}
     scores = {name: _Scores(subject, context.device) for name, subject in subjects.items()}
+    students = [name for name in subjects if teacher is not None and name != teacher]
+    follows = {name: _Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
     seen: list[Predictions] = []
     mine = batches(rank=context.rank, world_size=context.world_size)
     for batch in mine:
@@ -98,10 +113,21 @@ def evaluate(
             logits[name] = _predict(subject.model, batch["image"])
             accuracy[name].update(logits[name], _wanted(batch))
             scores[name].update(batch)
-        seen.append(Predictions(batch["key"], _wanted(batch).cpu(), {name: each.cpu() for name, each in logits.items()}))
+        for name, following in follows.items():
+            following.update(batch["image"], logits[name], logits[str(teacher)])
+        groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
+        seen.append(
+            Predictions(batch["key"], _wanted(batch).cpu(), {name: each.cpu() for name, each in logits.items()}, groups.cpu())
+        )
     predictions = _predictions([part for of_worker in gather(seen, context) for part in of_worker])
     results: dict[str, Any] = {
-        name: {**_floats(accuracy[name].compute()), "explanations": scores[name].compute(context)} for name in subjects
+        name: {
+            **_floats(accuracy[name].compute()),
+            **_group_accuracies(predictions, name),
+            **(follows[name].compute() if name in follows else {}),
+            "explanations": scores[name].compute(context),
+        }
+        for name in subjects
     }
     found: dict[str, Any] = {
         "models": results,
@@ -199,6 +225,52 @@ class _Scores:
         self.metrics[name].setdefault(key, _metric(key).to(self.device)).update(logits, bias, maps)
 
 
+class _Following:
+    """How far a student follows its teacher."""
+
+    def __init__(self, student: Subject, teacher: Subject, device: torch.device) -> None:
+        size, held = student.spec.image_size, student.spec.kind == teacher.spec.kind == "bcos"
+        probe = torch.full((1, 6, size, size), 0.5, device=device)
+        self.models = (student.model, teacher.model)
+        self.explain: tuple[Explainer, Explainer] = explainers(*self.models, probe, held=held)
+        self.agreement, self.similarity = Agreement().to(device), LocalisationMetric().to(device)
+
+    def update(self, images: Tensor, logits: Tensor, teacher_logits: Tensor) -> None:
+        """Takes a batch of images (N, 3, H, W) and both models' logits of it."""
+        images, targets = add_inverse(images), teacher_logits.argmax(1)
+        one, other = (explain(model, images, targets)[1] for explain, model in zip(self.explain, self.models, strict=True))
+        empty = (one.flatten(1) == 0).all(1) | (other.flatten(1) == 0).all(1)
+        self.agreement.update(logits, teacher_logits)
+        self.similarity.update(explanation_similarity(one, other), empty)
+
+    def compute(self) -> dict[str, float]:
+        """The means over all workers; in how many pairs of maps one is zero."""
+        similarity = self.similarity.compute()
+        return {
+            "agreement": float(self.agreement.compute()),
+            "explanation_similarity": float(similarity["mean"]),
+            "explanation_similarity_undefined": int(similarity["undefined"]),
+        }
+
+
+def _group_accuracies(predictions: Predictions, name: str) -> dict[str, float]:
+    """Of one model, where images have one label and a group: the accuracy of the worst group and the mean over groups.
+
+    `_class_group_` counts each pair of class and group as a group of its own (Sagawa et al., ICLR 2020).
+    """
+    known = predictions.groups != NO_GROUP
+    if predictions.labels.ndim > 1 or not known.any():
+        return {}
+    logits, labels, groups = predictions.logits[name][known], predictions.labels[known], predictions.groups[known]
+    count = int(groups.max()) + 1
+    found: dict[str, float] = {}
+    for kind, each, number in (("group", groups, count), ("class_group", labels * count + groups, logits.shape[1] * count)):
+        metric = GroupAccuracy(number, sync_on_compute=False)  # every worker has all predictions
+        metric.update(logits, labels, each)
+        found |= {key.replace("group", kind): float(value) for key, value in metric.compute().items()}
+    return found
+
+
 def _metric(key: str) -> Metric:
     return UnexplainedShare() if key.startswith("unexplained_share") else LocalisationMetric()
 
@@ -248,7 +320,8 @@ def _predictions(parts: list[Predictions]) -> Predictions:
     keys = [key for part in parts for key in part.keys]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     logits = {name: torch.cat([part.logits[name] for part in parts])[order] for name in parts[0].logits}
-    return Predictions([keys[index] for index in order], torch.cat([part.labels for part in parts])[order], logits)
+    labels, groups = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups"))
+    return Predictions([keys[index] for index in order], labels, logits, groups)
 
 
 def _grid_scores(

@@ -15,6 +15,7 @@ from typing import Any
 import pipelines
 from pipelines import models, tracking
 from pipelines.bcos import ConversionError
+from pipelines.data.few_shot import Subset
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.sample import DataError
 from pipelines.models import ModelError, ModelSpec, WeightsError
@@ -33,7 +34,8 @@ FOR_THE_USER = (
     FileNotFoundError,
 )
 COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}  # params.training that change what is computed
-TRAINING_CODE = ("bcos", "data", "losses.py", "methods", "metrics", "models", "training")  # in pipelines; dvc.yaml names the same
+# In pipelines; dvc.yaml names the same.
+TRAINING_CODE = ("attribution.py", "bcos", "data", "losses.py", "methods", "metrics", "models", "training")
 
 
 def shards_of(dataset: str) -> str:
@@ -115,6 +117,8 @@ def train_stage(
     build: Callable[[], Any],
     spec: ModelSpec,
     upstream: tuple[Path, ...] = (),
+    model: ModelParams | None = None,
+    subset: Subset | None = None,
 ) -> None:
     """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
 
@@ -125,9 +129,12 @@ def train_stage(
         build: makes the method, in every worker.
         spec: of the trained model.
         upstream: models of earlier stages that `build` starts from.
+        model: the network that is trained, where it is not that of the params.
+        subset: the training images to take, where it is not all of them; `reports/<name>/subset.json` lists them.
     """
     computation = params.training.model_dump(include=COMPUTATION)
-    settings = (params.seed, params.data, located(params.model), optim, computation)
+    taken = None if subset is None else subset.to_json()
+    settings = (params.seed, params.data, located(model or params.model), optim, computation, *([taken] if taken else []))
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,
@@ -139,12 +146,15 @@ def train_stage(
             directory=directory,
             on_epoch=run.epoch_logger(),
             report_key=run.key,
+            subset=None if subset is None else subset.numbers,
         )
         result = train(job)
         module = build().module
         result.load_best(module)
         models.save(Path("models", name), module, spec)
         report(name, result.history, result.best)
+        if taken is not None:
+            write_json(REPORTS / name / "subset.json", taken)
         run.history(result.history)
         run.model(Path("models", name))
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,37 @@ from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports
-OWN_NAMES = {"conventional", *NAMES.values(), "shards", "pretrain", *NAMES}  # in reports, and of the tracked run's inputs
+STUDENTS = ("teacher", "kd", "e2kd")
+OWN_NAMES = {"conventional", *NAMES.values(), *STUDENTS, "shards", "pretrain", *NAMES}  # in reports, and of the tracked run's inputs
 
 
 def main() -> None:
-    """Evaluates the conventional model, every B-cos network of the params, and the published ones that they name."""
+    """Evaluates the conventional model, every B-cos network of the params, and the published ones that they name; then students.
+
+    Students are evaluated beside their teacher, on grids of their own, so that they do not decide on which grids the others are.
+    """
     with stage() as params:
         folders = {"conventional": "pretrain"} | {NAMES[start]: f"bcosify/{start}" for start in params.bcosify.starts}
-        directories = {name: str(Path("models", folder).absolute()) for name, folder in folders.items()}
-        shards = shards_of(params.dataset)
+        directories, shards = in_models(folders), shards_of(params.dataset)
         directories = published_models(params, read_manifest(shards).classes) | directories
+        students = in_models({"teacher": "teacher"} | {run: f"distill/{run}" for run in params.distill.runs})
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
-        with stage_run(params, "evaluate", params.data, params.evaluate, upstream=tuple(directories.values())) as (run, _):
-            metrics, right = launch(evaluate_and_judge, directories, shards, params.data, params.evaluate, training=where)
+        both = (*directories.values(), *students.values())
+        with stage_run(params, "evaluate", params.data, params.evaluate, upstream=both) as (run, _):
+            judge = partial(launch, evaluate_and_judge, training=where)
+            metrics, right = judge(directories, shards, params.data, params.evaluate)
+            of_students, students_right = judge(students, shards, params.data, params.evaluate, "test", "teacher")
             write_json(OUT / "metrics.json", metrics)
-            write_plot(OUT / "localisation.csv", metrics)
-            run.metrics(flat({"test": metrics["models"]}))
+            write_json(OUT / "students.json", of_students)
+            write_plot(OUT / "localisation.csv", metrics["models"] | of_students["models"])
+            run.metrics(flat({"test": metrics["models"], "students": of_students["models"]}))
             run.pictures(draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate))
+            draw_gallery(OUT / "student_pictures", students, students_right, shards, params.data, params.evaluate)
+
+
+def in_models(folders: dict[str, str]) -> dict[str, str]:
+    """Name -> absolute path of the folder in `models`."""
+    return {name: str(Path("models", folder).absolute()) for name, folder in folders.items()}
 
 
 def published_models(params: Params, classes: Sequence[str]) -> dict[str, str]:
@@ -47,12 +62,12 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def write_plot(path: Path, metrics: dict[str, Any]) -> None:
+def write_plot(path: Path, models: dict[str, Any]) -> None:
     """One row an explanation, for `dvc plots`."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["explanation", "gridpg", "epg"])
-        for model, found in metrics["models"].items():
+        for model, found in models.items():
             for name, scores in found["explanations"].items():
                 label = model if name == "bcos" else f"{model}: {name}"
                 writer.writerow([label, scores.get("gridpg"), scores.get("epg")])

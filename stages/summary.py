@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from stages.common import REPORTS
 def main() -> None:
     """Prints the evaluated models side by side, and where their pictures and the registered version are."""
     metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())
+    students = json.loads((REPORTS / "evaluate/students.json").read_text())
     version = json.loads((REPORTS / "register.json").read_text())
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
@@ -24,10 +26,25 @@ def main() -> None:
             cells = [scores.get(key) for key in ("gridpg", "epg", "unexplained_share")]
             table.add_row(*first, explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
     console.print(table)
+    console.print(followers(students["models"]))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
     console.print(f"review     {tracking.where_to_look(tracking.tracking_uri())}", soft_wrap=True)
+
+
+def followers(models: dict[str, Any]) -> Table:
+    """The students beside their teacher."""
+    table = Table(
+        "student", "accuracy or F1", "agreement", "explanation similarity", "grid pointing game", "energy pointing game"
+    )
+    for name, found in models.items():
+        scores = next(iter(found["explanations"].values()))
+        right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
+        cells = [found.get("explanation_similarity"), scores.get("gridpg"), scores.get("epg")]
+        shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]
+        table.add_row(name, *shown)
+    return table
 
 
 if __name__ == "__main__":

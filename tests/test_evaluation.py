@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines import models
-from pipelines.bcos import add_inverse
+from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data import sources
 from pipelines.data.loader import loader
 from pipelines.data.shards import write_shards
@@ -105,6 +105,42 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
     assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
+
+
+def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
+    model, spec = models.load(trained["bcos"])
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    images = add_inverse(batch["image"])
+    torch.manual_seed(1)
+    student = models.assemble(spec).train()
+    student(images)
+    models.save(tmp_path / "student", student, spec)
+    directories = {"teacher": trained["bcos"], "same": trained["bcos"], "student": str(tmp_path / "student")}
+    directories |= {"conventional": trained["conventional"]}
+    found = evaluate(Context(), directories, shards, DATA, PARAMS, "test", "teacher")[0]["models"]
+    assert "agreement" not in found["teacher"]
+    assert found["same"]["agreement"] == 1
+    assert found["same"]["explanation_similarity"] == pytest.approx(1)
+    targets = model(images).argmax(1)
+    (_, of_teacher), (logits, of_student) = (dynamic_weights(each.eval(), images, targets) for each in (model, student))
+    cosines = nn.functional.cosine_similarity(of_student.flatten(1), of_teacher.flatten(1))
+    assert found["student"]["explanation_similarity"] == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert found["student"]["agreement"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert -1 <= found["conventional"]["explanation_similarity"] <= 1  # by GradCAM of both
+
+
+def test_the_worst_group_is_that_of_the_logits(trained, shards):
+    model, _ = models.load(trained["bcos"])
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float()
+    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS)[0]["models"]["bcos"]
+    groups = batch["group"]
+    by_group = [right[groups == group].mean().item() for group in groups.unique()]
+    assert found["worst_group_accuracy"] == pytest.approx(min(by_group))
+    assert found["mean_group_accuracy"] == pytest.approx(sum(by_group) / len(by_group))
+    pairs = set(zip(batch["label"].tolist(), groups.tolist(), strict=True))
+    by_pair = [right[(batch["label"] == label) & (groups == group)].mean().item() for label, group in pairs]
+    assert found["worst_class_group_accuracy"] == pytest.approx(min(by_pair))
 
 
 def test_pictures_are_the_same_each_time(trained, shards, tmp_path):

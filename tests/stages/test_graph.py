@@ -60,6 +60,42 @@ def test_metrics_of_both_models_are_shown(project):
     assert list((project.folder / "reports/evaluate/pictures").glob("*.png"))
 
 
+def test_students_are_evaluated_beside_their_teacher(project):
+    shown = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
+    found = shown["reports/evaluate/students.json"]["data"]["models"]
+    assert list(found) == ["teacher", "kd", "e2kd"]
+    teacher = json.loads((project.folder / "reports/evaluate/metrics.json").read_text())["models"]["bcosified"]
+    assert found["teacher"]["accuracy"] == teacher["accuracy"]
+    for run in ("kd", "e2kd"):
+        assert 0 <= found[run]["agreement"] <= 1
+        assert -1 <= found[run]["explanation_similarity"] <= 1
+        assert {"worst_group_accuracy", "accuracy"} <= set(found[run])
+        subset = project.read(f"reports/distill/{run}/subset.json")
+        assert subset["count"] == len(set(subset["keys"])) == 60
+        assert models.read_spec(project.folder / f"models/distill/{run}").kind == "bcos"
+    assert list((project.folder / "reports/evaluate/student_pictures").glob("*.png"))
+
+
+def test_a_teacher_is_taken_from_the_registry(project):
+    name = project.read("reports/register.json")["uri"]
+    project.run(f"dvc exp run -S recipe=smoke -S distill.teacher={name} -S distill.kd.epochs=1 distill")
+    brought, trained = (models.digest(project.folder / path) for path in ("models/teacher", "models/bcosify/pretrained"))
+    assert brought == trained
+    done = project.run("dvc exp run -S recipe=smoke -S distill.teacher=models:/bcos-smoke@nobody teacher", check=False)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "nobody" in done.stdout + done.stderr
+    project.run("git checkout -q params.yaml dvc.lock; dvc exp run -S recipe=smoke")
+
+
+def test_a_pair_that_does_not_fit_ends_the_stage_before_training(project):
+    done = project.run("dvc exp run -S recipe=smoke -S distill.teacher=models/pretrain distill@e2kd", check=False)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "distill.teacher: a conventional teacher has no dynamic weights" in told
+    assert "Traceback" not in told
+    project.run("dvc exp run -S recipe=smoke")
+
+
 def test_plots_and_experiments_are_shown(project):
     project.run("dvc plots show --json")
     assert "recipe" in project.run("dvc exp show --csv").stdout
@@ -69,7 +105,7 @@ def test_plots_and_experiments_are_shown(project):
 def test_again_changes_nothing_and_registers_nothing(project):
     before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 5
+    assert told.count("didn't change, skipping") == 7
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 
@@ -131,6 +167,9 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(pro
         "bcosify.starts=[pretrained, scratch]",
         "bcosify.pretrained.epochs=1",
         "evaluate.pictures=2",
+        "distill.shots=2",
+        "distill.kd.epochs=1",
+        "distill.kd.batch_size=8",
     ]
     project.run("dvc exp run " + " ".join(f"-S '{change}'" for change in changes))
     found = project.read("reports/evaluate/metrics.json")["models"]

@@ -1,0 +1,53 @@
+"""Stage `distill RUN`: a student of the teacher in `models/teacher`, in `models/distill/RUN`."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from pipelines.data.few_shot import few_shot
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.methods import build_e2kd, check_pair
+from pipelines.models import ModelSpec, read_spec
+from pipelines.params import Params
+from stages.common import located, shards_of, stage, train_stage
+
+
+def main(name: str) -> None:
+    """Trains the student whose loss `name` says: `kd` or `e2kd`."""
+    with stage() as params:
+        optim = getattr(params.distill, name)
+        shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
+        manifest, of_teacher = read_manifest(shards), read_spec(teacher)
+        spec = student_spec(params, manifest, of_teacher)
+        check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
+        shots = params.distill.shots
+        train_stage(
+            params,
+            f"distill/{name}",
+            optim=optim,
+            build=partial(build_e2kd, located(params.distill.student), spec, teacher, optim, params.seed, manifest.labelled),
+            spec=spec,
+            upstream=(teacher,),
+            model=params.distill.student,
+            subset=None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed),
+        )
+
+
+def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
+    """The student of the params, for the classes of the data, or where that has no labels for those of the teacher."""
+    student = params.distill.student
+    return ModelSpec(
+        name=student.name,
+        classes=tuple(manifest.classes) if manifest.labelled else teacher.classes,
+        image_size=params.data.image_size,
+        kind=student.kind,
+        task=manifest.task if manifest.labelled else teacher.task,  # type: ignore[arg-type]
+        mean=student.mean,
+        std=student.std,
+        options=student.options,
+        design=student.design(),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
