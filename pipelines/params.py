@@ -246,6 +246,13 @@ class DistillationParams(OptimiserParams):
     explanation_weight: NonNegativeFloat = 0.0  # λ
     label_weight: NonNegativeFloat = 0.0  # α
     explain_every: PositiveInt = 1  # explanations are matched on every so many-th step alone
+    explanations: Literal["live", "frozen"] = "live"  # the teacher's: of each view, or stored once, of the fixed one
+
+    @model_validator(mode="after")
+    def _maps_follow(self) -> DistillationParams:
+        if self.explanations == "frozen" and self.mixup > 0:
+            raise ValueError("mixup: frozen explanations are of single images, which cannot be mixed: set it to 0")
+        return self
 
 
 class StudentParams(ModelParams):
@@ -259,6 +266,13 @@ class StudentParams(ModelParams):
         return {"normalize_weight": self.normalize_weight} if self.kind == "bcos" else {}
 
 
+class FrozenParams(Strict):
+    """How explanations are stored."""
+
+    resolution: PositiveInt | None = None  # side of the maps, cells; none: image_size
+    precision: Literal["float16", "float32"] = "float16"
+
+
 class DistillParams(Strict):
     """Which students are trained: `e2kd`, and as the baseline plain distillation, `kd`."""
 
@@ -267,6 +281,7 @@ class DistillParams(Strict):
     student: StudentParams
     shots: PositiveInt | None = None  # training images a class; none: all of them
     shots_seed: int = 0  # draws which ones
+    frozen: FrozenParams
     kd: DistillationParams
     e2kd: DistillationParams
 
@@ -317,6 +332,13 @@ class Params(Strict):
     distill: DistillParams
     evaluate: EvaluateParams
     tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _stored_maps_follow(self) -> Params:
+        frozen = [run for run in self.distill.runs if getattr(self.distill, run).explanations == "frozen"]
+        if frozen and self.data.rand_augment is not None:
+            raise ValueError(f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: set it to null")
+        return self
 
     @model_validator(mode="after")
     def _dataset_exists(self) -> Params:

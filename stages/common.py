@@ -18,6 +18,7 @@ from pipelines.bcos import ConversionError
 from pipelines.data.few_shot import Subset
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.sample import DataError
+from pipelines.data.stored import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
 from pipelines.training import Job, TrainingError, run_directory, train
@@ -119,6 +120,7 @@ def train_stage(
     upstream: tuple[Path, ...] = (),
     model: ModelParams | None = None,
     subset: Subset | None = None,
+    explanations: str | None = None,
 ) -> None:
     """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
 
@@ -131,10 +133,13 @@ def train_stage(
         upstream: models of earlier stages that `build` starts from.
         model: the network that is trained, where it is not that of the params.
         subset: the training images to take, where it is not all of them; `reports/<name>/subset.json` lists them.
+        explanations: root of stored explanations of the training images.
     """
     computation = params.training.model_dump(include=COMPUTATION)
     taken = None if subset is None else subset.to_json()
-    settings = (params.seed, params.data, located(model or params.model), optim, computation, *([taken] if taken else []))
+    index = None if explanations is None else Path(explanations, INDEX).read_text()
+    more = [item for item in (taken, index) if item is not None]
+    settings = (params.seed, params.data, located(model or params.model), optim, computation, *more)
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,
@@ -147,6 +152,7 @@ def train_stage(
             on_epoch=run.epoch_logger(),
             report_key=run.key,
             subset=None if subset is None else subset.numbers,
+            explanations=explanations,
         )
         result = train(job)
         module = build().module

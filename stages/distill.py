@@ -6,9 +6,11 @@ from pathlib import Path
 
 from pipelines.data.few_shot import few_shot
 from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.stored import check_origin
 from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import ModelSpec, read_spec
 from pipelines.params import Params
+from stages import explain
 from stages.common import located, shards_of, stage, train_stage
 
 
@@ -20,7 +22,9 @@ def main(name: str) -> None:
         manifest, of_teacher = read_manifest(shards), read_spec(teacher)
         spec = student_spec(params, manifest, of_teacher)
         check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
-        shots = params.distill.shots
+        shots, frozen = params.distill.shots, optim.explanations == "frozen"
+        if frozen:
+            check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
         train_stage(
             params,
             f"distill/{name}",
@@ -30,6 +34,7 @@ def main(name: str) -> None:
             upstream=(teacher,),
             model=params.distill.student,
             subset=None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed),
+            explanations=str(explain.OUT) if frozen else None,
         )
 
 

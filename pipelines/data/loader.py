@@ -25,7 +25,8 @@ from pipelines.data.manifest import Manifest, ShardError, read_manifest
 from pipelines.data.order import batched, epoch_order, rank_share, shuffled, worker_share
 from pipelines.data.reader import IMAGES, RawSample, read_samples
 from pipelines.data.sample import DataError
-from pipelines.data.transforms import Step, Views
+from pipelines.data.stored import StoredExplanations
+from pipelines.data.transforms import STORED_MAP, Step, Views
 
 Batch = dict[str, Any]
 NO_GROUP = -1
@@ -51,6 +52,7 @@ class Plan:
     on_error: Literal["raise", "skip"]
     verify: bool
     subset: tuple[int, ...] | None
+    explanations: StoredExplanations | None
 
     def counts(self) -> list[int]:
         """Samples of each shard, of those that are wanted."""
@@ -80,6 +82,7 @@ class Example:
     image: torch.Tensor
     boxes: torch.Tensor | None
     mask: torch.Tensor | None
+    taught: tuple[torch.Tensor, torch.Tensor] | None  # the teacher's logits (K,) and map (C, H, W)
 
 
 class Loader:
@@ -126,6 +129,7 @@ def loader(
     on_error: Literal["raise", "skip"] = "raise",
     verify: bool = False,
     subset: Sequence[int] | None = None,
+    explanations: str | None = None,
 ) -> Loader:
     """The batches of one rank in one epoch.
 
@@ -160,6 +164,8 @@ def loader(
         on_error: `raise` or `skip`.
         verify: check the sha256 of each shard before reading it.
         subset: numbers of the samples to read, counted through the split's shards, in ascending order; none: all of them.
+        explanations: root of stored explanations; a batch then has the teacher's too: `teacher_logits` float32 (N, K) and
+            `teacher_maps` float32 (N, C, H, W), which `transform` (made with `stored_map`) keeps aligned with the images.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -191,6 +197,7 @@ def loader(
         on_error=on_error,
         verify=verify,
         subset=None if subset is None else tuple(subset),
+        explanations=None if explanations is None else StoredExplanations(explanations),
     )
     plan.share()
     return Loader(plan)
@@ -272,13 +279,16 @@ def _decode(raw: RawSample, plan: Plan, classes: int) -> Example:
         views["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
     if encoded_mask is not None:
         views["mask"] = tv_tensors.Mask(decode_mask(encoded_mask))
+    if plan.explanations is not None:
+        teacher_logits, views[STORED_MAP] = plan.explanations.read(raw.shard, raw.key)
     views = plan.transform(views, random.Random(f"{plan.seed}/{plan.epoch}/{raw.key}"))
     mask = views["mask"].as_subclass(torch.Tensor) if encoded_mask is not None else None
+    taught = None if plan.explanations is None else (teacher_logits, views[STORED_MAP])
     if not boxes:
-        return Example(raw.key, known, views["image"], None, mask)
+        return Example(raw.key, known, views["image"], None, mask, taught)
     corners = views["boxes"].as_subclass(torch.Tensor)
     kept, mask = keep_boxes(torch.tensor([float(box[0]) for box in boxes]), corners, mask)
-    return Example(raw.key, known, views["image"], kept, mask)
+    return Example(raw.key, known, views["image"], kept, mask, taught)
 
 
 def keep_boxes(
@@ -341,6 +351,10 @@ def pack(examples: list[Example], skipped: int, plan: Plan) -> Batch:
         batch["mask"] = torch.stack([empty if example.mask is None else example.mask for example in examples])
     if "group" in fields:
         batch["group"] = torch.tensor([example.known.get("group", NO_GROUP) for example in examples])
+    if plan.explanations is not None:
+        taught = [example.taught for example in examples if example.taught is not None]
+        batch["teacher_logits"] = torch.stack([logits for logits, _ in taught])
+        batch["teacher_maps"] = torch.stack([stored for _, stored in taught])
     if "caption" in fields:
         batch["caption"] = [example.known.get("caption", "") for example in examples]
     return batch

@@ -95,7 +95,7 @@ def write_shards(
             advance(result.shard.count)
     manifest = _manifest(description, splits, plans, written).to_json()
     content = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-    with _staged(root, MANIFEST) as path:
+    with staged(root, MANIFEST) as path:
         path.write_bytes(content)
     return manifest
 
@@ -125,13 +125,13 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
     """Writes one shard to `root`."""
     keys: list[str] = []
     fields: set[str] = set()
-    with _staged(root, plan.name) as path:
+    with staged(root, plan.name) as path:
         with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for reference in plan.references:
                 sample = source.load(raw, reference)
                 check_sample(sample, description)
                 for name, content in members(sample):
-                    tar.addfile(_entry(name, len(content)), io.BytesIO(content))
+                    tar.addfile(entry(name, len(content)), io.BytesIO(content))
                 keys.append(sample.key)
                 fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
         with path.open("rb") as whole:
@@ -153,7 +153,7 @@ def members(sample: Sample) -> Iterator[tuple[str, bytes]]:
         yield f"{sample.key}.mask.png", sample.mask
 
 
-def _entry(name: str, size: int) -> tarfile.TarInfo:
+def entry(name: str, size: int) -> tarfile.TarInfo:
     """A tar header that says nothing of when, where or by whom it was written."""
     entry = tarfile.TarInfo(name)
     entry.size = size
@@ -162,7 +162,7 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 
 @contextmanager
-def _staged(root: str, name: str) -> Iterator[Path]:
+def staged(root: str, name: str) -> Iterator[Path]:
     """Gives a temporary path; what was written there becomes `root/name` at the end, whole, and nothing on an error."""
     filesystem, folder = fsspec.url_to_fs(root)
     local = isinstance(filesystem, LocalFileSystem)

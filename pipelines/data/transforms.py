@@ -28,16 +28,22 @@ Step = Callable[[Views, random.Random], Views]
 SCALE = (0.08, 1.0)  # share of the image's area in a random crop (Szegedy et al. 2015, section 6)
 RATIO = (3 / 4, 4 / 3)  # its width over its height
 CROP_DRAWS = 10
+STORED_MAP = "stored_map"  # name of a view
 
 
-def train_transform(params: DataParams) -> Step:
+def train_transform(params: DataParams, stored_map: bool = False) -> Step:
     """The augmentation that `params.augment` names; gives `image_size` square views. Picklable.
 
     `flip` comes after the fixed view of evaluation, `pad_crop_flip` (CIFAR) after a plain resize, and
     `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment,
     where `params.rand_augment` gives its magnitude, comes last.
+
+    With `stored_map` there is a further view of that name, (C, h, w), of an image's fixed view and not of the image: both are
+    brought to one size first, and then take the same random crop and flip.
     """
     size = params.image_size
+    if stored_map:
+        return partial(_with_stored_map, _fixed_view(params), _random_steps(params))
     match params.augment:
         case "none":
             steps: tuple[Step, ...] = _fixed_view(params)
@@ -50,6 +56,29 @@ def train_transform(params: DataParams) -> Step:
     if params.rand_augment is not None:
         steps = (*steps, partial(rand_augment, magnitude=params.rand_augment))
     return partial(apply, steps)
+
+
+def _random_steps(params: DataParams) -> tuple[Step, ...]:
+    """What of `params.augment` is drawn, for images in their fixed view."""
+    if params.rand_augment is not None:
+        raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
+    match params.augment:
+        case "none":
+            return ()
+        case "flip":
+            return (flip,)
+        case "pad_crop_flip":
+            return (partial(pad_crop, padding=params.crop_padding), flip)
+        case "random_resized_crop_flip":
+            return (partial(random_resized_crop, size=params.image_size), flip)
+
+
+def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
+    """The fixed view of all but the stored map, then what is drawn, of all."""
+    others = apply(fixed, {name: view for name, view in views.items() if name != STORED_MAP}, rng)
+    size = list(_size(others))
+    stored = F.resize(views[STORED_MAP], size, interpolation=InterpolationMode.BILINEAR, antialias=False)
+    return apply(drawn, {**others, STORED_MAP: stored}, rng)
 
 
 def eval_transform(params: DataParams) -> Step:

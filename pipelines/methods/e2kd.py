@@ -61,7 +61,11 @@ class E2KD(Classification):
         """`image`; `teacher_logits` (N, K); on a step with explanations `teacher_maps` (N, ...); where labels count `target`."""
         with_labels = self.params.label_weight > 0 or self.params.mixup > 0
         made = super().prepare(batch) if with_labels else {"image": add_inverse(batch["image"])}
-        if self.explain_teacher is not None and batch.get("step", 0) % self.params.explain_every == 0:
+        matched = self.explain_teacher is not None and batch.get("step", 0) % self.params.explain_every == 0
+        if self.params.explanations == "frozen":
+            logits = batch["teacher_logits"]
+            made |= {"teacher_maps": batch["teacher_maps"]} if matched else {}
+        elif self.explain_teacher is not None and matched:
             logits, maps = self.explain_teacher(self.teacher, made["image"])
             made["teacher_maps"] = _single(maps)
         else:

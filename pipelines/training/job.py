@@ -43,12 +43,12 @@ def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_
     from pipelines.data.loader import loader
     from pipelines.data.transforms import eval_transform, train_transform
 
-    train = split == "train"
+    train, stored = split == "train", job.explanations is not None
     return loader(
         job.shards,
         split,
         batch_size=job.optim.batch_size // world_size,
-        transform=train_transform(job.data) if train else eval_transform(job.data),
+        transform=train_transform(job.data, stored) if train else eval_transform(job.data),
         seed=job.seed,
         epoch=epoch,
         train=train,
@@ -60,6 +60,7 @@ def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_
         on_error=job.data.on_error,
         verify=job.data.verify,
         subset=job.subset if train else None,
+        explanations=job.explanations if train else None,
     )
 
 
@@ -77,6 +78,7 @@ class Job:
         report_key: names where `on_epoch` reports to (an MLflow run's id): a new key gets the whole history again.
         batches: makes the batches of a split, called as `shard_batches` is.
         subset: numbers of the training samples to read, see `loader`; none: all of them.
+        explanations: root of stored explanations of the training samples, which then come with them.
     """
 
     build: Callable[[], Any]
@@ -90,6 +92,7 @@ class Job:
     report_key: str = ""
     batches: Callable[..., Batches] = shard_batches
     subset: tuple[int, ...] | None = None
+    explanations: str | None = None
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,28 @@ def test_a_teacher_is_taken_from_the_registry(project):
     project.run("git checkout -q params.yaml dvc.lock; dvc exp run -S recipe=smoke")
 
 
+def test_frozen_explanations_are_stored_once_and_learned_from(project):
+    project.run("dvc exp run -S recipe=smoke -S distill.e2kd.explanations=frozen -S distill.frozen.resolution=16 distill@e2kd")
+    index = project.read("data/explanations/explanations.json")
+    assert sum(index["counts"].values()) == 60
+    assert index["teacher"] == models.digest(project.folder / "models/teacher")
+    assert project.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
+    project.run("dvc exp run -S recipe=smoke")
+
+
 def test_a_pair_that_does_not_fit_ends_the_stage_before_training(project):
     done = project.run("dvc exp run -S recipe=smoke -S distill.teacher=models/pretrain distill@e2kd", check=False)
     told = done.stdout + done.stderr
     assert done.returncode != 0
     assert "distill.teacher: a conventional teacher has no dynamic weights" in told
     assert "Traceback" not in told
+    project.run("dvc exp run -S recipe=smoke")
+
+
+def test_a_class_with_too_few_images_ends_the_stage_with_one_line(project):
+    done = project.run("dvc exp run -S recipe=smoke -S distill.shots=1000 distill@kd", check=False)
+    assert "shots: 1000 images a class are asked for; class" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     project.run("dvc exp run -S recipe=smoke")
 
 
@@ -105,7 +121,7 @@ def test_plots_and_experiments_are_shown(project):
 def test_again_changes_nothing_and_registers_nothing(project):
     before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 7
+    assert told.count("didn't change, skipping") == 8
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 

@@ -1,0 +1,119 @@
+"""Stored explanations: a teacher's logits and maps, in shards that lie beside the data's, sample by sample.
+
+    <root>/train-000000.tar   of each sample `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w)
+    <root>/explanations.json  written last: whose explanations they are, and of which images
+
+A map is stored divided by its largest absolute value, so that half precision holds it: what counts is its direction.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.manifest import ShardError
+from pipelines.data.shards import entry, staged
+
+INDEX = "explanations.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What stored explanations depend on."""
+
+    teacher: str  # digest of the model
+    shards: str  # digest of the data's manifest
+    maps: str  # `dynamic_weights` or `gradcam`
+    image_size: int  # of the view that is explained
+    eval_resize: int | None
+    resolution: int  # side of the stored maps
+    precision: str
+
+
+def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> int:
+    """Writes one shard of (key, logits (K,), map (C, h, w)) whole or not at all; returns how many samples it has."""
+    count = 0
+    with (
+        staged(root, name) as path,
+        path.open("wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for key, logits, stored in samples:
+            for suffix, values in (("logits.npy", logits), ("map.npy", stored)):
+                buffer = io.BytesIO()
+                np.save(buffer, values.numpy(), allow_pickle=False)
+                tar.addfile(entry(f"{key}.{suffix}", buffer.tell()), io.BytesIO(buffer.getvalue()))
+            count += 1
+    return count
+
+
+def write_index(root: str, origin: Origin, counts: dict[str, int]) -> None:
+    """Writes what makes the shards in `root` a whole: `counts` has the samples of each."""
+    with staged(root, INDEX) as path:
+        path.write_text(json.dumps({**asdict(origin), "counts": dict(sorted(counts.items()))}, indent=1) + "\n")
+
+
+def check_origin(root: str, wanted: Origin) -> None:
+    """Raises `ShardError`, one line, unless the explanations at `root` are of this origin."""
+    filesystem, folder = fsspec.url_to_fs(root)
+    try:
+        found = json.loads(filesystem.cat_file(f"{folder}/{INDEX}"))
+    except FileNotFoundError:
+        raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end") from None
+    for name, value in asdict(wanted).items():
+        if found.get(name) != value:
+            raise ShardError(f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): store them again")
+
+
+class StoredExplanations:
+    """Reads explanations by shard and key. Picklable; each process opens its own files.
+
+    Args:
+        root: a folder or any fsspec URL.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._open: dict[str, tuple[Any, dict[str, tuple[int, int]]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_open": {}}
+
+    def read(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
+        """Logits (K,) and map (C, h, w) of a sample, both float32.
+
+        Raises:
+            ShardError: the shard or the key is missing, or a value is not finite.
+        """
+        if shard not in self._open:
+            self._open[shard] = self._scan(shard)
+        file, members = self._open[shard]
+        values = []
+        for suffix in ("logits.npy", "map.npy"):
+            if f"{key}.{suffix}" not in members:
+                raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
+            offset, size = members[f"{key}.{suffix}"]
+            file.seek(offset)
+            values.append(torch.from_numpy(np.load(io.BytesIO(file.read(size)), allow_pickle=False)).float())
+            if not torch.isfinite(values[-1]).all():
+                raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
+        return values[0], values[1]
+
+    def _scan(self, shard: str) -> tuple[Any, dict[str, tuple[int, int]]]:
+        """A shard's file, and where its members lie in it."""
+        filesystem, folder = fsspec.url_to_fs(self.root)
+        try:
+            opened = filesystem.open(f"{folder}/{shard}", "rb")
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                return opened, {member.name: (member.offset_data, member.size) for member in tar}
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ShardError(f"{self.root}/{shard}: not read: {error}") from None
