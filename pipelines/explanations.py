@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from pipelines import models
 from pipelines.attribution import Explainer, explainers
 from pipelines.bcos import add_inverse
 from pipelines.data.loader import loader
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import Shard, read_manifest
 from pipelines.data.stored import Origin, write_index, write_shard
 from pipelines.data.transforms import eval_transform
 from pipelines.models import read_spec
@@ -26,7 +27,7 @@ def origin_of(teacher: str, shards: str, data: DataParams, frozen: FrozenParams,
     held = student_kind == read_spec(teacher).kind == "bcos"
     return Origin(
         teacher=models.digest(teacher),
-        shards=read_manifest(shards).digest,
+        images=read_manifest(shards).digest,
         maps="dynamic_weights" if held else "gradcam",
         image_size=data.image_size,
         eval_resize=data.eval_resize,
@@ -45,8 +46,8 @@ def store_explanations(
     subset: Sequence[int] | None = None,
     split: str = "train",
     batch_size: int = 64,
-) -> dict[str, int]:
-    """Writes the teacher's explanations of the class that it predicts to `out`; returns the samples of each shard.
+) -> int:
+    """Writes the teacher's explanations of the class that it predicts to `out`; returns of how many images.
 
     Args:
         context: where this worker runs: each one takes every so many-th shard.
@@ -63,23 +64,32 @@ def store_explanations(
     explain, _ = explainers(model, model, probe, held=origin.maps == "dynamic_weights")
     of_split = read_manifest(shards).shards(split)
     ends = list(accumulate(shard.count for shard in of_split))
-    counts = {}
+    written: list[Shard] = []
     for shard, end in list(zip(of_split, ends, strict=True))[context.rank :: context.world_size]:
         inside = range(end - shard.count, end)
         numbers = list(inside) if subset is None else [number for number in subset if number in inside]
-        batches = loader(shards, split, batch_size=batch_size, transform=eval_transform(data), subset=numbers)
-        counts[shard.name] = write_shard(out, shard.name, _explained(model, explain, batches, origin, context))
-    everywhere = {name: count for part in gather(counts, context) for name, count in part.items()}
+        batches = loader(
+            shards,
+            split,
+            batch_size=batch_size,
+            transform=eval_transform(data),
+            workers=data.loader_workers,
+            on_error=data.on_error,
+            verify=data.verify,
+            subset=numbers,
+        )
+        written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin, context)))
+    everywhere = [shard for part in gather(written, context) for shard in part]
     if context.rank == 0:
         write_index(out, origin, everywhere)
-    return everywhere
+    return sum(shard.count for shard in everywhere)
 
 
 def _explained(
-    model: nn.Module, explain: Explainer, batches: object, origin: Origin, context: Context
+    model: nn.Module, explain: Explainer, batches: Iterable[dict[str, Any]], origin: Origin, context: Context
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Key, logits (K,) and map (C, h, w) of each image, as they are stored."""
-    for batch in batches:  # type: ignore[attr-defined]
+    for batch in batches:
         logits, maps = explain(model, add_inverse(batch["image"].to(context.device)))
         stored = scaled(maps if maps.ndim == 4 else maps.unsqueeze(1), origin.resolution)
         stored = stored.to(getattr(torch, origin.precision))

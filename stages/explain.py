@@ -21,12 +21,12 @@ def main() -> None:
             return
         shards, teacher, shots = shards_of(params.dataset), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
-        counts = launch(
+        count = launch(
             *(store_explanations, teacher, shards, params.data, origin(params, teacher), str(OUT), subset),
             training=params.training,
         )
         size = sum(path.stat().st_size for path in OUT.iterdir())
-        print(f"{sum(counts.values())} explanations stored, {size / 2**20:.1f} MiB in all")
+        print(f"{count} explanations stored, {size / 2**20:.1f} MiB in all")
 
 
 def origin(params: Params, teacher: str) -> Origin:

@@ -8,6 +8,7 @@ A map is stored divided by its largest absolute value, so that half precision ho
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.manifest import ShardError
+from pipelines.data.manifest import Shard, ShardError
 from pipelines.data.shards import entry, staged
 
 INDEX = "explanations.json"
@@ -31,7 +32,7 @@ class Origin:
     """What stored explanations depend on."""
 
     teacher: str  # digest of the model
-    shards: str  # digest of the data's manifest
+    images: str  # digest of the data's manifest
     maps: str  # `dynamic_weights` or `gradcam`
     image_size: int  # of the view that is explained
     eval_resize: int | None
@@ -39,27 +40,27 @@ class Origin:
     precision: str
 
 
-def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> int:
-    """Writes one shard of (key, logits (K,), map (C, h, w)) whole or not at all; returns how many samples it has."""
+def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> Shard:
+    """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all."""
     count = 0
-    with (
-        staged(root, name) as path,
-        path.open("wb") as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        for key, logits, stored in samples:
-            for suffix, values in (("logits.npy", logits), ("map.npy", stored)):
-                buffer = io.BytesIO()
-                np.save(buffer, values.numpy(), allow_pickle=False)
-                tar.addfile(entry(f"{key}.{suffix}", buffer.tell()), io.BytesIO(buffer.getvalue()))
-            count += 1
-    return count
+    with staged(root, name) as path:
+        with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, logits, stored in samples:
+                for suffix, values in (("logits.npy", logits), ("map.npy", stored)):
+                    buffer = io.BytesIO()
+                    np.save(buffer, values.numpy(), allow_pickle=False)
+                    tar.addfile(entry(f"{key}.{suffix}", buffer.tell()), io.BytesIO(buffer.getvalue()))
+                count += 1
+        with path.open("rb") as whole:
+            sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
+        return Shard(name, path.stat().st_size, sha256, count)
 
 
-def write_index(root: str, origin: Origin, counts: dict[str, int]) -> None:
-    """Writes what makes the shards in `root` a whole: `counts` has the samples of each."""
+def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
+    """Writes what makes the shards in `root` a whole."""
+    of_name = {shard.name: asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)}
     with staged(root, INDEX) as path:
-        path.write_text(json.dumps({**asdict(origin), "counts": dict(sorted(counts.items()))}, indent=1) + "\n")
+        path.write_text(json.dumps({**asdict(origin), "shards": list(of_name.values())}, indent=1) + "\n")
 
 
 def check_origin(root: str, wanted: Origin) -> None:
@@ -75,7 +76,7 @@ def check_origin(root: str, wanted: Origin) -> None:
 
 
 class StoredExplanations:
-    """Reads explanations by shard and key. Picklable; each process opens its own files.
+    """Reads explanations by shard and key; picklable.
 
     Args:
         root: a folder or any fsspec URL.
@@ -83,10 +84,10 @@ class StoredExplanations:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._open: dict[str, tuple[Any, dict[str, tuple[int, int]]]] = {}
+        self._members: dict[str, dict[str, tuple[int, int]]] = {}  # of each shard: first byte and the one after the last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_open": {}}
+        return {"root": self.root, "_members": {}}
 
     def read(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
         """Logits (K,) and map (C, h, w) of a sample, both float32.
@@ -94,26 +95,25 @@ class StoredExplanations:
         Raises:
             ShardError: the shard or the key is missing, or a value is not finite.
         """
-        if shard not in self._open:
-            self._open[shard] = self._scan(shard)
-        file, members = self._open[shard]
+        filesystem, folder = fsspec.url_to_fs(self.root)
+        place = f"{folder}/{shard}"
+        if shard not in self._members:
+            self._members[shard] = self._scan(filesystem, place, shard)
         values = []
         for suffix in ("logits.npy", "map.npy"):
-            if f"{key}.{suffix}" not in members:
+            if f"{key}.{suffix}" not in self._members[shard]:
                 raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
-            offset, size = members[f"{key}.{suffix}"]
-            file.seek(offset)
-            values.append(torch.from_numpy(np.load(io.BytesIO(file.read(size)), allow_pickle=False)).float())
+            start, end = self._members[shard][f"{key}.{suffix}"]
+            content = filesystem.cat_file(place, start=start, end=end)
+            values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
             if not torch.isfinite(values[-1]).all():
                 raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
         return values[0], values[1]
 
-    def _scan(self, shard: str) -> tuple[Any, dict[str, tuple[int, int]]]:
-        """A shard's file, and where its members lie in it."""
-        filesystem, folder = fsspec.url_to_fs(self.root)
+    def _scan(self, filesystem: fsspec.AbstractFileSystem, place: str, shard: str) -> dict[str, tuple[int, int]]:
+        """Where the members of a shard lie in it."""
         try:
-            opened = filesystem.open(f"{folder}/{shard}", "rb")
-            with tarfile.open(fileobj=opened, mode="r:") as tar:
-                return opened, {member.name: (member.offset_data, member.size) for member in tar}
+            with filesystem.open(place, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                return {member.name: (member.offset_data, member.offset_data + member.size) for member in tar}
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ShardError(f"{self.root}/{shard}: not read: {error}") from None

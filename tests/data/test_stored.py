@@ -38,9 +38,12 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     samples = [plain(number, image=encoded(pixels)) for number in range(COUNT)]
     write_shards(ToySource({"train": samples}), Path("raw"), folder / "shards", shard_size=3, progress=False)
     stored = torch.nn.functional.avg_pool2d(coordinates(SIDE)[None], SIDE // CELLS)[0]
-    for name, numbers in (("train-000000.tar", (0, 1, 2)), ("train-000001.tar", (3, 4))):
+    shards = [
         write_shard(str(make(folder / "stored")), name, [(f"k{n:04d}", torch.full((3,), float(n)), stored) for n in numbers])
-    write_index(str(folder / "stored"), ORIGIN, {"train-000000.tar": 3, "train-000001.tar": 2})
+        for name, numbers in (("train-000000.tar", (0, 1, 2)), ("train-000001.tar", (3, 4)))
+    ]
+    assert [shard.count for shard in shards] == [3, 2]
+    write_index(str(folder / "stored"), ORIGIN, shards)
     return {"shards": str(folder / "shards"), "stored": str(folder / "stored")}
 
 
@@ -113,7 +116,7 @@ def test_a_missing_or_broken_explanation_is_one_line(
 
 def test_explanations_of_another_origin_are_refused(roots: dict[str, str], tmp_path: Path) -> None:
     check_origin(roots["stored"], ORIGIN)
-    for name, value in (("teacher", "another"), ("shards", "others"), ("resolution", 4), ("maps", "gradcam")):
+    for name, value in (("teacher", "another"), ("images", "others"), ("resolution", 4), ("maps", "gradcam")):
         with pytest.raises(
             ShardError, match=rf"its explanations are of another {name} \([^\n]*, not {value}\): store them again$"
         ):
