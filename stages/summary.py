@@ -41,7 +41,7 @@ def followers(models: dict[str, Any]) -> Table:
     for name, found in models.items():
         scores = next(iter(found["explanations"].values()))
         right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
-        cells = [found.get("explanation_similarity"), scores.get("gridpg"), scores.get("epg")]
+        cells = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
         shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]
         table.add_row(name, *shown)
     return table
