@@ -17,7 +17,8 @@ from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports
 STUDENTS = ("teacher", "kd", "e2kd")
-OWN_NAMES = {"conventional", *NAMES.values(), *STUDENTS, "shards", "pretrain", *NAMES}  # in reports, and of the tracked run's inputs
+# In reports, and of the tracked run's inputs.
+OWN_NAMES = {"conventional", *NAMES.values(), *STUDENTS, "shards", "pretrain", *NAMES}
 
 
 def main() -> None:
