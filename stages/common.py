@@ -132,7 +132,7 @@ def train_stage(
         spec: of the trained model.
         upstream: models of earlier stages that `build` starts from.
         model: the network that is trained, where it is not that of the params.
-        subset: the training images to take, where it is not all of them; `reports/<name>/subset.json` lists them.
+        subset: the training images to take, where it is not all of them; `models/<name>/subset.json` lists them.
         explanations: root of stored explanations of the training images.
     """
     computation = params.training.model_dump(include=COMPUTATION)
@@ -160,7 +160,8 @@ def train_stage(
         models.save(Path("models", name), module, spec)
         report(name, result.history, result.best)
         if taken is not None:
-            write_json(REPORTS / name / "subset.json", taken)
+            write_json(Path("models", name, "subset.json"), taken)
+            run.artifact(Path("models", name, "subset.json"), "model")
         run.history(result.history)
         run.model(Path("models", name))
 

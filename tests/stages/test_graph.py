@@ -70,7 +70,7 @@ def test_students_are_evaluated_beside_their_teacher(project):
         assert 0 <= found[run]["agreement"] <= 1
         assert -1 <= found[run]["explanation_similarity"] <= 1
         assert {"worst_group_accuracy", "accuracy"} <= set(found[run])
-        subset = project.read(f"reports/distill/{run}/subset.json")
+        subset = project.read(f"models/distill/{run}/subset.json")
         assert subset["count"] == len(set(subset["keys"])) == 60
         assert models.read_spec(project.folder / f"models/distill/{run}").kind == "bcos"
     assert list((project.folder / "reports/evaluate/student_pictures").glob("*.png"))
