@@ -122,3 +122,11 @@ def test_a_layer_at_two_places_cannot_be_replayed():
     model = bcosify(network)
     with pytest.raises(RuntimeError, match="a module of its own"):
         torch.compile(loss, backend="eager", fullgraph=True)(model, *batch())
+
+
+def test_compiled_the_predicted_class_is_explained_by_default():
+    model = small_network().eval()
+    images, _ = batch()
+    logits, wanted = dynamic_weights(model, images)
+    found = torch.compile(dynamic_weights, fullgraph=True, backend=BACKEND)(model, images)
+    torch.testing.assert_close(found, (logits, wanted))

@@ -304,8 +304,8 @@ def test_compiled_it_has_the_eager_gradient(teachers: dict[str, Path], kind: str
 
 
 def test_a_run_in_parts_in_half_precision_and_channels_last_learns(teachers: dict[str, Path], tmp_path: Path) -> None:
-    optim = settings(epochs=4, lr=0.02)
-    build = partial(method_of, teachers["bcos"], epochs=4, lr=0.02)
+    optim = settings(epochs=12, lr=0.02)
+    build = partial(method_of, teachers["bcos"], epochs=12, lr=0.02)
     history = train(job_of(tmp_path / "run", build, optim, precision="bfloat16", accumulate=2, channels_last=True)).history
     assert history[-1]["metrics"]["train/explanation"] < history[0]["metrics"]["train/explanation"] - 0.05
 
