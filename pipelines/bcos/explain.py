@@ -10,7 +10,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Explanation, Recording, Replay, explaining, holdable_states
+from pipelines.bcos.hold import Explanation, TracedExplanation, explaining
 
 TINY = 1e-12
 
@@ -30,8 +30,7 @@ def dynamic_weights(
             that the model predicts.
         create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
             the parameters (factors are held, not detached). Where the network is to be compiled, compile the function that
-            computes the loss and calls this: compiled code has no second derivative of its own. It takes two passes, in which
-            dropout and stochastic depth draw differently: W(x) is that of the logits only without them.
+            computes the loss and calls this: compiled code has no second derivative of its own.
 
     Returns:
         logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + what no pixel carries.
@@ -93,17 +92,11 @@ def _traced(model: nn.Module, images: Tensor, targets: Tensor | None, create_gra
         columns = (predicted(logits) if targets is None else targets)[:, None]
         return logits.gather(1, columns).sum(), logits
 
-    if not create_graph:
-        with explaining(model, Explanation(detach=True)):
-            weights, logits = torch.func.grad(explained, has_aux=True)(images)
-        return logits.detach(), weights.detach()
-    with explaining(model, Recording()):
-        logits = model(images)
-    with explaining(model, Replay()):
-        weights, _ = torch.func.grad(explained, has_aux=True)(images)
-    for state in holdable_states(model):
-        state.recorded = None
-    return logits, weights
+    explanation = TracedExplanation(detach=not create_graph)
+    with explaining(model, explanation):
+        weights, logits = torch.func.grad(explained, has_aux=True)(images)
+    explanation.settle()
+    return (logits, weights) if create_graph else (logits.detach(), weights.detach())
 
 
 def contribution_map(images: Tensor, weights: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ A B-cos network is dynamic linear: logit_k = W_k(x)·x + constants, where W_k(x)
 input when every input-dependent factor (the B-cos scale, a norm's standard deviation, a gate, an attention matrix) counts as
 constant. Factors are *held* in the backward pass that gives W(x), and only there: they keep their graph, so that a loss on W(x)
 or on the logits still has its full gradient with respect to the parameters. There are two ways to do so, with equal results:
-an autograd function that withholds the factor's gradient (`Explanation`), and, where a compiler traces the network, one pass
-that records the factors and a second one that takes them as given (`Recording`, `Replay`); the compiler merges the two.
+an autograd function that withholds the factor's gradient while a flag is set (`Explanation`), and, where a compiler traces the
+network, `torch.func.grad`, to which factors are constants that the gradient outside it still sees (`TracedExplanation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,34 +26,45 @@ class Explanation:
         self.holding = True
         self.differentiated = False  # whether W(x) was computed with a graph of its own
 
-    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
+    def hold(self, factor: Tensor) -> Tensor:
         """`factor`, constant to the backward passes that run while `holding` is set."""
         if self.detach:
             return factor.detach()
         return _Held.apply(factor, self) if factor.requires_grad else factor
 
-
-class Recording(Explanation):
-    """Notes each layer's factor and leaves it as it is."""
-
-    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
-        """`factor` itself."""
-        if layer.hold_state.recorded is not None:
-            raise RuntimeError(
-                f"a {type(layer).__name__} stands at several places of the network: compiled dynamic weights with a graph "
-                "need a module of its own at each"
-            )
-        layer.hold_state.recorded = factor
-        return factor
+    def observe(self, update: Callable[..., None], *values: Tensor) -> None:
+        """Calls `update(*values)`, which moves a layer's buffers by what its batch shows."""
+        update(*values)
 
 
-class Replay(Explanation):
-    """Gives each layer the factor that was recorded, whatever its input is now."""
+class TracedExplanation(Explanation):
+    """Factors are constants of the outermost `torch.func.grad`, in which the network runs; differentiated outside, they are not.
 
-    def hold(self, factor: Tensor, layer: Holdable) -> Tensor:
-        """What was recorded."""
-        assert layer.hold_state.recorded is not None
-        return layer.hold_state.recorded
+    What moves a layer's buffers waits until `settle` is called outside: inside, tensors from elsewhere must not change.
+    """
+
+    def __init__(self, detach: bool = False) -> None:
+        super().__init__(detach)
+        self._waiting: list[tuple[Callable[..., None], tuple[Tensor, ...]]] = []
+
+    def hold(self, factor: Tensor) -> Tensor:
+        """`factor` as it is outside."""
+        return _outside(factor)
+
+    def observe(self, update: Callable[..., None], *values: Tensor) -> None:
+        """Keeps the call until `settle`."""
+        self._waiting.append((update, tuple(_outside(value) for value in values)))
+
+    def settle(self) -> None:
+        """Makes the calls that wait."""
+        for update, values in self._waiting:
+            update(*values)
+        self._waiting.clear()
+
+
+def _outside(value: Tensor) -> Tensor:
+    """`value` as the tensor that the first level of `torch.func` transforms wraps, with its graph outside; itself where none does."""
+    return torch._C._functorch._unwrap_for_grad(value, 1)  # type: ignore[attr-defined]
 
 
 class _Held(torch.autograd.Function):
@@ -79,7 +90,6 @@ class HoldState:
 
     def __init__(self) -> None:
         self.explanation: Explanation | None = None
-        self.recorded: Tensor | None = None  # the factor, between `Recording` and `Replay`
 
 
 class Holdable(nn.Module):
@@ -101,7 +111,15 @@ class Holdable(nn.Module):
     def hold(self, factor: Tensor) -> Tensor:
         """`factor` as the explanation mode of the moment wants it."""
         explanation = self.hold_state.explanation
-        return factor if explanation is None else explanation.hold(factor, self)
+        return factor if explanation is None else explanation.hold(factor)
+
+    def observe(self, update: Callable[..., None], *values: Tensor) -> None:
+        """Calls `update(*values)`, which moves buffers, when the explanation mode of the moment lets it."""
+        explanation = self.hold_state.explanation
+        if explanation is None:
+            update(*values)
+        else:
+            explanation.observe(update, *values)
 
     def computing_factor(self) -> AbstractContextManager[Any]:
         """A block in which a factor is computed: without a graph where the explanation needs none."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Holdable, Replay
+from pipelines.bcos.hold import Holdable
 from pipelines.bcos.precision import widened
 
 
@@ -89,8 +89,7 @@ class BcosBatchNorm(Holdable):
             return y if shift is None else (y + shift).to(x.dtype)
         if self.training:
             mean, var = _batch_statistics(x, axes)
-            if not isinstance(self.explanation, Replay):  # its batch has been seen before
-                self._track(mean, var)
+            self.observe(self._track, mean, var)
         else:
             mean, var = self.running_mean, self.running_var.view(shape)
         scale = self.hold(torch.rsqrt(var + self.eps))

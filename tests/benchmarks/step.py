@@ -91,14 +91,22 @@ class FormulaBatchNorm(BcosBatchNorm):
 FORMULAS = {BcosConv2d: FormulaConv2d, BcosLinear: FormulaLinear, BcosBatchNorm: FormulaBatchNorm}
 
 
+def keep_small_features(model: nn.Module) -> nn.Module:
+    """`model`, whose norms bring features of any size to size 1, as in trained networks.
+
+    Those of random layers at B = 2 are tiny, and what underflows is slow.
+    """
+    for module in model.modules():
+        if isinstance(module, BcosBatchNorm):
+            module.eps = 1e-20
+    return model
+
+
 def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[str, nn.Module]:
     """The networks that are compared, of the same weights."""
     torch.manual_seed(0)
     source = build(case.network, num_classes=CLASSES)
-    bcos = bcosify(source)
-    for module in bcos.modules():
-        if isinstance(module, BcosBatchNorm):
-            module.eps = 1e-20  # features of random layers at B = 2 are tiny; what underflows is slow, unlike in trained networks
+    bcos = keep_small_features(bcosify(source))
     found: dict[str, nn.Module] = {"plain": ConventionalNetwork(source), "bcos": bcos}
     grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in bcos.modules())
     if mode == "eager" and not grouped:

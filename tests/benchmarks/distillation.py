@@ -1,0 +1,181 @@
+"""Cost of a step of e²KD against one of plain distillation, both with a live teacher; and of both compiled.
+
+    python -m tests.benchmarks.distillation [--case resnet18-112 ...] [--rounds 7] [--json FILE]
+
+Measures a step's forward and backward pass, the teacher's share included, no optimiser: of `kd` (plain distillation), `live` (e²KD
+with a live teacher), `frozen` (its logits and maps at hand) and `every 16` (16 steps, the first of them with explanations), each
+eager and compiled. All take turns in one run; printed are medians over the rounds of the ratio to `kd` of the same mode, of
+compiled to eager e²KD, and the most memory that tensors take in a step, parameters left out. One line of JSON a case, then a
+table. Needs torch, torchvision and timm alone; on a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor, nn
+
+from pipelines.attribution import explainers
+from pipelines.bcos import bcosify
+from pipelines.methods import E2KD
+from pipelines.models import ModelSpec, build
+from pipelines.params import DistillationParams, TrainingParams
+from pipelines.training.objective import build_objective
+from tests.benchmarks.step import keep_small_features, seconds
+
+CLASSES = tuple(map(str, range(20)))
+EVERY = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Teacher, student, the side of their images in pixels, and the batch."""
+
+    teacher: str
+    student: str
+    size: int
+    batch: int
+
+
+CASES = {
+    "cpu": {
+        "resnet18-112": Case("resnet34", "resnet18", 112, 16),
+        "resnet18-112-same": Case("resnet18", "resnet18", 112, 16),
+        "resnet20-32": Case("resnet32", "resnet20", 32, 64),
+    },
+    "cuda": {"resnet18-224": Case("resnet34", "resnet18", 224, 128)},
+}
+
+
+def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], None]]:
+    """The steps that are compared, each on a student of its own."""
+    torch.manual_seed(0)
+    teacher = keep_small_features(bcosify(build(case.teacher, num_classes=len(CLASSES)))).to(device)
+    spec = ModelSpec(case.student, CLASSES, case.size, kind="bcos")
+    training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
+    batch = {"image": torch.rand(case.batch, 3, case.size, case.size, device=device)}
+    found = {}
+    for name, weight, every in (("kd", 0.0, 1), ("live", 1.0, 1), ("frozen", 1.0, 1), (f"every {EVERY}", 1.0, EVERY)):
+        torch.manual_seed(1)
+        student = bcosify(build(case.student, num_classes=len(CLASSES)), normalize_weight=True)
+        student = keep_small_features(student).to(device).train()
+        source = "frozen" if name == "frozen" else "live"
+        params = DistillationParams(
+            epochs=1, batch_size=case.batch, lr=0.1, explanation_weight=weight, explain_every=every, explanations=source
+        )
+        probe = torch.full((1, 6, case.size, case.size), 0.5, device=device)
+        explain = explainers(student, teacher, probe, held=True) if weight else None
+        method = E2KD(student, spec, teacher, params, explain)
+        objective = build_objective(method, training)
+        stored = live_maps(method, batch) if name == "frozen" else {}
+        found[name] = stepper(method, objective, batch | stored, device, every)
+    return found
+
+
+def live_maps(method: E2KD, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The teacher's logits and maps of a batch, as they come from storage."""
+    method.params, kept = method.params.model_copy(update={"explanations": "live"}), method.params
+    prepared = method.prepare(batch)
+    method.params = kept
+    return {"teacher_logits": prepared["teacher_logits"], "teacher_maps": prepared["teacher_maps"]}
+
+
+def stepper(method: E2KD, objective: nn.Module, batch: dict[str, Any], device: str, count: int) -> Callable[[], None]:
+    """`count` steps: what the teacher gives, forward and backward pass."""
+
+    def run() -> None:
+        for number in range(count):
+            method.module.zero_grad(set_to_none=True)
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = objective(method.prepare({**batch, "step": number}))["loss"]
+            loss.backward()
+
+    return run
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most memory that a step's tensors take at once, beside what there was before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(changes), default=0)
+
+
+def measure(name: str, case: Case, device: str, rounds: int, channels_last: bool) -> dict[str, Any]:
+    """One line of the report."""
+    modes = {mode: steps(case, device, mode == "compiled", channels_last) for mode in ("eager", "compiled")}
+    found: dict[str, Any] = {"case": name, "batch": case.batch, "device": device, "threads": torch.get_num_threads()}
+    for of_mode in modes.values():  # compiles, and warms up
+        for step in of_mode.values():
+            step()
+            step()
+    turns = [{(mode, key): seconds(modes[mode][key]) for mode in modes for key in modes[mode]} for _ in range(rounds)]
+    for turn in turns:
+        for mode in modes:
+            turn[mode, f"every {EVERY}"] /= EVERY
+    for mode in modes:
+        found[f"{mode}_kd_ms"] = round(1000 * statistics.median(turn[mode, "kd"] for turn in turns), 1)
+        for key in ("live", "frozen", f"every {EVERY}"):
+            found[f"{mode}_{key}"] = round(statistics.median(turn[mode, key] / turn[mode, "kd"] for turn in turns), 3)
+        for key in ("kd", "live", "frozen"):
+            found[f"{mode}_{key}_mb"] = round(peak_bytes(modes[mode][key]) / 1e6, 1)
+    for key in ("kd", "live", "frozen"):
+        compiled = statistics.median(turn["compiled", key] / turn["eager", key] for turn in turns)
+        found[f"compiled_to_eager_{key}"] = round(compiled, 3)
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The ratios as markdown."""
+    head = ["case", "mode", "live", "frozen", f"every {EVERY}", "kd ms", "peak MB: kd", "live", "frozen", "live compiled / eager"]
+    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for line in lines:
+        for mode in ("eager", "compiled"):
+            ratios = [line[f"{mode}_{key}"] for key in ("live", "frozen", f"every {EVERY}")]
+            memory = [line[f"{mode}_{key}_mb"] for key in ("kd", "live", "frozen")]
+            last = line["compiled_to_eager_live"] if mode == "compiled" else ""
+            cells = [line["case"], mode, *ratios, line[f"{mode}_kd_ms"], *memory, last]
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measures the cases asked for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES[device], nargs="+", default=list(CASES[device]))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
+    parser.add_argument("--json", type=Path, help="where the lines go too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = []
+    for name in options.case:
+        torch.compiler.reset()
+        lines.append(measure(name, CASES[device][name], device, options.rounds, options.channels_last))
+        print(json.dumps(lines[-1]), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print("\n" + table(lines))
+
+
+if __name__ == "__main__":
+    main()
