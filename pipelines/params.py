@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -130,7 +131,7 @@ class TrainingParams(Strict):
     cpus_per_worker: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulate: PositiveInt = 1  # parts of a worker's batch, one after the other, whose gradients make one step
-    channels_last: bool = False  # memory format of images and convolutions
+    channels_last: bool = False  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
     checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
     storage: str = "runs"  # folder or fsspec URL of checkpoints
@@ -138,6 +139,11 @@ class TrainingParams(Strict):
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
     log_every: PositiveInt = 20  # steps
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and convolutions. The compiler's convolutions have channels last, and copy what comes otherwise."""
+        return torch.channels_last if self.channels_last or self.compile else torch.contiguous_format
 
     @model_validator(mode="after")
     def _least_and_most(self) -> TrainingParams:

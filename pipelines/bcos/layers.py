@@ -128,7 +128,10 @@ class _Bcos(Holdable):
 
     def _rows(self) -> Tensor:
         """The weight rows as they are used, each of norm 1 where `normalize_weight` is set."""
-        return F.normalize(self.weight.flatten(1), dim=1).view_as(self.weight) if self.normalize_weight else self.weight
+        if not self.normalize_weight:
+            return self.weight
+        axes = tuple(range(1, self.weight.ndim))  # not flattened: the memory format stays
+        return self.weight / torch.linalg.vector_norm(self.weight, dim=axes, keepdim=True).clamp_min(VECTOR_EPSILON)
 
     def _scale(self, linear: Tensor, norm: Tensor) -> Tensor:
         """s^(B-1) · linear, with s = |linear| / norm held in explanation mode."""

@@ -222,8 +222,7 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     whole but for what a module computes over a batch (BatchNorm's statistics are those of a part).
     """
     training, device = run.job.training, run.context.device
-    if training.channels_last:
-        batch = {name: laid_out(value) for name, value in batch.items()}
+    batch = {name: laid_out(value, training.memory_format) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
     pieces = {name: value.tensor_split(min(training.accumulate, count)) for name, value in batch.items()}
     parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
@@ -249,9 +248,9 @@ def compiler_explained() -> Iterator[None]:
         raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
 
 
-def laid_out(value: torch.Tensor) -> torch.Tensor:
-    """`value`, where it is images with its channels last in memory."""
-    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+def laid_out(value: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """`value`, where it is images in this memory format."""
+    return value.contiguous(memory_format=memory_format) if value.ndim == 4 else value
 
 
 def stop_if_bad(run: Run) -> None:

@@ -41,9 +41,8 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
         TrainingError: `checkpoint_activations` of a module without blocks.
     """
     objective = Objective(method)
-    if training.channels_last:
-        for module in (objective, *method.fixed):
-            module.to(memory_format=torch.channels_last)
+    for module in (objective, *method.fixed):
+        module.to(memory_format=training.memory_format)
     if training.checkpoint_activations:
         checkpoint_blocks(method.module)
     if training.compile:
@@ -58,9 +57,11 @@ def compile_objective(objective: Objective) -> None:
 
     What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter, no falling back to eager
     code once many were) and of this run alone, so that a resumed run computes what one never killed does. DDP's own splitting
-    of compiled graphs cannot take B-cos layers.
+    of compiled graphs cannot take B-cos layers. Backward passes compute factors and masks again from what convolutions gave: that
+    costs less than to write them to memory and read them.
     """
     torch._dynamo.config.optimize_ddp = False
+    torch._functorch.config.aggressive_recomputation = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)
     objective.compile(dynamic=False, isolate_recompiles=True)
 

@@ -30,6 +30,7 @@ from pipelines.bcos import bcosify
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
+from pipelines.training.loop import laid_out
 from pipelines.training.objective import build_objective
 from tests.benchmarks.step import keep_small_features, seconds
 
@@ -78,7 +79,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
         method = E2KD(student, spec, teacher, params, explain)
         objective = build_objective(method, training)
         stored = live_maps(method, batch) if name == "frozen" else {}
-        found[name] = stepper(method, objective, batch | stored, device, every)
+        found[name] = stepper(method, objective, batch | stored, device, training.memory_format, every)
     return found
 
 
@@ -90,14 +91,17 @@ def live_maps(method: E2KD, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"teacher_logits": prepared["teacher_logits"], "teacher_maps": prepared["teacher_maps"]}
 
 
-def stepper(method: E2KD, objective: nn.Module, batch: dict[str, Any], device: str, count: int) -> Callable[[], None]:
+def stepper(
+    method: E2KD, objective: nn.Module, batch: dict[str, Any], device: str, layout: torch.memory_format, count: int
+) -> Callable[[], None]:
     """`count` steps: what the teacher gives, forward and backward pass."""
 
     def run() -> None:
         for number in range(count):
             method.module.zero_grad(set_to_none=True)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                loss = objective(method.prepare({**batch, "step": number}))["loss"]
+                prepared = method.prepare({**batch, "step": number}).items()
+                loss = objective({name: laid_out(value, layout) for name, value in prepared})["loss"]
             loss.backward()
 
     return run
