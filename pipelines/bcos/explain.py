@@ -44,8 +44,9 @@ def dynamic_weights(
     explanation = Explanation(detach=not create_graph)
     with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
         logits = model(images)
+        explanation.of_input = True
         weights = input_gradients(logits, predicted(logits) if targets is None else targets, images, create_graph)
-    explanation.holding = False
+    explanation.holding = explanation.of_input = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
 
 

@@ -24,7 +24,14 @@ class Explanation:
     def __init__(self, detach: bool = False) -> None:
         self.detach = detach  # no loss on W(x) follows: factors can drop their graph, which is faster
         self.holding = True
+        self.of_input = False  # whether the pass that runs now is for the gradient of the input alone
         self.differentiated = False  # whether W(x) was computed with a graph of its own
+
+    def holds(self) -> bool:
+        """Whether factors are constant to the backward pass that asks; notes that it is one with a graph."""
+        if self.holding and torch.is_grad_enabled():
+            self.differentiated = True
+        return self.holding
 
     def hold(self, factor: Tensor) -> Tensor:
         """`factor`, constant to the backward passes that run while `holding` is set."""
@@ -63,8 +70,8 @@ class TracedExplanation(Explanation):
 
 
 def _outside(value: Tensor) -> Tensor:
-    """`value` as the tensor that the first level of `torch.func` transforms wraps, with its graph outside; itself where none does."""
-    return torch._C._functorch._unwrap_for_grad(value, 1)  # type: ignore[attr-defined]
+    """What the outermost `torch.func` transform wraps as `value`, with its graph outside; `value` itself where none does."""
+    return torch._C._functorch._unwrap_for_grad(value, 1)
 
 
 class _Held(torch.autograd.Function):
@@ -78,11 +85,7 @@ class _Held(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
-        if not ctx.explanation.holding:
-            return gradient, None
-        if torch.is_grad_enabled():
-            ctx.explanation.differentiated = True
-        return None, None
+        return None if ctx.explanation.holds() else gradient, None
 
 
 class HoldState:

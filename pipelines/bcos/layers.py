@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from pipelines.bcos.hold import Holdable
+from pipelines.bcos.hold import Explanation, Holdable
 from pipelines.bcos.precision import widened
 
 PATCH_EPSILON = 1e-6  # in the root of a patch's norm
@@ -60,27 +60,55 @@ def clamp_b(model: nn.Module) -> None:
 
 
 class _Square(torch.autograd.Function):
-    """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three."""
+    """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three.
+
+    While `explanation` holds, |l| / norm counts as constant.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(linear: Tensor, norm: Tensor) -> Tensor:
+    def forward(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Tensor:
         return widened(linear).abs().mul_(linear).mul_(norm.reciprocal()).to(linear.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Explanation | None], output: Tensor) -> None:
+        linear, norm, ctx.explanation = inputs
+        ctx.save_for_backward(linear, norm)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         linear, norm = ctx.saved_tensors
+        if ctx.explanation is not None and ctx.explanation.holds():
+            return _HeldFactor.apply(gradient, linear, norm), None, None
         graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
         magnitude = widened(linear).abs()
         weighed = magnitude * gradient if graph else magnitude.mul_(gradient)
         d_norm = -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
         twice = 2 / norm
-        return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm
+        return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm, None
+
+
+class _HeldFactor(torch.autograd.Function):
+    """g·|l| / norm, the gradient of `_Square` while its factor is held; its own gradient goes through the factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
+        return widened(linear).abs().mul_(norm.reciprocal()).mul_(g).to(g.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g, linear, norm = ctx.saved_tensors
+        inverse = norm.reciprocal()
+        product = widened(v) * g * inverse
+        d_norm = -(product * widened(linear).abs()).sum_to_size(norm.shape) * inverse
+        return (v * (widened(linear).abs() * inverse)).to(g.dtype), (product * linear.sign()).to(linear.dtype), d_norm
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -111,25 +139,26 @@ class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_NCHW: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    def forward(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None) -> Tensor:
         return F.conv2d(x_NCHW, weight, None, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry], output: Tensor) -> None:
-        x_NCHW, weight, ctx.geometry = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry, Explanation | None], output: Tensor) -> None:
+        x_NCHW, weight, ctx.geometry, ctx.explanation = inputs
         ctx.save_for_backward(x_NCHW, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_NCHW, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
+        of_weight &= ctx.explanation is None or not ctx.explanation.of_input  # autograd asks for all gradients that there are
         d_x = _InputGradient.apply(gradient, weight, tuple(x_NCHW.shape), ctx.geometry) if of_input else None
         d_weight = conv2d_weight(x_NCHW, weight.shape, gradient, *ctx.geometry) if of_weight else None
-        return d_x, d_weight, None
+        return d_x, d_weight, None, None
 
 
 class _InputGradient(torch.autograd.Function):
-    """∂/∂x of g·conv(x, weight). Its gradient by the weight is that of a convolution; autograd's formula is three times slower."""
+    """∂/∂x of g·conv(x, weight). Its own gradient by the weight is a convolution's; autograd's formula takes twice the time."""
 
     generate_vmap_rule = True
 
@@ -151,13 +180,17 @@ class _InputGradient(torch.autograd.Function):
         return d_g, d_weight, None, None
 
 
-@torch.compiler.allow_in_graph  # the compiler's own tracing of an autograd function inside `torch.func.grad` is wrong
-def _convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def _convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None = None) -> Tensor:
     """`F.conv2d`, autocast too, whose input gradient is cheap to differentiate."""
     if torch.is_autocast_enabled(x_NCHW.device.type):
         dtype = torch.get_autocast_dtype(x_NCHW.device.type)
         x_NCHW, weight = x_NCHW.to(dtype), weight.to(dtype)
-    return _Convolution.apply(x_NCHW, weight, geometry)
+    return _Convolution.apply(x_NCHW, weight, geometry, explanation)
+
+
+@torch.compiler.allow_in_graph  # the compiler's own tracing of an autograd function inside `torch.func.grad` is wrong
+def _traced_convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return _convolution(x_NCHW, weight, geometry)
 
 
 class _Bcos(Holdable):
@@ -196,8 +229,9 @@ class _Bcos(Holdable):
         """s^(B-1) · linear, with s = |linear| / norm held in explanation mode."""
         b = self.b
         squares = isinstance(b, float) and b == 2
-        if squares and self.explanation is None and not torch.compiler.is_compiling():
-            return _Square.apply(linear, norm)
+        explanation = self.explanation
+        if squares and not torch.compiler.is_compiling() and not (explanation is not None and explanation.detach):
+            return _Square.apply(linear, norm, explanation)
         with self.computing_factor():
             size = widened(linear).abs()
             cosine = size / norm if torch.is_grad_enabled() else size.mul_(norm.reciprocal())
@@ -259,8 +293,12 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         x_NCHW, padding = self._padded(x_NCHW)
         geometry: Geometry = (self.stride, padding, self.dilation, self.groups)  # type: ignore[assignment]
         explanation, weight = self.explanation, self._rows()
-        twice = explanation is not None and not explanation.detach  # W(x) may be differentiated
-        linear = _convolution(x_NCHW, weight, geometry) if twice else F.conv2d(x_NCHW, weight, None, *geometry)
+        if explanation is None or explanation.detach:
+            linear = F.conv2d(x_NCHW, weight, None, *geometry)
+        elif torch.compiler.is_compiling():
+            linear = _traced_convolution(x_NCHW, weight, geometry)
+        else:
+            linear = _convolution(x_NCHW, weight, geometry, explanation)
         if self.max_out > 1:
             linear = linear.unflatten(1, (-1, self.max_out)).max(2).values
         if not self._is_linear():

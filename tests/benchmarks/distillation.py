@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.distillation [--case resnet18-112 ...] [--rounds 7] [--json FILE]
 
-Measures a step's forward and backward pass, the teacher's share included, no optimiser: of `kd` (plain distillation), `live` (e²KD
-with a live teacher), `frozen` (its logits and maps at hand) and `every 16` (16 steps, the first of them with explanations), each
-eager and compiled. All take turns in one run; printed are medians over the rounds of the ratio to `kd` of the same mode, of
+Measures a step's forward and backward pass, the teacher's share included, no optimiser: of `kd` (plain distillation), `live`
+(e²KD with a live teacher), `frozen` (its logits and maps at hand) and `every 16` (16 steps, the first of them with explanations),
+each eager and compiled. All take turns in one run; printed are medians over the rounds of the ratio to `kd` of the same mode, of
 compiled to eager e²KD, and the most memory that tensors take in a step, parameters left out. One line of JSON a case, then a
 table. Needs torch, torchvision and timm alone; on a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
 """
