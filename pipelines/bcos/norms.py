@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Holdable
+from pipelines.bcos.hold import Explanation, Holdable
 from pipelines.bcos.precision import widened
 
 
@@ -22,28 +22,63 @@ def _batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class _UncenteredNorm(torch.autograd.Function):
-    """γ·x/sqrt(var(x) + ε) of the batch, in as few passes over x as its gradient allows; also its mean and variance."""
+    """γ·x/sqrt(var(x) + ε) of the batch, in as few passes over x as its gradient allows; also its mean and variance.
+
+    While `explanation` holds, the variance counts as constant.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, axes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, axes: list[int], explanation: Explanation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = _batch_statistics(x, axes)
-        ctx.eps, ctx.axes = eps, axes
+        ctx.eps, ctx.axes, ctx.explanation = eps, axes, explanation
         ctx.save_for_backward(x, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
         return (x * (weight * torch.rsqrt(var + eps))).to(x.dtype), mean, var
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, mean, var = ctx.saved_tensors
+        if ctx.explanation is not None and ctx.explanation.holds():
+            return _HeldScale.apply(gradient, x, weight, mean, var, ctx.eps, ctx.axes), None, None, None, None
         if torch.is_grad_enabled():  # a graph of this pass is wanted, through the statistics too
             mean, var = _batch_statistics(x, ctx.axes)
         inverse = torch.rsqrt(var + ctx.eps)
         d_scale = (widened(gradient) * x).sum(ctx.axes, keepdim=True)
-        through_var = -weight * inverse**3 * d_scale / (x.numel() // x.shape[1])
-        of_scale, of_var = gradient * (weight * inverse), x - mean  # products beat a broadcasting addcmul
-        graph = torch.is_grad_enabled()
-        d_x = of_scale + of_var * through_var if graph else of_var.mul_(through_var).add_(of_scale)
-        return d_x.to(x.dtype), d_scale * inverse, None, None
+        d_x = _through_variance(x, mean, weight, inverse, d_scale, gradient * (weight * inverse))
+        return d_x.to(x.dtype), d_scale * inverse, None, None, None
+
+
+class _HeldScale(torch.autograd.Function):
+    """g·γ/sqrt(var(x) + ε), the gradient of `_UncenteredNorm` while its variance is held; its own goes through the variance."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, axes: list[int]) -> Tensor:
+        ctx.eps, ctx.axes = eps, axes
+        ctx.save_for_backward(g, x, weight, mean, var)
+        return (g * (weight * torch.rsqrt(var + eps))).to(g.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            mean, var = _batch_statistics(x, ctx.axes)
+        inverse = torch.rsqrt(var + ctx.eps)
+        d_scale = (widened(v) * g).sum(ctx.axes, keepdim=True)
+        d_x = _through_variance(x, mean, weight, inverse, d_scale).to(x.dtype)
+        return (v * (weight * inverse)).to(g.dtype), d_x, d_scale * inverse, None, None, None, None
+
+
+def _through_variance(
+    x: Tensor, mean: Tensor, weight: Tensor, inverse: Tensor, d_scale: Tensor, more: Tensor | None = None
+) -> Tensor:
+    """The gradient that reaches x through var(x), from `d_scale` of the scale γ·inverse; with `more`, of x's shape, added."""
+    of_var = -weight * inverse**3 * d_scale / (x.numel() // x.shape[1])
+    centred = x - mean  # products beat a broadcasting addcmul
+    if torch.is_grad_enabled():
+        return centred * of_var if more is None else centred * of_var + more
+    return centred.mul_(of_var) if more is None else centred.mul_(of_var).add_(more)
 
 
 class BcosBatchNorm(Holdable):
@@ -83,9 +118,12 @@ class BcosBatchNorm(Holdable):
         axes = [0, *range(2, x.ndim)]
         weight = None if self.weight is None else self.weight.view(shape)
         shift = None if self.bias is None else self.bias.view(shape)
-        if self.training and self.explanation is None and weight is not None and not self.centered:
-            y, mean, var = _UncenteredNorm.apply(x, weight, self.eps, axes)
-            self._track(mean, var)
+        explanation = self.explanation
+        # without an explanation, or eagerly with one that may be differentiated
+        whole = explanation is None or not (explanation.detach or torch.compiler.is_compiling())
+        if self.training and whole and weight is not None and not self.centered:
+            y, mean, var = _UncenteredNorm.apply(x, weight, self.eps, axes, explanation)
+            self.observe(self._track, mean, var)
             return y if shift is None else (y + shift).to(x.dtype)
         if self.training:
             mean, var = _batch_statistics(x, axes)
