@@ -173,6 +173,7 @@ class OptimiserParams(Strict):
     mixup: NonNegativeFloat = 0.0  # alpha of the Beta distribution of the mixing share; 0: no mixing
     select: str = "val/accuracy"  # the metric whose best epoch is kept
     patience: PositiveInt | None = None  # epochs without a better `select` before stopping
+    validate_every: PositiveInt = 1  # epochs; the last one is validated in any case
 
     @property
     def settled(self) -> int:

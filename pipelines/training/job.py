@@ -116,7 +116,8 @@ class Result:
 def best_record(history: list[EpochRecord], select: str, settled: int = 0) -> EpochRecord:
     """The first record with the best `select`: the highest, or the lowest where the name contains `loss`.
 
-    Epochs before `settled` (a scheduled B is not yet what it shall be) count only as long as there are no others.
+    Of epochs that were validated, once there is one. Epochs before `settled` (a scheduled B is not yet what it shall be) count
+    only as long as there are no others.
 
     Raises:
         TrainingError: a record has no such metric.
@@ -124,12 +125,16 @@ def best_record(history: list[EpochRecord], select: str, settled: int = 0) -> Ep
     sign = -1.0 if "loss" in select else 1.0
 
     def score(record: EpochRecord) -> float:
-        if select not in record["metrics"]:
-            raise TrainingError(f"optim.select: no metric {select!r}; there are {', '.join(sorted(record['metrics']))}")
         value = sign * record["metrics"][select]
         return -math.inf if math.isnan(value) else value
 
-    return max([record for record in history if record["epoch"] >= settled] or history, key=score)
+    validated = [record for record in history if any(name.startswith("val/") for name in record["metrics"])]
+    if not validated:
+        return history[-1]
+    for record in validated:
+        if select not in record["metrics"]:
+            raise TrainingError(f"optim.select: no metric {select!r}; there are {', '.join(sorted(record['metrics']))}")
+    return max([record for record in validated if record["epoch"] >= settled] or validated, key=score)
 
 
 def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:

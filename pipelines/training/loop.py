@@ -279,10 +279,12 @@ def merge(tallies: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, in
 
 
 def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
-    """Evaluates, writes the epoch's checkpoint and history, then reports."""
+    """Validates where it is due, writes the epoch's checkpoint and history, then reports."""
     job, context = run.job, run.context
-    batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
-    values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
+    values: dict[str, float] = {}
+    if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
+        batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
+        values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
     run.history = [*run.history, EpochRecord(epoch=run.epoch, step=run.step, metrics=metrics)]

@@ -1,0 +1,147 @@
+"""What students learn from a B-cosified teacher with few images: plain distillation, e²KD live and frozen, over seeds.
+
+    dvc exp run -S recipe=cifar10 -S model.name=resnet32 -S model.weights=FILE ... bcosify@pretrained      # the teacher
+    python -m tests.benchmarks.students --choose                        # settings of λ and τ, on the held-out images, one seed
+    python -m tests.benchmarks.students --shots 50 200 --seeds 0 1 2 --runs kd:0:1 live:5:1 frozen:5:1     # on the test split
+
+A run is `name:λ:τ`. A seed draws the student's weights, the order of the images, and which ones of a class are taken. One line
+of JSON each goes to `reports/students.jsonl`; what is there already is not run again. `--table` prints means and standard
+deviations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor
+
+from pipelines import models
+from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.few_shot import Subset, few_shot
+from pipelines.data.manifest import read_manifest
+from pipelines.evaluation import split_batches
+from pipelines.explanations import origin_of, store_explanations
+from pipelines.methods import build_e2kd
+from pipelines.metrics import agreement
+from pipelines.metrics.agreement import explanation_similarity
+from pipelines.params import DistillationParams, Params, load
+from pipelines.training import Context, Job, run_directory, train
+from stages.common import shards_of
+from stages.distill import student_spec
+
+TEACHER = Path("models/bcosify/pretrained").absolute()
+RESULTS = Path("reports/students.jsonl")
+FIGURES = ("accuracy", "agreement", "explanation_similarity")
+CHOICES = ("kd:0:1", "kd:0:5", "live:1:1", "live:5:1", "live:10:1", "live:5:5")
+
+
+def measure(params: Params, run: str, shots: int, seed: int, split: str) -> dict[str, Any]:
+    """Trains one student and evaluates its best epoch on `split`."""
+    name, weight, temperature = run.split(":")
+    values = {
+        "explanation_weight": float(weight),
+        "temperature": float(temperature),
+        "explanations": "frozen" if name == "frozen" else "live",
+        "validate_every": 10,
+    }
+    optim = DistillationParams(**{**params.distill.kd.model_dump(), **values})
+    shards = shards_of(params.dataset)
+    spec = student_spec(params, read_manifest(shards), models.read_spec(TEACHER))
+    subset = few_shot(shards, "train", shots, seed)
+    job = Job(
+        build=partial(build_e2kd, params.distill.student, spec, TEACHER, optim, seed),
+        shards=shards,
+        data=params.data,
+        optim=optim,
+        training=params.training.model_copy(update={"workers": 0}),
+        seed=seed,
+        directory=run_directory(params.training.storage, "students", models.digest(TEACHER), params.data, optim, shots, seed),
+        subset=subset.numbers,
+        explanations=stored(params, shards, subset) if name == "frozen" else None,
+    )
+    result = train(job)
+    module = job.build().module
+    result.load_best(module)
+    figures = judge(module.eval(), params, shards, split)
+    return {"run": run, "shots": shots, "seed": seed, "split": split, "epoch": result.best["epoch"], **figures}
+
+
+def stored(params: Params, shards: str, subset: Subset) -> str:
+    """The teacher's explanations of the subset, in a folder that is made where there is none yet."""
+    origin = origin_of(str(TEACHER), shards, params.data, params.distill.frozen, "bcos")
+    folder = Path("data/students", f"{subset.shots}-{subset.seed}").absolute()
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        store_explanations(Context(), str(TEACHER), shards, params.data, origin, str(folder), subset.numbers)
+    return str(folder)
+
+
+def judge(student: torch.nn.Module, params: Params, shards: str, split: str) -> dict[str, float]:
+    """Accuracy, agreement with the teacher, and the mean cosine of both dynamic weights of what the teacher predicts."""
+    teacher, _ = models.load(TEACHER)
+    found: dict[str, list[Tensor]] = {"labels": [], "student": [], "teacher": [], "similarity": []}
+    for batch in split_batches(shards, split, params.data, params.evaluate.batch_size):
+        images = add_inverse(batch["image"])
+        taught, teacher_maps = dynamic_weights(teacher, images)
+        logits, maps = dynamic_weights(student, images, taught.argmax(1))
+        for key, value in zip(found, (batch["label"], logits, taught, explanation_similarity(maps, teacher_maps)), strict=True):
+            found[key].append(value)
+    labels, logits, taught, similarity = (torch.cat(values) for values in found.values())
+    return {
+        "accuracy": float((logits.argmax(1) == labels).double().mean()),
+        "agreement": float(agreement(logits, taught)),
+        "explanation_similarity": float(similarity.double().mean()),
+        "teacher_accuracy": float((taught.argmax(1) == labels).double().mean()),
+    }
+
+
+def rows() -> list[dict[str, Any]]:
+    """What has been measured."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def table() -> str:
+    """Means ± standard deviations as markdown."""
+    lines = ["| split | shots | run | seeds | " + " | ".join(FIGURES) + " |", "| --- " * (4 + len(FIGURES)) + "|"]
+    for split, shots, run in sorted({(row["split"], row["shots"], row["run"]) for row in rows()}):
+        same = [row for row in rows() if (row["split"], row["shots"], row["run"]) == (split, shots, run)]
+        cells = []
+        for name in FIGURES:
+            values = [row[name] for row in same]
+            cells.append(f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""))
+        lines.append(f"| {split} | {shots} | {run} | {len(same)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures the runs asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--choose", action="store_true", help="the settings of CHOICES, on the held-out images, seed 0")
+    parser.add_argument("--shots", type=int, nargs="+", default=[50])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", nargs="+", default=[], help="name:λ:τ, name one of kd, live, frozen")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    runs, split = (options.runs or CHOICES, "val") if options.choose else (options.runs, "test")
+    RESULTS.parent.mkdir(exist_ok=True)
+    for seed in options.seeds:
+        for shots in options.shots:
+            for run in () if options.table else runs:
+                if not any((row["run"], row["shots"], row["seed"], row["split"]) == (run, shots, seed, split) for row in rows()):
+                    line = json.dumps(measure(load(), run, shots, seed, split))
+                    with RESULTS.open("a") as file:
+                        print(line, file=file)
+                    print(line, flush=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
