@@ -1,12 +1,13 @@
-"""What students learn from a B-cosified teacher with few images: plain distillation, e²KD live and frozen, over seeds.
+"""What students learn from a B-cosified teacher: plain distillation, e²KD live and frozen, over seeds, on the run's data.
 
     dvc exp run -S recipe=cifar10 -S model.name=resnet32 -S model.weights=FILE ... bcosify@pretrained      # the teacher
     python -m tests.benchmarks.students --choose                        # settings of λ and τ, on the held-out images, one seed
-    python -m tests.benchmarks.students --shots 50 200 --seeds 0 1 2 --runs kd:0:1 live:5:1 frozen:5:1     # on the test split
+    python -m tests.benchmarks.students --shots 50 200 --seeds 0 1 2 --runs kd:0:1 live:10:1 frozen:10:1   # on the test split
 
-A run is `name:λ:τ`. A seed draws the student's weights, the order of the images, and which ones of a class are taken. One line
-of JSON each goes to `reports/students.jsonl`; what is there already is not run again. `--table` prints means and standard
-deviations.
+A run is `name:λ:τ`; what else is trained how, `distill` of the params says. A seed draws the student's weights, the order of the
+images, and which ones of a class are taken (`--shots 0`: all). `--full` evaluates as the stage `evaluate` does: grids, boxes and
+groups too. One line of JSON each goes to `reports/students.jsonl`; what is there already is not run again. `--table` prints means
+and standard deviations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.few_shot import Subset, few_shot
 from pipelines.data.manifest import read_manifest
-from pipelines.evaluation import split_batches
+from pipelines.evaluation import evaluate, split_batches
 from pipelines.explanations import origin_of, store_explanations
 from pipelines.methods import build_e2kd
 from pipelines.metrics import agreement
@@ -37,56 +38,63 @@ from pipelines.training import Context, Job, run_directory, train
 from stages.common import shards_of
 from stages.distill import student_spec
 
-TEACHER = Path("models/bcosify/pretrained").absolute()
 RESULTS = Path("reports/students.jsonl")
-FIGURES = ("accuracy", "agreement", "explanation_similarity")
+FIGURES = ("accuracy", "worst_class_group_accuracy", "agreement", "explanation_similarity", "gridpg_own_grids", "epg")
 CHOICES = ("kd:0:1", "kd:0:5", "live:1:1", "live:5:1", "live:10:1", "live:5:5")
 
 
-def measure(params: Params, run: str, shots: int, seed: int, split: str) -> dict[str, Any]:
+def measure(params: Params, teacher: Path, run: str, shots: int, seed: int, split: str, full: bool) -> dict[str, Any]:
     """Trains one student and evaluates its best epoch on `split`."""
     name, weight, temperature = run.split(":")
     values = {
         "explanation_weight": float(weight),
         "temperature": float(temperature),
         "explanations": "frozen" if name == "frozen" else "live",
-        "validate_every": 10,
+        "validate_every": 10 if shots else 1,
     }
     optim = DistillationParams(**{**params.distill.kd.model_dump(), **values})
     shards = shards_of(params.dataset)
-    spec = student_spec(params, read_manifest(shards), models.read_spec(TEACHER))
-    subset = few_shot(shards, "train", shots, seed)
+    spec = student_spec(params, read_manifest(shards), models.read_spec(teacher))
+    subset = few_shot(shards, "train", shots, seed) if shots else None
+    inputs = (models.digest(teacher), read_manifest(shards).digest, params.data, params.distill.student, optim, shots, seed)
     job = Job(
-        build=partial(build_e2kd, params.distill.student, spec, TEACHER, optim, seed),
+        build=partial(build_e2kd, params.distill.student, spec, teacher, optim, seed),
         shards=shards,
         data=params.data,
         optim=optim,
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
-        directory=run_directory(params.training.storage, "students", models.digest(TEACHER), params.data, optim, shots, seed),
-        subset=subset.numbers,
-        explanations=stored(params, shards, subset) if name == "frozen" else None,
+        directory=run_directory(params.training.storage, "students", *inputs),
+        subset=None if subset is None else subset.numbers,
+        explanations=stored(params, teacher, shards, subset) if name == "frozen" else None,
     )
     result = train(job)
     module = job.build().module
     result.load_best(module)
-    figures = judge(module.eval(), params, shards, split)
+    if full:
+        folder = Path("models/students", f"{run.replace(':', '-')}-{shots}-{seed}")
+        models.save(folder, module, spec)
+        figures = judge_fully({"teacher": str(teacher), "student": str(folder)}, params, shards, split)
+    else:
+        figures = judge(module.eval(), teacher, params, shards, split)
     return {"run": run, "shots": shots, "seed": seed, "split": split, "epoch": result.best["epoch"], **figures}
 
 
-def stored(params: Params, shards: str, subset: Subset) -> str:
+def stored(params: Params, teacher: Path, shards: str, subset: Subset | None) -> str:
     """The teacher's explanations of the subset, in a folder that is made where there is none yet."""
-    origin = origin_of(str(TEACHER), shards, params.data, params.distill.frozen, "bcos")
-    folder = Path("data/students", f"{subset.shots}-{subset.seed}").absolute()
+    origin = origin_of(str(teacher), shards, params.data, params.distill.frozen, "bcos")
+    name = "all" if subset is None else f"{subset.shots}-{subset.seed}"
+    folder = Path("data/students", f"{origin.teacher[:8]}-{name}").absolute()
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        store_explanations(Context(), str(TEACHER), shards, params.data, origin, str(folder), subset.numbers)
+        numbers = None if subset is None else subset.numbers
+        store_explanations(Context(), str(teacher), shards, params.data, origin, str(folder), numbers)
     return str(folder)
 
 
-def judge(student: torch.nn.Module, params: Params, shards: str, split: str) -> dict[str, float]:
+def judge(student: torch.nn.Module, taught_by: Path, params: Params, shards: str, split: str) -> dict[str, float]:
     """Accuracy, agreement with the teacher, and the mean cosine of both dynamic weights of what the teacher predicts."""
-    teacher, _ = models.load(TEACHER)
+    teacher, _ = models.load(taught_by)
     found: dict[str, list[Tensor]] = {"labels": [], "student": [], "teacher": [], "similarity": []}
     for batch in split_batches(shards, split, params.data, params.evaluate.batch_size):
         images = add_inverse(batch["image"])
@@ -103,6 +111,18 @@ def judge(student: torch.nn.Module, params: Params, shards: str, split: str) -> 
     }
 
 
+def judge_fully(pair: dict[str, str], params: Params, shards: str, split: str) -> dict[str, float]:
+    """Every figure of the student that the stage `evaluate` has, and the teacher's, prefixed `teacher_`."""
+    of_models = evaluate(Context(), pair, shards, params.data, params.evaluate, split, "teacher")[0]["models"]
+    figures = {}
+    for prefix, name in (("", "student"), ("teacher_", "teacher")):
+        found = of_models[name]
+        figures |= {
+            prefix + key: value for key, value in (found | found["explanations"]["bcos"]).items() if key != "explanations"
+        }
+    return figures
+
+
 def rows() -> list[dict[str, Any]]:
     """What has been measured."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
@@ -110,11 +130,12 @@ def rows() -> list[dict[str, Any]]:
 
 def table() -> str:
     """Means ± standard deviations as markdown."""
-    lines = ["| split | shots | run | seeds | " + " | ".join(FIGURES) + " |", "| --- " * (4 + len(FIGURES)) + "|"]
+    figures = [name for name in FIGURES if name in rows()[0]]
+    lines = ["| split | shots | run | seeds | " + " | ".join(figures) + " |", "| --- " * (4 + len(figures)) + "|"]
     for split, shots, run in sorted({(row["split"], row["shots"], row["run"]) for row in rows()}):
         same = [row for row in rows() if (row["split"], row["shots"], row["run"]) == (split, shots, run)]
         cells = []
-        for name in FIGURES:
+        for name in figures:
             values = [row[name] for row in same]
             cells.append(f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""))
         lines.append(f"| {split} | {shots} | {run} | {len(same)} | " + " | ".join(cells) + " |")
@@ -128,6 +149,8 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="+", default=[], help="name:λ:τ, name one of kd, live, frozen")
+    parser.add_argument("--teacher", type=Path, default=Path("models/bcosify/pretrained"), help="folder of the model")
+    parser.add_argument("--full", action="store_true", help="evaluate as the stage does")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     runs, split = (options.runs or CHOICES, "val") if options.choose else (options.runs, "test")
@@ -136,7 +159,7 @@ def main() -> None:
         for shots in options.shots:
             for run in () if options.table else runs:
                 if not any((row["run"], row["shots"], row["seed"], row["split"]) == (run, shots, seed, split) for row in rows()):
-                    line = json.dumps(measure(load(), run, shots, seed, split))
+                    line = json.dumps(measure(load(), options.teacher.absolute(), run, shots, seed, split, options.full))
                     with RESULTS.open("a") as file:
                         print(line, file=file)
                     print(line, flush=True)

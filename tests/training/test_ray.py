@@ -17,11 +17,14 @@ from toy import (
     SteadyMethod,
     accident,
     compile_and_accumulate,
+    difference,
+    distil_together,
     evaluate_toy,
     fit_and_evaluate,
     identical,
     interrupt_and_evaluate,
     toy_job,
+    toy_student,
     weights,
 )
 
@@ -79,6 +82,23 @@ def test_two_workers_compile_resume_and_take_their_batch_in_parts(tmp_path: Path
     assert found["resumed"]
     assert found["compiled"] < 1e-4
     assert found["parts"] < 1e-5
+
+
+def test_two_workers_distil_as_one_does_compiled_and_in_half_precision(tmp_path: Path) -> None:
+    def student_job(name: str, **params: Any) -> Job:
+        return toy_job(tmp_path / name, toy_student, workers=2, optimiser="sgd", lr=0.05, clip="none", **params)
+
+    jobs = {
+        "eager": student_job("eager"),
+        "compiled": student_job("compiled", compile=True),
+        "half": student_job("half", precision="bfloat16"),
+    }
+    here = weights(train(toy_job(tmp_path / "here", toy_student, optimiser="sgd", lr=0.05, clip="none")))
+    found = launch(distil_together, jobs, training=jobs["eager"].training)
+    for name in ("eager", "compiled"):
+        assert difference(here, checkpoints.load(jobs[name].directory, 18)["model"]) < 1e-4
+    for first, last in found.values():
+        assert last < first - 0.01
 
 
 def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path) -> None:
