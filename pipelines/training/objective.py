@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipelines.bcos.compiler import set_up_compiler
 from pipelines.bcos.hold import Explanation, explaining, holdable_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
@@ -56,12 +57,9 @@ def compile_objective(objective: Objective) -> None:
     """Compiles `objective` in place.
 
     What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter, no falling back to eager
-    code once many were) and of this run alone, so that a resumed run computes what one never killed does. DDP's own splitting
-    of compiled graphs cannot take B-cos layers. Backward passes compute factors and masks again from what convolutions gave: that
-    costs less than to write them to memory and read them.
+    code once many were) and of this run alone, so that a resumed run computes what one never killed does.
     """
-    torch._dynamo.config.optimize_ddp = False
-    torch._functorch.config.aggressive_recomputation = True
+    set_up_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)
     objective.compile(dynamic=False, isolate_recompiles=True)
 

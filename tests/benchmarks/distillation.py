@@ -6,7 +6,7 @@ Measures a step's forward and backward pass, the teacher's share included, no op
 (e²KD with a live teacher), `frozen` (its logits and maps at hand) and `every 16` (16 steps, the first of them with explanations),
 each eager and compiled. All take turns in one run; printed are medians over the rounds of the ratio to `kd` of the same mode, of
 compiled to eager e²KD, and the most memory that tensors take in a step, parameters left out. One line of JSON a case, then a
-table. Needs torch, torchvision and timm alone; on a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
+table. On a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
 """
 
 from __future__ import annotations

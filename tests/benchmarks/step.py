@@ -28,6 +28,7 @@ import torch  # isort: skip
 from torch import Tensor, nn
 
 from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
+from pipelines.bcos.compiler import set_up_compiler
 from pipelines.models import ConventionalNetwork, build
 
 CLASSES = 20
@@ -103,7 +104,7 @@ def keep_small_features(model: nn.Module) -> nn.Module:
 
 
 def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[str, nn.Module]:
-    """The networks that are compared, of the same weights."""
+    """The networks that are compared, of the same weights; compiled ones as training compiles them."""
     torch.manual_seed(0)
     source = build(case.network, num_classes=CLASSES)
     bcos = keep_small_features(bcosify(source))
@@ -115,9 +116,10 @@ def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[st
             module.__class__ = FORMULAS.get(type(module), type(module))  # type: ignore[call-overload, assignment]
     for model in found.values():
         model.to(device)
-        if channels_last:
+        if channels_last or mode == "compiled":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if mode == "compiled":
+            set_up_compiler()
             model.compile(fullgraph=True, dynamic=False)
     return found
 
@@ -196,7 +198,7 @@ def measure(name: str, case: Case, device: str, mode: str, rounds: int, channels
     """One line of the report."""
     models = networks(case, device, mode, channels_last)
     images = torch.rand(case.batch, 6, case.size, case.size, device=device)
-    if channels_last:
+    if channels_last or mode == "compiled":
         images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (case.batch,), device=device)
     found: dict[str, Any] = {
