@@ -27,6 +27,11 @@ class Explanation:
         self.of_input = False  # whether the pass that runs now is for the gradient of the input alone
         self.differentiated = False  # whether W(x) was computed with a graph of its own
 
+    @property
+    def fused(self) -> bool:
+        """Whether layers compute factor and product in one autograd function, which asks `holds`, instead of by `hold`."""
+        return not self.detach
+
     def holds(self) -> bool:
         """Whether factors are constant to the backward pass that asks; notes that it is one with a graph."""
         if self.holding and torch.is_grad_enabled():
@@ -53,6 +58,11 @@ class TracedExplanation(Explanation):
     def __init__(self, detach: bool = False) -> None:
         super().__init__(detach)
         self._waiting: list[tuple[Callable[..., None], tuple[Tensor, ...]]] = []
+
+    @property
+    def fused(self) -> bool:
+        """Never: the compiler fuses, and what it makes of autograd functions inside `torch.func.grad` is wrong."""
+        return False
 
     def hold(self, factor: Tensor) -> Tensor:
         """`factor` as it is outside."""

@@ -188,7 +188,7 @@ def _convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation
     return _Convolution.apply(x_NCHW, weight, geometry, explanation)
 
 
-@torch.compiler.allow_in_graph  # the compiler's own tracing of an autograd function inside `torch.func.grad` is wrong
+@torch.compiler.allow_in_graph  # as it is: see `TracedExplanation.fused`
 def _traced_convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return _convolution(x_NCHW, weight, geometry)
 
@@ -230,7 +230,8 @@ class _Bcos(Holdable):
         b = self.b
         squares = isinstance(b, float) and b == 2
         explanation = self.explanation
-        if squares and not torch.compiler.is_compiling() and not (explanation is not None and explanation.detach):
+        fused = not torch.compiler.is_compiling() if explanation is None else explanation.fused
+        if squares and fused:
             return _Square.apply(linear, norm, explanation)
         with self.computing_factor():
             size = widened(linear).abs()
@@ -295,10 +296,10 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         explanation, weight = self.explanation, self._rows()
         if explanation is None or explanation.detach:
             linear = F.conv2d(x_NCHW, weight, None, *geometry)
-        elif torch.compiler.is_compiling():
-            linear = _traced_convolution(x_NCHW, weight, geometry)
-        else:
+        elif explanation.fused:
             linear = _convolution(x_NCHW, weight, geometry, explanation)
+        else:
+            linear = _traced_convolution(x_NCHW, weight, geometry)
         if self.max_out > 1:
             linear = linear.unflatten(1, (-1, self.max_out)).max(2).values
         if not self._is_linear():

@@ -119,9 +119,8 @@ class BcosBatchNorm(Holdable):
         weight = None if self.weight is None else self.weight.view(shape)
         shift = None if self.bias is None else self.bias.view(shape)
         explanation = self.explanation
-        # without an explanation, or eagerly with one that may be differentiated
-        whole = explanation is None or not (explanation.detach or torch.compiler.is_compiling())
-        if self.training and whole and weight is not None and not self.centered:
+        fused = explanation is None or explanation.fused
+        if self.training and fused and weight is not None and not self.centered:
             y, mean, var = _UncenteredNorm.apply(x, weight, self.eps, axes, explanation)
             self.observe(self._track, mean, var)
             return y if shift is None else (y + shift).to(x.dtype)

@@ -27,6 +27,7 @@ from pipelines.bcos import (
     dynamic_weights,
     explanation_mode,
 )
+from pipelines.bcos.hold import Explanation
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -117,14 +118,15 @@ class Tape:
             self.factors[layer].append(factor.detach().clone())
             return factor
 
-        with mock.patch.object(Holdable, "hold", note):
+        with mock.patch.object(Holdable, "hold", note), mock.patch.object(Explanation, "fused", False):
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """In the block, `hold` gives what it gave when recorded, whatever the input is."""
         left = {layer: deque(factors) for layer, factors in self.factors.items()}
-        with mock.patch.object(Holdable, "hold", lambda layer, factor: left[layer].popleft()):
+        given = mock.patch.object(Holdable, "hold", lambda layer, factor: left[layer].popleft())
+        with given, mock.patch.object(Explanation, "fused", False):
             yield
 
 
@@ -149,6 +151,7 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, **choices: Any) -> B
     with torch.no_grad():
         targets = network(images).abs().argmax(1)
     logits, weights = dynamic_weights(network, images, targets)
+    assert relative(dynamic_weights(network, images, targets, create_graph=True)[1].detach(), weights) <= 1e-6
 
     tape = Tape()
     with explanation_mode(network), torch.no_grad(), tape.recording():
