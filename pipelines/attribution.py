@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.explain import dynamic_weights, frozen, input_gradients, predicted
+from pipelines.bcos.explain import contribution_map, dynamic_weights, frozen, input_gradients, predicted
 from pipelines.bcos.hold import Explanation, explaining
 
 
@@ -98,6 +98,40 @@ def explain(
         if resize and maps.shape[-2:] != images.shape[-2:]:
             maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
     return (logits, maps) if create_graph else (logits.detach(), maps.detach())
+
+
+def explain_pairs(
+    explain_some: Callable[[Tensor, Tensor], tuple[Tensor, ...]], images: Tensor, present: Tensor
+) -> tuple[Tensor, ...]:
+    """What `explain_some` finds for each pair of an image and one of its classes: a forward pass an image, a backward one a pair.
+
+    Images with equally many classes are explained together. That goes for networks in evaluation mode, where what one image
+    gives does not depend on the others.
+
+    Args:
+        explain_some: (images (n, C, H, W), targets (n, T)) -> logits (n, K) and values (n, T, ...), one or more.
+        images: (N, C, H, W).
+        present: (N, K) of bool, P of them true.
+
+    Returns:
+        Logits (N, K), and values (P, ...) of the pairs in the order of `present.nonzero()`.
+    """
+    counts = present.sum(1)
+    starts = counts.cumsum(0) - counts
+    places: list[Tensor] = []
+    found: list[tuple[Tensor, ...]] = []
+    order: list[Tensor] = []
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        targets = present[rows].nonzero()[:, 1].view(len(rows), count)
+        asked = targets if count else targets.new_zeros(len(rows), 1)  # for an image without any, the logits alone count
+        logits, *values = explain_some(images[rows], asked)
+        order.append(rows)
+        places.append((starts[rows, None] + torch.arange(count, device=rows.device)).flatten())
+        found.append((logits, *(value[:, :count].flatten(0, 1) for value in values)))
+    logits, *values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    back, back_of_pairs = torch.cat(order).argsort(), torch.cat(places).argsort()
+    return logits[back], *(value[back_of_pairs] for value in values)
 
 
 def last_features(model: nn.Module, images: Tensor) -> str:
@@ -279,15 +313,28 @@ class Explainer(Protocol):
         """Logits and maps of the classes `targets` (N,), by default those that the model predicts."""
 
 
-@torch.compiler.disable  # its hooks are beyond the compiler: such a step is computed eagerly
-def _gradcam_at(
-    model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False, *, layer: str
+def explain_one(
+    model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`explain` of one class an image, by default the one that the model predicts: logits (N, K) and maps (N, h, w).
+
+    A compiler can trace B-cos maps of the input; others are computed eagerly also where it is at work, and their model too.
+    """
+    if options.get("method", "bcos") == "bcos" and options.get("layer") is None:
+        logits, weights = dynamic_weights(model, images, targets, create_graph)
+        return logits, contribution_map(images, weights)
+    return _explain_one_eagerly(model, images, targets, create_graph, **options)
+
+
+@torch.compiler.disable  # hooks, and gradients taken inside, are beyond it
+def _explain_one_eagerly(
+    model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool, **options: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.compiler.set_stance("force_eager"):
         if targets is None:
             with torch.no_grad():
                 targets = predicted(model(images))
-        logits, maps_NTHW = explain(model, images, targets[:, None], method="gradcam", layer=layer, create_graph=create_graph)
+        logits, maps_NTHW = explain(model, images, targets[:, None], create_graph=create_graph, **options)
     return logits, maps_NTHW[:, 0]
 
 
@@ -304,7 +351,8 @@ def explainers(one: nn.Module, other: nn.Module, images: Tensor, *, held: bool) 
     """
     if held:
         return dynamic_weights, dynamic_weights
-    return partial(_gradcam_at, layer=last_features(one, images)), partial(_gradcam_at, layer=last_features(other, images))
+    gradcam = partial(explain_one, method="gradcam")
+    return partial(gradcam, layer=last_features(one, images)), partial(gradcam, layer=last_features(other, images))
 
 
 METHODS: dict[str, Method] = {

@@ -6,18 +6,20 @@ Runs on any number of workers: each takes its part of the split and of the grids
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from pipelines import models
-from pipelines.attribution import Explainer, attribute_many, explain, explainers, last_features
-from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
+from pipelines.attribution import Explainer, attribute_many, explain, explain_pairs, explainers, last_features
+from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loader import NO_GROUP, loader
 from pipelines.data.sample import DataError
 from pipelines.data.transforms import eval_transform
@@ -50,6 +52,7 @@ from pipelines.params import DataParams, EvaluateParams
 from pipelines.training.distributed import Context, gather, to_device
 
 Batch = dict[str, Any]
+BOX_SIZES = {"small": (0.0, 0.1), "medium": (0.1, 0.3), "large": (0.3, 1.0)}  # share of the image: above, up to
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,9 @@ def evaluate(
     mine = batches(rank=context.rank, world_size=context.world_size)
     for batch in mine:
         batch = to_device(batch, context.device)
-        logits = {}
-        for name, subject in subjects.items():
-            logits[name] = _predict(subject.model, batch["image"])
+        logits = {name: scores[name].update(batch) for name in subjects}
+        for name in subjects:
             accuracy[name].update(logits[name], _wanted(batch))
-            scores[name].update(batch)
         for name, following in follows.items():
             following.update(batch["image"], logits[name], logits[str(teacher)])
         groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
@@ -123,6 +124,7 @@ def evaluate(
     results: dict[str, Any] = {
         name: {
             **_floats(accuracy[name].compute()),
+            **_average_precision(predictions, name),
             **_group_accuracies(predictions, name),
             **(follows[name].compute() if name in follows else {}),
             "explanations": scores[name].compute(context),
@@ -168,61 +170,88 @@ class _Scores:
         self.metrics: dict[str, dict[str, Metric]] = {name: {} for name in subject.explanations}
         self.device = device
 
-    def update(self, batch: Batch) -> None:
-        """Adds every (image, class) pair of a batch."""
-        rows, targets = _pairs(batch)
-        images = add_inverse(batch["image"][rows])
-        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else None
+    def update(self, batch: Batch) -> Tensor:
+        """Adds every (image, class) pair of a batch; returns the model's logits (N, K)."""
+        images, present = add_inverse(batch["image"]), _present(batch, len(self.subject.spec.classes))
+        rows, targets = present.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
+        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else None
         by_box = None if boxes is None else box_masks(boxes, targets, size)
         by_object = None if boxes is None or "mask" not in batch else object_masks(batch["mask"][rows], boxes, targets)
-        for name, maps in self._maps(images, targets):
-            add = partial(self._add, name)
+        for name, options in self.subject.explanations.items():
+            logits, maps, *sums = explain_pairs(partial(self._explain, options), images, present)
+            for key, each in zip(self._completeness(options), sums, strict=True):
+                bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
+                self._metric(name, key).update(logits[rows, targets], bias, each)
             if by_box is not None:
-                epg, undefined = energy_pointing_game(maps, by_box), without_energy(maps)
-                add("epg", epg, undefined)
-                add("size_corrected_epg", size_corrected(epg, area_share(by_box)), undefined)
-                add("iou", attribution_iou(maps, by_box), without_union(maps, by_box))
+                self._add_boxes(name, maps, by_box)
             if by_object is not None:
-                add("on_object_epg", energy_pointing_game(maps, by_object), without_energy(maps))
+                shown = by_object.flatten(1).any(1)
+                self._add(name, "on_object_epg", energy_pointing_game(maps, by_object)[shown], without_energy(maps)[shown])
+        return logits
 
     def compute(self, context: Context) -> dict[str, dict[str, float]]:
-        """For each explanation the means over all workers, and how many pairs were undefined."""
+        """For each explanation the means over all workers, and how many pairs were undefined; by size of the boxes too.
+
+        `pairs_without_box` counts pairs of an image and a class that has no box there, or none that covers a pixel.
+        """
         found: dict[str, dict[str, float]] = {}
         for name, metrics in self.metrics.items():
             found[name] = {}
             for key in sorted(set().union(*gather(list(metrics), context))):  # a worker may have had no image
-                metric = metrics.setdefault(key, _metric(key).to(self.device))
-                value = metric.compute()
-                found[name][key] = float(value["mean"] if isinstance(value, dict) else value)
-                if isinstance(value, dict):
-                    found[name][f"{key}_undefined"] = int(value["undefined"])
+                value = self._metric(name, key).compute()
+                if key == "located":
+                    found[name]["pairs_without_box"] = int(value["undefined"])
+                elif isinstance(value, dict):
+                    found[name] |= {key: float(value["mean"]), f"{key}_undefined": int(value["undefined"])}
+                    if key.startswith("epg"):
+                        found[name][f"{key.replace('epg', 'pairs')}"] = int(value["count"])
+                else:
+                    found[name][key] = float(value)
         return found
 
-    def _maps(self, images: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each explanation's maps (N, H, W); what they leave unexplained is measured on the way."""
-        model, mean = self.subject.model, self.subject.model.mean[:, None, None]  # type: ignore[index]
-        rows = range(len(targets))
-        for name, options in self.subject.explanations.items():
-            if self.subject.spec.kind == "bcos":
-                logits, weights = dynamic_weights(model, images, targets)
-                maps = contribution_map(images, weights)
-                centered = contribution_map(images - mean, weights)
-                self._unexplained(name, "unexplained_share_as_published", logits[rows, targets], maps)
-                self._unexplained(name, "unexplained_share", logits[rows, targets], centered)
-            else:
-                logits, maps = explain(model, images, targets[:, None], **options)
-                maps = maps[:, 0]
-                if options["method"] != "gradcam":  # whose unit is not the logit's
-                    self._unexplained(name, "unexplained_share", logits[rows, targets], maps)
-            yield name, maps
+    def _explain(self, options: dict[str, Any], images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Logits (n, K), maps (n, T, H, W), and for each of `_completeness` the sum over its map's pixels (n, T)."""
+        model = self.subject.model
+        if self.subject.spec.kind == "bcos":
+            logits, weights_NTCHW = dynamic_weights(model, images, targets)
+            maps = (images[:, None] * weights_NTCHW).sum(2)
+            baseline = (model.mean[:, None, None] * weights_NTCHW).double().sum((2, 3, 4))  # type: ignore[index]
+            whole = maps.double().sum((2, 3))
+            return logits, maps, whole, whole - baseline
+        logits, maps = explain(model, images, targets, **options)
+        return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(options))
+
+    def _completeness(self, options: dict[str, Any]) -> tuple[str, ...]:
+        """What is measured of how the map sums to the logit; of GradCAM, whose unit is another, nothing."""
+        if self.subject.spec.kind == "bcos":
+            return ("unexplained_share_as_published", "unexplained_share")
+        return () if options["method"] == "gradcam" else ("unexplained_share",)
+
+    def _add_boxes(self, name: str, maps: Tensor, masks: Tensor) -> None:
+        """Scores of maps (P, H, W) against boxes, overall and by the share of the image that the boxes of a pair cover."""
+        shares = area_share(masks)
+        located = shares > 0
+        self._add(name, "located", located.float(), ~located)
+        epg, without, iou = energy_pointing_game(maps, masks), without_energy(maps), attribution_iou(maps, masks)
+        empty = without_union(maps, masks)
+        self._add(name, "epg", epg[located], without[located])
+        self._add(name, "size_corrected_epg", size_corrected(epg, shares)[located], without[located])
+        self._add(name, "iou", iou[located], empty[located])
+        for size, (least, most) in BOX_SIZES.items():
+            chosen = located & (shares > least) & (shares <= most)
+            if chosen.any():
+                self._add(name, f"epg_{size}", epg[chosen], without[chosen])
+                self._add(name, f"iou_{size}", iou[chosen], empty[chosen])
 
     def _add(self, name: str, key: str, values: Tensor, undefined: Tensor) -> None:
-        self.metrics[name].setdefault(key, _metric(key).to(self.device)).update(values, undefined)
+        self._metric(name, key).update(values, undefined)
 
-    def _unexplained(self, name: str, key: str, logits: Tensor, maps: Tensor) -> None:
-        bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
-        self.metrics[name].setdefault(key, _metric(key).to(self.device)).update(logits, bias, maps)
+    def _metric(self, name: str, key: str) -> Metric:
+        make = UnexplainedShare if key.startswith("unexplained_share") else LocalisationMetric
+        if key not in self.metrics[name]:
+            self.metrics[name][key] = make().to(self.device)
+        return self.metrics[name][key]
 
 
 class _Following:
@@ -271,21 +300,19 @@ def _group_accuracies(predictions: Predictions, name: str) -> dict[str, float]:
     return found
 
 
-def _metric(key: str) -> Metric:
-    return UnexplainedShare() if key.startswith("unexplained_share") else LocalisationMetric()
+def _average_precision(predictions: Predictions, name: str) -> dict[str, float]:
+    """Of one model, where images have several labels: `mean_average_precision` over the classes that are in any image."""
+    if predictions.labels.ndim == 1:
+        return {}
+    seen = predictions.labels.any(0)
+    scores, labels = predictions.logits[name][:, seen].sigmoid(), predictions.labels[:, seen]
+    each = multilabel_average_precision(scores, labels, num_labels=int(seen.sum()), average="macro", validate_args=False)
+    return {"mean_average_precision": float(each)}
 
 
-def _pairs(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The (image, class) pairs of a batch: indices of images (P,), classes (P,)."""
-    if "label" in batch:
-        return torch.arange(len(batch["label"]), device=batch["label"].device), batch["label"]
-    rows, targets = batch["labels"].nonzero(as_tuple=True)
-    return rows, targets
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    return model(add_inverse(images))
+def _present(batch: Batch, classes: int) -> Tensor:
+    """Which classes are in each image: (N, K) of bool."""
+    return F.one_hot(batch["label"], classes).bool() if "label" in batch else batch["labels"].bool()
 
 
 def _accuracy(spec: ModelSpec) -> Any:

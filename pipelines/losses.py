@@ -60,6 +60,18 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     return 1 - inside / torch.where(total < TINY, 1.0, total)
 
 
+def size_corrected_energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
+    """The energy loss divided by what of the image lies outside the mask: (N,) >= 0, 1 for a uniform map whatever the mask.
+
+    It is 1 - (EPG - share)/(1 - share), so that a large box, in which much of any map lies, is no excuse. Where the mask covers
+    the whole image, 0.
+
+    Source: after Sauter et al., 2024, who find that the energy loss favours large boxes and add a term against it.
+    """
+    outside = 1 - masks.to(attributions.dtype).mean((1, 2))
+    return torch.where(outside < TINY, 0.0, energy_loss(attributions, masks) / outside.clamp_min(TINY))
+
+
 def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """Mean |A⁺/max A⁺ - M| over the mask's pixels: (N,) in [0, 1] (Rao et al., ICCV 2023, eq. 5)."""
     masks = masks.to(attributions.dtype)

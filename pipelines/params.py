@@ -180,6 +180,16 @@ class OptimiserParams(Strict):
         """Epochs after which the network is the one that is wanted: none before counts as the best."""
         return 0
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The metrics that decide which epochs are kept: one has a best epoch, several a Pareto front."""
+        return (self.select,)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Metrics that must not fall below a value: training stops there, and such an epoch is not the best."""
+        return {}
+
 
 class PretrainParams(OptimiserParams):
     """The conventional model. `epochs: 0` takes the pretrained weights as they come."""
@@ -293,6 +303,51 @@ class DistillParams(Strict):
     e2kd: DistillationParams
 
 
+class GuidanceParams(OptimiserParams):
+    """The loss of Rao et al. 2023, and its training, on the classifier of the stage `classify`."""
+
+    select: Literal["f1", "epg", "iou", "knee"] = (
+        "knee"  # of the Pareto front of these three on `val`, the best of one; or its knee
+    )
+    loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
+    localisation_weight: NonNegativeFloat = 1e-3  # λ, of the sum of the loss over the images of an effective batch
+    attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
+    layer: str | None = None  # name of a module whose output is explained; none: the input, for gradcam the last features
+    annotated: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # share of the training images whose boxes are used
+    annotated_seed: int = 0  # draws which ones
+    dilation: NonNegativeFloat = 0.0  # by which each side of a box moves out, of the box's width or height
+    f1_floor: Fraction = 0.0  # of val; below it training stops
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Those of the Pareto front."""
+        return ("val/f1", "val/epg", "val/iou")
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """That of F1."""
+        return {"val/f1": self.f1_floor}
+
+    @model_validator(mode="after")
+    def _boxes_follow(self) -> GuidanceParams:
+        if self.mixup > 0:
+            raise ValueError("mixup: boxes are of single images, which cannot be mixed: set it to 0")
+        if self.attribution == "integrated_gradients" and self.layer is not None:
+            raise ValueError("layer: integrated gradients explain the input alone: set it to null")
+        return self
+
+
+class GuideParams(Strict):
+    """A classifier of what is in an image, from a backbone with a new head, and then its guidance by boxes."""
+
+    dataset: str  # of `datasets`; it needs boxes
+    data: DataParams
+    backbone: str  # folder of a model, or `models:/name@alias` in the registry
+    splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]  # that both classifiers are evaluated on
+    classify: OptimiserParams
+    guided: GuidanceParams
+
+
 class PublishedParams(Strict):
     """A published B-cos network, trained on ImageNet."""
 
@@ -337,8 +392,13 @@ class Params(Strict):
     pretrain: PretrainParams
     bcosify: BcosifyParams
     distill: DistillParams
+    guide: GuideParams
     evaluate: EvaluateParams
     tracking: TrackingParams
+
+    def for_guide(self) -> Params:
+        """These params with the data of `guide` in the place of the run's."""
+        return self.model_copy(update={"dataset": self.guide.dataset, "data": self.guide.data})
 
     @model_validator(mode="after")
     def _stored_maps_follow(self) -> Params:
@@ -349,8 +409,9 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _dataset_exists(self) -> Params:
-        if self.dataset not in self.datasets:
-            raise ValueError(f"dataset: {self.dataset!r} is not in datasets (it has {', '.join(sorted(self.datasets))})")
+        for key, name in (("dataset", self.dataset), ("guide.dataset", self.guide.dataset)):
+            if name not in self.datasets:
+                raise ValueError(f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))})")
         return self
 
 

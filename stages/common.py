@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipelines.data.sample import DataError
 from pipelines.data.stored import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
-from pipelines.training import Job, TrainingError, run_directory, train
+from pipelines.training import Job, Result, TrainingError, run_directory, train
 
 REPORTS = Path("reports")
 FOR_THE_USER = (
@@ -52,6 +53,13 @@ def stage() -> Iterator[Params]:
         yield load()
     except FOR_THE_USER as error:
         sys.exit(str(error))
+
+
+def bring(source: str, out: Path) -> None:
+    """Leaves the model at `source`, a folder, a file in one, or `models:/name@alias` in the registry, in the folder `out`."""
+    if not source.startswith("models:/"):
+        source = str(Path(source).parent if Path(source).is_file() else source)
+    models.save(out, *tracking.load(source))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -121,6 +129,7 @@ def train_stage(
     model: ModelParams | None = None,
     subset: Subset | None = None,
     explanations: str | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
 
@@ -131,15 +140,18 @@ def train_stage(
         build: makes the method, in every worker.
         spec: of the trained model.
         upstream: models of earlier stages that `build` starts from.
-        model: the network that is trained, where it is not that of the params.
+        model: which weights are trained, where they are not those of `upstream`.
         subset: the training images to take, where it is not all of them; `models/<name>/subset.json` lists them.
         explanations: root of stored explanations of the training images.
+        notes: file name -> what else it was trained on, as JSON; goes beside the model.
     """
     computation = params.training.model_dump(include=COMPUTATION)
-    taken = None if subset is None else subset.to_json()
+    notes = dict(notes or {}) | ({} if subset is None else {"subset.json": subset.to_json()})
     index = None if explanations is None else Path(explanations, INDEX).read_text()
-    more = [item for item in (taken, index) if item is not None]
-    settings = (params.seed, params.data, located(model or params.model), optim, computation, *more)
+    start = None if model is None else located(model)
+    # Of a Pareto front another point can be chosen without training again.
+    chosen = optim.model_dump(mode="json", exclude={"select"} if len(optim.objectives) > 1 else None)
+    settings = (params.seed, params.data, asdict(spec), start, chosen, computation, notes, index)
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,
@@ -158,18 +170,27 @@ def train_stage(
         module = build().module
         result.load_best(module)
         models.save(Path("models", name), module, spec)
-        report(name, result.history, result.best)
-        if taken is not None:
-            write_json(Path("models", name, "subset.json"), taken)
-            run.artifact(Path("models", name, "subset.json"), "model")
+        report(name, result, optim.objectives)
+        for file, content in notes.items():
+            write_json(Path("models", name, file), content)
+            run.artifact(Path("models", name, file), "model")
         run.history(result.history)
         run.model(Path("models", name))
 
 
-def report(name: str, history: list[Any], best: Any) -> None:
-    """Writes `reports/<name>/metrics.json` (of the best epoch) and `history.json` (all epochs, for plots)."""
-    write_json(REPORTS / name / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
-    write_json(REPORTS / name / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in history])
+def report(name: str, result: Result, objectives: Sequence[str]) -> None:
+    """Writes `reports/<name>/metrics.json` (of the best epoch) and `history.json` (all epochs, for plots).
+
+    Of several objectives, `front.json` lists the epochs of their Pareto front, where their checkpoints are, and which was chosen.
+    """
+    best, folder = result.best, REPORTS / name
+    write_json(folder / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
+    write_json(folder / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in result.history])
+    if len(objectives) > 1:
+        of = {row["epoch"]: {objective: row["metrics"][objective] for objective in objectives} for row in result.kept}
+        steps = {row["epoch"]: f"{result.directory}/checkpoints/step-{row['step']:08d}" for row in result.kept}
+        front = [{"epoch": epoch, **of[epoch], "checkpoint": steps[epoch], "chosen": epoch == best["epoch"]} for epoch in of]
+        write_json(folder / "front.json", front)
 
 
 def code_digest() -> str:

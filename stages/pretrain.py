@@ -13,7 +13,7 @@ def main() -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="conventional")
         build = partial(build_pretrain, located(params.model), spec, params.pretrain, params.seed)
-        train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec)
+        train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec, model=params.model)
 
 
 if __name__ == "__main__":

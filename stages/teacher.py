@@ -2,19 +2,13 @@
 
 from pathlib import Path
 
-from pipelines import models, tracking
-from stages.common import stage
-
-OUT = Path("models/teacher")
+from stages.common import bring, stage
 
 
 def main() -> None:
-    """Brings the teacher of the params: from a folder (or a file in one), or from the registry; anew where an alias moved."""
+    """Brings the teacher of the params; anew where an alias in the registry moved."""
     with stage() as params:
-        source = params.distill.teacher
-        if not source.startswith("models:/"):
-            source = str(Path(source).parent if Path(source).is_file() else source)
-        models.save(OUT, *tracking.load(source))
+        bring(params.distill.teacher, Path("models/teacher"))
 
 
 if __name__ == "__main__":

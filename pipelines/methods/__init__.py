@@ -3,6 +3,7 @@
 from pipelines.methods.base import Batch, Classification, Method
 from pipelines.methods.bcosification import Bcosification, build_bcosification
 from pipelines.methods.e2kd import E2KD, build_e2kd, check_pair
+from pipelines.methods.guidance import Guidance, ObjectClassification, build_classifier, build_guidance, classifier_spec
 from pipelines.methods.pretrain import Pretrain, build_pretrain
 
 __all__ = [
@@ -10,10 +11,15 @@ __all__ = [
     "Batch",
     "Bcosification",
     "Classification",
+    "Guidance",
     "Method",
+    "ObjectClassification",
     "Pretrain",
     "build_bcosification",
+    "build_classifier",
     "build_e2kd",
+    "build_guidance",
     "build_pretrain",
     "check_pair",
+    "classifier_spec",
 ]

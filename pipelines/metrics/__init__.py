@@ -21,7 +21,9 @@ from pipelines.metrics.grid import (
     tile,
 )
 from pipelines.metrics.localisation import (
+    IoU,
     LocalisationMetric,
+    PointingGame,
     area_share,
     attribution_iou,
     box_masks,
@@ -37,7 +39,9 @@ __all__ = [
     "CalibrationError",
     "Grid",
     "GroupAccuracy",
+    "IoU",
     "LocalisationMetric",
+    "PointingGame",
     "UnexplainedShare",
     "agreement",
     "area_share",

@@ -154,6 +154,30 @@ class LocalisationMetric(Metric):
         return {"mean": self.total / self.count, "count": self.count, "undefined": self.undefined}
 
 
+class PointingGame(LocalisationMetric):
+    """Mean EPG: `update(attributions (N, H, W), masks (N, H, W))`; `compute()` gives a scalar, NaN without any map."""
+
+    def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
+        """Adds the scores of N maps."""
+        super().update(energy_pointing_game(attributions, masks), without_energy(attributions))
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """In [0, 1]."""
+        return super().compute()["mean"]
+
+
+class IoU(LocalisationMetric):
+    """Mean IoU of binarised maps: as `PointingGame`."""
+
+    def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
+        """Adds the scores of N maps."""
+        super().update(attribution_iou(attributions, masks), without_union(attributions, masks))
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """In [0, 1]."""
+        return super().compute()["mean"]
+
+
 def _same_shape(attributions: Tensor, masks: Tensor) -> None:
     if attributions.shape != masks.shape:
         raise ValueError(f"attributions {tuple(attributions.shape)} and masks {tuple(masks.shape)} differ in shape")

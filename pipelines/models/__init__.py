@@ -2,7 +2,7 @@
 
 from pipelines.models import rules as _rules  # noqa: F401  (registers)
 from pipelines.models.published import load_published
-from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, read_spec, save
+from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, load_backbone, read_spec, save
 from pipelines.models.weights import WeightsError
 from pipelines.models.zoo import ModelError, build
 
@@ -15,6 +15,7 @@ __all__ = [
     "build",
     "digest",
     "load",
+    "load_backbone",
     "load_published",
     "read_spec",
     "save",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor, nn
 
-from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, bcosify
+from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
@@ -85,6 +85,25 @@ def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
     model = assemble(spec)
     load_strictly(model, read_state_dict(str(directory / WEIGHTS)), str(directory))
     return model.eval(), spec
+
+
+def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
+    """The model that `spec` describes, with the weights of the model in `directory` for all but its classifier.
+
+    The classifier, the last linear layer, keeps the random weights that it is made with.
+
+    Raises:
+        FileNotFoundError: no model there.
+        WeightsError: the weights are not of such a model.
+    """
+    read_spec(directory)
+    model = assemble(spec)
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)][-1]
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
+    state = read_state_dict(str(Path(directory) / WEIGHTS))
+    kept = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    load_strictly(model, kept | own, str(directory))
+    return model
 
 
 def read_spec(directory: str | Path) -> ModelSpec:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -15,7 +15,7 @@ import fsspec
 from torch import nn
 
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
-from pipelines.training import checkpoints
+from pipelines.training import checkpoints, pareto
 
 
 class TrainingError(RuntimeError):
@@ -103,6 +103,8 @@ class Result:
     history: list[EpochRecord]
     best: EpochRecord
     """The record of the epoch that `optim.select` prefers."""
+    kept: list[EpochRecord]
+    """Those whose checkpoints were kept, the best among them: where there are several objectives their Pareto front."""
 
     def load_best(self, module: nn.Module) -> None:
         """Loads the best epoch's weights into `module`; every key must match."""
@@ -113,37 +115,61 @@ class Result:
         module.load_state_dict(checkpoints.load(self.directory, self.history[-1]["step"])["model"])
 
 
-def best_record(history: list[EpochRecord], select: str, settled: int = 0) -> EpochRecord:
-    """The first record with the best `select`: the highest, or the lowest where the name contains `loss`.
-
-    Of epochs that were validated, once there is one. Epochs before `settled` (a scheduled B is not yet what it shall be) count
-    only as long as there are no others.
+def best_record(history: list[EpochRecord], optim: OptimiserParams) -> EpochRecord:
+    """The record that `optim` prefers: of `kept_records` the first one with the best `select`, or where that is `knee` the knee.
 
     Raises:
         TrainingError: a record has no such metric.
     """
-    sign = -1.0 if "loss" in select else 1.0
+    kept = kept_records(history, optim)
+    if optim.select == "knee":
+        return kept[pareto.knee([_point(record, optim.objectives) for record in kept])]
+    name = next((name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select)
+    return max(kept, key=lambda record: _point(record, (name,)))
 
-    def score(record: EpochRecord) -> float:
-        value = sign * record["metrics"][select]
-        return -math.inf if math.isnan(value) else value
 
+def kept_records(history: list[EpochRecord], optim: OptimiserParams) -> list[EpochRecord]:
+    """The records whose checkpoints are worth keeping: the best by `optim.objectives`; of several the Pareto front.
+
+    Of epochs that were validated, once there is one. Epochs before `optim.settled` (a scheduled B is not yet what it shall be)
+    or below a floor count only as long as there are no others. A metric is the better the higher, or the lower where its name
+    contains `loss`.
+
+    Raises:
+        TrainingError: a record has no such metric.
+    """
     validated = [record for record in history if any(name.startswith("val/") for name in record["metrics"])]
     if not validated:
-        return history[-1]
-    for record in validated:
-        if select not in record["metrics"]:
-            raise TrainingError(f"optim.select: no metric {select!r}; there are {', '.join(sorted(record['metrics']))}")
-    return max([record for record in validated if record["epoch"] >= settled] or validated, key=score)
+        return history[-1:]
+    wanted = [record for record in validated if record["epoch"] >= optim.settled and not _below_floor(record, optim)]
+    candidates = wanted or validated
+    points = [_point(record, optim.objectives) for record in candidates]
+    if len(optim.objectives) == 1:
+        return [max(zip(candidates, points, strict=True), key=lambda pair: pair[1])[0]]
+    return [candidates[index] for index in pareto.front(points)]
+
+
+def _point(record: EpochRecord, names: Sequence[str]) -> tuple[float, ...]:
+    """The record's metrics of these names, the higher the better."""
+    metrics = record["metrics"]
+    for name in names:
+        if name not in metrics:
+            raise TrainingError(f"optim.select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
+    values = (-metrics[name] if "loss" in name else metrics[name] for name in names)
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+
+def _below_floor(record: EpochRecord, optim: OptimiserParams) -> bool:
+    return any(record["metrics"].get(name, math.inf) < floor for name, floor in optim.floors.items())
 
 
 def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
-    """Whether a run with this history has nothing left to train: all epochs done, or its patience at an end."""
+    """Whether a run with this history has nothing left to train: all epochs done, its patience at an end, or below a floor."""
     if not history:
         return False
-    if history[-1]["epoch"] >= optim.epochs:
+    if history[-1]["epoch"] >= optim.epochs or _below_floor(history[-1], optim):
         return True
-    best = best_record(history, optim.select, optim.settled)["epoch"]
+    best = best_record(history, optim)["epoch"]
     return optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
 
 

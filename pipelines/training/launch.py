@@ -17,7 +17,7 @@ import torch
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
 from pipelines.training.distributed import Context, cpu_count, use_threads
-from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished
+from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished, kept_records
 from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
@@ -49,7 +49,7 @@ def train(job: Job) -> Result:
         history = summary["history"]
     else:
         history = launch(fit, job, training=job.training)
-    return Result(job.directory, history, best_record(history, job.optim.select, job.optim.settled))
+    return Result(job.directory, history, best_record(history, job.optim), kept_records(history, job.optim))
 
 
 def check_batch_size(batch_size: int, training: TrainingParams) -> None:

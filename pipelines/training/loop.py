@@ -27,7 +27,7 @@ from pipelines.training.distributed import (
     wrap,
 )
 from pipelines.training.evaluation import evaluate_split
-from pipelines.training.job import EpochRecord, Job, TrainingError, best_record, is_finished
+from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
 from pipelines.training.objective import build_objective
 from pipelines.training.optim import clip_gradients, optimiser, set_rate
 from pipelines.training.progress import EpochProgress, epoch_line
@@ -112,10 +112,11 @@ def set_up(context: Context, job: Job) -> Run:
 
 
 def check_selection(job: Job, method: Any) -> None:
-    """Raises `TrainingError` where `optim.select` names an evaluation metric that the method does not have."""
+    """Raises `TrainingError` where an objective is an evaluation metric that the method does not have."""
     names = [f"val/{name}" for name in method.metrics()]
-    if job.optim.select.startswith("val/") and job.optim.select not in names:
-        raise TrainingError(f"optim.select: no metric {job.optim.select!r}; there are {', '.join(names)}")
+    for objective in job.optim.objectives:
+        if objective.startswith("val/") and objective not in names:
+            raise TrainingError(f"optim.select: no metric {objective!r}; there are {', '.join(names)}")
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:
@@ -308,7 +309,7 @@ def save(run: Run) -> None:
     if run.context.rank != 0:
         return
     optim = run.job.optim
-    keep = {best_record(run.history, optim.select, optim.settled)["step"]} if run.history else set()
+    keep = {record["step"] for record in kept_records(run.history, optim)} if run.history else set()
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
     summary = {"epoch": run.epoch, "batches": run.batches, "history": run.history}
     with full_disk_explained(run):

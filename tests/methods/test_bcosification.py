@@ -247,9 +247,10 @@ def test_no_epoch_before_the_end_of_the_schedule_is_the_best(tmp_path: Path) -> 
         record["metrics"]["loss of b"] = record["metrics"]["train/b_mean"]
     from pipelines.training import best_record
 
-    assert best_record(history, "loss of b")["epoch"] == 1
-    assert best_record(history, "loss of b", optim.settled)["epoch"] == 3
-    assert best_record(history[:2], "loss of b", optim.settled)["epoch"] == 1
+    by_loss = optim.model_copy(update={"select": "loss of b"})
+    assert best_record(history, by_loss.model_copy(update={"b_epochs": 1}))["epoch"] == 1
+    assert best_record(history, by_loss)["epoch"] == 3
+    assert best_record(history[:2], by_loss)["epoch"] == 1
 
 
 # Mixup ----------------------------------------------------------------------------------------------------------------

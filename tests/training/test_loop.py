@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import ToyMethod, accident, identical, toy_job, weights
 
+from pipelines.params import OptimiserParams
 from pipelines.training import EpochRecord, TrainingError, checkpoints, train
 from pipelines.training.job import best_record, is_finished
 
@@ -69,6 +70,10 @@ def scripted(values: Any) -> Any:
     return Scripted
 
 
+def chosen_by(select: str) -> OptimiserParams:
+    return OptimiserParams(epochs=9, batch_size=4, lr=0.1, select=select)
+
+
 def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -> None:
     history = [
         record(1, accuracy=0.5, loss=2.0),
@@ -76,10 +81,10 @@ def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -
         record(3, accuracy=0.7, loss=1.5),
         record(4, accuracy=float("nan"), loss=float("nan")),
     ]
-    assert best_record(history, "val/accuracy")["epoch"] == 2
-    assert best_record(history, "val/loss")["epoch"] == 2
+    assert best_record(history, chosen_by("val/accuracy"))["epoch"] == 2
+    assert best_record(history, chosen_by("val/loss"))["epoch"] == 2
     with pytest.raises(TrainingError, match="no metric 'val/f1'; there are val/accuracy, val/loss"):
-        best_record(history, "val/f1")
+        best_record(history, chosen_by("val/f1"))
 
 
 def test_patience_counts_epochs_since_the_best(tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Model guidance: a classifier of the objects in an image, trained to put its explanation on them, from boxes.
+
+Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from pipelines import models
+from pipelines.attribution import explain, explain_one, explain_pairs, last_features
+from pipelines.bcos import add_inverse, check_held
+from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
+from pipelines.methods.base import Batch, Classification
+from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics
+from pipelines.models import ModelError, ModelSpec
+
+if TYPE_CHECKING:
+    from pipelines.params import GuidanceParams
+
+LOCALISATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "energy": energy_loss,
+    "l1": l1_loss,
+    "rrr": rrr_loss,
+    "ppce": ppce_loss,
+    "size_corrected_energy": size_corrected_energy_loss,
+}
+
+
+class ObjectClassification(Classification):
+    """Binary cross-entropy, each class a decision of its own, also where an image has one label: the phase before guidance."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        """(N, K) of {0, 1}."""
+        targets = super().targets(batch)
+        return targets if targets.ndim == 2 else F.one_hot(targets, self.num_classes).float()
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` of a prepared batch."""
+        return {"loss": F.binary_cross_entropy_with_logits(model(batch["image"]), batch["target"])}
+
+    def metrics(self) -> Any:
+        """`f1`, `precision`, `recall` at logit 0, and for one label an image `accuracy`."""
+        kinds: dict[str, Metric | MetricCollection] = dict(multilabel_metrics(self.num_classes).items())
+        if self.task == "multiclass":
+            kinds["accuracy"] = _Top1(self.num_classes, average="micro", validate_args=False)
+        return MetricCollection(kinds, compute_groups=False)
+
+
+class _Top1(MulticlassAccuracy):
+    """Accuracy, of labels (N, K) of which one is 1."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds, target.argmax(1))
+
+
+class Guidance(ObjectClassification):
+    """BCE(logits, labels) + λ·Σ_i L_loc(A_i, M_i) (eq. 1 and 2).
+
+    A_i is the attribution of image i for one class, drawn uniformly from its labels at each step; M_i the union of this class's
+    boxes. Images without labels, or without a box of the class, have no L_loc. The sum goes over the images of an effective
+    batch, over all workers and parts, as it does where λ was published.
+
+    Args:
+        module, task, num_classes: as in `Classification`.
+        params: the losses and the attribution.
+        annotated: keys of the training images whose boxes are used; none: all of them.
+    """
+
+    def __init__(
+        self, module: nn.Module, task: str, num_classes: int, params: GuidanceParams, annotated: Iterable[str] | None = None
+    ) -> None:
+        super().__init__(module, task, num_classes)
+        self.params = params
+        self.annotated = None if annotated is None else frozenset(annotated)
+        self.attribution: dict[str, Any] = {"method": params.attribution, "layer": params.layer}
+
+    def prepare(self, batch: Batch) -> dict[str, Tensor]:
+        """`image`, `target` (N, K); where any image is guided `class` (N,), drawn from its labels, and `mask` (N, H, W)."""
+        made = super().prepare(batch)
+        if self.params.localisation_weight == 0:
+            return made
+        size, labelled = (batch["image"].shape[-2], batch["image"].shape[-1]), made["target"].any(1).tolist()
+        used = [
+            known and (self.annotated is None or key in self.annotated) for known, key in zip(labelled, batch["key"], strict=True)
+        ]
+        boxes = [each if kept else each[:0] for kept, each in zip(used, batch["boxes"], strict=True)]
+        drawn = draw_classes(made["target"])
+        masks = box_masks([dilated(each, self.params.dilation, size) for each in boxes], drawn, size)
+        return {**made, "class": drawn, "mask": masks} if bool(masks.any()) else made
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`, and its parts: `classification`, and in a step with guided images `localisation`, the mean over all images."""
+        if "mask" not in batch:
+            classification = super().loss(model, batch)["loss"]
+            return {"loss": classification, "classification": classification}
+        images, masks = batch["image"], batch["mask"]
+        logits, maps = explain_one(model, images, batch["class"], create_graph=True, resize=False, **self.attribution)
+        each = LOCALISATION[self.params.loss](maps.float(), masks)
+        localisation = torch.where(masks.flatten(1).any(1), each, 0.0).mean()
+        classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
+        weight = self.params.localisation_weight * self.params.batch_size  # the mean times the batch size is the sum
+        return {"loss": classification + weight * localisation, "classification": classification, "localisation": localisation}
+
+    def metrics(self) -> Any:
+        """Those of classification, and `epg`, `iou` of the pairs of an image and a class that has a box."""
+        kinds: dict[str, Metric | MetricCollection] = dict(super().metrics().items())
+        return MetricCollection(kinds | {"epg": PointingGame(), "iou": IoU()}, compute_groups=False)
+
+    def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+        """Takes an evaluation batch into `metrics`."""
+        targets = self.targets(batch)
+        images, present = add_inverse(batch["image"]), targets.bool()
+        logits, maps = explain_pairs(partial(explain, model, **self.attribution), images, present)
+        rows, classes = present.nonzero(as_tuple=True)
+        masks = box_masks([batch["boxes"][row] for row in rows.tolist()], classes, (maps.shape[-2], maps.shape[-1]))
+        located = masks.flatten(1).any(1)
+        metrics.update(preds=logits, target=targets.long(), attributions=maps[located].float(), masks=masks[located])
+
+
+def draw_classes(targets: Tensor) -> Tensor:
+    """A class of each image, drawn uniformly from its labels (without any, from all classes): (N, K) of {0, 1} -> (N,).
+
+    The draw is that of torch's generator.
+    """
+    labelled = targets.sum(1, keepdim=True) > 0
+    return torch.multinomial(torch.where(labelled, targets, 1.0), 1)[:, 0]
+
+
+def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:
+    """Boxes (n, 5) [class, xmin, ymin, xmax, ymax] whose sides move out by int(share·width or height), clipped to (H, W)."""
+    height, width = size
+    label, xmin, ymin, xmax, ymax = boxes.unbind(1)
+    by_x, by_y = ((xmax - xmin) * share).floor(), ((ymax - ymin) * share).floor()
+    least, most = [(xmin - by_x).clamp_min(0), (ymin - by_y).clamp_min(0)], [xmax + by_x, ymax + by_y]
+    return torch.stack([label, *least, most[0].clamp_max(width), most[1].clamp_max(height)], dim=1)
+
+
+def classifier_spec(backbone: Path, classes: Sequence[str], task: str, image_size: int) -> ModelSpec:
+    """The spec of a classifier of other classes on the model in the folder `backbone`: its network, its design.
+
+    A B-cos network keeps the logit bias that it was trained with (Rao et al. keep ImageNet's).
+    """
+    model, spec = models.load(backbone)
+    design = {**spec.design, "logit_bias": float(model.logit_bias)} if spec.kind == "bcos" else spec.design  # type: ignore[arg-type]
+    return replace(spec, classes=tuple(classes), task=task, image_size=image_size, design=design)  # type: ignore[arg-type]
+
+
+def build_classifier(spec: ModelSpec, backbone: Path, seed: int) -> ObjectClassification:
+    """Classification before guidance: the network of `spec` with the backbone's weights, and a head drawn by `seed`."""
+    torch.manual_seed(seed)
+    return ObjectClassification(models.load_backbone(backbone, spec), spec.task, len(spec.classes))
+
+
+def build_guidance(classifier: Path, params: GuidanceParams, annotated: Iterable[str] | None = None) -> Guidance:
+    """Guidance of the model in the folder `classifier`.
+
+    Args:
+        classifier: where `models.save` left it.
+        params: of the loss.
+        annotated: keys of the training images whose boxes are used; none: all of them.
+
+    Raises:
+        ModelError: the attribution is not of this kind of model, or there is no such layer (the nearest names are given).
+        ConversionError: a B-cos network has a part that explanation mode would not hold.
+    """
+    module, spec = models.load(classifier)
+    if spec.kind == "conventional" and params.attribution == "bcos":
+        raise ModelError(
+            "guide.guided.attribution: a conventional network has no dynamic weights: choose input_x_gradient, "
+            "integrated_gradients or gradcam"
+        )
+    method = Guidance(module, spec.task, len(spec.classes), params, annotated)
+    probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
+    if spec.kind == "bcos":
+        check_held(module, probe)
+    if params.attribution == "gradcam" and params.layer is None:
+        method.attribution["layer"] = last_features(module, probe)
+    try:
+        explain_one(module, probe, torch.zeros(2, dtype=torch.long), **method.attribution)
+    except ValueError as error:
+        raise ModelError(f"guide.guided.layer: {error}") from None
+    return method

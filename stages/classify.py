@@ -1,0 +1,22 @@
+"""Stage `classify`: a classifier of the data of `guide`, the backbone with a new head, not guided yet, in `models/classify`."""
+
+from functools import partial
+from pathlib import Path
+
+from pipelines.data.manifest import read_manifest
+from pipelines.methods import build_classifier, classifier_spec
+from stages.common import shards_of, stage, train_stage
+
+
+def main() -> None:
+    """Trains the classifier."""
+    with stage() as whole:
+        params, backbone = whole.for_guide(), Path("models/backbone").absolute()
+        manifest = read_manifest(shards_of(params.dataset))
+        spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
+        build = partial(build_classifier, spec, backbone, params.seed)
+        train_stage(params, "classify", optim=params.guide.classify, build=build, spec=spec, upstream=(backbone,))
+
+
+if __name__ == "__main__":
+    main()

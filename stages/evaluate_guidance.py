@@ -1,0 +1,31 @@
+"""Stage `evaluate_guidance`: the classifier before and after guidance; figures and pictures in `reports/evaluate_guidance`."""
+
+from functools import partial
+
+from pipelines.evaluation import evaluate_and_judge
+from pipelines.gallery import draw_gallery
+from pipelines.training import launch
+from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
+from stages.evaluate import in_models
+
+OUT = REPORTS / "evaluate_guidance"
+
+
+def main() -> None:
+    """Evaluates both on the splits of the params; pictures are of the last one."""
+    with stage() as whole:
+        params, directories = whole.for_guide(), in_models({"unguided": "classify", "guided": "guide"})
+        shards, where = shards_of(params.dataset), params.training.model_copy(update={"workers": params.evaluate.workers})
+        settings = (params.data, params.evaluate, params.guide.splits)
+        with stage_run(params, "evaluate_guidance", *settings, upstream=tuple(directories.values())) as (run, _):
+            judge = partial(launch, evaluate_and_judge, directories, shards, params.data, params.evaluate, training=where)
+            found = {split: judge(split) for split in params.guide.splits}
+            metrics = {split: of_split for split, (of_split, _) in found.items()}
+            write_json(OUT / "metrics.json", metrics)
+            run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))
+            right, last = found[params.guide.splits[-1]][1], params.guide.splits[-1]
+            run.pictures(draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate, last))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Stage `guide`: the classifier trained on, with its explanations guided onto the objects by boxes, in `models/guide`."""
+
+from functools import partial
+from pathlib import Path
+
+from pipelines.data.few_shot import annotated_images
+from pipelines.data.manifest import read_manifest
+from pipelines.data.sample import DataError
+from pipelines.methods import build_guidance
+from pipelines.models import read_spec
+from stages.common import shards_of, stage, train_stage
+
+
+def main() -> None:
+    """Guides the classifier."""
+    with stage() as whole:
+        params, classifier = whole.for_guide(), Path("models/classify").absolute()
+        optim, shards = params.guide.guided, shards_of(params.dataset)
+        for split in ("train", "val"):
+            if "boxes" not in read_manifest(shards).fields.get(split, ()):
+                raise DataError(f"guide.dataset: no image of {params.dataset}/{split} has a box: guidance needs some")
+        keys = annotated_images(shards, "train", optim.annotated, optim.annotated_seed) if optim.annotated < 1 else None
+        train_stage(
+            params,
+            "guide",
+            optim=optim,
+            build=partial(build_guidance, classifier, optim, keys),
+            spec=read_spec(classifier),
+            upstream=(classifier,),
+            notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},
+        )
+
+
+if __name__ == "__main__":
+    main()
