@@ -1,4 +1,4 @@
-"""`build(name, weights)`: networks of torchvision and timm by name, the CIFAR ResNets, SimpleViTs and ViT-Cs."""
+"""`build(name, weights)`: networks of torchvision and timm by name, the CIFAR ResNets, X-DNN ResNets, SimpleViTs and ViT-Cs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from pipelines.models.cifar import CifarResNet
+from pipelines.models.fixup import XFIXUPS, XFixupResNet
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
 from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
 
@@ -38,8 +39,8 @@ def build(
 
     Args:
         name: `resnet20` (also `cifar_resnet20`; CIFAR: 8, 14, 20, 32, 44, 56, 110), `simple_vit_s` or `vitc_s` (sizes ti, s, b,
-            l), a torchvision name, a timm name; `torchvision:name` and `timm:name` say which library, where both have it
-            torchvision's is taken.
+            l), `xfixup_resnet50` (X-DNN: 18, 34, 50, 101, 152), a torchvision name, a timm name; `torchvision:name` and
+            `timm:name` say which library, where both have it torchvision's is taken.
         weights: `none` for random ones, a tag of the library (torchvision: `IMAGENET1K_V2`, `DEFAULT`; timm: `pretrained` or the
             tag after the dot), or a local file or URL.
         num_classes: K; where the weights' head has another number, it is replaced by a new one, and the log says so. By
@@ -52,7 +53,7 @@ def build(
         WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
     """
     construct, pretrained = _constructors(name, options or {})
-    of_file = re.search(r"[/\\]|\.(th|pth|pt|safetensors|bin)$|^\w+://", weights)
+    of_file = re.search(r"[/\\]|\.(th|pth|pt|tar|safetensors|bin)$|^\w+://", weights)
     if sha256 is not None and not of_file:
         raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
     try:
@@ -60,7 +61,9 @@ def build(
             return construct(num_classes)
         if of_file:
             return _from_file(construct, weights, sha256, num_classes)
-    except TypeError as error:
+    except (ModelError, WeightsError):
+        raise
+    except (TypeError, ValueError) as error:
         raise ModelError(f"{name} does not take the options {options}: {error}") from None
     try:
         model = pretrained(weights)
@@ -88,6 +91,8 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
         return lambda classes: CifarResNet(depth, classes or 10, **options), _no_tags
     if library == "" and plain in SIMPLE_VITS + VITCS:
         return lambda classes: simple_vit(plain, classes or 1000, **options), _no_tags
+    if library == "" and plain in XFIXUPS:
+        return lambda classes: XFixupResNet(XFIXUPS[plain], classes or 1000, **options), _no_tags
     if library in ("", "torchvision") and plain in torchvision.models.list_models(module=torchvision.models):
         get = torchvision.models.get_model
         return (
@@ -101,7 +106,7 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
         )
     known = (
         [f"resnet{depth}" for depth in CIFAR_DEPTHS]
-        + [*SIMPLE_VITS, *VITCS]
+        + [*SIMPLE_VITS, *VITCS, *XFIXUPS]
         + torchvision.models.list_models()
         + timm.list_models()
     )
