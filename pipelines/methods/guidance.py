@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from pipelines import models
 from pipelines.attribution import explain, explain_one, explain_pairs, last_features
 from pipelines.bcos import add_inverse, check_held
+from pipelines.bcos.precision import widened
 from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
 from pipelines.methods.base import Batch, Classification
 from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics
@@ -106,7 +107,7 @@ class Guidance(ObjectClassification):
             return {"loss": classification, "classification": classification}
         images, masks = batch["image"], batch["mask"]
         logits, maps = explain_one(model, images, batch["class"], create_graph=True, resize=False, **self.attribution)
-        each = LOCALISATION[self.params.loss](maps.float(), masks)
+        each = LOCALISATION[self.params.loss](widened(maps), masks)
         localisation = torch.where(masks.flatten(1).any(1), each, 0.0).mean()
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
         weight = self.params.localisation_weight * self.params.batch_size  # the mean times the batch size is the sum
@@ -125,7 +126,7 @@ class Guidance(ObjectClassification):
         rows, classes = present.nonzero(as_tuple=True)
         masks = box_masks([batch["boxes"][row] for row in rows.tolist()], classes, (maps.shape[-2], maps.shape[-1]))
         located = masks.flatten(1).any(1)
-        metrics.update(preds=logits, target=targets.long(), attributions=maps[located].float(), masks=masks[located])
+        metrics.update(preds=logits, target=targets.long(), attributions=widened(maps[located]), masks=masks[located])
 
 
 def draw_classes(targets: Tensor) -> Tensor:

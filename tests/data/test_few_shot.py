@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from toy_source import SIDE, ToySource, plain
 
-from pipelines.data.few_shot import few_shot
+from pipelines.data.few_shot import annotated_images, few_shot
 from pipelines.data.loader import loader
 from pipelines.data.sample import DataError
 from pipelines.data.shards import write_shards
@@ -99,3 +99,32 @@ def test_in_training_the_subset_is_shuffled_and_dealt_in_full_batches(root):
     assert len({tuple(keys) for keys in epochs}) > 10
     whole = list(batches(root, subset=numbers, train=True))
     assert [batch["key"] for batch in batches(root, subset=numbers, train=True, start_batch=1)] == [whole[1]["key"]]
+
+
+# Annotated images -----------------------------------------------------------------------------------------------------
+
+
+def boxed(index):
+    labels = tuple(sorted({index % 3, index % 2}))
+    boxes = tuple((label, 0.0, 0.0, 2.0, 2.0) for label in labels) if index % 5 else ()
+    return plain(index, label=None, labels=labels, boxes=boxes)
+
+
+def test_each_class_has_its_share_of_the_images_with_a_box_of_it(tmp_path):
+    samples = [boxed(index) for index in range(300)]
+    root = write(tmp_path, samples, task="multilabel")
+    with_box = {sample.key: {box[0] for box in sample.boxes} for sample in samples}
+    for share in (0.01, 0.1, 0.5):
+        keys = annotated_images(root, "train", share, seed=1)
+        assert keys == annotated_images(root, "train", share, seed=1)
+        assert keys != annotated_images(root, "train", share, seed=2)
+        for label in range(3):
+            of_class = [key for key, found in with_box.items() if label in found]
+            assert len([key for key in keys if label in with_box[key]]) >= share * len(of_class)
+        assert len(keys) <= share * 240 * 1.5 + 3
+    assert len(annotated_images(root, "train", 1.0, seed=1)) == 240
+
+
+def test_a_share_of_no_boxes_is_an_error(root):
+    with pytest.raises(DataError, match="no image of train has a box: guidance needs some"):
+        annotated_images(root, "train", 0.1, seed=0)
