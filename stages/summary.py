@@ -16,6 +16,7 @@ def main() -> None:
     """Prints the evaluated models side by side, and where their pictures and the registered version are."""
     metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())
     students = json.loads((REPORTS / "evaluate/students.json").read_text())
+    guidance = json.loads((REPORTS / "evaluate_guidance/metrics.json").read_text())
     version = json.loads((REPORTS / "register.json").read_text())
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
@@ -27,6 +28,8 @@ def main() -> None:
             table.add_row(*first, explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
     console.print(table)
     console.print(followers(students["models"]))
+    for split, found in guidance.items():
+        console.print(guided(split, found["models"]))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
@@ -44,6 +47,19 @@ def followers(models: dict[str, Any]) -> Table:
         cells = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
         shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]
         table.add_row(name, *shown)
+    return table
+
+
+def guided(split: str, models: dict[str, Any]) -> Table:
+    """The classifier before and after guidance."""
+    keys = ("epg", "on_object_epg", "size_corrected_epg", "iou")
+    heads = ("energy pointing game", "on the object", "size-corrected", "IoU")
+    table = Table(f"classifier ({split})", "F1 or accuracy", "explanation", *heads)
+    for name, found in models.items():
+        for explanation, scores in found["explanations"].items():
+            cells = [scores.get(key) for key in keys]
+            right = found.get("f1", found.get("accuracy"))
+            table.add_row(name, f"{right:.1%}", explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
     return table
 
 

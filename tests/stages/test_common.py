@@ -47,7 +47,7 @@ def test_nested_figures_are_flattened_with_slashes():
 
 def test_dvc_and_run_directories_depend_on_the_same_of_training():
     stages = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]
-    for name in ("pretrain", "bcosify", "distill"):
+    for name in ("pretrain", "bcosify", "distill", "classify", "guide"):
         assert {f"training.{key}" for key in common.COMPUTATION} == {
             param for param in stages[name]["params"] if param.startswith("training.")
         }

@@ -112,6 +112,49 @@ def test_a_class_with_too_few_images_ends_the_stage_with_one_line(project):
     project.run("dvc exp run -S recipe=smoke")
 
 
+def test_a_classifier_is_evaluated_before_and_after_its_guidance(project):
+    found = project.read("reports/evaluate_guidance/metrics.json")["test"]["models"]
+    assert list(found) == ["unguided", "guided"]
+    for of_model in found.values():
+        assert {"f1", "precision", "recall", "mean_average_precision"} <= set(of_model)
+        assert {"epg", "on_object_epg", "size_corrected_epg", "iou", "pairs", "epg_undefined"} <= set(
+            of_model["explanations"]["bcos"]
+        )
+    annotated = project.read("models/guide/annotated.json")
+    assert annotated["count"] == len(set(annotated["keys"])) < 96
+    assert models.read_spec(project.folder / "models/guide").task == "multilabel"
+    assert list((project.folder / "reports/evaluate_guidance/pictures").glob("*.png"))
+
+
+def test_another_point_of_the_front_is_taken_without_training_again(project):
+    front = project.read("reports/guide/front.json")
+    assert [row["chosen"] for row in front].count(True) == 1
+    done = project.run("dvc exp run -S recipe=smoke -S guide.guided.select=epg guide")
+    assert "epoch 1/2" not in done.stdout + done.stderr
+    best = max(row["val/epg"] for row in front)
+    assert project.read("reports/guide/metrics.json")["val/epg"] == best
+    project.run("dvc exp run -S recipe=smoke")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            "guide.guided.localisation_weight=-1",
+            "guide.guided.localisation_weight: Input should be greater than or equal to 0 (got -1)",
+        ),
+        ("guide.guided.layer=body.layer33", "has no layer 'body.layer33'; near it: body.layer3"),
+        ("guide.dataset=nothing", "guide.dataset: 'nothing' is not in datasets (it has objects, scenes)"),
+    ],
+)
+def test_what_cannot_be_guided_ends_the_stage_with_one_line(project, change, told):
+    done = project.run(f"dvc exp run -S recipe=smoke -S {change} guide", check=False)
+    assert done.returncode != 0
+    assert told in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    project.run("git checkout -q params.yaml; dvc exp run -S recipe=smoke")
+
+
 def test_plots_and_experiments_are_shown(project):
     project.run("dvc plots show --json")
     assert "recipe" in project.run("dvc exp show --csv").stdout
@@ -121,7 +164,7 @@ def test_plots_and_experiments_are_shown(project):
 def test_again_changes_nothing_and_registers_nothing(project):
     before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 8
+    assert told.count("didn't change, skipping") == 13
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 
@@ -186,6 +229,8 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(pro
         "distill.shots=2",
         "distill.kd.epochs=1",
         "distill.kd.batch_size=8",
+        "guide.classify.epochs=1",
+        "guide.guided.epochs=1",
     ]
     project.run("dvc exp run " + " ".join(f"-S '{change}'" for change in changes))
     found = project.read("reports/evaluate/metrics.json")["models"]
