@@ -92,6 +92,12 @@ class ImageNetParams(DatasetParams):
     root: str
 
 
+class AnnotatedParams(DatasetParams):
+    """What every data set has whose boxes are read from annotation files."""
+
+    on_bad_box: Literal["raise", "skip"] = "raise"  # a box inverted, empty or outside its image: stop, or drop and count
+
+
 Dataset = Annotated[ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams, Field(discriminator="source")]
 
 
