@@ -98,7 +98,18 @@ class AnnotatedParams(DatasetParams):
     on_bad_box: Literal["raise", "skip"] = "raise"  # a box inverted, empty or outside its image: stop, or drop and count
 
 
-Dataset = Annotated[ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams, Field(discriminator="source")]
+class Voc2007Params(AnnotatedParams):
+    """PASCAL VOC 2007: the official archives, or what lies at `root` in their layout (VOCdevkit/VOC2007)."""
+
+    source: Literal["voc2007"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    difficult: bool = True  # whether objects marked difficult count as objects
+
+
+Dataset = Annotated[
+    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params,
+    Field(discriminator="source"),
+]
 
 
 class DataParams(Strict):
@@ -384,7 +395,7 @@ def validate(content: Any, source: str = "params") -> Params:
 
 def _key(item: Any) -> str:
     """The key of one pydantic error, without pydantic's own names of the branches of a union."""
-    sources = {"scenes", "imagefolder", "cifar10", "imagenet"}
+    sources = {"scenes", "imagefolder", "cifar10", "imagenet", "voc2007"}
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
     if parts[:1] == ["datasets"] and len(parts) > 2 and parts[2] in sources:
         parts.pop(2)

@@ -10,7 +10,15 @@ from pipelines.data.sources.cifar10 import Cifar10
 from pipelines.data.sources.imagefolder import ImageFolder
 from pipelines.data.sources.imagenet import ImageNet
 from pipelines.data.sources.scenes import Scenes
-from pipelines.params import Cifar10Params, Dataset, ImageFolderParams, ImageNetParams, ScenesParams
+from pipelines.data.sources.voc2007 import Voc2007
+from pipelines.params import (
+    Cifar10Params,
+    Dataset,
+    ImageFolderParams,
+    ImageNetParams,
+    ScenesParams,
+    Voc2007Params,
+)
 
 __all__ = ["Source", "get"]
 
@@ -49,3 +57,5 @@ def get(params: Dataset) -> Source:
             return Cifar10(params)
         case ImageNetParams():
             return ImageNet(params)
+        case Voc2007Params():
+            return Voc2007(params)
