@@ -106,8 +106,16 @@ class Voc2007Params(AnnotatedParams):
     difficult: bool = True  # whether objects marked difficult count as objects
 
 
+class Coco2014Params(AnnotatedParams):
+    """COCO 2014: the official archives, or what lies at `root` in their layout; `val2014` is read as test."""
+
+    source: Literal["coco2014"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    crowd: Literal["label", "ignore", "box"] = "label"  # a crowd region gives its image a label, nothing, or label and box
+
+
 Dataset = Annotated[
-    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params,
+    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params | Coco2014Params,
     Field(discriminator="source"),
 ]
 
@@ -395,7 +403,7 @@ def validate(content: Any, source: str = "params") -> Params:
 
 def _key(item: Any) -> str:
     """The key of one pydantic error, without pydantic's own names of the branches of a union."""
-    sources = {"scenes", "imagefolder", "cifar10", "imagenet", "voc2007"}
+    sources = {"scenes", "imagefolder", "cifar10", "imagenet", "voc2007", "coco2014"}
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
     if parts[:1] == ["datasets"] and len(parts) > 2 and parts[2] in sources:
         parts.pop(2)
