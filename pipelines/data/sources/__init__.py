@@ -12,6 +12,7 @@ from pipelines.data.sources.imagefolder import ImageFolder
 from pipelines.data.sources.imagenet import ImageNet
 from pipelines.data.sources.scenes import Scenes
 from pipelines.data.sources.voc2007 import Voc2007
+from pipelines.data.sources.waterbirds import Waterbirds
 from pipelines.params import (
     Cifar10Params,
     Coco2014Params,
@@ -20,6 +21,7 @@ from pipelines.params import (
     ImageNetParams,
     ScenesParams,
     Voc2007Params,
+    WaterbirdsParams,
 )
 
 __all__ = ["Source", "get"]
@@ -63,3 +65,5 @@ def get(params: Dataset) -> Source:
             return Voc2007(params)
         case Coco2014Params():
             return Coco2014(params)
+        case WaterbirdsParams():
+            return Waterbirds(params)
