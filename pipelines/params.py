@@ -92,7 +92,42 @@ class ImageNetParams(DatasetParams):
     root: str
 
 
-Dataset = Annotated[ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams, Field(discriminator="source")]
+class AnnotatedParams(DatasetParams):
+    """What every data set has whose boxes are read from annotation files."""
+
+    on_bad_box: Literal["raise", "skip"] = "raise"  # a box inverted, empty or outside its image: stop, or drop and count
+
+
+class Voc2007Params(AnnotatedParams):
+    """PASCAL VOC 2007: the official archives, or what lies at `root` in their layout (VOCdevkit/VOC2007)."""
+
+    source: Literal["voc2007"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    difficult: bool = True  # whether objects marked difficult count as objects
+
+
+class Coco2014Params(AnnotatedParams):
+    """COCO 2014: the official archives, or what lies at `root` in their layout; `val2014` is read as test."""
+
+    source: Literal["coco2014"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    crowd: Literal["label", "ignore", "box"] = "label"  # a crowd region gives its image a label, nothing, or label and box
+
+
+class WaterbirdsParams(AnnotatedParams):
+    """Waterbirds with the boxes of CUB-200-2011: the official archives, or what lies at `root` and `cub_root`."""
+
+    source: Literal["waterbirds"]
+    variant: Literal[95, 100] = 95  # share of training birds on their usual background, percent
+    root: str | None = None  # of metadata.csv and the images; a folder or archive, local or at any fsspec URL
+    sha256: Sha256 | None = None  # of the archive, the official one too: its publisher gives none
+    cub_root: str | None = None  # of CUB's images.txt and bounding_boxes.txt, likewise
+
+
+Dataset = Annotated[
+    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params | Coco2014Params | WaterbirdsParams,
+    Field(discriminator="source"),
+]
 
 
 class DataParams(Strict):
@@ -439,7 +474,7 @@ def validate(content: Any, source: str = "params") -> Params:
 
 def _key(item: Any) -> str:
     """The key of one pydantic error, without pydantic's own names of the branches of a union."""
-    sources = {"scenes", "imagefolder", "cifar10", "imagenet"}
+    sources = {"scenes", "imagefolder", "cifar10", "imagenet", "voc2007", "coco2014", "waterbirds"}
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
     if parts[:1] == ["datasets"] and len(parts) > 2 and parts[2] in sources:
         parts.pop(2)

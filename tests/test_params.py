@@ -75,6 +75,10 @@ def test_every_model_is_valid(model):
         ("evaluate.smooth", 4, "evaluate.smooth: must be odd .got 4."),
         ("pretrain.lr", float("inf"), "pretrain.lr: .*finite"),
         ("datasets.objects.counts", {"train": 5, "val": 5}, "counts: test missing"),
+        ("datasets.voc", {"source": "voc2007", "difficlt": False}, "datasets.voc.difficlt: unknown key"),
+        ("datasets.coco", {"source": "coco2014", "crowd": "keep"}, "datasets.coco.crowd: .*'label', 'ignore' or 'box'.*'keep'"),
+        ("datasets.birds", {"source": "waterbirds", "variant": 90}, "datasets.birds.variant: .*95 or 100.*90"),
+        ("datasets.voc", {"source": "voc2007", "on_bad_box": "drop"}, "datasets.voc.on_bad_box: .*'raise' or 'skip'.*'drop'"),
     ],
 )
 def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, told):

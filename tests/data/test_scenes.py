@@ -195,3 +195,6 @@ def test_a_png_holds_its_pixels_exactly():
     for shape in ((7, 5), (7, 5, 3), (200, 130, 3)):  # the last needs more than one deflate block
         array = rng.integers(0, 256, shape, np.uint8)
         assert np.array_equal(pixels(encode_png(array)), array)
+        assert np.array_equal(pixels(encode_png(array, deflate=True)), array)
+    deep = rng.integers(0, 1 << 16, (7, 5), np.uint16)
+    assert np.array_equal(pixels(encode_png(deep)), deep)

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fetching import fetched, samples
 from PIL import Image
 
 from pipelines.data.sample import DataError
@@ -60,19 +61,6 @@ def pack(folder: Path, kind: str) -> Path:
 
 def params(root, **changes) -> ImageFolderParams:
     return ImageFolderParams(**{"source": "imagefolder", "root": str(root), "val_count": 6, **changes})
-
-
-def fetched(some, tmp_path: Path):
-    raw = tmp_path / "raw"
-    shutil.rmtree(raw, ignore_errors=True)  # as DVC does
-    source = get(some)
-    source.fetch(raw, tmp_path / "cache", progress=False)
-    return source, raw
-
-
-def samples(some, tmp_path: Path) -> dict[str, list]:
-    source, raw = fetched(some, tmp_path)
-    return {split: [source.load(raw, ref) for ref in source.index(raw, split)] for split in ("train", "val", "test")}
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])

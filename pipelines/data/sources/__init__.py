@@ -7,10 +7,22 @@ from typing import Any, Protocol
 
 from pipelines.data.sample import Description, Sample
 from pipelines.data.sources.cifar10 import Cifar10
+from pipelines.data.sources.coco2014 import Coco2014
 from pipelines.data.sources.imagefolder import ImageFolder
 from pipelines.data.sources.imagenet import ImageNet
 from pipelines.data.sources.scenes import Scenes
-from pipelines.params import Cifar10Params, Dataset, ImageFolderParams, ImageNetParams, ScenesParams
+from pipelines.data.sources.voc2007 import Voc2007
+from pipelines.data.sources.waterbirds import Waterbirds
+from pipelines.params import (
+    Cifar10Params,
+    Coco2014Params,
+    Dataset,
+    ImageFolderParams,
+    ImageNetParams,
+    ScenesParams,
+    Voc2007Params,
+    WaterbirdsParams,
+)
 
 __all__ = ["Source", "get"]
 
@@ -49,3 +61,9 @@ def get(params: Dataset) -> Source:
             return Cifar10(params)
         case ImageNetParams():
             return ImageNet(params)
+        case Voc2007Params():
+            return Voc2007(params)
+        case Coco2014Params():
+            return Coco2014(params)
+        case WaterbirdsParams():
+            return Waterbirds(params)

@@ -1,4 +1,4 @@
-"""Folders, tars, tar.gz and zips as lists of files with random access: `list_folder`, `list_tar`, `to_tar`, `read`."""
+"""Folders, tars, tar.gz and zips as lists of files with random access: `list_folder`, `list_tar`, `to_tar`, `read`, ..."""
 
 from __future__ import annotations
 
@@ -172,6 +172,32 @@ def read(raw: Path, ref: Ref) -> bytes:
     if len(content) != ref.size:
         raise DataError(f"{ref.name}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again")
     return content
+
+
+def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
+    """The bytes of the file that `contents` has at `path`; raises `DataError`, naming `source`, where it has none."""
+    return read(raw, located(contents, path, path, source))
+
+
+def located(contents: Contents, path: str, key: str, source: str) -> Ref:
+    """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` where it has none."""
+    member = contents.files.get(path)
+    if member is None:
+        raise DataError(f"{source}: {path} is missing")
+    return Ref(key, member.place, member.offset, member.size, path=path)
+
+
+def folder_with(contents: Contents, marker: str, source: str) -> str:
+    """The folder, `""` or ending in `/`, in which the file `marker` lies: the one nearest to the top, the first by name.
+
+    Raises:
+        DataError: there is no such file; names what there is.
+    """
+    names = [name for name in visible(contents.files) if f"/{name}".endswith(f"/{marker}")]
+    if not names:
+        top = sorted({name.partition("/")[0] for name in visible(contents.files)})
+        raise DataError(f"{source}: {marker} is missing; there is: {', '.join(top[:10]) or 'nothing'}")
+    return min((name.removesuffix(marker) for name in names), key=lambda folder: (folder.count("/"), folder))
 
 
 def copy(path: Path, destination: Path) -> None:

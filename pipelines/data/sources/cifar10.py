@@ -14,9 +14,10 @@ import numpy as np
 from pipelines.data.sample import DataError
 from pipelines.data.sources import archive, listing
 from pipelines.data.sources.download import download
-from pipelines.data.sources.imagefolder import StoredImages, leave, open_root
+from pipelines.data.sources.imagefolder import StoredImages, leave
 from pipelines.data.sources.png import encode_png
 from pipelines.data.sources.progress import bar
+from pipelines.data.sources.roots import open_root
 from pipelines.params import Cifar10Params
 
 _FOLDERS = {"train": "train", "val": "val", "test": "test"}

@@ -1,13 +1,22 @@
-"""The validation split that is held out of a training set."""
+"""What a seed settles of a training set: the validation split that is held out of it, and the order of the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
 
 from pipelines.data.sample import DataError
+
+T = TypeVar("T")
+
+
+def shuffled(items: Sequence[T], seed: int) -> list[T]:
+    """`items` in an order drawn by `seed`."""
+    order = Generator(Philox(SeedSequence([seed, len(items)]))).permutation(len(items))
+    return [items[position] for position in order]
 
 
 def held_out(labels: Sequence[int], count: int, seed: int) -> set[int]:

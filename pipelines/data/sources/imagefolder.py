@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from numpy.random import Generator, Philox, SeedSequence
-
 from pipelines.data.sample import DataError, Description, Sample
 from pipelines.data.sources import archive, images, listing
 from pipelines.data.sources.archive import Contents
-from pipelines.data.sources.download import download
+from pipelines.data.sources.holdout import shuffled
 from pipelines.data.sources.images import Classes
 from pipelines.data.sources.listing import Ref
+from pipelines.data.sources.roots import open_root
 from pipelines.params import DatasetParams, ImageFolderParams
-
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-_UNPACKED = "images.tar"
 
 
 class StoredImages:
@@ -35,10 +28,7 @@ class StoredImages:
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References sorted by class, then by path; those of `train` shuffled, so that every shard has all classes."""
         refs = listing.read_index(raw, split)
-        if split != "train":
-            return refs
-        order = Generator(Philox(SeedSequence([self.params.split_seed, len(refs)]))).permutation(len(refs))
-        return [refs[position] for position in order]
+        return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` where its file is gone, changed or of no use."""
@@ -57,42 +47,6 @@ class ImageFolder(StoredImages):
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
         folders = {split: params.splits.get(split, split) for split in ("train", "val", "test")}
         leave(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)
-
-
-def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """What lies at `root`, and its sha256 (of an archive: its bytes; of a folder: its sorted paths and sizes).
-
-    Raises:
-        DataError: nothing is there, or not what `sha256` says.
-    """
-    raw.mkdir(parents=True, exist_ok=True)
-    path = Path(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
-    remote = "://" in root and not root.startswith("file://")
-    if remote and root.endswith(_ARCHIVES):
-        path = cache / f"{hashlib.sha256(root.encode()).hexdigest()[:12]}-{posixpath.basename(root)}"
-        download(root, path, digest=sha256 and f"sha256:{sha256}", progress=progress)
-    elif remote or path.is_dir():
-        if sha256 is not None:
-            raise DataError(f"{root}: sha256 is of a file, and this is a folder: leave sha256 out")
-        contents = archive.list_folder(root if remote else str(path))
-        return contents, listing.combined_sha256({name: str(item.size) for name, item in contents.files.items()})
-    elif not path.is_file():
-        raise DataError(f"{root}: no such file or folder")
-    found = listing.sha256_of(path)
-    if sha256 is not None and found != sha256:
-        raise DataError(f"{root}: has sha256 {found}, where {sha256} was expected")
-    return _open_archive(path, raw, in_place=not remote, progress=progress), found
-
-
-def _open_archive(path: Path, raw: Path, *, in_place: bool, progress: bool) -> Contents:
-    """The contents of an archive on this machine, which is unpacked into `raw` unless it can be read where it is."""
-    if archive.is_plain_tar(path):
-        if in_place:
-            return archive.list_tar(path, str(path), str(path))
-        archive.copy(path, raw / _UNPACKED)
-    else:
-        archive.to_tar(path, raw / _UNPACKED, progress)
-    return archive.list_tar(raw / _UNPACKED, _UNPACKED, str(path))
 
 
 def leave(

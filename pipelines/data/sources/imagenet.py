@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.sample import DataError
-from pipelines.data.sources.imagefolder import StoredImages, leave, open_root
+from pipelines.data.sources.imagefolder import StoredImages, leave
+from pipelines.data.sources.roots import open_root
 from pipelines.params import ImageNetParams
 
 

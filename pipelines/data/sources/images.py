@@ -66,15 +66,22 @@ def classes_of(contents: Contents, folder: str, where: str) -> Classes:
 
 def references(contents: Contents, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
     """A reference for each image, class by class in label order, with keys that are unique and safe in file names."""
-    named = [(f"{name}_{_stem(path, name)}", path, label) for label, name in enumerate(classes) for path in images.get(name, ())]
-    safe = [re.sub(r"[^A-Za-z0-9_-]", "_", key) for key, _, _ in named]
-    taken = Counter(safe)
+    listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
+    keys = unique_keys({path: f"{name}_{_stem(path, name)}" for path, name, _ in listed})
     refs = []
-    for key, (_, path, label) in zip(safe, named, strict=True):
+    for path, _, label in listed:
         member = contents.files[path]
-        unique = key if taken[key] == 1 else f"{key}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
-        refs.append(Ref(unique, member.place, member.offset, member.size, label, path))
+        refs.append(Ref(keys[path], member.place, member.offset, member.size, label, path))
     return refs
+
+
+def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
+    """Keys of images by their path, after the names wanted for them: safe in file names, and told apart by their path."""
+    safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
+    taken = Counter(safe.values())
+    return {
+        path: key if taken[key] == 1 else f"{key}-{hashlib.sha256(path.encode()).hexdigest()[:12]}" for path, key in safe.items()
+    }
 
 
 def _stem(path: str, class_name: str) -> str:

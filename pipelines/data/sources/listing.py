@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: str) -> None:
     os.replace(partial, path)
 
 
-def write_index(raw: Path, split: str, refs: Iterable[Ref]) -> None:
+def write_index(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
     """Leaves the references of one split in `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
     write_atomically(raw / f"{split}.index.jsonl", lines)
@@ -54,12 +54,17 @@ def write_index(raw: Path, split: str, refs: Iterable[Ref]) -> None:
 
 def read_index(raw: Path, split: str) -> list[Ref]:
     """The references that `write_index` left; raises `DataError` for a split or a fetch that is not there."""
+    return [Ref(*line) for line in read_lines(raw, split)]
+
+
+def read_lines(raw: Path, split: str) -> list[list[Any]]:
+    """What `write_index` left, as lists; raises `DataError` for a split or a fetch that is not there."""
     read_manifest(raw)
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no such split; splits are train, val and test")
     with path.open(encoding="utf-8") as lines:
-        return [Ref(*json.loads(line)) for line in lines]
+        return [json.loads(line) for line in lines]
 
 
 def write_manifest(raw: Path, description: Description, **details: Any) -> None:

@@ -1,7 +1,8 @@
 """A PNG writer whose bytes depend on the pixels alone.
 
 Compressors differ between zlib, zlib-ng and processors; stored (uncompressed) deflate blocks do not, and are the
-fastest to write and to read.
+fastest to write and to read. Where they would be too large, `deflate` gives that up: the same pixels everywhere, the same
+bytes only where zlib is the same.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ _STORED_BLOCK = 65535  # most bytes a stored deflate block can hold
 _COLOUR_TYPE = {1: 0, 3: 2}  # channels -> PNG colour type (grey, RGB)
 
 
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """The PNG of (H, W) grey or (H, W, 3) RGB 8-bit pixels."""
+def encode_png(pixels: NDArray[np.uint8] | NDArray[np.uint16], *, deflate: bool = False) -> bytes:
+    """The PNG of (H, W) grey or (H, W, 3) RGB pixels of 8 or 16 bits, stored or deflated."""
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row starts with its filter: 0, none
-    rows[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPE[channels], 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", _stored(rows.tobytes())) + _chunk(b"IEND")
+    size = pixels.dtype.itemsize  # bytes a value
+    rows = np.zeros((height, 1 + width * channels * size), np.uint8)  # each row starts with its filter: 0, none
+    rows[:, 1:] = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    header = struct.pack(">IIBBBBB", width, height, 8 * size, _COLOUR_TYPE[channels], 0, 0, 0)
+    data = zlib.compress(rows.tobytes(), 6) if deflate else _stored(rows.tobytes())
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND")
 
 
 def _chunk(kind: bytes, content: bytes = b"") -> bytes:

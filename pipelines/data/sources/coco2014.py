@@ -1,0 +1,135 @@
+"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label: `train2014` gives train and val, `val2014` is read as test."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.sample import DataError, Description
+from pipelines.data.sources import annotated, archive, coco_masks
+from pipelines.data.sources.annotated import AnnotatedImages, Annotation
+from pipelines.data.sources.archive import Contents
+from pipelines.data.sources.boxes import BoxCheck
+from pipelines.data.sources.coco_json import Instances
+from pipelines.data.sources.holdout import held_out
+from pipelines.data.sources.listing import Ref, combined_sha256
+from pipelines.data.sources.progress import bar
+from pipelines.data.sources.roots import Official, download_archives, open_root
+from pipelines.params import Coco2014Params
+
+# COCO publishes no sums; these are torchvision's (its prototype data sets), which others found as well.
+IMAGES = {
+    "train2014": Official(
+        "http://images.cocodataset.org/zips/train2014.zip",
+        "sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+    ),
+    "val2014": Official(
+        "http://images.cocodataset.org/zips/val2014.zip",
+        "sha256:fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+    ),
+}
+ANNOTATIONS = {
+    "annotations": Official(
+        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        "sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Coco2014(AnnotatedImages):
+    """The 80 categories by ascending id; an image's labels are the classes of its annotations, none where it has none.
+
+    A crowd region (`iscrowd`) covers a group whose members nobody told apart. COCO's evaluation asks nothing of it: it is
+    neither to be found nor counted against what is found in it. So it gives no box and no instance of the mask; but the class
+    is in the picture, and stays a label. `crowd: ignore` takes that away too, and `crowd: box` takes the region for an object,
+    as the code published with model guidance does.
+
+    Boxes with a side below one pixel are known in COCO, and are left out and counted. An image has a mask where every box of
+    it has a segmentation: one that lacked an object would call it background.
+
+    As the test split is `val2014`, the one that papers report, `val_count` images are held out of `train2014`, drawn by
+    `split_seed` alike from all: with 80 classes, several of them in an image, there are no strata to draw from.
+    """
+
+    params: Coco2014Params
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
+        """Takes what lies at `root`, or the official archives, and reads both files of instances.
+
+        Raises:
+            DataError: a file is missing or not whole, an annotation has no image, or a box makes no sense.
+        """
+        params = self.params
+        source = f"coco2014: {params.root or IMAGES['train2014'].url}"
+        if params.val_count is None:
+            raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train2014")
+        files = _Files.of(params.root, raw, cache, progress, source)
+        check = BoxCheck(params.on_bad_box, expected=("empty",))
+        left_out: Counter[str] = Counter()
+
+        def read(part: Instances, year: str, places: Sequence[int]) -> Iterator[tuple[Ref, Annotation]]:
+            with bar(f"annotations of {year}", len(places), show=progress) as advance:
+                for place in places:
+                    entry = part.images[place]
+                    yield files.image(year, entry["file_name"]), part.annotation(entry, check, params.crowd, left_out)
+                    advance(1)
+
+        train = files.instances("train2014", left_out)
+        classes, count = train.classes, len(train.images)
+        chosen = held_out([0] * count, params.val_count, params.split_seed)
+        rest = [place for place in range(count) if place not in chosen]
+        sizes = {"train": annotated.write_split(raw, "train", read(train, "train2014", rest))}
+        sizes["val"] = annotated.write_split(raw, "val", read(train, "train2014", sorted(chosen)))
+        del train  # gigabytes
+        test = files.instances("val2014", left_out)
+        if test.classes != classes:
+            raise DataError(f"{source}: instances_val2014.json has other categories than instances_train2014.json")
+        sizes["test"] = annotated.write_split(raw, "test", read(test, "val2014", range(len(test.images))))
+        annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check, left_out)
+
+    def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
+        """The PNG of instance ids, where every box of the image has a segmentation."""
+        return None if annotation.mask is None else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of the data set: images and annotations, which lie in archives of their own where they were downloaded."""
+
+    raw: Path
+    images: Contents
+    notes_at: Path  # what the places in `notes` are relative to
+    notes: Contents
+    top: str
+    source: str
+    checksum: str
+
+    @classmethod
+    def of(cls, root: str | None, raw: Path, cache: Path, progress: bool, source: str) -> _Files:
+        """The files at `root`, or those of the official archives."""
+        if root is None:
+            notes, of_notes = download_archives(ANNOTATIONS, cache, cache, progress)
+            contents, of_images = download_archives(IMAGES, raw, cache, progress)
+            return cls(raw, contents, cache, notes, "", source, combined_sha256({"images": of_images, "notes": of_notes}))
+        contents, checksum = open_root(root, None, raw, cache, progress)
+        top = archive.folder_with(contents, "annotations/instances_train2014.json", source)
+        return cls(raw, contents, raw, contents, top, source, checksum)
+
+    def instances(self, year: str, left_out: Counter[str]) -> Instances:
+        """The annotations of `train2014` or `val2014`; counts in `left_out` the images that they do not list."""
+        path = f"{self.top}annotations/instances_{year}.json"
+        found = Instances(archive.read_file(self.notes_at, self.notes, path, self.source), path)
+        listed = {f"{self.top}{year}/{entry['file_name']}" for entry in found.images}
+        there = {name for name in archive.visible(self.images.files) if name.startswith(f"{self.top}{year}/")}
+        left_out[f"images without an entry in {path}"] += len(there - listed)
+        return found
+
+    def image(self, year: str, name: str) -> Ref:
+        """A reference to one image."""
+        key = re.sub(r"[^A-Za-z0-9_-]", "_", posixpath.splitext(name)[0])
+        return archive.located(self.images, f"{self.top}{year}/{name}", key, self.source)

@@ -1,0 +1,113 @@
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own train, val and test splits; multi-label."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.sample import Box, Description
+from pipelines.data.sources import annotated, archive, images, voc_masks
+from pipelines.data.sources.annotated import AnnotatedImages, Annotation
+from pipelines.data.sources.archive import Contents
+from pipelines.data.sources.boxes import BoxCheck
+from pipelines.data.sources.listing import Ref
+from pipelines.data.sources.progress import bar
+from pipelines.data.sources.roots import Official, download_archives, open_root
+from pipelines.data.sources.voc_xml import CLASSES, VocAnnotation, parse
+from pipelines.params import Voc2007Params
+
+# The publisher's address since 2025, to which the old one, host.robots.ox.ac.uk, redirects; MD5 sums as torchvision has them.
+ARCHIVES = {
+    "trainval": Official(
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar", "md5:c52e279531787c972589f7e41ab4ae64"
+    ),
+    "test": Official(
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar", "md5:b6e924de25625d8de591ea690078ad9f"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Voc2007(AnnotatedImages):
+    """The 20 classes in alphabetical order; an image's labels are the classes of its objects.
+
+    Objects marked difficult are kept, as the published work on model guidance does, unless `difficult` is false: then they
+    give neither box nor label. Where there is an instance segmentation it becomes the mask; void borders are background.
+    """
+
+    params: Voc2007Params
+
+    def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
+        """Takes what lies at `root`, or the official archives, and reads every annotation of the three splits.
+
+        Raises:
+            DataError: a split, an annotation or an image is missing, an annotation is not whole, or a box makes no sense.
+        """
+        root = self.params.root
+        if root is None:
+            contents, checksum = download_archives(ARCHIVES, raw, cache, progress)
+        else:
+            contents, checksum = open_root(root, None, raw, cache, progress)
+        source = f"voc2007: {root or ARCHIVES['trainval'].url}"
+        top = archive.folder_with(contents, "ImageSets/Main/train.txt", source)
+        reader = _Reader(raw, contents, top, source, self.params)
+        sizes = {split: annotated.write_split(raw, split, reader.read(split, progress)) for split in annotated.SPLITS}
+        description = Description(CLASSES, "multilabel", source, checksum, sizes)
+        annotated.write_description(raw, description, reader.check, reader.left_out)
+
+    def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
+        """The PNG of instance ids, for the images that VOC segments."""
+        return None if annotation.mask is None else voc_masks.draw(raw, annotation)
+
+
+class _Reader:
+    """Reads the annotations below the folder `top` of `contents`."""
+
+    def __init__(self, raw: Path, contents: Contents, top: str, source: str, params: Voc2007Params) -> None:
+        self._raw, self._contents, self._top, self._source = raw, contents, top, source
+        self._difficult = params.difficult
+        self.check = BoxCheck(params.on_bad_box)
+        self.left_out: Counter[str] = Counter()
+
+    def read(self, split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
+        """The images of `split` in their official order."""
+        path = f"{self._top}ImageSets/Main/{split}.txt"
+        lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
+        keys = images.unique_keys({name: name for name in names})
+        with bar(f"annotations of {split}", len(names), show=progress) as advance:
+            for name in names:
+                image = archive.located(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
+                yield image, self._annotation(name)
+                advance(1)
+
+    def _annotation(self, name: str) -> Annotation:
+        """What is known of one image."""
+        path = f"{self._top}Annotations/{name}.xml"
+        read = parse(archive.read_file(self._raw, self._contents, path, self._source), path)
+        labels: set[int] = set()
+        boxes: list[Box] = []
+        kept: list[bool] = []
+        for number, item in enumerate(read.objects, 1):
+            corners = None
+            if item.difficult and not self._difficult:
+                self.left_out["difficult objects"] += 1
+            else:
+                labels.add(item.label)
+                corners = self.check(item.corners, read.width, read.height, f"{path}: object {number}")
+            kept.append(corners is not None)
+            if corners is not None:
+                boxes.append((item.label, *corners))
+        mask = self._mask(name, read, kept) if boxes else None
+        return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
+
+    def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
+        """How the mask is drawn, where VOC segments the image and its ids are those of the objects."""
+        path = f"{self._top}SegmentationObject/{name}.png"
+        if path not in self._contents.files:
+            return None
+        mask = voc_masks.plan(self._raw, archive.located(self._contents, path, name, self._source), read, kept)
+        self.left_out["masks that do not fit their objects"] += mask is None
+        return mask
