@@ -65,7 +65,7 @@ def test_every_model_is_valid(model):
         ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove', 'decay' or 'keep'.*'drop'"),
         ("datasets.objects.correlation", {"train": 2}, "datasets.objects.correlation.train: .* less than or equal to 1"),
         ("datasets.objects.objects_per_image", [3, 1], "least .3. is above the most .1."),
-        ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has objects"),
+        ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has cifar10, "),
         ("training.workers", -1, r"training.workers: .*greater than or equal to 0"),
         ("training.workers", "x", r"^params.yaml: training.workers: [^\n]*$"),
         ("training.workers", [4, 2], r"the least .4. is above the most .2."),
