@@ -420,16 +420,19 @@ class Example:
 
     image: Tensor  # uint8 (3, H, W)
     classes: list[int]
+    boxes: Tensor  # (n, 5): class, xmin, ymin, xmax, ymax
 
 
 def examples_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Example]:
     """The examples of the keys that are wanted, from one pass."""
-    return {
-        key: Example((image * 255).round().byte(), labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)])
-        for batch in (batches if wanted else ())
-        for key, image, labels in zip(batch["key"], batch["image"], _wanted(batch), strict=True)
-        if key in wanted
-    }
+    found: dict[str, Example] = {}
+    for batch in batches if wanted else ():
+        boxes = batch.get("boxes", [torch.zeros(0, 5)] * len(batch["key"]))
+        for key, image, labels, of_image in zip(batch["key"], batch["image"], _wanted(batch), boxes, strict=True):
+            if key in wanted:
+                classes = labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)]
+                found[key] = Example((image * 255).round().byte(), classes, of_image)
+    return found
 
 
 def _share(context: Context, grids: list[Grid]) -> list[Grid]:

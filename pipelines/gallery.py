@@ -52,7 +52,7 @@ def draw_gallery(
             panels |= {f"{name}\n{title}": maps for title, maps in explanations.items()}
             titles = [f"{title}\n{name}: {guess}" for title, guess in zip(titles, predicted, strict=True)]
         paths.append(folder / f"panels-{start // ROWS:02d}.png")
-        save_panels(paths[-1], batch, panels, titles)
+        save_panels(paths[-1], batch, panels, titles, [row.boxes for row in rows.values()])
     return paths
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 INCHES = 1.6  # side of a panel
@@ -30,7 +31,13 @@ def choose(correct: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([right[: count - wrong_count], wrong[:wrong_count]]).sort().values
 
 
-def save_panels(path: str | Path, images: Tensor, explanations: Mapping[str, Tensor], titles: Sequence[str]) -> None:
+def save_panels(
+    path: str | Path,
+    images: Tensor,
+    explanations: Mapping[str, Tensor],
+    titles: Sequence[str],
+    boxes: Sequence[Tensor] | None = None,
+) -> None:
     """Writes a PNG: for each image a row of the image itself and its explanations. The same input gives the same bytes.
 
     Args:
@@ -39,6 +46,7 @@ def save_panels(path: str | Path, images: Tensor, explanations: Mapping[str, Ten
         explanations: by column title: (N, H, W, 4) in [0, 1] is shown as colours on white, (N, H, W) as a heat map, red for
             and blue against the class, white at 0, with limits symmetric about it.
         titles: N, written above the images.
+        boxes: N tensors (n_i, 5) of class, xmin, ymin, xmax, ymax in pixels, half-open, drawn on the images.
 
     Raises:
         ValueError: numbers of images, maps and titles differ, or an explanation has another shape.
@@ -57,6 +65,9 @@ def save_panels(path: str | Path, images: Tensor, explanations: Mapping[str, Ten
             for column, (name, panels) in enumerate(columns.items()):
                 axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
                 axes[row, column].set_title(title if column == 0 else name)
+            for _, xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
+                corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
+                axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 

@@ -39,7 +39,10 @@ from stages.common import shards_of
 from stages.distill import student_spec
 
 RESULTS = Path("reports/students.jsonl")
-FIGURES = ("accuracy", "worst_class_group_accuracy", "agreement", "explanation_similarity", "gridpg_own_grids", "epg")
+FIGURES = (
+    *("accuracy", "f1", "worst_class_group_accuracy", "agreement", "explanation_similarity", "gridpg_own_grids"),
+    *("epg", "on_object_epg", "iou", "teacher_epg", "teacher_iou"),
+)
 CHOICES = ("kd:0:1", "kd:0:5", "live:1:1", "live:5:1", "live:10:1", "live:5:5")
 
 
@@ -130,7 +133,7 @@ def rows() -> list[dict[str, Any]]:
 
 def table() -> str:
     """Means ± standard deviations as markdown."""
-    figures = [name for name in FIGURES if name in rows()[0]]
+    figures = [name for name in FIGURES if all(name in row for row in rows())]
     lines = ["| split | shots | run | seeds | " + " | ".join(figures) + " |", "| --- " * (4 + len(figures)) + "|"]
     for split, shots, run in sorted({(row["split"], row["shots"], row["run"]) for row in rows()}):
         same = [row for row in rows() if (row["split"], row["shots"], row["run"]) == (split, shots, run)]
