@@ -63,7 +63,8 @@ def main() -> None:
     ]
     of_view, maps = explained(teacher, torch.stack([view["image"] for view in views]) / 255, logits.argmax(1))
     stored = torch.stack([view[STORED_MAP] for view in views])
-    divergence = float(distillation_loss(of_view, logits))
+    same, divergence = float(agreement(of_view, logits)), float(distillation_loss(of_view, logits))
+    cosine = float(explanation_similarity(maps, stored).mean())
     print("\n| equal top-1 | KL divergence | cosine of the maps |\n| --- | --- | --- |")
     print(
         f"| {float(agreement(of_view, logits)):.3f} | {divergence:.3f} | {float(explanation_similarity(maps, stored).mean()):.3f} |"
