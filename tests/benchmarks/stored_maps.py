@@ -66,7 +66,7 @@ def main() -> None:
     same, divergence = float(agreement(of_view, logits)), float(distillation_loss(of_view, logits))
     cosine = float(explanation_similarity(maps, stored).mean())
     print("\n| equal top-1 | KL divergence | cosine of the maps |\n| --- | --- | --- |")
-    print(print(f"| {same:.3f} | {divergence:.3f} | {cosine:.3f} |"))
+    print(f"| {same:.3f} | {divergence:.3f} | {cosine:.3f} |")
 
 
 def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
