@@ -15,5 +15,5 @@ def shards(folder, **fields):
 
 def test_a_data_set_without_boxes_cannot_guide(tmp_path):
     check_boxes(shards(tmp_path, train=("boxes",), val=("boxes",), test=()))
-    with pytest.raises(DataError, match="guide.dataset: no image of val in .* has a box: guidance needs some"):
+    with pytest.raises(DataError, match=r"guide.dataset: no image of val in .* has a box: guidance needs some"):
         check_boxes(shards(tmp_path, train=("boxes",), val=("mask",), test=("boxes",)))
