@@ -19,6 +19,7 @@ from pipelines.training.trials import SETTLED, Trial, folder, settle, start, tri
 
 # Read by Ray Tune; the user's own settings win.
 _TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # which says things at verbosity 0 too
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials run where the stage runs
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # some metrics are measured at the end of a trial alone

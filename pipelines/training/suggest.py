@@ -30,7 +30,7 @@ class Suggestions(OptunaSearch):
         for values in first:
             study.enqueue_trial(values)
         super().__init__(
-            space=lambda trial: _suggest(params.space, trial),
+            space=lambda trial: define_by_run(params.space, trial),
             metric=params.metrics,
             mode=["max"] * len(params.metrics),
             sampler=optuna.samplers.TPESampler(seed=params.seed + len(first)),
@@ -67,8 +67,8 @@ class Suggestions(OptunaSearch):
         """Nothing: the records say it all."""
 
 
-def _suggest(space: list[SearchedParams], trial: Any) -> None:
-    """Draws from `space` (Optuna's define by run)."""
+def define_by_run(space: list[SearchedParams], trial: Any) -> None:
+    """Draws from `space` for Optuna's `trial`."""
 
     def one(dimension: SearchedParams) -> Any:
         if dimension.choice is not None:

@@ -42,15 +42,19 @@ def draw(space: list[SearchedParams], suggest: Callable[[SearchedParams], Any]) 
 
 def as_it_is(params: Params) -> dict[str, Any] | None:
     """The values that `params` themselves have in their search space; None where they lie outside of it."""
-    values = draw(params.search.space, lambda dimension: param(params, dimension.key))
-    return values if all(_contains(each, values[each.key]) for each in params.search.space if each.key in values) else None
 
+    def find(dimension: SearchedParams) -> Any:
+        value = param(params, dimension.key)
+        if dimension.choice is not None:
+            return dimension.choice[dimension.choice.index(value)]  # 2, where the param is 2.0
+        if dimension.extremes != sorted([*dimension.extremes, value])[::2]:
+            raise ValueError(f"{dimension.key}: {value} is out of range")
+        return value
 
-def _contains(dimension: SearchedParams, value: Any) -> bool:
-    if dimension.choice is not None:
-        return value in dimension.choice
-    least, most = dimension.extremes
-    return isinstance(value, int | float) and least <= value <= most  # type: ignore[operator]
+    try:
+        return draw(params.search.space, find)
+    except (TypeError, ValueError):  # not a number, or not there
+        return None
 
 
 def folder(directory: str, values: Mapping[str, Any]) -> str:
@@ -68,7 +72,8 @@ def start(place: str, values: dict[str, Any]) -> Trial:
 def settle(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
     """Writes the record with this status, and returns it."""
     history: list[EpochRecord] = checkpoints.read_json(place, "history.json") or []
-    metrics = (history[-1]["metrics"] if history else {}) if metrics is None else metrics
+    if metrics is None:
+        metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
     told = Trial(**{**trial, "status": status, "history": history, "metrics": dict(metrics), "error": error})  # type: ignore[typeddict-item]
     checkpoints.write_json(place, RECORD, told)
     return told
