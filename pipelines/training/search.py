@@ -15,7 +15,7 @@ from pipelines.params import SearchParams, TrainingParams
 from pipelines.training import checkpoints, pareto
 from pipelines.training.job import EpochRecord, TrainingError
 from pipelines.training.launch import FINAL, cluster
-from pipelines.training.trials import SETTLED, Trial, folder, settle, start, trials
+from pipelines.training.trials import SETTLED, Trial, folder, read, settle, trials
 
 # Read by Ray Tune; the user's own settings win.
 _TUNE_ENVIRONMENT = {
@@ -67,7 +67,7 @@ def search(
         on_trial: called in this process with the record of each trial that is over, also of those on record.
 
     Raises:
-        TrainingError: no trial was finished.
+        TrainingError: no trial was finished, or Ray Tune lost some.
     """
     known = trials(directory)
     left = params.trials - sum(trial["status"] in SETTLED for trial in known)
@@ -83,8 +83,10 @@ def search(
     for trial in found:
         if trial["status"] in SETTLED:
             checkpoints.remove(f"{folder(directory, trial['values'])}/checkpoints")
-    finished = [trial for trial in found if trial["status"] == "finished"]
-    if not finished:
+    lost = sum(trial["status"] == "running" for trial in found)
+    if lost:
+        raise TrainingError(f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on")
+    if all(trial["status"] != "finished" for trial in found):
         raise TrainingError(f"no trial of the search was finished; {found[0]['error'] if found else 'none was started'}")
     return found
 
@@ -123,8 +125,9 @@ def _tune(
             reduction_factor=asha.reduction,
             stop_last_trials=False,
         )
-    # A trial whose work is that of Ray Train workers holds nothing itself: it would keep the cores that they wait for.
-    own = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker} if params.workers == 0 else {"CPU": 0.0}
+    own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
+    if params.workers > 0:  # those take the cores, which the trial must not hold; nothing at all is no request
+        own = {"memory": 1.0}
     function = partial(_trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd())
     storage, name = f"{directory}/ray", uuid.uuid4().hex
     filesystem, root = fsspec.core.url_to_fs(storage)
@@ -135,7 +138,7 @@ def _tune(
             scheduler=halving,
             num_samples=max(params.trials, len(queue)),
             max_concurrent_trials=params.concurrency,
-            reuse_actors=True,  # each new process would import torch
+            reuse_actors=params.workers == 0,  # each new process would import torch; but a stopped trial's workers must go
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -155,10 +158,12 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
     """A trial, in a process of Ray Tune. It ends once its record is written: what that says holds after any kill."""
     from ray import tune
 
+    # A stopped trial leaves its process to the next one when its step is over, within 2 s by default: else the search stalls.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
     if os.path.isdir(place):
         os.chdir(place)
     here = folder(directory, config)
-    trial = start(here, config)
+    trial = read(here)
 
     def report(record: EpochRecord) -> None:
         if metric in record["metrics"]:
@@ -183,7 +188,8 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:
-    """Numbers of the finished trials that no other beats in all `metrics`, best of the first metric first."""
+    """Numbers of the finished trials that none beats: is better in one of `metrics` and at least as good in all; best first."""
     finished = [number for number, trial in enumerate(found) if trial["status"] == "finished"]
-    points = [[found[number]["metrics"][name] for name in metrics] for number in finished]
-    return sorted((finished[index] for index in pareto.front(points)), key=lambda number: -found[number]["metrics"][metrics[0]])
+    points = [tuple(found[number]["metrics"][name] for name in metrics) for number in finished]
+    best = pareto.front(points, width=1e-9)  # no bins: as measured
+    return [finished[index] for index in sorted(best, key=points.__getitem__, reverse=True)]

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.params import SearchedParams, SearchParams
-from pipelines.training.trials import SETTLED, Trial, draw, folder, read, settle
+from pipelines.training.trials import SETTLED, Trial, draw, folder, read, settle, start
 
 _ATTEMPTS = 100  # at values that no trial has had
 _STUDY = "search"
@@ -47,6 +47,7 @@ class Suggestions(OptunaSearch):
             values = super().suggest(name)
             if values is not None and all(values != had for _, had in self._asked.values()):
                 self._asked[trial_id] = name, values
+                start(folder(self._directory, values), values)
                 return values
             super().on_trial_complete(name, error=True)
         return Searcher.FINISHED
