@@ -470,6 +470,12 @@ class SearchParams(Strict):
     workers: Annotated[int, Field(ge=0)] = 0  # of a trial; 0: in the trial's own process
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _halved_in_their_own_process(self) -> SearchParams:
+        if self.asha is not None and self.workers > 0:  # Ray Train's workers would hold their cores after the trial's end
+            raise ValueError("asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0")
+        return self
+
     @property
     def section(self) -> str:
         """The key of the searched stage's own params."""

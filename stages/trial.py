@@ -43,7 +43,7 @@ def run_trial(
 ) -> dict[str, float]:
     """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.training.search.Work`."""
     task = task_of(params, values)
-    here = task.params.training.workers == 0  # otherwise Ray Train reports the epochs
+    here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
     result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}

@@ -126,7 +126,6 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
             failure_config=FailureConfig(max_failures=training.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            callbacks=_forwarders(),
         ),
     )
     value, lost = None, ""
@@ -140,16 +139,6 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     if final or lost:
         raise TrainingError(final or lost)
     return value
-
-
-def _forwarders() -> list[Any]:
-    """What hands the workers' reports on to Ray Tune, where this process is one of its trials."""
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    try:
-        return [TuneReportCallback()]
-    except RuntimeError:  # it is none
-        return []
 
 
 def _work(config: dict[str, Any]) -> Any:

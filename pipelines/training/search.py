@@ -138,7 +138,7 @@ def _tune(
             scheduler=halving,
             num_samples=max(params.trials, len(queue)),
             max_concurrent_trials=params.concurrency,
-            reuse_actors=params.workers == 0,  # each new process would import torch; but a stopped trial's workers must go
+            reuse_actors=True,  # each new process would import torch
         ),
         run_config=tune.RunConfig(
             name=name,
