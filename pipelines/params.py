@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -406,6 +419,93 @@ class EvaluateParams(Strict):
     seed: int = 0
 
 
+Scalar = bool | int | float | str | None
+
+
+class SearchedParams(Strict):
+    """One dimension of a search space: a param by its path, and what it is drawn from."""
+
+    key: str  # such as bcosify.pretrained.lr
+    choice: Annotated[list[Scalar], Field(min_length=1)] | None = None
+    uniform: tuple[float, float] | None = None  # least, most
+    loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
+    when: dict[str, Scalar] = {}  # keys before this one -> value: drawn where they have these, otherwise left as it is
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+    @property
+    def extremes(self) -> list[Scalar]:
+        """Every value of a choice, the least and the most of a range."""
+        return list(self.choice or self.uniform or self.loguniform or ())
+
+    @model_validator(mode="after")
+    def _drawn_from_one(self) -> SearchedParams:
+        if sum(given is not None for given in (self.choice, self.uniform, self.loguniform)) != 1:
+            raise ValueError(f"{self.key}: exactly one of choice, uniform and loguniform is wanted")
+        bounds = self.uniform or self.loguniform
+        if bounds and bounds[0] >= bounds[1]:
+            raise ValueError(f"{self.key}: the least ({bounds[0]:g}) must be below the most ({bounds[1]:g})")
+        return self
+
+
+class AshaParams(Strict):
+    """Asynchronous successive halving (Li et al., MLSys 2020) by the first metric: weak trials end early."""
+
+    grace: PositiveInt = 1  # epochs that every trial gets
+    reduction: Annotated[float, Field(gt=1.0)] = 2.0  # of so many trials that come to a rung, one goes on
+
+
+class SearchParams(Strict):
+    """A search by Ray Tune and Optuna: the work of a stage, many times over, with some params replaced."""
+
+    stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide"]
+    space: Annotated[list[SearchedParams], Field(min_length=1)]
+    metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]  # the higher, the better
+    trials: PositiveInt
+    epochs: PositiveInt  # of a trial
+    asha: AshaParams | None = None  # none: every trial runs to its end
+    concurrency: PositiveInt = 1  # trials at once
+    workers: Annotated[int, Field(ge=0)] = 0  # of a trial; 0: in the trial's own process
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _halved_in_their_own_process(self) -> SearchParams:
+        if self.asha is not None and self.workers > 0:  # Ray Train's workers would hold their cores after the trial's end
+            raise ValueError("asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0")
+        return self
+
+    @property
+    def section(self) -> str:
+        """The key of the searched stage's own params."""
+        return "guide.guided" if self.stage == "guide" else self.stage.replace("@", ".")
+
+    @property
+    def searchable(self) -> tuple[str, ...]:
+        """Where the keys of the space may be: in what the searched stage depends on, but not the stages before it."""
+        if self.stage == "guide":
+            return (self.section, "guide.data", "seed")
+        return (self.section, *(("distill.student",) if self.stage.startswith("distill") else ()), "data", "seed")
+
+    @model_validator(mode="after")
+    def _space_fits(self) -> SearchParams:
+        seen: list[str] = []
+        for dimension in self.space:
+            key = dimension.key
+            if not any(key == place or key.startswith(f"{place}.") for place in self.searchable):
+                places = ", ".join(self.searchable)
+                raise ValueError(f"space: {key!r} does not change what {self.stage} computes; that is in {places}")
+            if key in seen:
+                raise ValueError(f"space: {key!r} is there twice")
+            if unknown := set(dimension.when) - set(seen):
+                raise ValueError(f"space: {key}: when names {sorted(unknown)[0]!r}, which is not drawn before it")
+            seen.append(key)
+        if f"{self.section}.epochs" in seen:
+            raise ValueError(f"space: {self.section}.epochs: all trials have search.epochs")
+        return self
+
+
 class TrackingParams(Strict):
     """MLflow: the server is named by MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db."""
 
@@ -429,6 +529,7 @@ class Params(Strict):
     distill: DistillParams
     guide: GuideParams
     evaluate: EvaluateParams
+    search: SearchParams
     tracking: TrackingParams
 
     def for_guide(self) -> Params:
@@ -464,7 +565,51 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 
 def validate(content: Any, source: str = "params") -> Params:
-    """`content` (nested dicts, as YAML gives them) as `Params`; raises `ParamsError`."""
+    """`content` (nested dicts, as YAML gives them) as `Params`; raises `ParamsError`.
+
+    Each value of the search space alone must be one that its param may have.
+    """
+    params = _validated(content, source)
+    epochs = {f"{params.search.section}.epochs": params.search.epochs}
+    for dimension in params.search.space:
+        for value in dimension.extremes:
+            replaced(params, {**epochs, **dimension.when, dimension.key: value}, f"{source}: search.space")
+    return params
+
+
+def replaced(params: Params, values: Mapping[str, Any], source: str = "params") -> Params:
+    """`params` with other `values` by their keys, such as `bcosify.pretrained.lr`.
+
+    Raises:
+        ParamsError: a key is not there, or a value is not one that it may have.
+    """
+    content = params.model_dump(mode="json")
+    for key, value in values.items():
+        *path, last = key.split(".")
+        group: Any = content
+        for name in path:
+            group = group.get(name) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or last not in group:
+            near = difflib.get_close_matches(last, group or (), n=3)
+            raise ParamsError(f"{source}: {key!r} is not in the params" + (f"; near it: {', '.join(near)}" if near else ""))
+        group[last] = value
+    return _validated(content, source)
+
+
+def param(params: Params, key: str) -> Any:
+    """The value of a key such as `bcosify.pretrained.lr`."""
+    return reduce(getattr, key.split("."), params)
+
+
+def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested `content` by keys such as `bcosify.pretrained.lr`."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
+
+
+def _validated(content: Any, source: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:

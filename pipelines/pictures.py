@@ -72,6 +72,29 @@ def save_panels(
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
+def draw_front(path: str | Path, points: Mapping[int, Sequence[float]], front: Sequence[int], names: Sequence[str]) -> None:
+    """Writes a PNG of the first figure over each other one: all points, those of the Pareto front joined and numbered.
+
+    Args:
+        path: of the PNG; its folder is made.
+        points: number -> its figures.
+        front: the numbers on the front.
+        names: of the figures; a single one is shown over the numbers.
+    """
+    others = range(1, len(names)) or (None,)
+    figure = Figure(figsize=(4 * len(others), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for other, axes in zip(others, np.atleast_1d(figure.subplots(1, len(others))), strict=True):
+        where = {n: (float(n) if other is None else values[other], values[0]) for n, values in points.items()}
+        axes.plot(*zip(*where.values(), strict=True), "o", color="0.7")
+        axes.plot(*zip(*sorted(where[number] for number in front), strict=True), "o-", color="C3")
+        for number in front:
+            axes.annotate(str(number), where[number], textcoords="offset points", xytext=(4, 4))
+        axes.set(xlabel="trial" if other is None else names[other], ylabel=names[0])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def heat_map(attributions: Tensor, percentile: float = 99.5) -> Tensor:
     """Signed maps (N, H, W) as colours (N, H, W, 3) in [0, 1]: blue, white at 0, red.
 

@@ -6,19 +6,23 @@ from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_bcosification
-from stages.common import shards_of, spec_of, stage, train_stage
+from pipelines.params import Params
+from stages.common import Task, shards_of, spec_of, stage, train_stage
+
+
+def task(params: Params, start: str) -> Task:
+    """The B-cos network whose weights start as `start` says: `pretrained` or `scratch`."""
+    optim = getattr(params.bcosify, start)
+    spec = spec_of(params, read_manifest(shards_of(params.dataset)), kind="bcos", design=optim.design())
+    source = Path("models/pretrain").absolute() if start == "pretrained" else None
+    build = partial(build_bcosification, spec, source, optim, params.seed)
+    return Task(params, f"bcosify/{start}", optim, build, spec, upstream=() if source is None else (source,))
 
 
 def main(start: str) -> None:
-    """Trains the B-cos network whose weights start as `start` says: `pretrained` or `scratch`."""
+    """Trains it."""
     with stage() as params:
-        optim = getattr(params.bcosify, start)
-        manifest = read_manifest(shards_of(params.dataset))
-        spec = spec_of(params, manifest, kind="bcos", design=optim.design())
-        source = Path("models/pretrain").absolute() if start == "pretrained" else None
-        build = partial(build_bcosification, spec, source, optim, params.seed)
-        upstream = () if source is None else (source,)
-        train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, upstream=upstream)
+        train_stage(task(params, start))
 
 
 if __name__ == "__main__":

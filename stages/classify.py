@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_classifier, classifier_spec
-from stages.common import shards_of, stage, train_stage
+from stages.common import Task, shards_of, stage, train_stage
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
         build = partial(build_classifier, spec, backbone, params.seed)
-        train_stage(params, "classify", optim=params.guide.classify, build=build, spec=spec, upstream=(backbone,))
+        train_stage(Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,)))
 
 
 if __name__ == "__main__":

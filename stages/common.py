@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,24 +118,13 @@ def stage_run(
         yield run, directory
 
 
-def train_stage(
-    params: Params,
-    name: str,
-    *,
-    optim: OptimiserParams,
-    build: Callable[[], Any],
-    spec: ModelSpec,
-    upstream: tuple[Path, ...] = (),
-    model: ModelParams | None = None,
-    subset: Subset | None = None,
-    explanations: str | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> None:
-    """Trains what `build` makes and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`.
+@dataclass(frozen=True)
+class Task:
+    """What a training stage trains.
 
-    Args:
-        params: of the run.
-        name: of the stage, and of the folders.
+    Attributes:
+        params: of the run; `data` and `dataset` are those that the stage reads.
+        name: of the stage, and of its folders in `models` and `reports`.
         optim: the stage's own params.
         build: makes the method, in every worker.
         spec: of the trained model.
@@ -145,37 +134,67 @@ def train_stage(
         explanations: root of stored explanations of the training images.
         notes: file name -> what else it was trained on, as JSON; goes beside the model.
     """
-    computation = params.training.model_dump(include=COMPUTATION)
-    notes = dict(notes or {}) | ({} if subset is None else {"subset.json": subset.to_json()})
-    index = None if explanations is None else Path(explanations, INDEX).read_text()
-    start = None if model is None else located(model)
-    # Of a Pareto front another point can be chosen without training again.
-    chosen = optim.model_dump(mode="json", exclude={"select"} if len(optim.objectives) > 1 else None)
-    settings = (params.seed, params.data, asdict(spec), start, chosen, computation, notes, index)
-    with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
-        job = Job(
-            build=build,
+
+    params: Params
+    name: str
+    optim: OptimiserParams
+    build: Callable[[], Any]
+    spec: ModelSpec
+    upstream: tuple[Path, ...] = ()
+    model: ModelParams | None = None
+    subset: Subset | None = None
+    explanations: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def all_notes(self) -> dict[str, Any]:
+        """`notes`, and the subset."""
+        return dict(self.notes) | ({} if self.subset is None else {"subset.json": self.subset.to_json()})
+
+    def settings(self) -> tuple[Any, ...]:
+        """The params that the outcome depends on."""
+        index = None if self.explanations is None else Path(self.explanations, INDEX).read_text()
+        start = None if self.model is None else located(self.model)
+        # Of a Pareto front another point can be chosen without training again.
+        chosen = self.optim.model_dump(mode="json", exclude={"select"} if len(self.optim.objectives) > 1 else None)
+        computation = self.params.training.model_dump(include=COMPUTATION)
+        return (self.params.seed, self.params.data, asdict(self.spec), start, chosen, computation, self.all_notes(), index)
+
+    def job(self, directory: str, **more: Any) -> Job:
+        """The job of the training loop, in `directory`; `more` are further arguments of `Job`."""
+        params = self.params
+        return Job(
+            build=self.build,
             shards=shards_of(params.dataset),
             data=params.data,
-            optim=optim,
+            optim=self.optim,
             training=params.training,
             seed=params.seed,
             directory=directory,
-            on_epoch=run.epoch_logger(),
-            report_key=run.key,
-            subset=None if subset is None else subset.numbers,
-            explanations=explanations,
+            subset=None if self.subset is None else self.subset.numbers,
+            explanations=self.explanations,
+            **more,
         )
-        result = train(job)
-        module = build().module
-        result.load_best(module)
-        models.save(Path("models", name), module, spec)
-        report(name, result, optim.objectives)
-        for file, content in notes.items():
+
+
+def train_stage(task: Task) -> None:
+    """Trains the task and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`."""
+    name = task.name
+    with stage_run(task.params, name, *task.settings(), upstream=task.upstream) as (run, directory):
+        result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
+        save_best(task, result, Path("models", name))
+        report(name, result, task.optim.objectives)
+        for file, content in task.all_notes().items():
             write_json(Path("models", name, file), content)
             run.artifact(Path("models", name, file), "model")
         run.history(result.history)
         run.model(Path("models", name))
+
+
+def save_best(task: Task, result: Result, out: Path) -> None:
+    """Leaves the best epoch's model in the folder `out`."""
+    module = task.build().module
+    result.load_best(module)
+    models.save(out, module, task.spec)
 
 
 def report(name: str, result: Result, objectives: Sequence[str]) -> None:
@@ -193,10 +212,10 @@ def report(name: str, result: Result, objectives: Sequence[str]) -> None:
         write_json(folder / "front.json", front)
 
 
-def code_digest() -> str:
-    """The sha256 of the code that training runs, so that no run goes on with another's checkpoints."""
+def code_digest(names: Sequence[str] = TRAINING_CODE) -> str:
+    """The sha256 of code in `pipelines`, by default of what training runs: no run goes on with another's checkpoints."""
     content = hashlib.sha256()
-    for name in TRAINING_CODE:
+    for name in names:
         place = Path(pipelines.__file__).parent / name
         for path in sorted(place.rglob("*.py")) or [place]:
             content.update(path.read_bytes())

@@ -11,31 +11,36 @@ from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import ModelSpec, read_spec
 from pipelines.params import Params
 from stages import explain
-from stages.common import located, shards_of, stage, train_stage
+from stages.common import Task, located, shards_of, stage, train_stage
+
+
+def task(params: Params, name: str) -> Task:
+    """The student whose loss `name` says: `kd` or `e2kd`."""
+    optim = getattr(params.distill, name)
+    shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
+    manifest, of_teacher = read_manifest(shards), read_spec(teacher)
+    spec = student_spec(params, manifest, of_teacher)
+    check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
+    shots, frozen = params.distill.shots, optim.explanations == "frozen"
+    if frozen:
+        check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
+    return Task(
+        params,
+        f"distill/{name}",
+        optim,
+        build=partial(build_e2kd, located(params.distill.student), spec, teacher, optim, params.seed, manifest.labelled),
+        spec=spec,
+        upstream=(teacher,),
+        model=params.distill.student,
+        subset=None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed),
+        explanations=str(explain.OUT) if frozen else None,
+    )
 
 
 def main(name: str) -> None:
-    """Trains the student whose loss `name` says: `kd` or `e2kd`."""
+    """Trains it."""
     with stage() as params:
-        optim = getattr(params.distill, name)
-        shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
-        manifest, of_teacher = read_manifest(shards), read_spec(teacher)
-        spec = student_spec(params, manifest, of_teacher)
-        check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
-        shots, frozen = params.distill.shots, optim.explanations == "frozen"
-        if frozen:
-            check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
-        train_stage(
-            params,
-            f"distill/{name}",
-            optim=optim,
-            build=partial(build_e2kd, located(params.distill.student), spec, teacher, optim, params.seed, manifest.labelled),
-            spec=spec,
-            upstream=(teacher,),
-            model=params.distill.student,
-            subset=None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed),
-            explanations=str(explain.OUT) if frozen else None,
-        )
+        train_stage(task(params, name))
 
 
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:

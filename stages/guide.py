@@ -8,25 +8,31 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.sample import DataError
 from pipelines.methods import build_guidance
 from pipelines.models import read_spec
-from stages.common import shards_of, stage, train_stage
+from pipelines.params import Params
+from stages.common import Task, shards_of, stage, train_stage
+
+
+def task(whole: Params) -> Task:
+    """The guided classifier."""
+    params, classifier = whole.for_guide(), Path("models/classify").absolute()
+    optim, shards = params.guide.guided, shards_of(params.dataset)
+    check_boxes(shards)
+    keys = annotated_images(shards, "train", optim.annotated, optim.annotated_seed) if optim.annotated < 1 else None
+    return Task(
+        params,
+        "guide",
+        optim,
+        build=partial(build_guidance, classifier, optim, keys),
+        spec=read_spec(classifier),
+        upstream=(classifier,),
+        notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},
+    )
 
 
 def main() -> None:
     """Guides the classifier."""
-    with stage() as whole:
-        params, classifier = whole.for_guide(), Path("models/classify").absolute()
-        optim, shards = params.guide.guided, shards_of(params.dataset)
-        check_boxes(shards)
-        keys = annotated_images(shards, "train", optim.annotated, optim.annotated_seed) if optim.annotated < 1 else None
-        train_stage(
-            params,
-            "guide",
-            optim=optim,
-            build=partial(build_guidance, classifier, optim, keys),
-            spec=read_spec(classifier),
-            upstream=(classifier,),
-            notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},
-        )
+    with stage() as params:
+        train_stage(task(params))
 
 
 def check_boxes(shards: str) -> None:

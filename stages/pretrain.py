@@ -4,7 +4,7 @@ from functools import partial
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_pretrain
-from stages.common import located, shards_of, spec_of, stage, train_stage
+from stages.common import Task, located, shards_of, spec_of, stage, train_stage
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="conventional")
         build = partial(build_pretrain, located(params.model), spec, params.pretrain, params.seed)
-        train_stage(params, "pretrain", optim=params.pretrain, build=build, spec=spec, model=params.model)
+        train_stage(Task(params, "pretrain", params.pretrain, build, spec, model=params.model))
 
 
 if __name__ == "__main__":

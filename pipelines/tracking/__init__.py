@@ -2,7 +2,7 @@
 
 from pipelines.tracking.provenance import lock_hash
 from pipelines.tracking.registry import Registered, TrackingError, load, register
-from pipelines.tracking.runs import EpochLogger, StageRun, stage_run
+from pipelines.tracking.runs import EpochLogger, StageRun, child_run, stage_run
 from pipelines.tracking.server import project_root, tracking_uri, where_to_look
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Registered",
     "StageRun",
     "TrackingError",
+    "child_run",
     "load",
     "lock_hash",
     "project_root",

@@ -1,10 +1,14 @@
-"""`python -m pipelines.tracking.relog RUN_DIRECTORY...`: logs runs whose tracking server was dead. Safe to repeat."""
+"""`python -m pipelines.tracking.relog RUN_DIRECTORY...`: logs runs whose tracking server was dead, a search with its trials.
+
+Safe to repeat.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipelines.tracking.journal import Journal
 from pipelines.tracking.runs import log
@@ -22,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{directory}: nothing was tracked here (no tracking/run.json)", file=sys.stderr)
             failed += 1
             continue
-        journal.update(warned=False)
-        failed += log(journal, tracking_uri()) is None
+        trials = [Journal(path) for path in sorted(Path(directory).glob("trials/*"))]
+        for each in (journal, *(trial for trial in trials if trial.exists)):
+            each.update(warned=False)
+            failed += log(each, tracking_uri()) is None
     return failed
 
 

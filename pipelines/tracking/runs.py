@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.tracking.journal import Journal, metric_rows, now
 from pipelines.tracking.provenance import git_tags, input_hashes, lock_hash, version_tags
 from pipelines.tracking.server import complaint, connect, project_root, shown, tracking_uri, where_to_look
-from pipelines.tracking.sync import log_metrics, sync
+from pipelines.tracking.sync import PARENT_TAG, log_metrics, sync
 
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
@@ -52,6 +52,40 @@ def stage_run(
         run.end("FAILED")
         raise
     run.end("FINISHED")
+
+
+def child_run(
+    parent: StageRun,
+    name: str,
+    *,
+    experiment: str,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    history: Iterable[Mapping[str, Any]],
+    metrics: Mapping[str, float],
+    status: str,
+) -> None:
+    """Logs work that is over, such as a trial of a search, as a child of `parent`; done again, it changes nothing.
+
+    Args:
+        parent: the run of the whole.
+        name: of the child.
+        experiment: MLflow's experiment, that of `parent`.
+        params: nested values.
+        directory: the persistent folder of this work alone.
+        history: records of epochs, see `StageRun.history`.
+        metrics: further figures, logged at the last epoch.
+        status: FINISHED, FAILED or KILLED.
+    """
+    journal, records = Journal(_local(directory)), list(history)
+    if not journal.exists or journal.head["status"] != status:
+        journal.begin(name, experiment, flatten(params), {"stage": name, PARENT_TAG: parent.key, **version_tags()})
+        for record in records:
+            journal.add_metrics(record["metrics"], record["epoch"])
+        journal.add_metrics(metrics, records[-1]["epoch"] if records else 0)
+        journal.update(status=status, ended=now(), warned=parent.run_id is None)  # one line on a dead server is enough
+    if parent.run_id is not None and not journal.head["logged"]:
+        log(journal, tracking_uri(), announce=False)
 
 
 class StageRun:
@@ -169,7 +203,7 @@ def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
     """
     with _warning(journal, uri):
         run = sync(journal, uri)
-        finished = journal.head["status"] == "FINISHED"
+        finished = journal.head["status"] in ("FINISHED", "KILLED")
         journal.update(run_id=run.info.run_id, tracking_uri=shown(uri), logged=finished)
         if announce:
             look = where_to_look(uri, run.info.experiment_id, run.info.run_id)

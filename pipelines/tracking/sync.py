@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 KEY_TAG = "journal"  # names the journal on the server, so that the run is found again from it
+PARENT_TAG = "journal.parent"  # of a child's journal: the key of the journal that it belongs to
 
 
 def sync(journal: Journal, uri: str) -> Run:
@@ -26,7 +27,7 @@ def sync(journal: Journal, uri: str) -> Run:
     head = journal.head
     run = find_or_create_run(client, uri, head)
     run_id = run.info.run_id
-    log_params_and_tags(client, run, head["params"], head["tags"])
+    log_params_and_tags(client, run, head["params"], head["tags"] | parent_tag(client, run, head["tags"]))
     log_metrics(client, run_id, journal.metrics())
     for dataset in head["datasets"]:
         log_dataset(client, run_id, dataset)
@@ -48,6 +49,14 @@ def find_or_create_run(client: MlflowClient, uri: str, head: Mapping[str, Any]) 
         return found[0]
     tags = {KEY_TAG: head["key"], "mlflow.source.name": head["stage"], **head["tags"]}
     return client.create_run(experiment, start_time=head["started"], tags=tags, run_name=head["stage"])
+
+
+def parent_tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> dict[str, str]:
+    """What makes `run` the child, as MLflow shows it, of the run that its journal names; nothing until that is logged."""
+    if PARENT_TAG not in tags:
+        return {}
+    found = client.search_runs([run.info.experiment_id], f"tags.{KEY_TAG} = '{tags[PARENT_TAG]}'", max_results=1)
+    return {"mlflow.parentRunId": found[0].info.run_id} if found else {}
 
 
 def log_params_and_tags(client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:

@@ -131,3 +131,16 @@ def read_json(directory: str, name: str) -> Any:
     """The value of `<directory>/<name>`, None where there is no such file."""
     filesystem, root = _open(directory)
     return json.loads(filesystem.cat_file(f"{root}/{name}")) if filesystem.exists(f"{root}/{name}") else None
+
+
+def folders(directory: str) -> list[str]:
+    """Names of the folders in `directory`, none where that does not exist."""
+    filesystem, root = _open(directory)
+    return [PurePosixPath(path).name for path in filesystem.ls(root, detail=False)] if filesystem.exists(root) else []
+
+
+def remove(directory: str) -> None:
+    """Deletes `directory` with all that is in it, if it is there."""
+    filesystem, root = _open(directory)
+    if filesystem.exists(root):
+        filesystem.rm(root, recursive=True)

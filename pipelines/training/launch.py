@@ -22,7 +22,7 @@ from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
 # that fails for a while) are worth a restart.
-_FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 # Read by Ray when it is imported or starts workers; the user's own settings win.
 _RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two busy cores may need more than the default minute
@@ -36,8 +36,8 @@ _RAY_ENVIRONMENT = {
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
-def train(job: Job) -> Result:
-    """Trains `job` to its end, from where its directory says it is; a finished run returns at once.
+def train(job: Job, sharing: int = 1) -> Result:
+    """Trains `job` to its end, from where its directory says it is; a finished run returns at once. `sharing`: see `launch`.
 
     Raises:
         TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
@@ -48,7 +48,7 @@ def train(job: Job) -> Result:
         report(job, summary["history"])
         history = summary["history"]
     else:
-        history = launch(fit, job, training=job.training)
+        history = launch(fit, job, training=job.training, sharing=sharing)
     return Result(job.directory, history, best_record(history, job.optim), kept_records(history, job.optim))
 
 
@@ -66,20 +66,21 @@ def check_batch_size(batch_size: int, training: TrainingParams) -> None:
         )
 
 
-def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams) -> Any:
+def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, sharing: int = 1) -> Any:
     """What `fn(context, *args)` returns on rank 0, run as `training` says: in this process or on Ray workers.
 
     Args:
         fn: a module-level function; what it returns is made of plain Python values, without tensors.
         args: picklable values.
         training: `workers`, resources and `storage` are used. Workers that die are replaced `max_failures` times.
+        sharing: processes like this one that share the machine's cores, where `fn` runs in this process.
 
     Raises:
         TrainingError: on Ray workers, for an error that a restart would not cure, or after the last restart. In this
             process the error itself is raised.
     """
     if training.workers == 0:
-        use_threads(1)
+        use_threads(sharing)
         return fn(Context(device=_device(training)), *args)
     with cluster(training):
         return _launch_on_ray(fn, args, training)
@@ -160,7 +161,7 @@ def _work(config: dict[str, Any]) -> Any:
     try:
         fn, args = cloudpickle.loads(config["call"])
         return fn(here, *args)
-    except _FINAL as error:
+    except FINAL as error:
         known = isinstance(error, TrainingError | ValueError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         if not known:

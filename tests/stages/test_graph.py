@@ -154,6 +154,38 @@ def test_what_cannot_be_guided_ends_the_stage_with_one_line(project, change, tol
     project.run("git checkout -q params.yaml; dvc exp run -S recipe=smoke")
 
 
+def test_a_point_of_the_search_becomes_an_experiment(project):
+    trials, front = project.read("reports/search/trials.json"), project.read("reports/search/front.json")
+    assert [row["trial"] for row in trials] == [0, 1, 2]
+    assert [row["trial"] for row in trials if row["on_front"]] == sorted(row["trial"] for row in front)
+    before = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
+    as_it_was = {f"bcosify.pretrained.{key}": before[key] for key in ("b", "bias", "lr")}
+    assert trials[0]["values"] == as_it_was  # as the params are
+    told = project.run("python -m stages.search_apply 1 search").stdout
+    assert told.startswith("dvc exp run -S recipe=smoke -S ")
+    after = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
+    assert {key: after[key.rpartition(".")[2]] for key in trials[1]["values"]} == trials[1]["values"]
+    assert project.read("reports/search/trials.json") == trials  # the same search, not run again
+    done = project.run("python -m stages.search_apply 3", check=False)
+    assert (done.returncode, done.stderr.strip().splitlines()) == (
+        1,
+        ["3: there is no such trial; reports/search/trials.json has 0 to 2"],
+    )
+    project.run("dvc exp run -S recipe=smoke")
+
+
+def test_another_stage_is_searched_by_its_own_metrics(project):
+    space = "[{key: guide.guided.loss, choice: [energy, l1]}]"
+    changes = f"-S recipe=smoke -S search.stage=guide -S 'search.space={space}' -S 'search.metrics=[val/f1,val/iou]'"
+    project.run(f"dvc exp run {changes} -S search.asha=null -S search.trials=2 search")
+    trials = project.read("reports/search/trials.json")
+    assert [(row["status"], row["values"]["guide.guided.loss"]) for row in trials] == [("finished", "energy"), ("finished", "l1")]
+    done = project.run(f"dvc exp run {changes} -S 'search.metrics=[val/f1,val/gridpg]' search", check=False)
+    assert "search.metrics: no metric 'val/gridpg'; there are val/" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    project.run("dvc exp run -S recipe=smoke")
+
+
 def test_plots_and_experiments_are_shown(project):
     project.run("dvc plots show --json")
     assert "recipe" in project.run("dvc exp show --csv").stdout
@@ -163,7 +195,7 @@ def test_plots_and_experiments_are_shown(project):
 def test_again_changes_nothing_and_registers_nothing(project):
     before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 13
+    assert told.count("didn't change, skipping") == 14
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 

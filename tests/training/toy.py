@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pipelines.bcos import BcosBatchNorm, bcosify
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, DistillationParams, OptimiserParams, TrainingParams
-from pipelines.training import Context, Job, checkpoints, evaluate_split
+from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
 from pipelines.training.distributed import gather
 from pipelines.training.loop import fit
 
@@ -291,6 +292,38 @@ def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Jo
         fit(context, healed)
     same = identical(*(checkpoints.load(job.directory, 12)["model"] for job in (whole, healed)))
     return {"same": same, **evaluate_toy(context, whole)}
+
+
+class LoggedMethod(ToyMethod):
+    """Writes down each step, and may have its driver killed."""
+
+    def __init__(self, log: str, name: str, *accident: Any) -> None:
+        super().__init__(*accident, rank=ALL_RANKS)
+        self.log, self.name = log, name
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        with open(self.log, "a") as file:
+            file.write(f"{self.name} {batch['step']}\n")
+        return super().prepare(batch)
+
+
+def toy_trial(
+    folder: str,
+    kill_at: int,
+    values: dict[str, Any],
+    directory: str,
+    on_epoch: Callable[[EpochRecord], None],
+    sharing: int,
+) -> dict[str, float]:
+    """A trial of a search: trains with `values`; the `kill_at`-th step that any trial takes kills the driver, once."""
+    log = Path(folder, "steps")
+    left = kill_at - len(log.read_text().splitlines()) if log.exists() else kill_at
+    build = partial(LoggedMethod, str(log), Path(directory).name, "kill driver", left, f"{folder}/marker")
+    values = {key.rpartition(".")[2]: value for key, value in values.items()}
+    if values["lr"] > 0.1:
+        raise ValueError("too fast")
+    result = train(toy_job(directory, build, on_epoch=on_epoch, report_key=directory, **values), sharing)
+    return {"val/accuracy": result.best["metrics"]["val/accuracy"], "val/gridpg": values["clip_value"]}
 
 
 def toy_student() -> E2KD:

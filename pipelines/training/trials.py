@@ -1,0 +1,90 @@
+"""Trials of a search: what is drawn for them, and the record of each one, which outlives the search's process.
+
+<search>/trials/<hash of the values>/trial.json      the record
+<search>/trials/<hash of the values>/checkpoints     of a trial that is not settled yet; see `checkpoints`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict
+
+from pipelines.params import Params, SearchedParams, param
+from pipelines.training import checkpoints
+from pipelines.training.job import EpochRecord
+
+RECORD = "trial.json"
+SETTLED = ("finished", "stopped")  # never run again; a failed trial is tried again when the search is started again
+
+
+class Trial(TypedDict):
+    """One trial."""
+
+    values: dict[str, Any]  # key of the params -> value drawn
+    started: float  # seconds since 1970, of its first start: trials are numbered in this order
+    status: Literal["running", "finished", "stopped", "failed"]  # stopped: by successive halving
+    history: list[EpochRecord]
+    metrics: dict[str, float]  # of a finished one all, of a stopped one those of its last epoch
+    error: str  # of a failed one
+
+
+def draw(space: list[SearchedParams], suggest: Callable[[SearchedParams], Any]) -> dict[str, Any]:
+    """Key -> value: what `suggest` gives for each dimension whose conditions the values before it fulfil."""
+    values: dict[str, Any] = {}
+    for dimension in space:
+        if all(key in values and values[key] == wanted for key, wanted in dimension.when.items()):
+            values[dimension.key] = suggest(dimension)
+    return values
+
+
+def as_it_is(params: Params) -> dict[str, Any] | None:
+    """The values that `params` themselves have in their search space; None where they lie outside of it."""
+
+    def find(dimension: SearchedParams) -> Any:
+        value = param(params, dimension.key)
+        if dimension.choice is not None:
+            return dimension.choice[dimension.choice.index(value)]  # 2, where the param is 2.0
+        if dimension.extremes != sorted([*dimension.extremes, value])[::2]:
+            raise ValueError(f"{dimension.key}: {value} is out of range")
+        return value
+
+    try:
+        return draw(params.search.space, find)
+    except (TypeError, ValueError):  # not a number, or not there
+        return None
+
+
+def folder(directory: str, values: Mapping[str, Any]) -> str:
+    """Where the trial with these values lives."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return f"{directory}/trials/{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+
+
+def start(place: str, values: dict[str, Any]) -> Trial:
+    """The record of the trial at `place`, a new one where there is none; what is not settled is running from now on."""
+    trial: Any = checkpoints.read_json(place, RECORD) or {"values": values, "started": time.time()}
+    return trial if trial.get("status") in SETTLED else settle(place, trial, "running")
+
+
+def settle(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
+    """Writes the record with this status, and returns it."""
+    history: list[EpochRecord] = checkpoints.read_json(place, "history.json") or []
+    if metrics is None:
+        metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
+    told = Trial(**{**trial, "status": status, "history": history, "metrics": dict(metrics), "error": error})  # type: ignore[typeddict-item]
+    checkpoints.write_json(place, RECORD, told)
+    return told
+
+
+def read(place: str) -> Trial:
+    """The record at `place`."""
+    return checkpoints.read_json(place, RECORD)
+
+
+def trials(directory: str) -> list[Trial]:
+    """The records of a search, in the order in which the trials started: a trial's place in it is its number."""
+    found = [checkpoints.read_json(f"{directory}/trials/{name}", RECORD) for name in checkpoints.folders(f"{directory}/trials")]
+    return sorted(filter(None, found), key=lambda trial: (trial["started"], json.dumps(trial["values"])))

@@ -1,0 +1,63 @@
+"""A trial of the stage `search`: the searched stage's work with some params replaced."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipelines.data.manifest import read_manifest
+from pipelines.evaluation import evaluate
+from pipelines.params import EvaluateParams, Params, ParamsError, replaced
+from pipelines.training import Context, EpochRecord, Result, launch, train
+from stages import bcosify, distill, guide
+from stages.common import Task, save_best
+
+TASKS: dict[str, Callable[..., Task]] = {"bcosify": bcosify.task, "distill": distill.task, "guide": guide.task}
+
+
+def task_of(params: Params, values: dict[str, Any]) -> Task:
+    """The task of the searched stage with these `values` in its params, at the length and with the workers of a trial."""
+    of_trials = {f"{params.search.section}.epochs": params.search.epochs, "training.workers": params.search.workers}
+    stage, _, which = params.search.stage.partition("@")
+    return TASKS[stage](replaced(params, of_trials | values, "search.space"), *([which] if which else []))
+
+
+def check_metrics(params: Params, task: Task) -> None:
+    """Raises `ParamsError` where a metric of the search is not one that trials have."""
+    each_epoch = [f"val/{name}" for name in task.build().metrics()]
+    boxes = "boxes" in read_manifest(task.job("").shards).fields.get("val", ())
+    at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + ["val/epg", "val/size_corrected_epg", "val/iou"] * boxes
+    for number, name in enumerate(params.search.metrics):
+        halves = number == 0 and params.search.asha is not None
+        allowed = each_epoch if halves else dict.fromkeys([*each_epoch, *at_the_end])
+        if name not in allowed:
+            which = "the first one, by which search.asha judges each epoch, can be" if halves else "there are"
+            raise ParamsError(f"search.metrics: no metric {name!r}; {which} {', '.join(allowed)}")
+
+
+def run_trial(
+    params: Params, values: dict[str, Any], directory: str, on_epoch: Callable[[EpochRecord], None], sharing: int
+) -> dict[str, float]:
+    """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.training.search.Work`."""
+    task = task_of(params, values)
+    here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
+    job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
+    result = train(job, sharing)
+    found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
+    missing = [name for name in params.search.metrics if name not in found]
+    if missing:
+        judged = launch(judge, task, job.shards, result, params.evaluate, training=job.training, sharing=sharing)
+        found |= {name: judged.get(name, 0.0) for name in missing}  # none where no image is classified well enough for a grid
+    return found
+
+
+def judge(context: Context, task: Task, shards: str, result: Result, params: EvaluateParams) -> dict[str, float]:
+    """How well the best epoch's explanations find what is in the images of the validation split."""
+    with TemporaryDirectory() as folder:
+        save_best(task, result, Path(folder))
+        found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val")
+    scores = next(iter(found["models"]["trial"]["explanations"].values()))
+    return {f"val/{name}": value for name, value in scores.items()}
