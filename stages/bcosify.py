@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_bcosification
-from stages.common import shards_of, spec_of, stage, train_stage
+from stages.common import model_for_all, shards_of, spec_of, stage, train_stage
 
 
 def main(start: str) -> None:
@@ -16,7 +16,8 @@ def main(start: str) -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = spec_of(params, manifest, kind="bcos", design=optim.design())
         source = Path("models/pretrain").absolute() if start == "pretrained" else None
-        build = partial(build_bcosification, spec, source, optim, params.seed)
+        start_model = None if source is None else model_for_all(params, source)
+        build = partial(build_bcosification, spec, start_model, optim, params.seed)
         upstream = () if source is None else (source,)
         train_stage(params, f"bcosify/{start}", optim=optim, build=build, spec=spec, upstream=upstream)
 

@@ -18,9 +18,12 @@ from pipelines import models, tracking
 from pipelines.bcos import ConversionError
 from pipelines.data.few_shot import Subset
 from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.patience import StorageError
+from pipelines.data.publish import publish, publish_explanations, publish_shards
 from pipelines.data.sample import DataError
 from pipelines.data.stored import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
+from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
 from pipelines.training import Job, Result, TrainingError, run_directory, train
 
@@ -34,6 +37,7 @@ FOR_THE_USER = (
     TrainingError,
     tracking.TrackingError,
     FileNotFoundError,
+    StorageError,
 )
 COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}  # params.training that change what is computed
 # In pipelines; dvc.yaml names the same.
@@ -43,6 +47,30 @@ TRAINING_CODE = ("attribution.py", "bcos", "data", "losses.py", "methods", "metr
 def shards_of(dataset: str) -> str:
     """The absolute root of a data set's shards."""
     return str(Path("data/shards", dataset).absolute())
+
+
+def seen_by_all(params: Params) -> bool:
+    """Whether the storage of the params is at a URL: workers may then be on other machines, and read what they need there."""
+    return "://" in params.training.storage
+
+
+def shards_for_all(params: Params) -> str:
+    """The root of the run's shards that every worker sees."""
+    shards = shards_of(params.dataset)
+    return publish_shards(shards, params.training.storage) if seen_by_all(params) else shards
+
+
+def model_for_all(params: Params, folder: Path) -> str:
+    """The place of a model, in a folder here, that every worker sees."""
+    if not seen_by_all(params):
+        return str(folder)
+    url = f"{params.training.storage.rstrip('/')}/models/{models.digest(folder)[:16]}"
+    return publish(folder, url, (CONFIG, WEIGHTS))
+
+
+def explanations_for_all(params: Params, root: str | None) -> str | None:
+    """The root of stored explanations, in a folder here, that every worker sees."""
+    return publish_explanations(root, params.training.storage) if root and seen_by_all(params) else root
 
 
 @contextmanager
@@ -155,7 +183,7 @@ def train_stage(
     with stage_run(params, name, *settings, upstream=upstream) as (run, directory):
         job = Job(
             build=build,
-            shards=shards_of(params.dataset),
+            shards=shards_for_all(params),
             data=params.data,
             optim=optim,
             training=params.training,
@@ -164,7 +192,7 @@ def train_stage(
             on_epoch=run.epoch_logger(),
             report_key=run.key,
             subset=None if subset is None else subset.numbers,
-            explanations=explanations,
+            explanations=explanations_for_all(params, explanations),
         )
         result = train(job)
         module = build().module

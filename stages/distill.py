@@ -11,7 +11,7 @@ from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import ModelSpec, read_spec
 from pipelines.params import Params
 from stages import explain
-from stages.common import located, shards_of, stage, train_stage
+from stages.common import located, model_for_all, shards_of, stage, train_stage
 
 
 def main(name: str) -> None:
@@ -25,11 +25,12 @@ def main(name: str) -> None:
         shots, frozen = params.distill.shots, optim.explanations == "frozen"
         if frozen:
             check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
+        student = located(params.distill.student)
         train_stage(
             params,
             f"distill/{name}",
             optim=optim,
-            build=partial(build_e2kd, located(params.distill.student), spec, teacher, optim, params.seed, manifest.labelled),
+            build=partial(build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled),
             spec=spec,
             upstream=(teacher,),
             model=params.distill.student,

@@ -8,7 +8,7 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.sample import DataError
 from pipelines.methods import build_guidance
 from pipelines.models import read_spec
-from stages.common import shards_of, stage, train_stage
+from stages.common import model_for_all, shards_of, stage, train_stage
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
             params,
             "guide",
             optim=optim,
-            build=partial(build_guidance, classifier, optim, keys),
+            build=partial(build_guidance, model_for_all(params, classifier), optim, keys),
             spec=read_spec(classifier),
             upstream=(classifier,),
             notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},

@@ -9,11 +9,13 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import torch
 
+import pipelines
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
 from pipelines.training.distributed import Context, cpu_count, use_threads
@@ -195,13 +197,41 @@ def cluster(training: TrainingParams) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        _connect(os.environ["RAY_ADDRESS"])
     else:
         _start_local(training)
     try:
+        _check_gpus(training)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Joins a cluster, whose workers get this code; those of a submitted job have it."""
+    import ray
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as SUBMITTED
+
+    if address.startswith("http"):
+        raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
+    code = None if SUBMITTED in os.environ else {"py_modules": [str(Path(pipelines.__file__).parent)]}
+    try:
+        ray.init(logging_level=logging.WARNING, runtime_env=code)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise TrainingError(f"RAY_ADDRESS is {address}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_gpus(training: TrainingParams) -> None:
+    """Raises `TrainingError` where the GPUs that the least number of workers needs cannot come."""
+    import ray
+    from ray._private.state import state
+
+    least = training.workers if isinstance(training.workers, int) else training.workers[0]
+    wanted = least * training.gpus_per_worker
+    has = state.get_max_resources_from_cluster_config() or ray.cluster_resources()  # an autoscaler may bring more nodes
+    if wanted > has.get("GPU", 0):
+        found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
+        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
 
 
 def _start_local(training: TrainingParams) -> None:
@@ -226,8 +256,3 @@ def _start_local(training: TrainingParams) -> None:
     )
     root.setLevel(level)
     root.handlers[:] = handlers
-    least = training.workers if isinstance(training.workers, int) else training.workers[0]
-    found, wanted_gpus = ray.cluster_resources().get("GPU", 0), least * training.gpus_per_worker
-    if wanted_gpus > found:
-        ray.shutdown()
-        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted_gpus:g} GPUs, this machine has {found:g}")

@@ -75,7 +75,14 @@ def test_what_may_pass_is_tried_again_ever_later_and_in_the_end_told_in_one_line
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError("x"), PermissionError("x"), ValueError("x"), OSError(28, "full"), botocore.exceptions.NoCredentialsError()]
+    "error",
+    [
+        FileNotFoundError("x"),
+        PermissionError("x"),
+        ValueError("x"),
+        OSError(28, "full"),
+        botocore.exceptions.NoCredentialsError(),
+    ],
 )
 def test_what_does_not_pass_is_raised_at_once(error: Exception) -> None:
     def call() -> None:
@@ -114,7 +121,9 @@ def test_a_shard_is_brought_once_and_then_read_here(shards: str) -> None:
     assert FlakyFileSystem.asked == 1  # the manifest
 
 
-def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(shards: str, own_shard_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(
+    shards: str, own_shard_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = max(shard.bytes for shard in read_manifest(shards).shards("train"))
     monkeypatch.setenv("SHARD_CACHE_GB", str(3.5 * size / 1e9))
     of_train = read_manifest(shards).shards("train")
