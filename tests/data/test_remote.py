@@ -71,7 +71,6 @@ def test_what_may_pass_is_tried_again_ever_later_and_in_the_end_told_in_one_line
     with pytest.raises(OSError, match=r"^[^\n]*$"):
         with_patience(call, "s3://bucket/x", 60, clock, clock.sleep)
     assert -940 <= clock.now < -920
-    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(
