@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import logging
 import os
 import shutil
 import socket
@@ -37,6 +38,7 @@ from pipelines.data.stored import INDEX
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import Params, ParamsError
 from pipelines.training import checkpoints
+from pipelines.training.launch import RAY_ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -51,6 +53,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submits, follows or stops a job; returns its exit status."""
     options = parse(arguments)
+    for name in ("ray.dashboard", "ray._private", "aiobotocore", "botocore", "dvc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = connect(options.address)
         if options.stop:
@@ -138,7 +142,7 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
         client.submit_job(
             entrypoint=f"python -m infra.job {place}",
             submission_id=job,
-            runtime_env={"working_dir": folder, "env_vars": told | sent()},
+            runtime_env={"working_dir": folder, "env_vars": RAY_ENVIRONMENT | told | sent()},
             metadata={"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place},
         )
     print(f"job {job}: {size / 2**20:.1f} MiB of code sent, commit {commit[:10]}{' and changes' if dirty else ''}")

@@ -77,6 +77,7 @@ def explanations_for_all(params: Params, root: str | None) -> str | None:
 def stage() -> Iterator[Params]:
     """The params of a stage; what is the user's to mend ends it with one line instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells each time where it found credentials
     try:
         yield load()
     except FOR_THE_USER as error:

@@ -26,7 +26,7 @@ from pipelines.training.loop import fit, report
 # that fails for a while) are worth a restart.
 _FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 # Read by Ray when it is imported or starts workers; the user's own settings win.
-_RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two busy cores may need more than the default minute
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
@@ -189,7 +189,7 @@ def cluster(training: TrainingParams) -> Iterator[None]:
 
     `launch` enters it by itself; around several launches it saves the start of each.
     """
-    for variable, value in _RAY_ENVIRONMENT.items():
+    for variable, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import ray
 
@@ -214,9 +214,10 @@ def _connect(address: str) -> None:
 
     if address.startswith("http"):
         raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
-    code = None if SUBMITTED in os.environ else {"py_modules": [str(Path(pipelines.__file__).parent)]}
+    package = str(Path(pipelines.__file__).parent)
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": [package], "env_vars": RAY_ENVIRONMENT}
     try:
-        ray.init(logging_level=logging.WARNING, runtime_env=code)
+        ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise TrainingError(f"RAY_ADDRESS is {address}: {' '.join(str(error).split())[:300]}") from None
 
