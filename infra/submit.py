@@ -53,8 +53,6 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submits, follows or stops a job; returns its exit status."""
     options = parse(arguments)
-    for name in ("ray.dashboard", "ray._private", "aiobotocore", "botocore", "dvc"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = connect(options.address)
         if options.stop:
@@ -108,6 +106,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(url)
     except AuthenticationError as error:
