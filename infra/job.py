@@ -8,6 +8,7 @@ PLACE/result.json   written last: name, bytes and sha256 of each output
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ class Order(TypedDict):
 
     stages: list[dict[str, Any]]
     inputs: list[Input]
+    environment: dict[str, str]  # what the stages are told of where they come from
 
 
 def main(place: str) -> int:
@@ -44,7 +46,7 @@ def main(place: str) -> int:
         sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
     for stage in order["stages"]:
         print(f"stage {stage['name']}: {stage['command']}", flush=True)
-        if status := subprocess.call(stage["command"], shell=True):
+        if status := subprocess.call(stage["command"], shell=True, env=os.environ | order["environment"]):
             return status
     try:
         deliver(place, [path for stage in order["stages"] for path in stage["outputs"]])

@@ -13,7 +13,7 @@ LEFT_OUT = {".git", ".venv", "data", "mlartifacts", "mlruns", "models", "reports
 
 
 def pack(target: Path) -> int:
-    """Copies the code to the empty folder `target`; returns its bytes.
+    """Copies the code to the new folder `target`; returns its bytes.
 
     Raises:
         SubmitError: it is too large; names the folder that most of it lies in.

@@ -54,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Submits, follows or stops a job; returns its exit status."""
     options = parse(arguments)
     try:
-        client = connect(options.address)
+        if options.take:
+            return take(options.take)
+        client = None if options.prepare else connect(options.address)
+        if client is None:
+            print(f"prepared: {prepare(None, options)['place']}")
+            return 0
         if options.stop:
             return stop(client, options.stop)
         job = options.follow or submit(client, options)
@@ -70,12 +75,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("stage", nargs="?", metavar="STAGE", help="such as pretrain, bcosify@pretrained, distill")
     what.add_argument("--follow", metavar="ID", help="follow a job submitted before and bring its outputs")
+    what.add_argument("--take", metavar="PLACE", help="bring the outputs of a job in the storage")
     what.add_argument("--stop", metavar="ID", help="stop a job; its checkpoints stay")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="params, as after `dvc exp run -S`")
     parser.add_argument("--address", help=f"job server, http://HEAD:8265; by default {ADDRESS}")
     parser.add_argument("--workers", type=workers, metavar="N|MIN:MAX", help="training.workers")
     parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="training.gpus_per_worker")
     parser.add_argument("--storage", metavar="URL", help="training.storage: checkpoints, shards, models; s3://bucket/folder")
+    parser.add_argument("--prepare", action="store_true", help="put all that a job needs to the storage, and submit none")
     parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow the job to its end")
     return parser.parse_args(arguments)
 
@@ -119,42 +126,65 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
     """Sends a stage to the cluster; returns the job's id."""
-    wanted_workers = {} if options.workers is None else {"training.workers": options.workers}
-    params = project.set_params(options.overrides, wanted_workers)
-    gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
-    storage = (options.storage or params.training.storage).rstrip("/")
-    check_workers(client, params, gpus)
-    chosen = project.stages(options.stage)
-    job = f"{chosen[0].name.replace('@', '-') if len(chosen) == 1 else options.stage}-{uuid.uuid4().hex[:8]}"
-    place = f"{storage}/jobs/{job}"
-    check_storage(storage, place)
-    inputs = [put(path, storage) for path in sorted({path for stage in chosen for path in stage.inputs})]
-    order: Order = {"stages": [asdict(stage) for stage in chosen], "inputs": [item for item in inputs if item["names"]]}
-    checkpoints.write_json(place, "order.json", order)
-    commit, dirty = project.version()
-    lock = hashlib.sha256("".join(stage.state for stage in chosen).encode()).hexdigest()
-    told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
+    metadata = prepare(client, options)
+    place = metadata["place"]
+    job = place.rpartition("/")[2]
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        size = pack(Path(folder))
-        shutil.copy2(PARAMS, folder)
-        project.change(Path(folder, PARAMS), {"training.storage": storage, "training.gpus_per_worker": gpus})
-        Path(folder, "job").write_text(f"{job}\n")  # no two jobs share a working directory
+        fetch(place, Path(folder), ["code.zip"])
         client.submit_job(
             entrypoint=f"python -m infra.job {place}",
             submission_id=job,
-            runtime_env={"working_dir": folder, "env_vars": RAY_ENVIRONMENT | told | sent()},
-            metadata={"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place},
+            runtime_env={"working_dir": f"{folder}/code.zip", "env_vars": RAY_ENVIRONMENT | sent()},
+            metadata=metadata,
         )
-    print(f"job {job}: {size / 2**20:.1f} MiB of code sent, commit {commit[:10]}{' and changes' if dirty else ''}")
     print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
     return job
 
 
-def check_workers(client: JobSubmissionClient, params: Params, gpus: float) -> None:
+def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> dict[str, str]:
+    """Puts a job to its `place` in the storage: the order, its inputs, the code. Returns what is known of it.
+
+    Args:
+        client: of the cluster, which is asked whether it has what the job needs; or none.
+        options: the command line.
+    """
+    params = project.set_params(options.overrides, {} if options.workers is None else {"training.workers": options.workers})
+    gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
+    storage = (options.storage or params.training.storage).rstrip("/")
+    check_workers(client, params, gpus)
+    chosen = project.stages(options.stage)
+    job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
+    place = f"{storage}/jobs/{job}"
+    check_storage(storage, place)
+    commit, dirty = project.version()
+    lock = hashlib.sha256("".join(stage.state for stage in chosen).encode()).hexdigest()
+    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
+        code = Path(folder, "code")
+        size = pack(code)
+        shutil.copy2(PARAMS, code)
+        project.change(code / PARAMS, {"training.storage": storage, "training.gpus_per_worker": gpus})
+        (code / "job").write_text(f"{job}\n")  # no two jobs share a working directory
+        shutil.make_archive(str(code), "zip", folder, "code")
+        publish(folder, place, ["code.zip"])
+    print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
+    inputs = [put(path, storage) for path in sorted({path for stage in chosen for path in stage.inputs})]
+    told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
+    order: Order = {
+        "stages": [asdict(stage) for stage in chosen],
+        "inputs": [item for item in inputs if item["names"]],
+        "environment": told,
+    }
+    checkpoints.write_json(place, "order.json", order)
+    return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
+
+
+def check_workers(client: JobSubmissionClient | None, params: Params, gpus: float) -> None:
     """Raises `SubmitError` where the stage would not run on workers, or the cluster never has the GPUs for them."""
     least = params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
     if least == 0:
         raise SubmitError("training.workers is 0, the stage's own process: say --workers N")
+    if client is None:
+        return
     nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")["result"]["result"]
     has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     if least * gpus > has["GPU"] and not autoscales(client):
@@ -230,8 +260,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     if details.status != "SUCCEEDED":
         print(f"job {job}: {details.status.lower()}", file=sys.stderr)
         return details.driver_exit_code or 1
-    take(job, (details.metadata or {})["place"])
-    return 0
+    return take((details.metadata or {})["place"])
 
 
 def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
@@ -249,21 +278,20 @@ async def show(client: JobSubmissionClient, job: str) -> None:
         print(text, end="", flush=True)
 
 
-def take(job: str, place: str) -> None:
+def take(place: str) -> int:
     """Puts the outputs of a finished job where its stages would have, and has DVC record them.
 
     Raises:
         SubmitError: they are not whole, or code, params or inputs are no longer what was submitted.
     """
-    order: Order = checkpoints.read_json(place, "order.json")
-    result = checkpoints.read_json(place, "result.json")
-    if result is None:
-        raise SubmitError(f"{place}: no result.json: the job's outputs did not get there")
+    order, result = (checkpoints.read_json(place, name) for name in ("order.json", "result.json"))
+    if order is None or result is None:
+        raise SubmitError(f"{place}: no {'order' if order is None else 'result'}.json: no job's outputs are there")
     submitted = [Stage(**{**stage, "inputs": tuple(stage["inputs"])}) for stage in order["stages"]]
     for stage in submitted:
         if [now.state for now in project.stages(stage.name)] != [stage.state]:
             raise SubmitError(f"{stage.name}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
-    with tempfile.TemporaryDirectory(prefix=f".{job}-", dir=".") as folder:
+    with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
         fetch(f"{place}/outputs", Path(folder), [item["name"] for item in result])
         for item in result:
             if described(Path(folder, item["name"])) | {"name": item["name"]} != item:
@@ -274,6 +302,7 @@ def take(job: str, place: str) -> None:
     for stage in submitted:
         project.commit(stage.name)
         print(f"{stage.name}: {', '.join(stage.outputs)} brought and recorded in dvc.lock")
+    return 0
 
 
 def replace(source: Path, target: Path) -> None:

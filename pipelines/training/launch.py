@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 import uuid
@@ -214,12 +215,15 @@ def _connect(address: str) -> None:
 
     if address.startswith("http"):
         raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
+    host, _, port = address.rpartition("/")[2].rpartition(":")
     package = str(Path(pipelines.__file__).parent)
     workers_have = None if SUBMITTED in os.environ else {"py_modules": [package], "env_vars": RAY_ENVIRONMENT}
     try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
         ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise TrainingError(f"RAY_ADDRESS is {address}: {' '.join(str(error).split())[:300]}") from None
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _check_gpus(training: TrainingParams) -> None:
