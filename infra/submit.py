@@ -48,6 +48,7 @@ SENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_RE
 FROM_HERE = 15.0  # seconds for which the storage may fail while a person waits
 CONNECT = 10.0  # seconds
 INTERRUPTED = 130
+CODE = "code.zip"  # of one folder, as Ray wants a zip at a URL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,11 +131,12 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
     place = metadata["place"]
     job = place.rpartition("/")[2]
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        fetch(place, Path(folder), ["code.zip"])
+        fetch(place, Path(folder), [CODE])
+        shutil.unpack_archive(Path(folder, CODE), folder)
         client.submit_job(
             entrypoint=f"python -m infra.job {place}",
             submission_id=job,
-            runtime_env={"working_dir": f"{folder}/code.zip", "env_vars": RAY_ENVIRONMENT | sent()},
+            runtime_env={"working_dir": f"{folder}/code", "env_vars": RAY_ENVIRONMENT | sent()},
             metadata=metadata,
         )
     print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
@@ -165,7 +167,7 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
         project.change(code / PARAMS, {"training.storage": storage, "training.gpus_per_worker": gpus})
         (code / "job").write_text(f"{job}\n")  # no two jobs share a working directory
         shutil.make_archive(str(code), "zip", folder, "code")
-        publish(folder, place, ["code.zip"])
+        publish(folder, place, [CODE])
     print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
     inputs = [put(path, storage) for path in sorted({path for stage in chosen for path in stage.inputs})]
     told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
