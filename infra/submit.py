@@ -153,8 +153,8 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     params = project.set_params(options.overrides, {} if options.workers is None else {"training.workers": options.workers})
     gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
     storage = (options.storage or params.training.storage).rstrip("/")
-    check_workers(client, params, gpus)
     chosen = project.stages(options.stage)
+    check_workers(client, params, gpus)
     job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
     place = f"{storage}/jobs/{job}"
     check_storage(storage, place)

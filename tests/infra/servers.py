@@ -72,12 +72,14 @@ class Storage:
 
 
 @contextmanager
-def process(*command: str, env: Mapping[str, str], log: Path, cwd: Path, user: str | None = None) -> Iterator[None]:
+def process(
+    *command: str, env: Mapping[str, str], log: Path, cwd: Path, user: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own."""
     with log.open("wb") as file:
         server = subprocess.Popen(command, env=dict(env), stdout=file, stderr=file, cwd=cwd, start_new_session=True, user=user)
         try:
-            yield
+            yield server
         finally:
             server.terminate()
             try:
@@ -87,17 +89,17 @@ def process(*command: str, env: Mapping[str, str], log: Path, cwd: Path, user: s
                 server.wait()
 
 
-def wait_for(answers: Callable[[], bool], log: Path) -> None:
+def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: Path) -> None:
     """Waits until a server answers; fails with the end of its log."""
     end = time.monotonic() + START
-    while time.monotonic() < end:
+    while time.monotonic() < end and server.poll() is None:
         try:
             if answers():
                 return
         except OSError:
             pass
         time.sleep(0.3)
-    raise AssertionError(f"no answer in {START:.0f} s\n{log.read_text()[-3000:]}")
+    raise AssertionError(f"no answer\n{log.read_text()[-3000:]}")
 
 
 def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
@@ -119,8 +121,8 @@ def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *map(str, sum(options.items(), ()))]
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
     try:
-        with process(*command, env={**env, **secret}, log=log, cwd=folder):
-            wait_for(lambda: answers(f"{address}/api/version", {"Authorization": f"Bearer {token}"}), log)
+        with process(*command, env={**env, **secret}, log=log, cwd=folder) as server:
+            wait_for(server, lambda: answers(f"{address}/api/version", {"Authorization": f"Bearer {token}"}), log)
             yield address
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,9 +140,9 @@ def postgres(env: Mapping[str, str], folder: Path) -> Iterator[str]:
         initdb = [programs / "initdb", "--auth=trust", "--username=mlflow", "--no-sync", "-D", data]
         subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=home)
         options = ["-D", data, "-h", "127.0.0.1", "-p", port, "-k", home, "-c", "fsync=off"]
-        with process(str(programs / "postgres"), *map(str, options), env=env, log=log, cwd=home, user=user):
-            wait_for(lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None, log)
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        with process(str(programs / "postgres"), *map(str, options), env=env, log=log, cwd=home, user=user) as server:
+            wait_for(server, lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None, log)
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -151,6 +153,6 @@ def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder:
     port, log = free_port(), folder / "mlflow.log"
     options = {"--host": "127.0.0.1", "--port": port, "--workers": 1, "--backend-store-uri": database}
     command = ["-m", "mlflow", "server", *map(str, sum(options.items(), ())), "--artifacts-destination", artifacts]
-    with process(sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder):
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), log)
+    with process(sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder) as server:
+        wait_for(server, lambda: answers(f"http://127.0.0.1:{port}/health"), log)
         yield f"http://127.0.0.1:{port}"
