@@ -39,7 +39,9 @@ class Order(TypedDict):
 def main(place: str) -> int:
     """Brings the inputs, runs the stages, puts their outputs to `place`; returns the exit status of the first that failed."""
     try:
-        order: Order = checkpoints.read_json(place, "order.json")
+        order: Order | None = checkpoints.read_json(place, "order.json")
+        if order is None:
+            sys.exit(f"{place}: no order.json: nothing was submitted there")
         for item in order["inputs"]:
             fetch(item["url"], Path(item["folder"]), item["names"])
     except OSError as error:

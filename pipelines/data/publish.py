@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import fsspec
 
@@ -32,8 +32,8 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
     try:
         if with_patience(partial(filesystem.exists, f"{root}/{marker}"), url):
             return url
-        make_folder(filesystem, root)
         for name in (*others, marker):
+            make_folder(filesystem, str(PurePosixPath(root, name).parent))
             with_patience(partial(filesystem.put_file, str(Path(folder, name)), f"{root}/{name}"), url)
     except FileNotFoundError as error:
         raise ShardError(f"{folder} cannot be put to {url}: {in_short(error)}") from None

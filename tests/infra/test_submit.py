@@ -111,7 +111,9 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Proj
     shutil.unpack_archive(f"{place.removeprefix('file://')}/code.zip", elsewhere)
     assert not (elsewhere / "code/data").exists()
     env = project.environment | {"PYTHONPATH": str(elsewhere / "code")}
-    subprocess.run([sys.executable, "-m", "infra.job", place], cwd=elsewhere / "code", env=env, check=True, capture_output=True)
+    job = [sys.executable, "-m", "infra.job", place]
+    done = subprocess.run(job, cwd=elsewhere / "code", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert not list((elsewhere / "code/data").rglob("*.tar"))  # read where they were published
 
     params = project.folder / "params.yaml"
