@@ -39,6 +39,8 @@ types: setup ## mypy
 
 bench: setup ## speed and memory against plain baselines, on the GPU where there is one
 	@python -m tests.benchmarks.step --json reports/bench.jsonl
+	@python -m tests.benchmarks.distillation
+	@python -m tests.benchmarks.guidance
 	@python -m tests.benchmarks.gridpg
 	@dvc repro --quiet shard && python -m tests.benchmarks.loader
 

@@ -16,9 +16,7 @@ def main() -> None:
     with stage() as whole:
         params, classifier = whole.for_guide(), Path("models/classify").absolute()
         optim, shards = params.guide.guided, shards_of(params.dataset)
-        for split in ("train", "val"):
-            if "boxes" not in read_manifest(shards).fields.get(split, ()):
-                raise DataError(f"guide.dataset: no image of {params.dataset}/{split} has a box: guidance needs some")
+        check_boxes(shards)
         keys = annotated_images(shards, "train", optim.annotated, optim.annotated_seed) if optim.annotated < 1 else None
         train_stage(
             params,
@@ -29,6 +27,14 @@ def main() -> None:
             upstream=(classifier,),
             notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},
         )
+
+
+def check_boxes(shards: str) -> None:
+    """Raises `DataError` unless there are boxes to train and to validate with."""
+    fields = read_manifest(shards).fields
+    for split in ("train", "val"):
+        if "boxes" not in fields.get(split, ()):
+            raise DataError(f"guide.dataset: no image of {split} in {shards} has a box: guidance needs some")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def best_record(history: list[EpochRecord], optim: OptimiserParams) -> EpochReco
         TrainingError: a record has no such metric.
     """
     kept = kept_records(history, optim)
+    if len(kept) == 1:
+        return kept[0]
     if optim.select == "knee":
         return kept[pareto.knee([_point(record, optim.objectives) for record in kept])]
     name = next((name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select)

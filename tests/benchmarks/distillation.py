@@ -12,12 +12,9 @@ table. On a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pipelines  # noqa: F401  (first: it says how threads wait)
@@ -32,7 +29,8 @@ from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
 from pipelines.training.loop import laid_out
 from pipelines.training.objective import build_objective
-from tests.benchmarks.step import keep_small_features, seconds
+from tests.benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
+from tests.benchmarks.step import keep_small_features
 
 CLASSES = tuple(map(str, range(20)))
 EVERY = 16
@@ -121,28 +119,23 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return max(accumulate(changes), default=0)
 
 
-def measure(name: str, case: Case, device: str, rounds: int, channels_last: bool) -> dict[str, Any]:
-    """One line of the report."""
-    modes = {mode: steps(case, device, mode == "compiled", channels_last) for mode in ("eager", "compiled")}
+def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The line of the report."""
+    modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
     found: dict[str, Any] = {"case": name, "batch": case.batch, "device": device, "threads": torch.get_num_threads()}
-    for of_mode in modes.values():  # compiles, and warms up
-        for step in of_mode.values():
-            step()
-            step()
-    turns = [{(mode, key): seconds(modes[mode][key]) for mode in modes for key in modes[mode]} for _ in range(rounds)]
-    for turn in turns:
-        for mode in modes:
-            turn[mode, f"every {EVERY}"] /= EVERY
+    turns = in_turns(modes, options.rounds)
     for mode in modes:
-        found[f"{mode}_kd_ms"] = round(1000 * statistics.median(turn[mode, "kd"] for turn in turns), 1)
+        for turn in turns:
+            turn[mode, f"every {EVERY}"] /= EVERY
+        found[f"{mode}_kd_ms"] = milliseconds(turns, (mode, "kd"))
         for key in ("live", "frozen", f"every {EVERY}"):
-            found[f"{mode}_{key}"] = round(statistics.median(turn[mode, key] / turn[mode, "kd"] for turn in turns), 3)
+            found[f"{mode}_{key}"] = ratio(turns, (mode, key), (mode, "kd"))
         for key in ("kd", "live", "frozen"):
             found[f"{mode}_{key}_mb"] = round(peak_bytes(modes[mode][key]) / 1e6, 1)
-    for key in ("kd", "live", "frozen"):
-        compiled = statistics.median(turn["compiled", key] / turn["eager", key] for turn in turns)
-        found[f"compiled_to_eager_{key}"] = round(compiled, 3)
-    return found
+    if len(modes) == 2:
+        for key in ("kd", "live", "frozen"):
+            found[f"compiled_to_eager_{key}"] = ratio(turns, ("compiled", key), ("eager", key))
+    yield found
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -150,36 +143,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     head = ["case", "mode", "live", "frozen", f"every {EVERY}", "kd ms", "peak MB: kd", "live", "frozen", "live compiled / eager"]
     rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for line in lines:
-        for mode in ("eager", "compiled"):
+        for mode in (mode for mode in MODES if f"{mode}_kd_ms" in line):
             ratios = [line[f"{mode}_{key}"] for key in ("live", "frozen", f"every {EVERY}")]
             memory = [line[f"{mode}_{key}_mb"] for key in ("kd", "live", "frozen")]
-            last = line["compiled_to_eager_live"] if mode == "compiled" else ""
+            last = line.get("compiled_to_eager_live", "") if mode == "compiled" else ""
             cells = [line["case"], mode, *ratios, line[f"{mode}_kd_ms"], *memory, last]
             rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Measures the cases asked for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES[device], nargs="+", default=list(CASES[device]))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
-    parser.add_argument("--json", type=Path, help="where the lines go too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lines = []
-    for name in options.case:
-        torch.compiler.reset()
-        lines.append(measure(name, CASES[device][name], device, options.rounds, options.channels_last))
-        print(json.dumps(lines[-1]), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print("\n" + table(lines))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table)

@@ -12,11 +12,8 @@ there is one, in bfloat16 at the sizes of ImageNet.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pipelines  # noqa: F401  (first: it says how threads wait)
@@ -31,7 +28,8 @@ from pipelines.models import build
 from pipelines.params import GuidanceParams, TrainingParams
 from pipelines.training.objective import build_objective
 from tests.benchmarks.distillation import Case, peak_bytes, stepper
-from tests.benchmarks.step import keep_small_features, seconds
+from tests.benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
+from tests.benchmarks.step import keep_small_features
 
 CLASSES = 20
 LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
@@ -93,28 +91,24 @@ def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
         "all pairs": lambda: explain_pairs(partial(explain, model), images, present)[1],
     }
     one, other = (way() for way in ways.values())
-    turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(rounds)]
-    speedup = statistics.median(turn["pair by pair"] / turn["all pairs"] for turn in turns)
+    speedup = ratio(in_turns({"eager": ways}, rounds), ("eager", "pair by pair"), ("eager", "all pairs"))
     difference = float((one - other).abs().max() / one.abs().max())
-    return {"pairs": int(present.sum()), "speedup": round(speedup, 2), "difference": float(f"{difference:.1e}")}
+    return {"pairs": int(present.sum()), "speedup": speedup, "difference": float(f"{difference:.1e}")}
 
 
-def measure(name: str, case: Case, device: str, rounds: int, channels_last: bool) -> dict[str, Any]:
-    """One line of the report."""
-    modes = {mode: steps(case, device, mode == "compiled", channels_last) for mode in ("eager", "compiled")}
+def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The line of the report."""
+    modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
     found: dict[str, Any] = {"case": name, "batch": case.batch, "device": device, "threads": torch.get_num_threads()}
-    for of_mode in modes.values():  # compiles, and warms up
-        for step in of_mode.values():
-            step()
-            step()
-    turns = [{(mode, key): seconds(modes[mode][key]) for mode in modes for key in modes[mode]} for _ in range(rounds)]
+    turns = in_turns(modes, options.rounds)
     for mode in modes:
-        found[f"{mode}_plain_ms"] = round(1000 * statistics.median(turn[mode, "plain"] for turn in turns), 1)
-        found[f"{mode}_guided"] = round(statistics.median(turn[mode, "guided"] / turn[mode, "plain"] for turn in turns), 3)
+        found[f"{mode}_plain_ms"] = milliseconds(turns, (mode, "plain"))
+        found[f"{mode}_guided"] = ratio(turns, (mode, "guided"), (mode, "plain"))
         for key in ("plain", "guided"):
             found[f"{mode}_{key}_mb"] = round(peak_bytes(modes[mode][key]) / 1e6, 1)
-    compiled = statistics.median(turn["compiled", "guided"] / turn["eager", "guided"] for turn in turns)
-    return found | {"compiled_to_eager": round(compiled, 3)} | measure_pairs(case, device, rounds)
+    if len(modes) == 2:
+        found["compiled_to_eager"] = ratio(turns, ("compiled", "guided"), ("eager", "guided"))
+    yield found | measure_pairs(case, device, options.rounds)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -122,35 +116,17 @@ def table(lines: list[dict[str, Any]]) -> str:
     head = ["case", "mode", "guided / plain", "plain ms", "peak MB: plain", "guided", "compiled / eager", "pairs", "difference"]
     rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for line in lines:
-        for mode in ("eager", "compiled"):
-            last = [line["compiled_to_eager"], "", ""] if mode == "compiled" else ["", f"{line['speedup']} ×", line["difference"]]
+        for mode in (mode for mode in MODES if f"{mode}_guided" in line):
+            last = (
+                [line.get("compiled_to_eager", ""), "", ""]
+                if mode == "compiled"
+                else ["", f"{line['speedup']} ×", line["difference"]]
+            )
             memory = [line[f"{mode}_{key}_mb"] for key in ("plain", "guided")]
             cells = [line["case"], mode, line[f"{mode}_guided"], line[f"{mode}_plain_ms"], *memory, *last]
             rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Measures the cases asked for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES[device], nargs="+", default=list(CASES[device]))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
-    parser.add_argument("--json", type=Path, help="where the lines go too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lines = []
-    for name in options.case:
-        torch.compiler.reset()
-        lines.append(measure(name, CASES[device][name], device, options.rounds, options.channels_last))
-        print(json.dumps(lines[-1]), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print("\n" + table(lines))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table)

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pipelines  # noqa: F401  (first: it says how threads wait)
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
 from pipelines.bcos.compiler import set_up_compiler
 from pipelines.models import ConventionalNetwork, build
+from tests.benchmarks.harness import main, seconds
 
 CLASSES = 20
 
@@ -167,18 +165,6 @@ def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return sum(storages.values())
 
 
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Time of one call, the GPU's work included."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function(*arguments)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
     """Time of explaining 20 classes of a batch at once, relative to 20 calls."""
     model.eval().requires_grad_(False)
@@ -194,7 +180,14 @@ def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
     )
 
 
-def measure(name: str, case: Case, device: str, mode: str, rounds: int, channels_last: bool) -> dict[str, Any]:
+def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line of the report for each mode."""
+    for mode in options.mode:
+        torch.compiler.reset()
+        yield measure_mode(name, case, device, mode, options.rounds, options.channels_last)
+
+
+def measure_mode(name: str, case: Case, device: str, mode: str, rounds: int, channels_last: bool) -> dict[str, Any]:
     """One line of the report."""
     models = networks(case, device, mode, channels_last)
     images = torch.rand(case.batch, 6, case.size, case.size, device=device)
@@ -235,29 +228,5 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Measures the cases asked for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES[device], nargs="+", default=list(CASES[device]))
-    parser.add_argument("--mode", choices=["eager", "compiled"], nargs="+", default=["eager", "compiled"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
-    parser.add_argument("--json", type=Path, help="where the lines go too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lines = []
-    for name in options.case:
-        for mode in options.mode:
-            torch.compiler.reset()
-            lines.append(measure(name, CASES[device][name], device, mode, options.rounds, options.channels_last))
-            print(json.dumps(lines[-1]), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print("\n" + table(lines))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, measure, table, rounds=9)

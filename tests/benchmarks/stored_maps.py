@@ -1,28 +1,33 @@
-"""What the resolution and precision of stored explanations cost: in likeness to the live ones, and in bytes.
+"""What the resolution and precision of stored explanations cost, in likeness to the live ones and in bytes; and augmentation.
 
     dvc repro bcosify@pretrained && python -m tests.benchmarks.stored_maps [--images 512]
 
 For images of the validation split: the mean cosine of the teacher's dynamic weights with what a student would be given, stored at
 each resolution and precision and brought back to the image's size as the loader does. `ImageNet` is what 1,281,167 images of
-224 px would take at the same number of pixels a cell. Prints a table.
+224 px would take at the same number of pixels a cell. Then how far the teacher's answer to an augmented view (the run's crop and
+flip) is from the stored one, which followed them: equal top-1, KL divergence, and the cosine of the maps. Prints two tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 import pipelines  # noqa: F401  (first: it says how threads wait)
 
 import torch  # isort: skip
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.transforms import STORED_MAP, train_transform
 from pipelines.evaluation import split_batches
 from pipelines.explanations import scaled
-from pipelines.metrics.agreement import explanation_similarity
+from pipelines.losses import distillation_loss
+from pipelines.metrics.agreement import agreement, explanation_similarity
 from pipelines.params import load
 from stages.common import shards_of
 
@@ -37,12 +42,9 @@ def main() -> None:
     options = parser.parse_args()
     params = load()
     teacher, _ = models.load(options.teacher)
-    maps: list[torch.Tensor] = []
-    for batch in split_batches(shards_of(params.dataset), "val", params.data, 64):
-        maps.append(dynamic_weights(teacher, add_inverse(batch["image"]))[1])
-        if 64 * len(maps) >= options.images:
-            break
-    live = torch.cat(maps)
+    images = torch.cat([batch["image"] for batch in split_batches(shards_of(params.dataset), "val", params.data, 64)])
+    images = images[: options.images]
+    logits, live = explained(teacher, images)
     side = live.shape[-1]
     print("| pixels a cell | precision | cosine with the live map | bytes an image | ImageNet |\n" + "| --- " * 5 + "|")
     for cell in (1, 2, 4, 8):
@@ -54,6 +56,26 @@ def main() -> None:
             whole = IMAGENET * size * (SIDE / side) ** 2
             name = str(precision).removeprefix("torch.")
             print(f"| {cell} × {cell} | {name} | {cosine:.4f} | {size:,} | {whole / 1e9:,.0f} GB |")
+    followed = train_transform(params.data, stored_map=True)
+    views = [
+        followed({"image": (image * 255).round().byte(), STORED_MAP: stored}, random.Random(number))
+        for number, (image, stored) in enumerate(zip(images, live, strict=True))
+    ]
+    of_view, maps = explained(teacher, torch.stack([view["image"] for view in views]) / 255, logits.argmax(1))
+    stored = torch.stack([view[STORED_MAP] for view in views])
+    same, divergence = float(agreement(of_view, logits)), float(distillation_loss(of_view, logits))
+    cosine = float(explanation_similarity(maps, stored).mean())
+    print("\n| equal top-1 | KL divergence | cosine of the maps |\n| --- | --- | --- |")
+    print(f"| {same:.3f} | {divergence:.3f} | {cosine:.3f} |")
+
+
+def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and dynamic weights (N, 6, H, W) of images (N, 3, H, W), by default of the class predicted."""
+    parts = images.split(64)
+    of_parts = [None] * len(parts) if targets is None else targets.split(64)
+    found = [dynamic_weights(teacher, add_inverse(some), wanted) for some, wanted in zip(parts, of_parts, strict=True)]
+    logits, weights = zip(*found, strict=True)
+    return torch.cat(logits), torch.cat(weights)
 
 
 if __name__ == "__main__":

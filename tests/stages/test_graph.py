@@ -113,7 +113,6 @@ def test_another_point_of_the_front_is_taken_without_training_again(project):
             "guide.guided.localisation_weight: Input should be greater than or equal to 0 (got -1)",
         ),
         ("guide.guided.layer=body.layer33", "has no layer 'body.layer33'; near it: body.layer3"),
-        ("guide.dataset=nothing", "guide.dataset: 'nothing' is not in datasets (it has cifar10, "),
     ],
 )
 def test_what_cannot_be_guided_ends_the_stage_with_one_line(project, change, told):

@@ -58,6 +58,13 @@ def test_each_selection_takes_its_point_of_the_front(select, epoch):
     assert best_record(HISTORY, params(select=select))["epoch"] == epoch
 
 
+def test_before_the_first_validation_the_last_epoch_is_the_best():
+    unvalidated = [EpochRecord(epoch=epoch, step=epoch, metrics={"train/loss": 1.0}) for epoch in (1, 2)]
+    assert best_record(unvalidated, params())["epoch"] == 2
+    assert not is_finished(unvalidated, params(patience=1))
+    assert best_record([*unvalidated, record(3, 0.5, 0.5, 0.5)], params())["epoch"] == 3
+
+
 def test_training_stops_below_the_floor_and_such_an_epoch_is_not_on_the_front():
     floor = params(f1_floor=0.65, select="epg")
     assert [is_finished(HISTORY[:n], floor) for n in range(1, 5)] == [False, False, False, True]
