@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +15,9 @@ import pytest
 import s3fs
 import servers
 import torch
-from scratch import ROOT, Project
+from scratch import Project
 
+from infra import submit
 from pipelines import models, tracking
 from pipelines.data.loader import loader
 from pipelines.data.manifest import read_manifest
@@ -194,5 +195,21 @@ def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
     done = cluster.submit("pretrain", "recipe=smoke", "pretrain.select=val/nothing", "--workers", "1", "--storage", STORAGE)
     assert done.returncode == 1
     assert "no metric 'val/nothing'" in done.stdout
-    assert json.loads((cluster.project.folder / "reports/pretrain/metrics.json").read_text())["epoch"]
-    assert str(ROOT) not in done.stdout
+    assert "brought" not in done.stdout
+
+
+def test_an_interrupt_stops_following_and_not_the_job_and_stop_does(cluster: Cluster) -> None:
+    arguments = ["pretrain", "recipe=smoke", "pretrain.epochs=400", "--workers", "1", "--storage", STORAGE]
+    command = [sys.executable, "-m", "infra.submit", *arguments]
+    env, folder = cluster.project.environment, cluster.project.folder
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        job = next(line for line in following.stdout if line.startswith("stop")).split()[-1]
+        next(line for line in following.stdout if "epoch 1/400" in line)
+        following.send_signal(signal.SIGINT)
+        assert f"the job goes on: python -m infra.submit --follow {job}" in following.stdout.read()
+    assert following.returncode == submit.INTERRUPTED
+    assert f"job {job}: stopping" in cluster.submit("--stop", job).stdout
+    ended = cluster.submit("--follow", job)
+    assert ended.returncode == 1
+    assert f"job {job}: stopped" in ended.stderr
