@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 SENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "MLFLOW_TRACKING_URI")  # no secrets
 FROM_HERE = 15.0  # seconds for which the storage may fail while a person waits
-CONNECT = 10.0  # seconds
+CONNECT, READY = 10.0, 60.0  # seconds
 INTERRUPTED = 130
 CODE = "code.zip"  # of one folder, as Ray wants a zip at a URL
 
@@ -133,7 +133,8 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
         fetch(place, Path(folder), [CODE])
         shutil.unpack_archive(Path(folder, CODE), folder)
-        client.submit_job(
+        send(
+            client,
             entrypoint=f"python -m infra.job {place}",
             submission_id=job,
             runtime_env={"working_dir": f"{folder}/code", "env_vars": RAY_ENVIRONMENT | sent()},
@@ -141,6 +142,19 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
         )
     print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
     return job
+
+
+def send(client: JobSubmissionClient, **job: Any) -> None:
+    """Submits a job; a head that has just started is given time to become ready."""
+    end = time.monotonic() + READY
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "status code 5" not in str(error) or time.monotonic() > end:
+                raise SubmitError(f"the cluster does not take the job: {patience.in_short(error)}") from None
+        time.sleep(2)
 
 
 def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> dict[str, str]:
