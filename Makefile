@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup repro test lint types bench architectures clean lock
+.PHONY: help setup repro test test-infra lint types bench architectures clean lock
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv from requirements.lock (once)
 	@echo "environment ready: $(VENV) ($$($(BIN)/python --version), torch $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))'))"
@@ -26,6 +26,9 @@ repro: setup ## run the pipeline, whatever of it changed
 
 test: setup ## all tests
 	@$(BIN)/python -m pytest
+
+test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (Debian: apt-get install postgresql)
+	@$(BIN)/python -m pytest -m infra tests/infra
 
 lint: setup ## ruff: lint and format
 	@$(BIN)/ruff check .
@@ -47,7 +50,7 @@ architectures: setup ## convert every family of networks anew: docs/architecture
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock && $(PYTHON) -m venv .lock
 	@.lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@.lock/bin/python -m pip install --quiet --editable '.[dev]' setuptools
+	@.lock/bin/python -m pip install --quiet --editable '.[dev,infra]' setuptools
 	@.lock/bin/python -m pip freeze --exclude-editable --all | grep -v '^pip==' > requirements.lock
 	@rm -rf .lock
 

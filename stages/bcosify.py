@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_bcosification
 from pipelines.params import Params
-from stages.common import Task, shards_of, spec_of, stage, train_stage
+from stages.common import Task, model_for_all, shards_of, spec_of, stage, train_stage
 
 
 def task(params: Params, start: str) -> Task:
@@ -15,7 +15,8 @@ def task(params: Params, start: str) -> Task:
     optim = getattr(params.bcosify, start)
     spec = spec_of(params, read_manifest(shards_of(params.dataset)), kind="bcos", design=optim.design())
     source = Path("models/pretrain").absolute() if start == "pretrained" else None
-    build = partial(build_bcosification, spec, source, optim, params.seed)
+    start_model = None if source is None else model_for_all(params, source)
+    build = partial(build_bcosification, spec, start_model, optim, params.seed)
     return Task(params, f"bcosify/{start}", optim, build, spec, upstream=() if source is None else (source,))
 
 

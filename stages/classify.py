@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_classifier, classifier_spec
-from stages.common import Task, shards_of, stage, train_stage
+from stages.common import Task, model_for_all, shards_of, stage, train_stage
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
         params, backbone = whole.for_guide(), Path("models/backbone").absolute()
         manifest = read_manifest(shards_of(params.dataset))
         spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
-        build = partial(build_classifier, spec, backbone, params.seed)
+        build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
         train_stage(Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,)))
 
 

@@ -18,9 +18,12 @@ from pipelines import models, tracking
 from pipelines.bcos import ConversionError
 from pipelines.data.few_shot import Subset
 from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.patience import StorageError
+from pipelines.data.publish import publish, publish_explanations, publish_shards
 from pipelines.data.sample import DataError
 from pipelines.data.stored import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
+from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
 from pipelines.training import Job, Result, TrainingError, run_directory, train
 
@@ -34,6 +37,7 @@ FOR_THE_USER = (
     TrainingError,
     tracking.TrackingError,
     FileNotFoundError,
+    StorageError,
 )
 COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}  # params.training that change what is computed
 # In pipelines; dvc.yaml names the same.
@@ -45,10 +49,35 @@ def shards_of(dataset: str) -> str:
     return str(Path("data/shards", dataset).absolute())
 
 
+def seen_by_all(params: Params) -> bool:
+    """Whether the storage of the params is at a URL: workers may then be on other machines, and read what they need there."""
+    return "://" in params.training.storage
+
+
+def shards_for_all(params: Params) -> str:
+    """The root of the run's shards that every worker sees."""
+    shards = shards_of(params.dataset)
+    return publish_shards(shards, params.training.storage) if seen_by_all(params) else shards
+
+
+def model_for_all(params: Params, folder: Path) -> str:
+    """The place of a model, in a folder here, that every worker sees."""
+    if not seen_by_all(params):
+        return str(folder)
+    url = f"{params.training.storage.rstrip('/')}/models/{models.digest(folder)[:16]}"
+    return publish(folder, url, (CONFIG, WEIGHTS))
+
+
+def explanations_for_all(params: Params, root: str | None) -> str | None:
+    """The root of stored explanations, in a folder here, that every worker sees."""
+    return publish_explanations(root, params.training.storage) if root and seen_by_all(params) else root
+
+
 @contextmanager
 def stage() -> Iterator[Params]:
     """The params of a stage; what is the user's to mend ends it with one line instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # tells each time where it found credentials
     try:
         yield load()
     except FOR_THE_USER as error:
@@ -164,14 +193,14 @@ class Task:
         params = self.params
         return Job(
             build=self.build,
-            shards=shards_of(params.dataset),
+            shards=shards_for_all(params),
             data=params.data,
             optim=self.optim,
             training=params.training,
             seed=params.seed,
             directory=directory,
             subset=None if self.subset is None else self.subset.numbers,
-            explanations=self.explanations,
+            explanations=explanations_for_all(params, self.explanations),
             **more,
         )
 

@@ -11,7 +11,7 @@ from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import ModelSpec, read_spec
 from pipelines.params import Params
 from stages import explain
-from stages.common import Task, located, shards_of, stage, train_stage
+from stages.common import Task, located, model_for_all, shards_of, stage, train_stage
 
 
 def task(params: Params, name: str) -> Task:
@@ -24,11 +24,12 @@ def task(params: Params, name: str) -> Task:
     shots, frozen = params.distill.shots, optim.explanations == "frozen"
     if frozen:
         check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
+    student = located(params.distill.student)
     return Task(
         params,
         f"distill/{name}",
         optim,
-        build=partial(build_e2kd, located(params.distill.student), spec, teacher, optim, params.seed, manifest.labelled),
+        build=partial(build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled),
         spec=spec,
         upstream=(teacher,),
         model=params.distill.student,

@@ -1,13 +1,17 @@
 """Stage `explain`: the teacher's logits and maps of the training images, stored once, in `data/explanations`."""
 
+import uuid
 from pathlib import Path
 
+import fsspec
+
 from pipelines.data.few_shot import few_shot
-from pipelines.data.stored import Origin
+from pipelines.data.publish import fetch
+from pipelines.data.stored import INDEX, Origin, read_index
 from pipelines.explanations import origin_of, store_explanations
 from pipelines.params import Params
 from pipelines.training import launch
-from stages.common import shards_of, stage
+from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage
 
 OUT = Path("data/explanations").absolute()
 
@@ -21,12 +25,20 @@ def main() -> None:
             return
         shards, teacher, shots = shards_of(params.dataset), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
-        count = launch(
-            *(store_explanations, teacher, shards, params.data, origin(params, teacher), str(OUT), subset),
-            training=params.training,
-        )
+        of_all = (model_for_all(params, Path(teacher)), shards_for_all(params), params.data, origin(params, teacher))
+        out = f"{params.training.storage.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT)
+        count = launch(store_explanations, *of_all, out, subset, training=params.training)
+        if seen_by_all(params):
+            take(out, OUT)
         size = sum(path.stat().st_size for path in OUT.iterdir())
         print(f"{count} explanations stored, {size / 2**20:.1f} MiB in all")
+
+
+def take(url: str, folder: Path) -> None:
+    """Moves the stored explanations at a URL to a folder here."""
+    fetch(url, folder, (*(shard["name"] for shard in read_index(url)["shards"]), INDEX))
+    filesystem, root = fsspec.url_to_fs(url)
+    filesystem.rm(root, recursive=True)
 
 
 def origin(params: Params, teacher: str) -> Origin:

@@ -9,7 +9,7 @@ from pipelines.data.sample import DataError
 from pipelines.methods import build_guidance
 from pipelines.models import read_spec
 from pipelines.params import Params
-from stages.common import Task, shards_of, stage, train_stage
+from stages.common import Task, model_for_all, shards_of, stage, train_stage
 
 
 def task(whole: Params) -> Task:
@@ -22,7 +22,7 @@ def task(whole: Params) -> Task:
         params,
         "guide",
         optim,
-        build=partial(build_guidance, classifier, optim, keys),
+        build=partial(build_guidance, model_for_all(params, classifier), optim, keys),
         spec=read_spec(classifier),
         upstream=(classifier,),
         notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},

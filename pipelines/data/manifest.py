@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
 
+from pipelines.data.patience import with_patience
 from pipelines.data.sample import DataError, Task
 
 MANIFEST = "manifest.json"
@@ -93,7 +95,7 @@ def read_manifest(root: str) -> Manifest:
     """
     filesystem, folder = fsspec.url_to_fs(str(root))
     try:
-        return parse_manifest(json.loads(filesystem.cat_file(f"{folder}/{MANIFEST}")))
+        return parse_manifest(json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{MANIFEST}"), str(root))))
     except FileNotFoundError:
         raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end") from None
     except OSError as error:

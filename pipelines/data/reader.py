@@ -1,7 +1,7 @@
 """Samples out of shards by number, from this machine or any fsspec URL, still encoded.
 
 A shard is scanned once when its first sample is wanted, and each sample is then one read. Remote shards are brought to
-a temporary folder as a whole, and leave it after their last sample.
+this machine as a whole, see `shard_cache`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import tempfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from pipelines.data.manifest import Shard, ShardError
+from pipelines.data.shard_cache import bring
 
 IMAGES = ("jpg", "png", "webp")
 SUFFIXES = (*IMAGES, "json", "mask.png")  # nothing else in a shard is ever decoded
@@ -67,21 +63,22 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
     left = Counter(shard_of)
     scanned: dict[int, tuple[Path, list[Entry]]] = {}
-    with ExitStack() as stack:
-        temporary = _Temporary(stack)
-        files = stack.enter_context(_OpenFiles())
+    with _OpenFiles() as files:
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
             if index not in scanned:
-                path = _bring(root, shard, temporary)
+                path = bring(root, shard)
                 scanned[index] = (path, _checked_entries(path, shard, verify))
             path, entries = scanned[index]
-            yield _read(files, path, shard, entries[number - starts[index]])
+            try:
+                sample = _read(files, path, shard, entries[number - starts[index]])
+            except FileNotFoundError:  # had to make room in the cache
+                sample = _read(files, bring(root, shard), shard, entries[number - starts[index]])
+            yield sample
             left[index] -= 1
             if not left[index]:
                 del scanned[index]
                 files.close(path)
-                temporary.drop(path)
 
 
 def scan(path: Path) -> list[Entry]:
@@ -123,23 +120,6 @@ def _checked_entries(path: Path, shard: Shard, verify: bool) -> list[Entry]:
     return entries
 
 
-def _bring(root: str, shard: Shard, temporary: _Temporary) -> Path:
-    """A path on this machine with the shard's content."""
-    filesystem, folder = fsspec.url_to_fs(root)
-    remote = f"{folder}/{shard.name}"
-    try:
-        if isinstance(filesystem, LocalFileSystem):
-            os.stat(remote)
-            return Path(remote)
-        path = temporary.path(shard.name)
-        filesystem.get_file(remote, str(path))
-        return path
-    except FileNotFoundError:
-        raise ShardError(f"{shard.name}: missing; it is in the manifest but not in {root}") from None
-    except OSError as error:
-        raise ShardError(f"{shard.name}: not read from {root}: {error}") from None
-
-
 def _read(files: _OpenFiles, path: Path, shard: Shard, entry: Entry) -> RawSample:
     """One sample, in one read: its files lie side by side."""
     start = min(offset for _, offset, _ in entry.files)
@@ -152,25 +132,6 @@ def _read(files: _OpenFiles, path: Path, shard: Shard, entry: Entry) -> RawSampl
         shard.name,
         {suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files},
     )
-
-
-class _Temporary:
-    """A temporary folder, made when first asked for, removed with `stack`."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._folder: Path | None = None
-
-    def path(self, name: str) -> Path:
-        """A path in the folder."""
-        if self._folder is None:
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shards-")))
-        return self._folder / name
-
-    def drop(self, path: Path) -> None:
-        """Removes `path` if it is in the folder."""
-        if path.parent == self._folder:
-            path.unlink()
 
 
 class _OpenFiles:

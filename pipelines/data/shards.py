@@ -5,7 +5,6 @@ A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<k
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.check import check_sample
 from pipelines.data.manifest import MANIFEST, Manifest, Shard, ShardError, read_manifest
+from pipelines.data.patience import FULL, make_folder, with_patience
 from pipelines.data.sample import DataError, Description, Sample
 from pipelines.data.sources.progress import bar
 
@@ -36,7 +36,6 @@ __all__ = ["Manifest", "Shard", "ShardError", "read_manifest", "write_shards"]
 
 FIELDS = ("boxes", "mask", "group", "caption")
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def write_shards(
     root = str(out)
     filesystem, folder = fsspec.url_to_fs(root)
     with _naming_the_disk(root):
-        filesystem.makedirs(folder, exist_ok=True)
+        make_folder(filesystem, folder)
         if filesystem.exists(f"{folder}/{MANIFEST}"):
             filesystem.rm_file(f"{folder}/{MANIFEST}")
     write = partial(_write_shard, source, Path(raw), root, description)
@@ -176,7 +175,7 @@ def staged(root: str, name: str) -> Iterator[Path]:
                 path.chmod(0o666 & ~_umask())
                 path.replace(f"{folder}/{name}")
             else:
-                filesystem.put_file(temporary, f"{folder}/{name}")
+                with_patience(partial(filesystem.put_file, temporary, f"{folder}/{name}"), root)
         finally:
             path.unlink(missing_ok=True)
 
@@ -194,7 +193,7 @@ def _naming_the_disk(target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in OUT_OF_SPACE:
+        if error.errno in FULL:
             raise ShardError(f"{target}: no space left on the device; nothing of it was kept") from None
         raise ShardError(f"{target}: not written: {error}") from None
 

@@ -14,6 +14,8 @@ import json
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 from pipelines.data.manifest import Shard, ShardError
+from pipelines.data.patience import is_remote, with_patience
+from pipelines.data.shard_cache import bring
 from pipelines.data.shards import entry, staged
 
 INDEX = "explanations.json"
@@ -65,14 +69,21 @@ def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
 
 def check_origin(root: str, wanted: Origin) -> None:
     """Raises `ShardError`, one line, unless the explanations at `root` are of this origin."""
-    filesystem, folder = fsspec.url_to_fs(root)
-    try:
-        found = json.loads(filesystem.cat_file(f"{folder}/{INDEX}"))
-    except FileNotFoundError:
-        raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end") from None
+    found = read_index(root)
     for name, value in asdict(wanted).items():
         if found.get(name) != value:
             raise ShardError(f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): store them again")
+
+
+def read_index(root: str) -> dict[str, Any]:
+    """What `write_index` wrote; raises `ShardError` where it did not."""
+    filesystem, folder = fsspec.url_to_fs(root)
+    try:
+        return json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{INDEX}"), root))
+    except FileNotFoundError:
+        raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end") from None
+    except OSError as error:
+        raise ShardError(f"{root}/{INDEX}: {error}") from None
 
 
 class StoredExplanations:
@@ -84,10 +95,11 @@ class StoredExplanations:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._shards: dict[str, Shard] | None = None
         self._members: dict[str, dict[str, tuple[int, int]]] = {}  # of each shard: first byte and the one after the last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_members": {}}
+        return {"root": self.root, "_shards": None, "_members": {}}
 
     def read(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
         """Logits (K,) and map (C, h, w) of a sample, both float32.
@@ -95,25 +107,36 @@ class StoredExplanations:
         Raises:
             ShardError: the shard or the key is missing, or a value is not finite.
         """
-        filesystem, folder = fsspec.url_to_fs(self.root)
-        place = f"{folder}/{shard}"
+        path = self._path(shard)
         if shard not in self._members:
-            self._members[shard] = self._scan(filesystem, place, shard)
+            self._members[shard] = self._scan(path, shard)
         values = []
         for suffix in ("logits.npy", "map.npy"):
             if f"{key}.{suffix}" not in self._members[shard]:
                 raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
             start, end = self._members[shard][f"{key}.{suffix}"]
-            content = filesystem.cat_file(place, start=start, end=end)
+            with path.open("rb") as file:
+                file.seek(start)
+                content = file.read(end - start)
             values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
             if not torch.isfinite(values[-1]).all():
                 raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
         return values[0], values[1]
 
-    def _scan(self, filesystem: fsspec.AbstractFileSystem, place: str, shard: str) -> dict[str, tuple[int, int]]:
+    def _path(self, shard: str) -> Path:
+        """A file on this machine with the shard's content."""
+        if not is_remote(self.root):
+            return Path(fsspec.core.strip_protocol(self.root), shard)
+        if self._shards is None:
+            self._shards = {entry["name"]: Shard(**entry) for entry in read_index(self.root)["shards"]}
+        if shard not in self._shards:
+            raise ShardError(f"{self.root}/{shard}: not read: it is not in {INDEX}")
+        return bring(self.root, self._shards[shard])
+
+    def _scan(self, path: Path, shard: str) -> dict[str, tuple[int, int]]:
         """Where the members of a shard lie in it."""
         try:
-            with filesystem.open(place, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(path, "r:") as tar:
                 return {member.name: (member.offset_data, member.offset_data + member.size) for member in tar}
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ShardError(f"{self.root}/{shard}: not read: {error}") from None

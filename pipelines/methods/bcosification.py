@@ -77,7 +77,9 @@ def is_exponent(name: str) -> bool:
     return name.rpartition(".")[2] == "b_offset"
 
 
-def build_bcosification(spec: models.ModelSpec, pretrained: Path | None, params: BcosificationParams, seed: int) -> Bcosification:
+def build_bcosification(
+    spec: models.ModelSpec, pretrained: str | Path | None, params: BcosificationParams, seed: int
+) -> Bcosification:
     """The method on the B-cos network of `spec`, from the conventional model in a folder or of weights drawn by `seed`.
 
     Raises:

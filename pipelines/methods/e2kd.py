@@ -149,7 +149,7 @@ def _few(classes: tuple[str, ...], most: int = 4) -> str:
 
 
 def build_e2kd(
-    model: ModelParams, spec: ModelSpec, teacher: Path, params: DistillationParams, seed: int, labelled: bool = True
+    model: ModelParams, spec: ModelSpec, teacher: str | Path, params: DistillationParams, seed: int, labelled: bool = True
 ) -> E2KD:
     """The method on the student of `spec`, from the weights that `model` names or of weights drawn by `seed`.
 

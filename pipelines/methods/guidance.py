@@ -157,13 +157,13 @@ def classifier_spec(backbone: Path, classes: Sequence[str], task: str, image_siz
     return replace(spec, classes=tuple(classes), task=task, image_size=image_size, design=design)  # type: ignore[arg-type]
 
 
-def build_classifier(spec: ModelSpec, backbone: Path, seed: int) -> ObjectClassification:
+def build_classifier(spec: ModelSpec, backbone: str | Path, seed: int) -> ObjectClassification:
     """Classification before guidance: the network of `spec` with the backbone's weights, and a head drawn by `seed`."""
     torch.manual_seed(seed)
     return ObjectClassification(models.load_backbone(backbone, spec), spec.task, len(spec.classes))
 
 
-def build_guidance(classifier: Path, params: GuidanceParams, annotated: Iterable[str] | None = None) -> Guidance:
+def build_guidance(classifier: str | Path, params: GuidanceParams, annotated: Iterable[str] | None = None) -> Guidance:
     """Guidance of the model in the folder `classifier`.
 
     Args:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
+from pipelines.data.patience import is_remote
+from pipelines.data.publish import fetch
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
 
@@ -73,22 +78,33 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     (directory / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
 
 
+@contextmanager
+def here(directory: str | Path) -> Iterator[Path]:
+    """`directory`, or where that is a URL a temporary folder with the model that is there."""
+    if not is_remote(directory):
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        fetch(str(directory), Path(folder), (CONFIG, WEIGHTS))
+        yield Path(folder)
+
+
 def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
-    """The model in `directory`, in evaluation mode, and its spec.
+    """The model in `directory` (or at any fsspec URL), in evaluation mode, and its spec.
 
     Raises:
         FileNotFoundError: no model there.
         WeightsError: the weights are not of the model that its spec describes.
     """
-    directory = Path(directory)
-    spec = read_spec(directory)
-    model = assemble(spec)
-    load_strictly(model, read_state_dict(str(directory / WEIGHTS)), str(directory))
+    with here(directory) as folder:
+        spec = read_spec(folder)
+        model = assemble(spec)
+        load_strictly(model, read_state_dict(str(folder / WEIGHTS)), str(directory))
     return model.eval(), spec
 
 
 def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
-    """The model that `spec` describes, with the weights of the model in `directory` for all but its classifier.
+    """The model that `spec` describes, with the weights of the model in `directory` (or at a URL) for all but its classifier.
 
     The classifier, the last linear layer, keeps the random weights that it is made with.
 
@@ -96,11 +112,12 @@ def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
         FileNotFoundError: no model there.
         WeightsError: the weights are not of such a model.
     """
-    read_spec(directory)
+    with here(directory) as folder:
+        read_spec(folder)
+        state = read_state_dict(str(folder / WEIGHTS))
     model = assemble(spec)
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)][-1]
     own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
-    state = read_state_dict(str(Path(directory) / WEIGHTS))
     kept = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     load_strictly(model, kept | own, str(directory))
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from pipelines.tracking.server import project_root
 def git_tags(directory: str | Path | None = None) -> dict[str, str]:
     """The commit that `directory` (the working directory) has checked out, and whether files differ from it.
 
-    `dvc.lock` is left out of the difference: it changes with every stage. Outside a repository there are no tags.
+    `dvc.lock` is left out of the difference: it changes with every stage. Outside a repository the tags are those that
+    a submitted job is told (`SUBMITTED_COMMIT`, `SUBMITTED_DIRTY`), or none.
     """
 
     def git(*arguments: str) -> str:
@@ -30,7 +32,8 @@ def git_tags(directory: str | Path | None = None) -> dict[str, str]:
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
     except (OSError, subprocess.SubprocessError):
-        return {}
+        told = {"mlflow.source.git.commit": "SUBMITTED_COMMIT", "git.dirty": "SUBMITTED_DIRTY"}
+        return {tag: os.environ[name] for tag, name in told.items() if os.environ.get(name)}
     return {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
 
 

@@ -5,7 +5,8 @@
     <directory>/history.json, reported.json
 
 A file appears on an object store once it is uploaded, on a local disk under a temporary name first, so that neither
-shows half a file under the final one. Of several checkpoints the newest complete one counts.
+shows half a file under the final one. Of several checkpoints the newest complete one counts. Storage that fails for a while is
+tried again: each function may be called again after an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import fsspec
 import torch
 
+from pipelines.data.patience import make_folder, patient
+
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 
@@ -31,7 +34,7 @@ def _open(directory: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def _write(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes | memoryview) -> None:
     """Writes `path` so that it is there whole or not at all."""
-    filesystem.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+    make_folder(filesystem, str(PurePosixPath(path).parent))
     local = "file" in filesystem.protocol
     target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
     try:
@@ -45,6 +48,7 @@ def _write(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes | me
         raise
 
 
+@patient
 def save(directory: str, step: int, state: dict[str, Any], summary: dict[str, Any], keep: set[int], last: int) -> None:
     """Writes the checkpoint of `step`, then deletes all but the `last` newest and those of the steps in `keep`.
 
@@ -99,6 +103,7 @@ def _prune(filesystem: fsspec.AbstractFileSystem, root: str, keep: set[int], las
         filesystem.rm(folder, recursive=True)
 
 
+@patient
 def newest(directory: str) -> dict[str, Any] | None:
     """The summary of the newest complete checkpoint, with its `step`; None where there is none."""
     filesystem, root = _open(directory)
@@ -114,6 +119,7 @@ def newest(directory: str) -> dict[str, Any] | None:
     return None
 
 
+@patient
 def load(directory: str, step: int) -> dict[str, Any]:
     """The state of the checkpoint of `step`, on the CPU."""
     filesystem, root = _open(directory)
@@ -121,12 +127,14 @@ def load(directory: str, step: int) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
+@patient
 def write_json(directory: str, name: str, value: Any) -> None:
     """Writes `value` as `<directory>/<name>`, whole or not at all."""
     filesystem, root = _open(directory)
     _write(filesystem, f"{root}/{name}", json.dumps(value, indent=1).encode())
 
 
+@patient
 def read_json(directory: str, name: str) -> Any:
     """The value of `<directory>/<name>`, None where there is no such file."""
     filesystem, root = _open(directory)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import torch
 
+import pipelines
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
 from pipelines.training.distributed import Context, cpu_count, use_threads
@@ -24,7 +27,7 @@ from pipelines.training.loop import fit, report
 # that fails for a while) are worth a restart.
 FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 # Read by Ray when it is imported or starts workers; the user's own settings win.
-_RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two busy cores may need more than the default minute
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
@@ -188,7 +191,7 @@ def cluster(training: TrainingParams) -> Iterator[None]:
 
     `launch` enters it by itself; around several launches it saves the start of each.
     """
-    for variable, value in _RAY_ENVIRONMENT.items():
+    for variable, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import ray
 
@@ -196,13 +199,45 @@ def cluster(training: TrainingParams) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        _connect(os.environ["RAY_ADDRESS"])
     else:
         _start_local(training)
     try:
+        _check_gpus(training)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Joins a cluster, whose workers get this code; those of a submitted job have it."""
+    import ray
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as SUBMITTED
+
+    if address.startswith("http"):
+        raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    package = str(Path(pipelines.__file__).parent)
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": [package], "env_vars": RAY_ENVIRONMENT}
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
+        ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_gpus(training: TrainingParams) -> None:
+    """Raises `TrainingError` where the GPUs that the least number of workers needs cannot come."""
+    import ray
+    from ray._private.state import state
+
+    least = training.workers if isinstance(training.workers, int) else training.workers[0]
+    wanted = least * training.gpus_per_worker
+    has = state.get_max_resources_from_cluster_config() or ray.cluster_resources()  # an autoscaler may bring more nodes
+    if wanted > has.get("GPU", 0):
+        found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
+        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
 
 
 def _start_local(training: TrainingParams) -> None:
@@ -227,8 +262,3 @@ def _start_local(training: TrainingParams) -> None:
     )
     root.setLevel(level)
     root.handlers[:] = handlers
-    least = training.workers if isinstance(training.workers, int) else training.workers[0]
-    found, wanted_gpus = ray.cluster_resources().get("GPU", 0), least * training.gpus_per_worker
-    if wanted_gpus > found:
-        ray.shutdown()
-        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted_gpus:g} GPUs, this machine has {found:g}")

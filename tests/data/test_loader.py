@@ -332,16 +332,6 @@ def test_http_root(root):
         server.server_close()
 
 
-def test_remote_shards_are_not_left_on_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    write("memory://loader/left", [plain(i) for i in range(20)])
-    most = 0
-    for _ in evaluate("memory://loader/left", batch_size=1):
-        most = max(most, len(list(tmp_path.rglob("*.tar"))))
-    assert most == 1  # of four: a shard goes when its last sample is read
-    assert list(tmp_path.iterdir()) == []
-
-
 # Bad input -------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipelines.data.publish import publish
 from pipelines.models import ModelSpec, WeightsError, assemble, build, load, read_spec, save
 
 SHARED = Path(os.environ.get("BCOS_SHARED", Path(__file__).parents[3] / "shared"))
@@ -130,6 +131,16 @@ def test_a_saved_model_gives_the_same_logits(tmp_path, kind):
     loaded, read = load(tmp_path)
     assert read == spec == read_spec(tmp_path)
     assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_a_model_is_loaded_from_a_url(tmp_path):
+    spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
+    model = assemble(spec).eval()
+    save(tmp_path, model, spec)
+    publish(tmp_path, "memory://models/a", ("model.json", "model.safetensors"))
+    loaded, of_loaded = load("memory://models/a")
+    assert of_loaded == spec
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_conventional_model_normalises_its_first_three_channels():

@@ -34,12 +34,15 @@ def test_absolute_inputs_are_found_too(tmp_path, monkeypatch):
     assert input_hashes({"shards": str(tmp_path / "data/shards/objects")}) == {"shards": "222.dir"}
 
 
-def test_the_commit_is_dirty_where_files_differ_but_for_the_lock(tmp_path):
+def test_the_commit_is_dirty_where_files_differ_but_for_the_lock(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     assert git_tags(tmp_path) == {}
+    monkeypatch.setenv("SUBMITTED_COMMIT", "0" * 40)  # as a submitted job has it
+    monkeypatch.setenv("SUBMITTED_DIRTY", "false")
+    assert git_tags(tmp_path) == {"mlflow.source.git.commit": "0" * 40, "git.dirty": "false"}
     git("init")
     for name in ("code.py", "dvc.lock"):
         (tmp_path / name).write_text("1")

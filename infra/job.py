@@ -1,0 +1,79 @@
+"""`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit`.
+
+PLACE/order.json    the stages to run and what they need
+PLACE/outputs/...   what they made
+PLACE/result.json   written last: name, bytes and sha256 of each output
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypedDict
+
+from pipelines.data.publish import fetch, publish
+from pipelines.data.sample import DataError
+from pipelines.training import checkpoints
+
+
+class Input(TypedDict):
+    """Files `names` at `url` that the stages need in `folder`."""
+
+    folder: str
+    url: str
+    names: list[str]
+
+
+class Order(TypedDict):
+    """What a job is to do; `stages` as `infra.project.Stage` has them."""
+
+    stages: list[dict[str, Any]]
+    inputs: list[Input]
+    environment: dict[str, str]  # what the stages are told of where they come from
+
+
+def main(place: str) -> int:
+    """Brings the inputs, runs the stages, puts their outputs to `place`; returns the exit status of the first that failed."""
+    try:
+        order: Order | None = checkpoints.read_json(place, "order.json")
+        if order is None:
+            sys.exit(f"{place}: no order.json: nothing was submitted there")
+        for item in order["inputs"]:
+            fetch(item["url"], Path(item["folder"]), item["names"])
+    except OSError as error:
+        sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
+    for stage in order["stages"]:
+        print(f"stage {stage['name']}: {stage['command']}", flush=True)
+        if status := subprocess.call(stage["command"], shell=True, env=os.environ | order["environment"]):
+            return status
+    try:
+        deliver(place, [path for stage in order["stages"] for path in stage["outputs"]])
+    except (OSError, DataError) as error:
+        sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
+    return 0
+
+
+def deliver(place: str, outputs: Iterable[str]) -> None:
+    """Puts files and folders of the working directory to `place`."""
+    files = [path.as_posix() for output in outputs for path in files_in(Path(output))]
+    publish(".", f"{place}/outputs", files)
+    checkpoints.write_json(place, "result.json", [described(Path(name)) for name in files])
+
+
+def files_in(path: Path) -> list[Path]:
+    """A file, or all files in a folder, in the order of their names."""
+    return sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Name, bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

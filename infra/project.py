@@ -1,0 +1,165 @@
+"""The DVC side of a submitted stage: its params, what it needs, what it leaves, its entry in `dvc.lock`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.params import Params, load
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+PARAMS = Path("params.yaml")
+DATA = ("data", "models")  # folders of what stages make and later ones need
+TRAINS = "training.workers"  # a stage with this param runs on workers
+
+
+class SubmitError(RuntimeError):
+    """A stage cannot be submitted, or did not come back: one line that names the cause."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC resolved it.
+
+    Attributes:
+        name: as DVC addresses it, `bcosify@pretrained`.
+        command: that runs it.
+        inputs: folders that earlier stages made and it depends on.
+        outputs: files and folders that it makes.
+        state: sha256 of what DVC records of its command, dependencies and params.
+    """
+
+    name: str
+    command: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    state: str
+
+
+def set_params(overrides: Sequence[str], changes: dict[str, Any]) -> Params:
+    """Sets values in `params.yaml`, which is changed where all of it is right, and returns the params.
+
+    Args:
+        overrides: as of `dvc exp run -S`; where there are any, the params are composed anew from the recipes.
+        changes: dotted key -> value, set after that.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, PARAMS.name)
+        shutil.copy2(PARAMS, path)
+        if overrides:
+            compose(path, overrides)
+        change(path, changes)
+        params = load(path)
+        if overrides or changes:
+            shutil.copy2(path, PARAMS)
+    return params
+
+
+def compose(path: Path, overrides: Sequence[str]) -> None:
+    """Composes params from the project's recipes, as `dvc exp run` does."""
+    from dvc.utils.hydra import compose_and_dump
+
+    with open_repo() as repo:
+        hydra = repo.config["hydra"]
+        recipes = os.path.join(repo.root_dir, hydra["config_dir"])
+        try:
+            compose_and_dump(str(path), recipes, None, hydra["config_name"], repo.root_dir, list(overrides))
+        except Exception as error:  # of Hydra, which has no common kind
+            raise SubmitError(f"{' '.join(overrides)}: {str(error).strip().splitlines()[0]}") from None
+
+
+def change(path: Path, changes: dict[str, Any]) -> None:
+    """Sets dotted keys of a params file."""
+    from dvc.utils.hydra import apply_overrides
+
+    if changes:
+        apply_overrides(str(path), [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def stages(name: str) -> list[Stage]:
+    """The stages that DVC knows by this name: one, or all of a matrix.
+
+    Raises:
+        SubmitError: there is none, it does not run on workers, or what it needs is not here.
+    """
+    from dvc.dependency.param import ParamsDependency
+    from dvc.exceptions import DvcException
+    from dvc.stage.exceptions import StageNotFound
+
+    with open_repo() as repo:
+        trained = [
+            stage
+            for stage in repo.index.stages
+            if any(isinstance(dep, ParamsDependency) and TRAINS in dep.params for dep in stage.deps)
+            or stage.addressing == "explain"
+        ]
+        try:
+            found = list(repo.stage.collect(name))
+        except StageNotFound:
+            found = []
+        if not found or any(stage not in trained for stage in found):
+            what = "does not run on workers: run it here" if found else "is not in dvc.yaml"
+            names = ", ".join(sorted({*(stage.addressing for stage in trained)}))
+            raise SubmitError(f"stage {name!r} {what}; those to submit are {names}")
+        try:
+            return [describe(stage) for stage in found]
+        except DvcException as error:
+            raise SubmitError(f"{name}: {' '.join(str(error).split())}: make it first") from None
+
+
+def describe(stage: PipelineStage) -> Stage:
+    """The stage as it is now, its dependencies hashed."""
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    stage.save_deps()
+    recorded = {key: value for key, value in to_single_stage_lockfile(stage).items() if key in ("cmd", "deps", "params")}
+    return Stage(
+        name=stage.addressing,
+        command=stage.cmd,
+        inputs=tuple(dep.def_path for dep in stage.deps if Path(dep.def_path).parts[0] in DATA),
+        outputs=tuple(out.def_path for out in stage.outs),
+        state=hashlib.sha256(json.dumps(recorded, sort_keys=True, default=str).encode()).hexdigest(),
+    )
+
+
+def commit(name: str) -> None:
+    """Records the stage's outputs and inputs as they are: `dvc commit`."""
+    with open_repo() as repo:
+        repo.commit(name, force=True)
+
+
+def version() -> tuple[str, bool]:
+    """The checked-out git commit, and whether tracked files differ from it (`dvc.lock` and `params.yaml` aside)."""
+    try:
+        sha = git("rev-parse", "HEAD").strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", f":!{PARAMS}")
+    except subprocess.CalledProcessError as error:
+        raise SubmitError(f"git: {error.stderr.strip()}") from None
+    return sha, bool(changed)
+
+
+def git(*arguments: str) -> str:
+    """What git says."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def open_repo() -> Repo:
+    """The DVC project of the working directory."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        return Repo()
+    except NotDvcRepoError:
+        raise SubmitError(f"{Path.cwd()} is not in the project: no .dvc here or above") from None

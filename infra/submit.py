@@ -1,0 +1,341 @@
+"""`python -m infra.submit STAGE [KEY=VALUE ...]`: runs a training stage on a Ray cluster and brings its outputs back.
+
+The code goes along as the job's working directory, shards and models through the storage, which also has the checkpoints.
+Afterwards `dvc status` of the stage is clean. Credentials are the cluster's own: none is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from infra import project
+from infra.job import Input, Order, described
+from infra.package import pack
+from infra.project import PARAMS, Stage, SubmitError
+from pipelines import models
+from pipelines.data import patience
+from pipelines.data.manifest import MANIFEST
+from pipelines.data.publish import fetch, publish, publish_explanations, publish_shards
+from pipelines.data.sample import DataError
+from pipelines.data.stored import INDEX
+from pipelines.models.store import CONFIG, WEIGHTS
+from pipelines.params import Params, ParamsError
+from pipelines.training import checkpoints
+from pipelines.training.launch import RAY_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+SENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "MLFLOW_TRACKING_URI")  # no secrets
+FROM_HERE = 15.0  # seconds for which the storage may fail while a person waits
+CONNECT, READY = 10.0, 60.0  # seconds
+INTERRUPTED = 130
+CODE = "code.zip"  # of one folder, as Ray wants a zip at a URL
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submits, follows or stops a job; returns its exit status."""
+    options = parse(arguments)
+    try:
+        if options.take:
+            return take(options.take)
+        client = None if options.prepare else connect(options.address)
+        if client is None:
+            print(f"prepared: {prepare(None, options)['place']}")
+            return 0
+        if options.stop:
+            return stop(client, options.stop)
+        job = options.follow or submit(client, options)
+        return follow(client, job) if options.wait else 0
+    except (SubmitError, ParamsError, DataError, OSError) as error:
+        print(f"infra.submit: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m infra.submit", description=(__doc__ or "").partition(": ")[2])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("stage", nargs="?", metavar="STAGE", help="such as pretrain, bcosify@pretrained, distill")
+    what.add_argument("--follow", metavar="ID", help="follow a job submitted before and bring its outputs")
+    what.add_argument("--take", metavar="PLACE", help="bring the outputs of a job in the storage")
+    what.add_argument("--stop", metavar="ID", help="stop a job; its checkpoints stay")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="params, as after `dvc exp run -S`")
+    parser.add_argument("--address", help=f"job server, http://HEAD:8265; by default {ADDRESS}")
+    parser.add_argument("--workers", type=workers, metavar="N|MIN:MAX", help="training.workers")
+    parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="training.gpus_per_worker")
+    parser.add_argument("--storage", metavar="URL", help="training.storage: checkpoints, shards, models; s3://bucket/folder")
+    parser.add_argument("--prepare", action="store_true", help="put all that a job needs to the storage, and submit none")
+    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow the job to its end")
+    return parser.parse_args(arguments)
+
+
+def workers(text: str) -> int | list[int]:
+    """`N` or `MIN:MAX` as the params have it."""
+    numbers = [int(part) for part in text.split(":")]
+    if len(numbers) > 2 or min(numbers) < 1:
+        raise ValueError(text)
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the job server.
+
+    Raises:
+        SubmitError: there is no address, nothing answers there, or it refuses the token.
+    """
+    url = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or ""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SubmitError(f"--address or {ADDRESS}: the address of a job server is wanted, http://HEAD:8265, not {url!r}")
+    try:
+        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT).close()
+    except OSError as error:
+        raise SubmitError(f"no Ray cluster at {url}: {error}") from None
+    os.environ[ADDRESS] = url  # it wins over the argument
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(url)
+    except AuthenticationError as error:
+        what = "wants a token" if "required" in str(error) else "refuses this token"
+        raise SubmitError(f"the Ray cluster at {url} {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SubmitError(f"no Ray cluster at {url}: {patience.in_short(error)}") from None
+
+
+def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
+    """Sends a stage to the cluster; returns the job's id."""
+    metadata = prepare(client, options)
+    place = metadata["place"]
+    job = place.rpartition("/")[2]
+    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
+        fetch(place, Path(folder), [CODE])
+        shutil.unpack_archive(Path(folder, CODE), folder)
+        send(
+            client,
+            entrypoint=f"python -m infra.job {place}",
+            submission_id=job,
+            runtime_env={"working_dir": f"{folder}/code", "env_vars": RAY_ENVIRONMENT | sent()},
+            metadata=metadata,
+        )
+    print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
+    return job
+
+
+def send(client: JobSubmissionClient, **job: Any) -> None:
+    """Submits a job; a head that has just started is given time to become ready."""
+    end = time.monotonic() + READY
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "status code 5" not in str(error) or time.monotonic() > end:
+                raise SubmitError(f"the cluster does not take the job: {patience.in_short(error)}") from None
+        time.sleep(2)
+
+
+def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> dict[str, str]:
+    """Puts a job to its `place` in the storage: the order, its inputs, the code. Returns what is known of it.
+
+    Args:
+        client: of the cluster, which is asked whether it has what the job needs; or none.
+        options: the command line.
+    """
+    params = project.set_params(options.overrides, {} if options.workers is None else {"training.workers": options.workers})
+    gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
+    storage = (options.storage or params.training.storage).rstrip("/")
+    chosen = project.stages(options.stage)
+    check_workers(client, params, gpus)
+    job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
+    place = f"{storage}/jobs/{job}"
+    check_storage(storage, place)
+    commit, dirty = project.version()
+    lock = hashlib.sha256("".join(stage.state for stage in chosen).encode()).hexdigest()
+    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
+        code = Path(folder, "code")
+        size = pack(code)
+        shutil.copy2(PARAMS, code)
+        project.change(code / PARAMS, {"training.storage": storage, "training.gpus_per_worker": gpus})
+        (code / "job").write_text(f"{job}\n")  # no two jobs share a working directory
+        shutil.make_archive(str(code), "zip", folder, "code")
+        publish(folder, place, [CODE])
+    print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
+    inputs = [put(path, storage) for path in sorted({path for stage in chosen for path in stage.inputs})]
+    told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
+    order: Order = {
+        "stages": [asdict(stage) for stage in chosen],
+        "inputs": [item for item in inputs if item["names"]],
+        "environment": told,
+    }
+    checkpoints.write_json(place, "order.json", order)
+    return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
+
+
+def check_workers(client: JobSubmissionClient | None, params: Params, gpus: float) -> None:
+    """Raises `SubmitError` where the stage would not run on workers, or the cluster never has the GPUs for them."""
+    least = params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
+    if least == 0:
+        raise SubmitError("training.workers is 0, the stage's own process: say --workers N")
+    if client is None:
+        return
+    nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")["result"]["result"]
+    has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    if least * gpus > has["GPU"] and not autoscales(client):
+        raise SubmitError(
+            f"--gpus-per-worker: {least} workers need {least * gpus:g} GPUs; the cluster has {has['GPU']:g} GPUs and "
+            f"{has['CPU']:g} CPUs on {len(nodes)} nodes, and no autoscaler to add some"
+        )
+
+
+def autoscales(client: JobSubmissionClient) -> bool:
+    """Whether the cluster may get more nodes by itself. One started by hand has a type of its own for each node."""
+    status = ask(client, "/api/cluster_status")["clusterStatus"]
+    types = {} if status is None else status["autoscalerReport"].get("nodeTypeMapping") or {}
+    return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
+
+
+def ask(client: JobSubmissionClient, path: str) -> Any:
+    """What the cluster's dashboard answers."""
+    response = client._do_request("GET", path)
+    if response.status_code != 200:
+        raise SubmitError(f"{client.get_address()}{path}: status {response.status_code}")
+    return response.json()["data"]
+
+
+def check_storage(storage: str, place: str) -> None:
+    """Raises `SubmitError` unless a file can be written in the storage from here."""
+    if "://" not in storage:
+        raise SubmitError(f"training.storage is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
+    try:
+        filesystem, root = fsspec.url_to_fs(place)
+        patience.make_folder(filesystem, root)
+        patience.with_patience(lambda: filesystem.pipe_file(f"{root}/submitted", b""), storage, FROM_HERE)
+    except FileNotFoundError as error:
+        raise SubmitError(f"{storage}: there is no such bucket ({patience.in_short(error)})") from None
+    except PermissionError as error:
+        raise SubmitError(f"{storage}: these credentials may not write there ({patience.in_short(error)})") from None
+    except (ImportError, ValueError) as error:
+        raise SubmitError(f"{storage}: {patience.in_short(error)}") from None
+
+
+def put(path: str, storage: str) -> Input:
+    """Puts an input to the storage; of shards and stored explanations the job gets the list alone: workers read them there."""
+    if path.startswith("data/shards/"):
+        return {"folder": path, "url": publish_shards(path, storage), "names": [MANIFEST]}
+    if path == "data/explanations":
+        frozen = Path(path, INDEX).is_file()
+        return {"folder": path, "url": publish_explanations(path, storage) if frozen else "", "names": [INDEX] if frozen else []}
+    folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
+    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
+    content = hashlib.sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
+    return {"folder": path, "url": publish(path, f"{storage}/models/{content[:16]}", names), "names": names}
+
+
+def sent() -> dict[str, str]:
+    """What of the environment the job gets: addresses, unless there is a password in one."""
+    values = {name: os.environ[name] for name in SENT if os.environ.get(name)}
+    return {name: value for name, value in values.items() if "@" not in value and not value.startswith(("sqlite:", "file:"))}
+
+
+def follow(client: JobSubmissionClient, job: str) -> int:
+    """Prints a job's log to its end, then brings its outputs; returns its exit status."""
+    try:
+        details = details_of(client, job)
+        try:
+            asyncio.run(show(client, job))
+        except (OSError, RuntimeError) as error:
+            print(f"the log broke off ({patience.in_short(error)}); the job goes on, waiting for its end", flush=True)
+        while not (details := details_of(client, job)).status.is_terminal():
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on: python -m infra.submit --follow {job}, or --stop {job}", flush=True)
+        return INTERRUPTED
+    if details.status != "SUCCEEDED":
+        print(f"job {job}: {details.status.lower()}", file=sys.stderr)
+        return details.driver_exit_code or 1
+    return take((details.metadata or {})["place"])
+
+
+def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
+    """What the cluster knows of a job."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        known = ", ".join(str(each.submission_id) for each in client.list_jobs() if each.submission_id) or "none"
+        raise SubmitError(f"no job {job!r} on this cluster (it has {known})" if "404" in str(error) else str(error)) from None
+
+
+async def show(client: JobSubmissionClient, job: str) -> None:
+    """Prints the log of a job as it is written, to its end."""
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
+
+
+def take(place: str) -> int:
+    """Puts the outputs of a finished job where its stages would have, and has DVC record them.
+
+    Raises:
+        SubmitError: they are not whole, or code, params or inputs are no longer what was submitted.
+    """
+    order, result = (checkpoints.read_json(place, name) for name in ("order.json", "result.json"))
+    if order is None or result is None:
+        raise SubmitError(f"{place}: no {'order' if order is None else 'result'}.json: no job's outputs are there")
+    submitted = [Stage(**{**stage, "inputs": tuple(stage["inputs"])}) for stage in order["stages"]]
+    for stage in submitted:
+        if [now.state for now in project.stages(stage.name)] != [stage.state]:
+            raise SubmitError(f"{stage.name}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
+    with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
+        fetch(f"{place}/outputs", Path(folder), [item["name"] for item in result])
+        for item in result:
+            if described(Path(folder, item["name"])) | {"name": item["name"]} != item:
+                raise SubmitError(f"{place}/outputs/{item['name']}: not what the job wrote")
+        for stage in submitted:
+            for output in stage.outputs:
+                replace(Path(folder, output), Path(output))
+    for stage in submitted:
+        project.commit(stage.name)
+        print(f"{stage.name}: {', '.join(stage.outputs)} brought and recorded in dvc.lock")
+    return 0
+
+
+def replace(source: Path, target: Path) -> None:
+    """Moves a file or folder to `target`, in the place of what is there."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, target)
+
+
+def stop(client: JobSubmissionClient, job: str) -> int:
+    """Asks the cluster to end a job."""
+    details_of(client, job)
+    print(f"job {job}: {'stopping' if client.stop_job(job) else 'had ended before'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The servers of a cluster, on this machine: S3 (moto), Ray with a token, PostgreSQL, MLflow. Each stops with its `with`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+KEYS = {"AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "of-a-test", "AWS_DEFAULT_REGION": "us-east-1"}
+START = 90.0  # seconds that a server may take
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Storage:
+    """An S3 server that can refuse a share of its requests, and be away for a while without losing what it holds."""
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        self.port, self.share, self.requests, self.refused = free_port(), 0.0, 0, 0
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._chance = random.Random(0)
+
+    def __enter__(self) -> Storage:
+        from werkzeug.serving import make_server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = make_server("127.0.0.1", self.port, self, threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Answers a request, or refuses it."""
+        self.requests += 1
+        if self._chance.random() < self.share:
+            self.refused += 1
+            start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
+            return [b""]
+        return self._app(environ, start_response)
+
+    def away(self, seconds: float) -> None:
+        """Is not there for so long."""
+        self.__exit__()
+        time.sleep(seconds)
+        self.__enter__()
+
+
+@contextmanager
+def process(
+    *command: str, env: Mapping[str, str], log: Path, cwd: Path, user: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own."""
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, env=dict(env), stdout=file, stderr=file, cwd=cwd, start_new_session=True, user=user)
+        try:
+            yield server
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: Path) -> None:
+    """Waits until a server answers; fails with the end of its log."""
+    end = time.monotonic() + START
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            if answers():
+                return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"no answer\n{log.read_text()[-3000:]}")
+
+
+def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether a page is there."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=5) as response:
+        return response.status == 200
+
+
+@contextmanager
+def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
+    """A Ray cluster of one node with 3 CPUs that wants `token`; its job server's address."""
+    port, dashboard = free_port(), free_port()
+    address, log = f"http://127.0.0.1:{dashboard}", folder / "ray.log"
+    temporary = tempfile.mkdtemp(prefix="ray-")  # a short path: there are sockets in it
+    options = {
+        **{"--port": port, "--dashboard-host": "127.0.0.1", "--dashboard-port": dashboard, "--num-cpus": 3},
+        **{"--object-store-memory": 2**28, "--temp-dir": temporary},
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *map(str, sum(options.items(), ()))]
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        with process(*command, env={**env, **secret}, log=log, cwd=folder) as server:
+            wait_for(server, lambda: answers(f"{address}/api/version", {"Authorization": f"Bearer {token}"}), log)
+            yield address
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def postgres(env: Mapping[str, str], folder: Path) -> Iterator[str]:
+    """A PostgreSQL server; the URL of a database. As root it runs as the user `postgres`, as it refuses to run as root."""
+    user = "postgres" if os.getuid() == 0 else None
+    home, port, log = Path(tempfile.mkdtemp(prefix="postgres-")), free_port(), folder / "postgres.log"
+    try:
+        if user is not None:
+            os.chown(home, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+        data, programs = home / "data", POSTGRES[-1]
+        initdb = [programs / "initdb", "--auth=trust", "--username=mlflow", "--no-sync", "-D", data]
+        subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=home)
+        options = ["-D", data, "-h", "127.0.0.1", "-p", port, "-k", home, "-c", "fsync=off"]
+        with process(str(programs / "postgres"), *map(str, options), env=env, log=log, cwd=home, user=user) as server:
+            wait_for(server, lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None, log)
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
+    """MLflow's tracking server; its address."""
+    port, log = free_port(), folder / "mlflow.log"
+    options = {"--host": "127.0.0.1", "--port": port, "--workers": 1, "--backend-store-uri": database}
+    command = ["-m", "mlflow", "server", *map(str, sum(options.items(), ())), "--artifacts-destination", artifacts]
+    with process(sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder) as server:
+        wait_for(server, lambda: answers(f"http://127.0.0.1:{port}/health"), log)
+        yield f"http://127.0.0.1:{port}"

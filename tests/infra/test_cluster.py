@@ -1,0 +1,216 @@
+"""A whole B-cosification on a Ray cluster with a token, S3 and MLflow on PostgreSQL. `make test-infra` runs these."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+import s3fs
+import servers
+import torch
+from scratch import Project
+
+from infra import submit
+from pipelines import models, tracking
+from pipelines.data.loader import loader
+from pipelines.data.manifest import read_manifest
+from pipelines.data.publish import publish_shards
+from pipelines.data.transforms import eval_transform
+from pipelines.params import DataParams
+from pipelines.training import checkpoints
+
+pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
+STORAGE = "s3://bcos/here"
+
+
+@dataclass
+class Cluster:
+    """All servers, and a project whose stages are submitted to them."""
+
+    storage: servers.Storage
+    project: Project
+
+    def submit(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Runs `python -m infra.submit`; a variable set to nothing is taken away."""
+        environment = {key: value for key, value in (self.project.environment | env).items() if value}
+        return subprocess.run(
+            [sys.executable, "-m", "infra.submit", *arguments],
+            **{"cwd": self.project.folder, "env": environment, "capture_output": True, "text": True},
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if not servers.POSTGRES:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+        storage = stack.enter_context(servers.Storage())
+        mine = {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in mine.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bcos")
+        project = Project(tmp_path_factory.mktemp("project"))
+        env = {
+            **project.environment,
+            **mine,
+            "OMP_NUM_THREADS": "1",
+        }
+        database = stack.enter_context(servers.postgres(env, folder))
+        mlflow = stack.enter_context(servers.mlflow_server(database, "s3://bcos/mlflow", env, folder))
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        token = secrets.token_hex(32)
+        address = stack.enter_context(servers.ray_head(token, env, folder))
+        project.environment = env | {
+            **{"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            **{"MLFLOW_TRACKING_URI": mlflow, "PYTHONPATH": str(project.folder)},
+        }
+        project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+        project.run("python -m dvc repro -q shard@objects")
+        yield Cluster(storage, project)
+
+
+@pytest.fixture(scope="module")
+def bcosified(cluster: Cluster) -> str:
+    """What was said while both stages ran, with every fifth request to the storage refused and then the storage away."""
+    said = []
+    cluster.storage.share = 0.2
+    for arguments in (("pretrain", "--workers", "1"), ("bcosify@pretrained",)):
+        outage = threading.Timer(25, cluster.storage.away, [20])
+        outage.start()
+        done = cluster.submit(*arguments, "--storage", STORAGE)
+        outage.cancel()
+        outage.join()
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        said.append(done.stdout)
+    cluster.storage.share = 0.0
+    return "\n".join(said)
+
+
+def test_the_stages_are_up_to_date_afterwards(cluster: Cluster, bcosified: str) -> None:
+    status = cluster.project.run("python -m dvc status pretrain bcosify@pretrained").stdout
+    assert "up to date" in status
+    history = cluster.project.read("reports/bcosify/pretrained/history.json")
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert "epoch 2/2" in bcosified
+    assert cluster.storage.refused > 20
+
+
+def test_checkpoints_and_shards_are_in_the_storage_and_none_of_it_here(cluster: Cluster, bcosified: str) -> None:
+    here = s3fs.S3FileSystem(skip_instance_cache=True)
+    assert len(here.glob("bcos/here/pretrain/*/checkpoints/*/complete.json")) >= 2
+    assert len(here.glob("bcos/here/bcosify/pretrained/*/checkpoints/*/complete.json")) >= 2
+    assert len(here.glob("bcos/here/shards/*/manifest.json")) == 1
+    assert not list(cluster.project.folder.glob("runs/*/*/checkpoints"))
+
+
+def test_the_run_is_tracked_with_commit_and_every_epoch_once(cluster: Cluster, bcosified: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    commit = cluster.project.run("git rev-parse HEAD").stdout.strip()
+    experiment = client.get_experiment_by_name("bcos")
+    assert experiment is not None
+    runs = {run.data.tags["stage"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"pretrain", "bcosify/pretrained"}
+    for run in runs.values():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.source.git.commit"] == commit
+        steps = [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")]
+        assert steps == [1, 2]
+
+
+def test_the_model_comes_back_from_the_registry(cluster: Cluster, bcosified: str) -> None:
+    folder = cluster.project.folder / "models/bcosify/pretrained"
+    manifest = read_manifest(str(cluster.project.folder / "data/shards/objects"))
+    tracking.register(
+        folder,
+        experiment="bcos",
+        name="bcos-smoke",
+        metrics={"test/accuracy": 0.5},
+        manifest=manifest.to_json(),
+        dataset="objects",
+    )
+    (brought, spec), (own, _) = tracking.load("models:/bcos-smoke@candidate"), models.load(folder)
+    assert spec.kind == "bcos"
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in brought.state_dict().items())
+
+
+def test_an_epoch_has_each_sample_once_while_the_storage_fails_and_is_away(cluster: Cluster) -> None:
+    shards = str(cluster.project.folder / "data/shards/objects")
+    root = publish_shards(shards, "s3://bcos/outage")
+    cluster.storage.share, keys = 0.2, []
+    for batch in loader(
+        root, "train", batch_size=16, transform=eval_transform(DataParams(image_size=32)), train=True, shuffle_buffer=8
+    ):
+        keys += batch["key"]
+        if len(keys) == 48:
+            cluster.storage.__exit__()  # away before the next batch is asked for
+            outage, began = threading.Timer(20, cluster.storage.__enter__), time.monotonic()
+            outage.start()
+    cluster.storage.share = 0.0
+    assert time.monotonic() - began > 20
+    assert len(keys) == len(set(keys)) == read_manifest(shards).count("train")
+
+
+def test_checkpoints_are_written_and_read_across_an_outage(cluster: Cluster) -> None:
+    outage = threading.Thread(target=cluster.storage.away, args=[5])
+    outage.start()
+    checkpoints.save("s3://bcos/outage/run", 1, {"model": {"a": torch.ones(3)}}, {"epoch": 1}, set(), 2)
+    outage.join()
+    assert (checkpoints.newest("s3://bcos/outage/run") or {})["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "told"),
+    [
+        (["pretran"], {}, "stage 'pretran' is not in dvc.yaml; those to submit are"),
+        (["evaluate"], {}, "stage 'evaluate' does not run on workers"),
+        (["pretrain", "--gpus-per-worker", "1"], {}, "need 1 GPUs; the cluster has 0 GPUs and 3 CPUs on 1 nodes"),
+        (["pretrain", "--storage", "s3://nowhere/x"], {}, "s3://nowhere/x: there is no such bucket"),
+        (["pretrain", "--storage", STORAGE], {"AWS_ACCESS_KEY_ID": ""}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        (["pretrain"], {"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token"),
+        (["pretrain"], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": ""}, "wants a token"),
+        (["--stop", "nothing"], {}, "no job 'nothing' on this cluster"),
+    ],
+)
+def test_bad_input_is_one_line(cluster: Cluster, arguments: list[str], env: dict[str, str], told: str) -> None:
+    if arguments[0] == "pretrain":
+        arguments = [*arguments, "--workers", "1"]
+    done = cluster.submit(*arguments, **{"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", **env})
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
+    done = cluster.submit("pretrain", "recipe=smoke", "pretrain.select=val/nothing", "--workers", "1", "--storage", STORAGE)
+    assert done.returncode == 1
+    assert "no metric 'val/nothing'" in done.stdout
+    assert "brought" not in done.stdout
+
+
+def test_an_interrupt_stops_following_and_not_the_job_and_stop_does(cluster: Cluster) -> None:
+    arguments = ["pretrain", "recipe=smoke", "pretrain.epochs=400", "--workers", "1", "--storage", STORAGE]
+    command = [sys.executable, "-m", "infra.submit", *arguments]
+    env, folder = cluster.project.environment, cluster.project.folder
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        job = next(line for line in following.stdout if line.startswith("stop")).split()[-1]
+        next(line for line in following.stdout if "epoch 1/400" in line)
+        following.send_signal(signal.SIGINT)
+        assert f"the job goes on: python -m infra.submit --follow {job}" in following.stdout.read()
+    assert following.returncode == submit.INTERRUPTED
+    assert f"job {job}: stopping" in cluster.submit("--stop", job).stdout
+    ended = cluster.submit("--follow", job)
+    assert ended.returncode == 1
+    assert f"job {job}: stopped" in ended.stderr

@@ -1,0 +1,171 @@
+"""The manifests hold the fields that Kubernetes, KubeRay, Ray and compose document, and no secret."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+INFRA = Path(__file__).parents[2] / "infra"
+MANIFESTS = sorted(INFRA.glob("*.yaml"))
+
+# Fields by name: the kinds of KubeRay 1.6's API reference, those of a pod of Kubernetes' core/v1 that are used here. A type is
+# `str`, `int`, `bool`, `dict` (any strings), [type] or {field: type}.
+ENV = {"name": str, "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}}
+QUANTITIES = {"cpu": str, "memory": str, "nvidia.com/gpu": str}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "env": [ENV],
+    "envFrom": [{"secretRef": {"name": str}}],
+    "ports": [{"name": str, "containerPort": int}],
+    "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+POD = {
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "containers": [CONTAINER],
+    "volumes": [{"name": str, "emptyDir": {"medium": str, "sizeLimit": str}}],
+    "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}],
+}
+CLUSTER = {
+    "rayVersion": str,
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {"version": str, "upscalingMode": str, "idleTimeoutSeconds": int},
+    "authOptions": {"mode": str, "secretName": str},
+    "headGroupSpec": {"rayStartParams": dict, "template": {"spec": POD}},
+    "workerGroupSpecs": [
+        {
+            **{"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict},
+            "template": {"spec": POD},
+        }
+    ],
+}
+JOB = {
+    **{"entrypoint": str, "runtimeEnvYAML": str, "submissionMode": str, "shutdownAfterJobFinishes": bool},
+    **{"ttlSecondsAfterFinished": int, "backoffLimit": int, "activeDeadlineSeconds": int, "rayClusterSpec": CLUSTER},
+}
+HEAD = {"apiVersion": str, "kind": str, "metadata": {"name": str}}
+KINDS = {"RayCluster": {**HEAD, "spec": CLUSTER}, "RayJob": {**HEAD, "spec": JOB}}
+SERVICE = {
+    **{"image": str, "command": (str, list), "environment": dict, "volumes": list, "ports": list, "restart": str},
+    "healthcheck": {"test": list, "interval": str, "retries": int},
+    "depends_on": dict,
+}
+
+
+def wrong(value: Any, type_: Any, place: str = "") -> list[str]:
+    """What of `value` is not as `type_` says: its places."""
+    if isinstance(type_, dict):
+        if not isinstance(value, dict):
+            return [f"{place}: not a mapping"]
+        unknown = [f"{place}.{key}: no such field" for key in value.keys() - type_.keys()]
+        return unknown + [line for key in value.keys() & type_.keys() for line in wrong(value[key], type_[key], f"{place}.{key}")]
+    if isinstance(type_, list):
+        if not isinstance(value, list):
+            return [f"{place}: not a list"]
+        return [line for number, item in enumerate(value) for line in wrong(item, type_[0], f"{place}[{number}]")]
+    if type_ is dict:
+        good = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+        return [] if good or "depends_on" in place else [f"{place}: not a mapping of strings"]
+    return [] if isinstance(value, type_) and not (type_ is int and isinstance(value, bool)) else [f"{place}: {value!r}"]
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((INFRA / name).read_text())
+
+
+def clusters() -> list[Any]:
+    return [read("raycluster.yaml")["spec"], read("rayjob.yaml")["spec"]["rayClusterSpec"]]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_has_these_fields(name: str) -> None:
+    manifest = read(name)
+    assert manifest["apiVersion"] == "ray.io/v1"
+    assert wrong(manifest, KINDS[manifest["kind"]]) == []
+
+
+def test_the_check_of_fields_finds_what_is_wrong() -> None:
+    manifest = read("raycluster.yaml")
+    manifest["spec"]["workerGroupSpecs"][0]["minReplica"] = 0
+    manifest["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    assert sorted(wrong(manifest, KINDS["RayCluster"])) == [
+        ".spec.headGroupSpec.rayStartParams: not a mapping of strings",
+        ".spec.workerGroupSpecs[0].minReplica: no such field",
+    ]
+
+
+def test_gpu_workers_scale_from_none_with_shared_memory_and_a_token() -> None:
+    for cluster in clusters():
+        (group,) = cluster["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert (group["minReplicas"], group["replicas"]) == (0, 0)
+        assert cluster["enableInTreeAutoscaling"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "bcos-ray"}
+        for pod in (group["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]):
+            mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+            volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+            assert set(mounts.values()) == set(volumes)
+            assert volumes[mounts["/dev/shm"]]["medium"] == "Memory"
+
+
+def test_the_cache_of_shards_fits_its_volume() -> None:
+    for cluster in clusters():
+        pod = cluster["workerGroupSpecs"][0]["template"]["spec"]
+        env = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
+        size = next(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "cache")
+        assert env["SHARD_CACHE"] == "/cache"
+        assert float(env["SHARD_CACHE_GB"]) * 1e9 < int(size.removesuffix("Gi")) * 2**30
+
+
+def test_ray_is_that_of_the_lock() -> None:
+    lock = (INFRA.parent / "requirements.lock").read_text()
+    for cluster in clusters():
+        assert f"ray=={cluster['rayVersion']}\n" in lock
+        assert cluster["rayVersion"] == version("ray")
+
+
+def test_rays_own_schema_takes_the_cluster_launchers_file() -> None:
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    jsonschema.validate(read("cluster-aws.yaml"), schema)
+
+
+def test_compose_has_these_fields_and_takes_secrets_from_the_environment() -> None:
+    content = read("compose.yaml")
+    assert set(content) == {"name", "services", "volumes"}
+    for name, service in content["services"].items():
+        assert wrong(service, SERVICE, name) == []
+        for key, value in service["environment"].items():
+            if re.search("PASSWORD|SECRET|KEY", key):
+                assert re.fullmatch(r"\$\{[A-Z_]+(:\?[\w ]+)?\}", value)
+
+
+@pytest.mark.parametrize("path", [*MANIFESTS, INFRA / "Dockerfile"], ids=lambda path: path.name)
+def test_each_begins_with_its_command_and_what_to_set(path: Path) -> None:
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(r"^#   (docker|kubectl|ray|helm|export|python)", head, re.MULTILINE)
+    assert "# Set: " in head
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_no_secret_is_written_down(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"AKIA[0-9A-Z]{12}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password|token): [A-Za-z0-9]{12,}", text)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_the_linter_finds_nothing_in_the_image_build() -> None:
+    done = subprocess.run(["hadolint", INFRA / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,0 +1,128 @@
+"""A job without a cluster: what is sent, what comes back, what is refused in one line."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scratch import Project
+
+from infra import package, submit
+from infra.project import SubmitError
+from pipelines.params import TrainingParams
+from pipelines.training import TrainingError, cluster
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with code, data, models and an environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipelines/a.py", "data/b.tar", "models/c/model.json", ".venv/d", "runs/e", "notes/f.txt", "g.py", ".gitignore"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("ignored\n")
+    Path("ignored").write_text("x")
+    subprocess.run(["git", "init", "-q"], check=True)
+    return tmp_path
+
+
+def test_code_is_sent_without_data_models_environments_and_what_git_ignores(repository: Path) -> None:
+    size = package.pack(repository / "runs/target")
+    sent = {path.relative_to("runs/target").as_posix() for path in Path("runs/target").rglob("*") if path.is_file()}
+    assert sent == {"pipelines/a.py", "notes/f.txt", "g.py"}
+    assert size == 3 * len("ignored\n")
+
+
+def test_a_working_directory_too_large_names_its_largest_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "LIMIT", 2**20)
+    Path("notes/large.bin").write_bytes(bytes(3 * 2**20))
+    with pytest.raises(SubmitError, match=r"has 3 MiB, 3 of them in notes/; at most 1 are sent[^\n]*$"):
+        package.pack(repository / "runs/target")
+    assert not Path("runs/target").exists()
+
+
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("", "the address of a job server is wanted, http://HEAD:8265, not ''"),
+        ("head:6379", "the address of a job server is wanted, http://HEAD:8265, not 'head:6379'"),
+        ("http://127.0.0.1:{port}", "no Ray cluster at http://127.0.0.1:{port}: "),
+    ],
+)
+def test_an_address_of_nothing_is_one_line(
+    address: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = closed_port()
+    for name in (submit.ADDRESS, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert submit.main(["pretrain", "--address", address.format(port=port)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.format(port=port) in line
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "http://127.0.0.1:{port}"])
+def test_a_stage_run_here_names_a_ray_address_of_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = address.format(port=closed_port())
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    with pytest.raises(TrainingError, match=rf"RAY_ADDRESS [^\n]*{place}[^\n]*$"), cluster(TrainingParams(workers=1)):
+        pass
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", 3), ("1:4", [1, 4])])
+def test_workers_are_a_number_or_a_range(text: str, value: object) -> None:
+    assert submit.workers(text) == value
+
+
+def test_no_secret_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:9000")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    sent = submit.sent()
+    assert sent["AWS_ENDPOINT_URL"] == "http://storage:9000"
+    assert "secret" not in str(sent)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with shards, at toy size."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.environment |= {"PYTHONPATH": str(project.folder), "OMP_NUM_THREADS": "1"}
+    project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+    project.run("python -m dvc repro -q shard@objects")
+    return project
+
+
+def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Project, tmp_path: Path) -> None:
+    storage = f"file://{tmp_path}/storage"
+    said = project.run(f"python -m infra.submit pretrain --prepare --workers 1 --storage {storage}").stdout
+    place = said.split("prepared: ")[1].strip()
+    assert "no result.json" in project.run(f"python -m infra.submit --take {place}", check=False).stderr
+    elsewhere = tmp_path / "elsewhere"
+    shutil.unpack_archive(f"{place.removeprefix('file://')}/code.zip", elsewhere)
+    assert not (elsewhere / "code/data").exists()
+    env = project.environment | {"PYTHONPATH": str(elsewhere / "code")}
+    job = [sys.executable, "-m", "infra.job", place]
+    done = subprocess.run(job, cwd=elsewhere / "code", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((elsewhere / "code/data").rglob("*.tar"))  # read where they were published
+
+    params = project.folder / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("workers: 1\n", "workers: 3\n"))
+    refused = project.run(f"python -m infra.submit --take {place}", check=False)
+    assert "no longer those submitted" in refused.stderr
+    assert not (project.folder / "models/pretrain").exists()
+    params.write_text(before)
+    assert "brought and recorded" in project.run(f"python -m infra.submit --take {place}").stdout
+    assert "up to date" in project.run("python -m dvc status pretrain").stdout
+    assert project.read("reports/pretrain/metrics.json")["epoch"] >= 1
