@@ -231,6 +231,8 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(pro
         "distill.kd.batch_size=8",
         "guide.classify.epochs=1",
         "guide.guided.epochs=1",
+        "search.trials=2",
+        "search.epochs=1",
     ]
     project.run("dvc exp run " + " ".join(f"-S '{change}'" for change in changes))
     found = project.read("reports/evaluate/metrics.json")["models"]
