@@ -103,11 +103,11 @@ def test_files_have_the_permissions_that_the_user_gives_new_files(tmp_path):
 
 def test_remote_root_has_the_same_files(tmp_path):
     write(tmp_path, [rich(i) for i in range(5)])
-    write("memory://bucket/toy", [rich(i) for i in range(5)])
+    write("memory://shards/toy", [rich(i) for i in range(5)])
     memory = fsspec.filesystem("memory")
-    remote = {Path(path).name: memory.cat_file(path) for path in memory.ls("/bucket/toy", detail=False)}
+    remote = {Path(path).name: memory.cat_file(path) for path in memory.ls("/shards/toy", detail=False)}
     assert remote == content(tmp_path)
-    assert read_manifest("memory://bucket/toy") == read_manifest(tmp_path)
+    assert read_manifest("memory://shards/toy") == read_manifest(tmp_path)
 
 
 def one_box(*box):
