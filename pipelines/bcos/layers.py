@@ -62,14 +62,15 @@ def clamp_b(model: nn.Module) -> None:
 class _Square(torch.autograd.Function):
     """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three.
 
-    While `explanation` holds, |l| / norm counts as constant.
+    While `explanation` holds, |l| / norm counts as constant. Products are taken in the order of the other ways of `_scale`, to
+    the same bits: where these differ a ReLU behind a sum may open in one way and not in the other.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Tensor:
-        return widened(linear).abs().mul_(linear).mul_(norm.reciprocal()).to(linear.dtype)
+        return widened(linear).abs().mul_(norm.reciprocal()).mul_(linear).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Explanation | None], output: Tensor) -> None:
@@ -105,10 +106,12 @@ class _HeldFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         g, linear, norm = ctx.saved_tensors
-        inverse = norm.reciprocal()
-        product = widened(v) * g * inverse
-        d_norm = -(product * widened(linear).abs()).sum_to_size(norm.shape) * inverse
-        return (v * (widened(linear).abs() * inverse)).to(g.dtype), (product * linear.sign()).to(linear.dtype), d_norm
+        inverse, product = norm.reciprocal(), widened(v) * g
+        graph = torch.is_grad_enabled()
+        factor = widened(linear).abs() * inverse if graph else widened(linear).abs().mul_(inverse)
+        d_norm = -(product * factor).sum_to_size(norm.shape) * inverse
+        d_linear = product * inverse * linear.sign() if graph else product.mul_(inverse).mul_(linear.sign())
+        return (v * factor if graph else factor.mul_(v)).to(g.dtype), d_linear.to(linear.dtype), d_norm
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -152,6 +155,10 @@ class _Convolution(torch.autograd.Function):
         x_NCHW, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
         of_weight &= ctx.explanation is None or not ctx.explanation.of_input  # autograd asks for all gradients that there are
+        if not torch.is_grad_enabled():  # both by one call, which lays out the gradient once
+            options = (*ctx.geometry[:3], False, (0, 0), ctx.geometry[3], (of_input, of_weight, False))
+            d_x, d_weight, _ = torch.ops.aten.convolution_backward(gradient, x_NCHW, weight, None, *options)
+            return d_x, d_weight, None, None
         d_x = _InputGradient.apply(gradient, weight, tuple(x_NCHW.shape), ctx.geometry) if of_input else None
         d_weight = conv2d_weight(x_NCHW, weight.shape, gradient, *ctx.geometry) if of_weight else None
         return d_x, d_weight, None, None
@@ -235,7 +242,7 @@ class _Bcos(Holdable):
             return _Square.apply(linear, norm, explanation)
         with self.computing_factor():
             size = widened(linear).abs()
-            cosine = size / norm if torch.is_grad_enabled() else size.mul_(norm.reciprocal())
+            cosine = size * norm.reciprocal() if torch.is_grad_enabled() else size.mul_(norm.reciprocal())
             factor = cosine if squares else (cosine + COSINE_EPSILON).pow(b - 1)
         return (linear * self.hold(factor)).to(linear.dtype)
 
