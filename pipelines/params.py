@@ -178,7 +178,7 @@ class TrainingParams(Strict):
     gpus_per_worker: NonNegativeFloat = 0.0
     cpus_per_worker: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: PositiveInt = 1  # parts of a worker's batch, one after the other, whose gradients make one step
+    accumulate: PositiveInt = 1  # parts of a worker's batch whose gradients make one step; more where workers are missing
     channels_last: bool = False  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
     checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
@@ -187,6 +187,11 @@ class TrainingParams(Strict):
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
     log_every: PositiveInt = 20  # steps
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there may be, this process counted as one."""
+        return max(1, self.workers) if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -57,9 +57,9 @@ def train(job: Job, sharing: int = 1) -> Result:
 
 def check_batch_size(batch_size: int, training: TrainingParams) -> None:
     """Raises `TrainingError` unless every allowed number of workers can share the effective batch equally, in equal parts."""
-    workers, parts = training.workers, training.accumulate
-    least, most = (max(1, workers),) * 2 if isinstance(workers, int) else workers
-    bad = [str(count) for count in range(least, most + 1) if batch_size % (count * parts)]
+    workers, parts, most = training.workers, training.accumulate, training.most_workers
+    least = most if isinstance(workers, int) else workers[0]
+    bad = [str(count) for count in range(least, most + 1) if batch_size % (count * (parts if count == most else 1))]
     if bad:
         in_parts = f", each of which takes {parts} parts (training.accumulate)" if parts > 1 else ""
         raise TrainingError(
@@ -250,8 +250,7 @@ def _start_local(training: TrainingParams) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    most = training.workers if isinstance(training.workers, int) else training.workers[1]
-    wanted = int(-(-most * training.cpus_per_worker // 1))
+    wanted = int(-(-training.most_workers * training.cpus_per_worker // 1))
     ray.init(
         address="local",
         num_cpus=max(cpu_count(), wanted),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
 from pipelines.training.distributed import (
     Context,
@@ -219,13 +220,14 @@ def prepared(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The losses of a prepared batch, without graph, once their gradients are in the parameters.
 
-    A batch is taken in `training.accumulate` parts, each with the weight of its share: the gradient is that of the
-    whole but for what a module computes over a batch (BatchNorm's statistics are those of a part).
+    A batch is taken in parts, each with the weight of its share: the gradient is that of the whole but for what a module
+    computes over a batch (BatchNorm's statistics are those of a part).
     """
     training, device = run.job.training, run.context.device
+    wanted = accumulated(training, run.job.optim.batch_size, run.context.world_size)
     batch = {name: laid_out(value, training.memory_format) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
-    pieces = {name: value.tensor_split(min(training.accumulate, count)) for name, value in batch.items()}
+    pieces = {name: value.tensor_split(min(wanted, count)) for name, value in batch.items()}
     parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
     total: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts, start=1):
@@ -237,6 +239,17 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + share * value.detach()
     return total
+
+
+def accumulated(training: TrainingParams, batch_size: int, world_size: int) -> int:
+    """In how many equal parts each of `world_size` workers takes its share of an effective batch.
+
+    With as many workers as there may be in `training.accumulate`; with fewer in so many more that no part is larger: what fits
+    into the memory of all workers fits into that of few, and the effective batch, with it the learning rate, stays.
+    """
+    share, most = batch_size // world_size, training.most_workers
+    least = -(-training.accumulate * most // world_size)
+    return next((parts for parts in range(least, share) if share % parts == 0), share)
 
 
 @contextmanager

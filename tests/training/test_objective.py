@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, iden
 
 from pipelines.bcos import bcosify, dynamic_weights
 from pipelines.models import build
+from pipelines.params import TrainingParams
 from pipelines.training import Context, TrainingError, train
-from pipelines.training.loop import gradients, set_up
+from pipelines.training.loop import accumulated, gradients, set_up
 from pipelines.training.objective import blocks, build_objective, checkpoint_blocks
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
@@ -47,6 +49,21 @@ def test_parts_count_by_their_size(tmp_path: Path) -> None:
 def test_parts_that_a_batch_cannot_be_cut_into_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^batch_size 8 .* by 2 of the workers 2, each of which takes 3 parts"):
         train(toy_job(tmp_path / "run", workers=2, accumulate=3))
+
+
+def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:
+    for most, parts, batch_size in itertools.product(range(1, 9), (1, 2, 4), (48, 840, 1680)):
+        training = TrainingParams(workers=(1, most), accumulate=parts)
+        for world_size in (count for count in range(1, most + 1) if batch_size % count == 0 and batch_size % (most * parts) == 0):
+            share, taken = batch_size // world_size, accumulated(training, batch_size, world_size)
+            assert share % taken == 0
+            assert share // taken <= batch_size // (most * parts)
+            if world_size == most:
+                assert taken == parts
+
+
+def test_a_batch_is_one_part_where_the_workers_are_all_there() -> None:
+    assert [accumulated(TrainingParams(workers=workers), 12, max(1, workers)) for workers in (0, 1, 3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])
