@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import tracking
+from pipelines.params import load
 from stages.common import REPORTS
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())
     students = json.loads((REPORTS / "evaluate/students.json").read_text())
     guidance = json.loads((REPORTS / "evaluate_guidance/metrics.json").read_text())
+    best = json.loads((REPORTS / "search/front.json").read_text())
     version = json.loads((REPORTS / "register.json").read_text())
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
@@ -30,6 +32,7 @@ def main() -> None:
     console.print(followers(students["models"]))
     for split, found in guidance.items():
         console.print(guided(split, found["models"]))
+    console.print(searched(best))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
@@ -60,6 +63,18 @@ def guided(split: str, models: dict[str, Any]) -> Table:
             cells = [scores.get(key) for key in keys]
             right = found.get("f1", found.get("accuracy"))
             table.add_row(name, f"{right:.1%}", explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
+    return table
+
+
+def searched(best: list[dict[str, Any]]) -> Table:
+    """The trials that no other beats, with what was drawn for them; `stages.search_apply` makes experiments of them."""
+    keys = dict.fromkeys(key for row in best for key in row["values"])
+    names = load().search.metrics
+    table = Table("trial on the front", *names, *(key.rpartition(".")[2] for key in keys))
+    for row in best:
+        values = (row["values"].get(key, "") for key in keys)
+        drawn = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(str(row["trial"]), *(f"{row['metrics'][name]:.3f}" for name in names), *drawn)
     return table
 
 
