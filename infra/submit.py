@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", help=f"job server, http://HEAD:8265; by default {ADDRESS}")
     parser.add_argument("--workers", type=workers, metavar="N|MIN:MAX", help="training.workers")
     parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="training.gpus_per_worker")
-    parser.add_argument("--storage", metavar="URL", help="training.storage: checkpoints, shards, models; s3://bucket/folder")
+    parser.add_argument("--storage", metavar="URL", help="storage.root: checkpoints, shards, models; s3://bucket/folder")
     parser.add_argument("--prepare", action="store_true", help="put all that a job needs to the storage, and submit none")
     parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow the job to its end")
     return parser.parse_args(arguments)
@@ -166,7 +166,7 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     """
     params = project.set_params(options.overrides, {} if options.workers is None else {"training.workers": options.workers})
     gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
-    storage = (options.storage or params.training.storage).rstrip("/")
+    storage = (options.storage or params.storage.root).rstrip("/")
     chosen = project.stages(options.stage)
     check_workers(client, params, gpus)
     job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
@@ -178,7 +178,7 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
         code = Path(folder, "code")
         size = pack(code)
         shutil.copy2(PARAMS, code)
-        project.change(code / PARAMS, {"training.storage": storage, "training.gpus_per_worker": gpus})
+        project.change(code / PARAMS, {"storage.root": storage, "training.gpus_per_worker": gpus})
         (code / "job").write_text(f"{job}\n")  # no two jobs share a working directory
         shutil.make_archive(str(code), "zip", folder, "code")
         publish(folder, place, [CODE])
@@ -228,7 +228,7 @@ def ask(client: JobSubmissionClient, path: str) -> Any:
 def check_storage(storage: str, place: str) -> None:
     """Raises `SubmitError` unless a file can be written in the storage from here."""
     if "://" not in storage:
-        raise SubmitError(f"training.storage is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
+        raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
     try:
         filesystem, root = fsspec.url_to_fs(place)
         patience.make_folder(filesystem, root)

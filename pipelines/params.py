@@ -171,6 +171,12 @@ class ModelParams(Strict):
     options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
 
 
+class StorageParams(Strict):
+    """Where training leaves what must survive it, and finds what its workers read."""
+
+    root: Annotated[str, Field(min_length=1)] = "runs"  # folder or fsspec URL
+
+
 class TrainingParams(Strict):
     """The one loop and its launch: what does not depend on the method."""
 
@@ -182,7 +188,6 @@ class TrainingParams(Strict):
     channels_last: bool = False  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
     checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
-    storage: str = "runs"  # folder or fsspec URL of checkpoints
     checkpoint_every: PositiveInt = 100  # steps
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
@@ -528,6 +533,7 @@ class Params(Strict):
     datasets: dict[str, Dataset]
     data: DataParams
     model: ModelParams
+    storage: StorageParams = StorageParams()
     training: TrainingParams
     pretrain: PretrainParams
     bcosify: BcosifyParams

@@ -51,26 +51,26 @@ def shards_of(dataset: str) -> str:
 
 def seen_by_all(params: Params) -> bool:
     """Whether the storage of the params is at a URL: workers may then be on other machines, and read what they need there."""
-    return "://" in params.training.storage
+    return "://" in params.storage.root
 
 
 def shards_for_all(params: Params) -> str:
     """The root of the run's shards that every worker sees."""
     shards = shards_of(params.dataset)
-    return publish_shards(shards, params.training.storage) if seen_by_all(params) else shards
+    return publish_shards(shards, params.storage.root) if seen_by_all(params) else shards
 
 
 def model_for_all(params: Params, folder: Path) -> str:
     """The place of a model, in a folder here, that every worker sees."""
     if not seen_by_all(params):
         return str(folder)
-    url = f"{params.training.storage.rstrip('/')}/models/{models.digest(folder)[:16]}"
+    url = f"{params.storage.root.rstrip('/')}/models/{models.digest(folder)[:16]}"
     return publish(folder, url, (CONFIG, WEIGHTS))
 
 
 def explanations_for_all(params: Params, root: str | None) -> str | None:
     """The root of stored explanations, in a folder here, that every worker sees."""
-    return publish_explanations(root, params.training.storage) if root and seen_by_all(params) else root
+    return publish_explanations(root, params.storage.root) if root and seen_by_all(params) else root
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def stage_run(
     shards = shards_of(params.dataset)
     manifest = read_manifest(shards)
     origin = (manifest.digest, code_digest(), *(models.digest(path) for path in upstream))
-    directory = run_directory(params.training.storage, name, params.dataset, *settings, *origin)
+    directory = run_directory(params.storage.root, name, params.dataset, *settings, *origin)
     with tracking.stage_run(
         name,
         experiment=params.tracking.experiment,

@@ -34,7 +34,7 @@ def main() -> None:
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
         both = (*directories.values(), *students.values())
         with stage_run(params, "evaluate", params.data, params.evaluate, upstream=both) as (run, _):
-            judge = partial(launch, evaluate_and_judge, training=where)
+            judge = partial(launch, evaluate_and_judge, training=where, storage=params.storage.root)
             metrics, right = judge(directories, shards, params.data, params.evaluate)
             of_students, students_right = judge(students, shards, params.data, params.evaluate, "test", "teacher")
             write_json(OUT / "metrics.json", metrics)

@@ -1,6 +1,7 @@
 """Stage `evaluate_guidance`: the classifier before and after guidance; figures and pictures in `reports/evaluate_guidance`."""
 
 from functools import partial
+from typing import Any
 
 from pipelines.evaluation import evaluate_and_judge
 from pipelines.gallery import draw_gallery
@@ -15,10 +16,14 @@ def main() -> None:
     """Evaluates both on the splits of the params; pictures are of the last one."""
     with stage() as whole:
         params, directories = whole.for_guide(), in_models({"unguided": "classify", "guided": "guide"})
-        shards, where = shards_of(params.dataset), params.training.model_copy(update={"workers": params.evaluate.workers})
+        shards = shards_of(params.dataset)
+        where: dict[str, Any] = {
+            "training": params.training.model_copy(update={"workers": params.evaluate.workers}),
+            "storage": params.storage.root,
+        }
         settings = (params.data, params.evaluate, params.guide.splits)
         with stage_run(params, "evaluate_guidance", *settings, upstream=tuple(directories.values())) as (run, _):
-            judge = partial(launch, evaluate_and_judge, directories, shards, params.data, params.evaluate, training=where)
+            judge = partial(launch, evaluate_and_judge, directories, shards, params.data, params.evaluate, **where)
             found = {split: judge(split) for split in params.guide.splits}
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)

@@ -26,8 +26,8 @@ def main() -> None:
         shards, teacher, shots = shards_of(params.dataset), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
         of_all = (model_for_all(params, Path(teacher)), shards_for_all(params), params.data, origin(params, teacher))
-        out = f"{params.training.storage.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT)
-        count = launch(store_explanations, *of_all, out, subset, training=params.training)
+        out = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT)
+        count = launch(store_explanations, *of_all, out, subset, training=params.training, storage=params.storage.root)
         if seen_by_all(params):
             take(out, OUT)
         size = sum(path.stat().st_size for path in OUT.iterdir())

@@ -49,7 +49,9 @@ def run_trial(
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
     if missing:
-        judged = launch(judge, task, job.shards, result, params.evaluate, training=job.training, sharing=sharing)
+        judged = launch(
+            judge, task, job.shards, result, params.evaluate, training=job.training, storage=directory, sharing=sharing
+        )
         found |= {name: judged.get(name, 0.0) for name in missing}  # none where no image is classified well enough for a grid
     return found
 

@@ -51,7 +51,7 @@ def train(job: Job, sharing: int = 1) -> Result:
         report(job, summary["history"])
         history = summary["history"]
     else:
-        history = launch(fit, job, training=job.training, sharing=sharing)
+        history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
     return Result(job.directory, history, best_record(history, job.optim), kept_records(history, job.optim))
 
 
@@ -69,13 +69,14 @@ def check_batch_size(batch_size: int, training: TrainingParams) -> None:
         )
 
 
-def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, sharing: int = 1) -> Any:
+def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage: str, sharing: int = 1) -> Any:
     """What `fn(context, *args)` returns on rank 0, run as `training` says: in this process or on Ray workers.
 
     Args:
         fn: a module-level function; what it returns is made of plain Python values, without tensors.
         args: picklable values.
-        training: `workers`, resources and `storage` are used. Workers that die are replaced `max_failures` times.
+        training: `workers` and resources are used. Workers that die are replaced `max_failures` times.
+        storage: folder or fsspec URL where Ray keeps its state for the time being, seen by all workers.
         sharing: processes like this one that share the machine's cores, where `fn` runs in this process.
 
     Raises:
@@ -86,7 +87,7 @@ def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, sharing
         use_threads(sharing)
         return fn(Context(device=_device(training)), *args)
     with cluster(training):
-        return _launch_on_ray(fn, args, training)
+        return _launch_on_ray(fn, args, training, f"{absolute(storage)}/ray")
 
 
 def _device(training: TrainingParams) -> torch.device:
@@ -98,7 +99,7 @@ def _device(training: TrainingParams) -> torch.device:
     return torch.device("cuda")
 
 
-def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams) -> Any:
+def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, storage: str) -> Any:
     """`launch` on Ray Train workers, on the Ray that is initialised."""
     import pyarrow.fs
     from ray import cloudpickle
@@ -106,7 +107,7 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    storage, name = f"{absolute(training.storage)}/ray", uuid.uuid4().hex  # a used name would bring back its old state
+    name = uuid.uuid4().hex  # a used name would bring back its old state
     filesystem, root = fsspec.core.url_to_fs(storage)
     gpus = training.gpus_per_worker
     config = {

@@ -58,7 +58,7 @@ def measure(params: Params, name: str, seed: int, epochs: int) -> dict[str, Any]
         optim=optim,
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
-        directory=run_directory(params.training.storage, "design_choices", params.dataset, optim, seed),
+        directory=run_directory(params.storage.root, "design_choices", params.dataset, optim, seed),
     )
     result = train(job)
     module = job.build().module

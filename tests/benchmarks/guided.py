@@ -76,9 +76,7 @@ def trained(params: Params, build: Any, optim: OptimiserParams, seed: int, *inpu
         optim=optim,
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
-        directory=run_directory(
-            params.training.storage, "guided", read_manifest(shards).digest, params.data, optim, seed, *inputs
-        ),
+        directory=run_directory(params.storage.root, "guided", read_manifest(shards).digest, params.data, optim, seed, *inputs),
     )
     result, module = train(job), build().module
     result.load_best(module)

@@ -67,7 +67,7 @@ def measure(params: Params, teacher: Path, run: str, shots: int, seed: int, spli
         optim=optim,
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
-        directory=run_directory(params.training.storage, "students", *inputs),
+        directory=run_directory(params.storage.root, "students", *inputs),
         subset=None if subset is None else subset.numbers,
         explanations=stored(params, teacher, shards, subset) if name == "frozen" else None,
     )

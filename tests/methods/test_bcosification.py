@@ -55,7 +55,7 @@ def job_of(directory: Path, optim: BcosificationParams, build: Any = None) -> Jo
         shards="",
         data=DataParams(image_size=SIDE),
         optim=optim,
-        training=TrainingParams(workers=0, checkpoint_every=2, storage=str(directory.parent)),
+        training=TrainingParams(workers=0, checkpoint_every=2),
         seed=1,
         directory=str(directory),
         batches=random_batches,

@@ -194,7 +194,7 @@ def job_of(directory: Path, build: Any, optim: DistillationParams, **training: A
         shards="",
         data=DataParams(image_size=SIDE),
         optim=optim,
-        training=TrainingParams(**{"workers": 0, "checkpoint_every": 2, "storage": str(directory.parent), **training}),
+        training=TrainingParams(**{"workers": 0, "checkpoint_every": 2, **training}),
         seed=1,
         directory=str(directory),
         batches=class_batches,

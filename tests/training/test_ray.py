@@ -44,13 +44,13 @@ def assert_evaluated_as_here(there: dict[str, Any], job: Job) -> None:
 
 def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
     whole = toy_job(tmp_path / "whole", workers=2)
-    assert_evaluated_as_here(launch(fit_and_evaluate, whole, training=whole.training), whole)
+    assert_evaluated_as_here(launch(fit_and_evaluate, whole, training=whole.training, storage=whole.directory), whole)
     broken = accident("kill", 9, tmp_path / "marker", rank=1)
     killed = train(toy_job(tmp_path / "killed", broken, workers=2))
     assert (tmp_path / "marker").exists()
     assert identical(checkpoints.load(whole.directory, 18)["model"], weights(killed))
     assert [record["epoch"] for record in killed.history] == [1, 2, 3]
-    assert not list((tmp_path / "storage/ray").iterdir())  # what Ray kept for itself is gone
+    assert not list((tmp_path / "killed/ray").iterdir())  # what Ray kept for itself is gone
 
 
 def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_pat
         toy_job(tmp_path / name, broken, workers=3, batch_size=12)  # 16 samples a rank: 4 steps an epoch
         for name, broken in (("whole", None), ("run", accident("raise", 6, rank=ALL_RANKS)), ("run", None))
     ]
-    there = launch(interrupt_and_evaluate, *jobs, training=jobs[0].training)
+    there = launch(interrupt_and_evaluate, *jobs, training=jobs[0].training, storage=jobs[0].directory)
     assert there.pop("same")
     assert_evaluated_as_here(there, jobs[0])
 
@@ -78,7 +78,7 @@ def test_two_workers_compile_resume_and_take_their_batch_in_parts(tmp_path: Path
         name: toy_job(tmp_path / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params)
         for name, (method, params) in builds.items()
     }
-    found = launch(compile_and_accumulate, jobs, training=jobs["plain"].training)
+    found = launch(compile_and_accumulate, jobs, training=jobs["plain"].training, storage=jobs["plain"].directory)
     assert found["resumed"]
     assert found["compiled"] < 1e-4
     assert found["parts"] < 1e-5
@@ -94,7 +94,7 @@ def test_two_workers_distil_as_one_does_compiled_and_in_half_precision(tmp_path:
         "half": student_job("half", precision="bfloat16"),
     }
     here = weights(train(toy_job(tmp_path / "here", toy_student, optimiser="sgd", lr=0.05, clip="none")))
-    found = launch(distil_together, jobs, training=jobs["eager"].training)
+    found = launch(distil_together, jobs, training=jobs["eager"].training, storage=jobs["eager"].directory)
     for name in ("eager", "compiled"):
         assert difference(here, checkpoints.load(jobs[name].directory, 18)["model"]) < 1e-4
     for first, last in found.values():

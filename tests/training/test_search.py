@@ -39,7 +39,7 @@ def toy_search(**changes: Any) -> SearchParams:
 def run(directory: Path, kill_at: int = 0, **changes: Any) -> list[Trial]:
     """`toy_search` in `directory`."""
     params, told = toy_search(**changes), []
-    training = TrainingParams(workers=0, storage=str(directory), max_failures=0)
+    training = TrainingParams(workers=0, max_failures=0)
     found = search(partial(toy.toy_trial, str(directory), kill_at), params, training, str(directory), on_trial=told.append)
     assert sorted(trial["started"] for trial in told) == [trial["started"] for trial in found]
     return found

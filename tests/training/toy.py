@@ -209,7 +209,7 @@ class BlockMethod(ToyMethod):
 def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
     """3 epochs of 6 steps; `overrides` go to whichever params have the key."""
     optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
-    training = {"workers": 0, "checkpoint_every": 2, "storage": str(Path(directory).parent / "storage")}
+    training = {"workers": 0, "checkpoint_every": 2}
     others = {}
     for name, value in overrides.items():
         if name in OptimiserParams.model_fields:
