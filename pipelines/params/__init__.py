@@ -1,0 +1,71 @@
+"""Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
+
+from pipelines.params.base import ParamsError
+from pipelines.params.data import (
+    AnnotatedParams,
+    Cifar10Params,
+    Coco2014Params,
+    DataParams,
+    Dataset,
+    DatasetParams,
+    ImageFolderParams,
+    ImageNetParams,
+    ScenesParams,
+    Voc2007Params,
+    WaterbirdsParams,
+)
+from pipelines.params.evaluation import EvaluateParams, PublishedParams
+from pipelines.params.methods import (
+    BcosificationParams,
+    BcosifyParams,
+    DistillationParams,
+    DistillParams,
+    FrozenParams,
+    GuidanceParams,
+    GuideParams,
+    PretrainParams,
+    StudentParams,
+)
+from pipelines.params.search import AshaParams, SearchedParams, SearchParams
+from pipelines.params.training import ModelParams, OptimiserParams, StorageParams, TrainingParams
+from pipelines.params.whole import Params, TrackingParams, leaves, load, param, replaced, validate
+
+__all__ = [
+    "AnnotatedParams",
+    "AshaParams",
+    "BcosificationParams",
+    "BcosifyParams",
+    "Cifar10Params",
+    "Coco2014Params",
+    "DataParams",
+    "Dataset",
+    "DatasetParams",
+    "DistillParams",
+    "DistillationParams",
+    "EvaluateParams",
+    "FrozenParams",
+    "GuidanceParams",
+    "GuideParams",
+    "ImageFolderParams",
+    "ImageNetParams",
+    "ModelParams",
+    "OptimiserParams",
+    "Params",
+    "ParamsError",
+    "PretrainParams",
+    "PublishedParams",
+    "ScenesParams",
+    "SearchParams",
+    "SearchedParams",
+    "StorageParams",
+    "StudentParams",
+    "TrackingParams",
+    "TrainingParams",
+    "Voc2007Params",
+    "WaterbirdsParams",
+    "leaves",
+    "load",
+    "param",
+    "replaced",
+    "validate",
+]

@@ -1,0 +1,30 @@
+"""What all groups of params are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Exponent = Annotated[float, Field(ge=1.0)]  # B
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def odd(value: int) -> int:
+    """`value`, which must be odd."""
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+class ParamsError(ValueError):
+    """A bad key, type or value in the params: one line that names it and what is allowed."""
+
+
+class Strict(BaseModel):
+    """A group of params: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)

@@ -1,0 +1,117 @@
+"""Params of data sets, and of how their shards are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipelines.params.base import Fraction, Sha256, Strict
+
+
+class DatasetParams(Strict):
+    """What every data set has, whatever its source."""
+
+    shard_size: PositiveInt = 1000  # samples a shard
+    val_count: PositiveInt | None = None  # images held out of `train` where the source has no `val` of its own
+    split_seed: int = 0  # draws which ones
+
+
+class ScenesParams(DatasetParams):
+    """Drawn by a seeded generator: `objects` (one object, multiclass) or `scenes` (several, multilabel)."""
+
+    source: Literal["scenes"]
+    variant: Literal["objects", "scenes"] = "objects"
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    counts: dict[Literal["train", "val", "test"], PositiveInt]
+    objects_per_image: tuple[PositiveInt, PositiveInt] = (1, 1)  # least, most
+    correlation: dict[Literal["train", "val", "test"], Fraction] = {}  # of class and background; 0 where not named
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScenesParams:
+        least, most = self.objects_per_image
+        missing = {"train", "val", "test"} - set(self.counts)
+        if missing:
+            raise ValueError(f"counts: {', '.join(sorted(missing))} missing")
+        if least > most:
+            raise ValueError(f"objects_per_image: the least ({least}) is above the most ({most})")
+        if self.variant == "objects" and most != 1:
+            raise ValueError(f"objects_per_image: variant 'objects' has one object an image, not {most}")
+        return self
+
+
+class ImageFolderParams(DatasetParams):
+    """A folder, tar, tar.gz or zip laid out as `split/class/file`, local or at any fsspec URL."""
+
+    source: Literal["imagefolder"]
+    root: str
+    sha256: Sha256 | None = None
+    splits: dict[Literal["train", "val", "test"], str] = {}  # our split -> its folder; by default the same name
+
+
+class Cifar10Params(DatasetParams):
+    """CIFAR-10: torchvision's own download, or an image folder (any form `imagefolder` takes) at `root`."""
+
+    source: Literal["cifar10"]
+    root: str | None = None
+    sha256: Sha256 | None = None
+
+
+class ImageNetParams(DatasetParams):
+    """ImageNet in its official folder layout (`train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`); `val` is read as test."""
+
+    source: Literal["imagenet"]
+    root: str
+
+
+class AnnotatedParams(DatasetParams):
+    """What every data set has whose boxes are read from annotation files."""
+
+    on_bad_box: Literal["raise", "skip"] = "raise"  # a box inverted, empty or outside its image: stop, or drop and count
+
+
+class Voc2007Params(AnnotatedParams):
+    """PASCAL VOC 2007: the official archives, or what lies at `root` in their layout (VOCdevkit/VOC2007)."""
+
+    source: Literal["voc2007"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    difficult: bool = True  # whether objects marked difficult count as objects
+
+
+class Coco2014Params(AnnotatedParams):
+    """COCO 2014: the official archives, or what lies at `root` in their layout; `val2014` is read as test."""
+
+    source: Literal["coco2014"]
+    root: str | None = None  # a folder or archive, local or at any fsspec URL
+    crowd: Literal["label", "ignore", "box"] = "label"  # a crowd region gives its image a label, nothing, or label and box
+
+
+class WaterbirdsParams(AnnotatedParams):
+    """Waterbirds with the boxes of CUB-200-2011: the official archives, or what lies at `root` and `cub_root`."""
+
+    source: Literal["waterbirds"]
+    variant: Literal[95, 100] = 95  # share of training birds on their usual background, percent
+    root: str | None = None  # of metadata.csv and the images; a folder or archive, local or at any fsspec URL
+    sha256: Sha256 | None = None  # of the archive, the official one too: its publisher gives none
+    cub_root: str | None = None  # of CUB's images.txt and bounding_boxes.txt, likewise
+
+
+Dataset = Annotated[
+    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params | Coco2014Params | WaterbirdsParams,
+    Field(discriminator="source"),
+]
+
+
+class DataParams(Strict):
+    """How shards are read."""
+
+    image_size: PositiveInt  # side of the square that the model sees, pixels
+    eval_resize: PositiveInt | None = None  # shorter side before the centre crop; none: straight to image_size
+    augment: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "flip"
+    crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels, for pad_crop_flip
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = None  # magnitude of RandAugment, after crop and flip
+    loader_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes a training worker
+    shuffle_buffer: PositiveInt = 10_000  # samples
+    on_error: Literal["raise", "skip"] = "raise"  # an image that does not decode: stop, or skip and count
+    verify: bool = False  # check each shard's sha256 before reading it
