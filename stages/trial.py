@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipelines.data.few_shot import few_shot
 from pipelines.data.manifest import read_manifest
 from pipelines.evaluation import evaluate
 from pipelines.params import EvaluateParams, Params, ParamsError, replaced
 from pipelines.training import Context, EpochRecord, Result, launch, train
 from stages import bcosify, distill, guide
-from stages.common import Task, save_best
+from stages.common import Task, save_best, shards_of
 
 TASKS: dict[str, Callable[..., Task]] = {"bcosify": bcosify.task, "distill": distill.task, "guide": guide.task}
 
@@ -22,7 +24,10 @@ def task_of(params: Params, values: dict[str, Any]) -> Task:
     """The task of the searched stage with these `values` in its params, at the length and with the workers of a trial."""
     of_trials = {f"{params.search.section}.epochs": params.search.epochs, "training.workers": params.search.workers}
     stage, _, which = params.search.stage.partition("@")
-    return TASKS[stage](replaced(params, of_trials | values, "search.space"), *([which] if which else []))
+    task = TASKS[stage](replaced(params, of_trials | values, "search.space"), *([which] if which else []))
+    if params.search.shots is None:
+        return task
+    return replace(task, subset=few_shot(shards_of(task.params.dataset), "train", params.search.shots, params.search.seed))
 
 
 def check_metrics(params: Params, task: Task) -> None:

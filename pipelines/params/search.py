@@ -54,6 +54,7 @@ class SearchParams(Strict):
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]  # the higher, the better
     trials: PositiveInt
     epochs: PositiveInt  # of a trial
+    shots: PositiveInt | None = None  # training images a class that trials learn from; none: all
     asha: AshaParams | None = None  # none: every trial runs to its end
     concurrency: PositiveInt = 1  # trials at once
     workers: Annotated[int, Field(ge=0)] = 0  # of a trial; 0: in the trial's own process
@@ -63,6 +64,12 @@ class SearchParams(Strict):
     def _halved_in_their_own_process(self) -> SearchParams:
         if self.asha is not None and self.workers > 0:  # Ray Train's workers would hold their cores after the trial's end
             raise ValueError("asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _students_have_their_own_shots(self) -> SearchParams:
+        if self.shots is not None and self.stage.startswith("distill"):
+            raise ValueError(f"shots: those of {self.stage} are distill.shots")
         return self
 
     @property

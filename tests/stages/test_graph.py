@@ -146,7 +146,7 @@ def test_a_point_of_the_search_becomes_an_experiment(project):
 def test_another_stage_is_searched_by_its_own_metrics(project):
     space = "[{key: guide.guided.loss, choice: [energy, l1]}]"
     changes = f"-S recipe=smoke -S search.stage=guide -S 'search.space={space}' -S 'search.metrics=[val/f1,val/iou]'"
-    project.run(f"dvc exp run {changes} -S search.asha=null -S search.trials=2 search")
+    project.run(f"dvc exp run {changes} -S search.asha=null -S search.trials=2 -S search.shots=5 search")
     trials = project.read("reports/search/trials.json")
     assert [(row["status"], row["values"]["guide.guided.loss"]) for row in trials] == [("finished", "energy"), ("finished", "l1")]
     done = project.run(f"dvc exp run {changes} -S 'search.metrics=[val/f1,val/gridpg]' search", check=False)
