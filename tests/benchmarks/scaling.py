@@ -1,0 +1,152 @@
+"""Scaling on paper: what ImageNet and CC3M ask of 8 and 64 GPUs, from figures that were measured; the tables of docs/scaling.md.
+
+    python -m tests.benchmarks.scaling [--rate 1000] [--link 25] [--cores 8]
+
+Needs nothing but Python. What was measured, and how, stands in docs/scaling.md; the arguments are what was not: images a second
+that one GPU trains plainly, gigabytes a second between nodes, and cores beside each GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: images, bytes of one in its shard, and of what the teacher's stored explanation takes of the disk."""
+
+    name: str
+    images: int
+    bytes_each: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: its step over that of a plain ResNet-50, the effective batch and the epochs as published."""
+
+    name: str
+    cost: float
+    batch: int
+    epochs: int
+    trained: float  # bytes of the parameters that are trained: their gradients are exchanged
+
+
+DATA = (Data("ImageNet", 1_281_167, 108_083), Data("CC3M", 2_900_000, 45_585))
+DECODED = 515  # images a second and core: read, decoded, cropped to 224 px, flipped
+EXPLANATION = 6 * 224 * 224 * 2  # bytes of a stored W(x), one cell a pixel, float16
+SHARD = 1000  # images
+BCOS = 1.01  # compiled step over the plain network's, ResNet-50
+RESNET50, RESNET18 = 25.6e6 * 4, 11.7e6 * 4
+DISTILLATION = 0.44 + 0.88 / 3  # by multiplications: a ResNet-18's step and a ResNet-34's forward pass, over a ResNet-50's step
+METHODS = (
+    Method("B-cosification, ResNet-50", BCOS, 256, 90, RESNET50),
+    Method("plain distillation, ResNet-34 to 18", BCOS * DISTILLATION, 256, 200, RESNET18),
+    Method("e²KD, live", BCOS * DISTILLATION * 2.10, 256, 200, RESNET18),
+    Method("e²KD, frozen", BCOS * DISTILLATION * 1.36, 256, 200, RESNET18),
+    Method("e²KD, every 16th step", BCOS * DISTILLATION * 1.07, 256, 200, RESNET18),
+    Method("guidance at the input, ResNet-50", BCOS * 2.04, 64, 10, RESNET50),
+)
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def exchange(parameters: float, gpus: int, link: float) -> float:
+    """Seconds in which a ring of GPUs adds up gradients; 300 GB/s within a node of 8, `link` GB/s where there are more."""
+    return 2 * (gpus - 1) / gpus * parameters / (300e9 if gpus <= 8 else link * 1e9)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=1000, help="images a second that a GPU trains a plain ResNet-50 with")
+    parser.add_argument("--link", type=float, default=25, help="gigabytes a second between nodes")
+    parser.add_argument("--cores", type=int, default=8, help="beside each GPU")
+    options = parser.parse_args()
+
+    sizes = []
+    for data in DATA:
+        maps = data.images * EXPLANATION
+        sizes.append(
+            [
+                data.name,
+                f"{data.images:,}",
+                f"{data.bytes_each / 1000:.0f} kB",
+                f"{data.images * data.bytes_each / 1e9:.0f} GB",
+                f"{-(-data.images // SHARD)} × {SHARD * data.bytes_each / 1e6:.0f} MB",
+                f"{maps / 1e9:.0f} GB",
+                f"{maps / 16e9:.0f} GB",
+                f"{data.images / 489 / 60:.0f} min",
+            ]
+        )
+    heads = [
+        "data",
+        "images",
+        "bytes an image",
+        "shards",
+        "of 1000 images",
+        "stored maps, a cell a pixel",
+        "4 × 4 pixels",
+        "sharding, one core",
+    ]
+    print(table(heads, sizes), end="\n\n")
+
+    needs = []
+    for gpus in (8, 64):
+        for data in DATA:
+            images = gpus * options.rate / BCOS
+            needs.append(
+                [
+                    gpus,
+                    data.name,
+                    f"{images:,.0f}",
+                    f"{images * data.bytes_each / 1e9:.2f} GB/s",
+                    f"{options.rate / BCOS / DECODED:.1f}",
+                    f"{data.images / SHARD / gpus:.0f}",
+                    f"{data.images / images / 60:.1f} min",
+                ]
+            )
+    head = (
+        "| GPUs | data | images a second | from the storage, once | decoding cores a GPU | shards a rank and epoch | an epoch |"
+    )
+    print(table(heads, needs), end="\n\n")
+
+    runs = []
+    for method in METHODS:
+        for gpus in (8, 64):
+            share = method.batch / gpus
+            compute, wait = share * method.cost / options.rate, exchange(method.trained, gpus, options.link)
+            loading = share / (options.cores * DECODED)
+            parts = {"computing": compute, "gradients": wait, "decoding": loading}
+            step = max(compute, wait, loading)
+            hours = DATA[0].images / method.batch * method.epochs * step / 3600
+            runs.append(
+                [
+                    method.name,
+                    gpus,
+                    f"{share:g}",
+                    *(f"{1000 * value:.1f}" for value in parts.values()),
+                    max(parts, key=parts.__getitem__),
+                    f"{hours:.1f} h",
+                ]
+            )
+    heads = [
+        "method, published batch and epochs",
+        "GPUs",
+        "images a GPU and step",
+        "computing, ms",
+        "gradients, ms",
+        "decoding, ms",
+        "the limit",
+        "ImageNet, all epochs",
+    ]
+    print(table(heads, runs))
+
+
+if __name__ == "__main__":
+    main()
