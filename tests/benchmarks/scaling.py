@@ -111,9 +111,7 @@ def main() -> None:
                     f"{data.images / images / 60:.1f} min",
                 ]
             )
-    head = (
-        "| GPUs | data | images a second | from the storage, once | decoding cores a GPU | shards a rank and epoch | an epoch |"
-    )
+    heads = ["GPUs", "data", "images a second", "from the storage, once", "decoding cores a GPU", "shards a rank", "an epoch"]
     print(table(heads, needs), end="\n\n")
 
     runs = []
