@@ -41,6 +41,7 @@ class TrainingParams(Strict):
     checkpoint_every: PositiveInt = 100  # steps
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
+    resize_every: NonNegativeFloat = 60.0  # seconds after which elastic workers look for nodes that came
     log_every: PositiveInt = 20  # steps
 
     @property

@@ -28,7 +28,6 @@ from pipelines.training.loop import fit, report
 FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 # Read by Ray when it is imported or starts workers; the user's own settings win.
 RAY_ENVIRONMENT = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two busy cores may need more than the default minute
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -36,6 +35,9 @@ RAY_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other are ten times slower where cores are shared
 }
+# Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
+# as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.
+_START_TIMEOUT, _FIXED_WAIT, _ELASTIC_WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300", "30"
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
@@ -119,10 +121,11 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
         _work,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=training.workers,  # type: ignore[arg-type]
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            elastic_resize_monitor_interval_s=training.resize_every,
         ),
         run_config=RunConfig(
             name=name,
@@ -134,7 +137,8 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     )
     value, lost = None, ""
     try:
-        value = trainer.fit().return_value  # type: ignore[attr-defined]
+        with _default(_START_TIMEOUT, _FIXED_WAIT if isinstance(training.workers, int) else _ELASTIC_WAIT):
+            value = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
         last = str(error).strip().splitlines()[-1]
         lost = f"the workers failed more than {training.max_failures} times: {last}"
@@ -143,6 +147,18 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     if final or lost:
         raise TrainingError(final or lost)
     return value
+
+
+@contextmanager
+def _default(variable: str, value: str) -> Iterator[None]:
+    """Sets an environment variable meanwhile, unless the user has set it."""
+    users = variable in os.environ
+    os.environ.setdefault(variable, value)
+    try:
+        yield
+    finally:
+        if not users:
+            del os.environ[variable]
 
 
 def _work(config: dict[str, Any]) -> Any:

@@ -1,0 +1,149 @@
+"""Elastic training on a Ray cluster of several nodes, of which one goes and one comes. `make test-infra` runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+
+from pipelines.training import EpochRecord, checkpoints, cluster, train
+from tests.training import toy
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
+EPOCHS, STEPS, BATCH = 6, 4, 12  # of 48 samples; 1, 2 and 3 workers can share a batch
+LOSS, GAIN = 7, 15  # steps, the last of their epochs: before the first a node goes, before the second one comes
+
+
+class Step(NamedTuple):
+    """That a worker came to a step."""
+
+    node: str
+    rank: int
+    world_size: int
+    step: int
+
+
+class Watched(toy.SteadyMethod):
+    """Writes down who takes each step. Three workers wait at LOSS until one is lost, two at GAIN until replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(norm=False)
+        self.folder = folder
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        import ray
+
+        node, world_size = ray.get_runtime_context().get_node_id(), torch.distributed.get_world_size()
+        with open(self.folder / "steps", "a") as file:
+            file.write(json.dumps([node, torch.distributed.get_rank(), world_size, batch["step"]]) + "\n")
+        if (world_size, batch["step"]) == (3, LOSS):
+            wait_until(lambda: [lost for lost in self.folder.glob("lost-*") if lost.name != f"lost-{node}"])
+        if (world_size, batch["step"]) == (2, GAIN):
+            wait_until(lambda: False)
+        return super().prepare(batch)
+
+
+def tell(file: Path, record: EpochRecord) -> None:
+    """Appends the record: an `on_epoch`."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def told(file: Path) -> list[Any]:
+    """The values in the file, one a line."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Returns once `condition()` holds."""
+    while not condition():
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without CPUs and three nodes with one each, where RAY_ADDRESS names them."""
+    from ray import cloudpickle
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # it needs a dashboard
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for module in (toy, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        for _ in range(3):
+            nodes.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        yield nodes
+    finally:
+        for module in (toy, sys.modules[__name__]):
+            cloudpickle.unregister_pickle_by_value(module)
+        nodes.shutdown()
+
+
+def lose_and_gain(nodes: Cluster, folder: Path, training: Future[Any]) -> tuple[str, str]:
+    """Takes the node of rank 0 away when three workers are at LOSS, adds one when two are at GAIN; the nodes' ids."""
+
+    def at(world_size: int, step: int) -> list[Step]:
+        if training.done():
+            training.result()
+        there = [Step(*line) for line in told(folder / "steps")]
+        there = [each for each in there if (each.world_size, each.step) == (world_size, step)]
+        return sorted(there, key=lambda each: each.rank) if len(there) == world_size else []
+
+    wait_until(lambda: at(3, LOSS))
+    (lost,) = (node for node in nodes.worker_nodes if node.node_id == at(3, LOSS)[0].node)
+    nodes.remove_node(lost, allow_graceful=False)
+    (folder / f"lost-{lost.node_id}").touch()
+    wait_until(lambda: at(2, GAIN))
+    return lost.node_id, nodes.add_node(num_cpus=1).node_id
+
+
+def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(nodes: Cluster, tmp_path: Path) -> None:
+    params = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100}
+    undisturbed = train(toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **params))
+    job = toy.toy_job(
+        tmp_path / "elastic",
+        partial(Watched, tmp_path),
+        **{"workers": (1, 3), "max_failures": 1, "resize_every": 1.0, "on_epoch": partial(tell, tmp_path / "told"), **params},
+    )
+    with cluster(job.training), ThreadPoolExecutor() as pool:
+        training = pool.submit(train, job)
+        lost, gained = lose_and_gain(nodes, tmp_path, training)  # in the main thread: a node sets signal handlers
+        elastic = training.result()
+
+    taken = [Step(*line) for line in told(tmp_path / "steps")]
+    groups = [list(group) for _, group in groupby(taken, key=lambda each: each.world_size)]
+    assert [group[0].world_size for group in groups] == [3, 2, 3]
+    # Each goes on from the last checkpoint before the change, and each of its workers takes each of its steps once.
+    for group, steps in zip(groups, (range(LOSS + 1), range(LOSS - 1, GAIN + 1), range(GAIN - 1, EPOCHS * STEPS)), strict=True):
+        wanted = [(rank, step) for step in steps for rank in range(group[0].world_size)]
+        assert sorted((each.step, each.rank) for each in group) == sorted((step, rank) for rank, step in wanted)
+    before, between, after = ({each.node for each in group} for group in groups)
+    assert between == before - {lost}
+    assert after == between | {gained}
+
+    assert [(record["epoch"], record["step"]) for record in elastic.history] == [(k, k * STEPS) for k in range(1, EPOCHS + 1)]
+    assert told(tmp_path / "told") == elastic.history == checkpoints.read_json(job.directory, "history.json")
+    written = [f"step-{step:08d}" for step in range(2, EPOCHS * STEPS + 1, 2)]
+    assert sorted(checkpoints.folders(f"{job.directory}/checkpoints")) == written
+    for step in written:
+        assert checkpoints.read_json(f"{job.directory}/checkpoints/{step}", "complete.json")["epoch"] == int(step[5:]) // STEPS
+
+    # Each optimiser step had the same samples, however many workers shared them: only the order of summation differs.
+    assert toy.difference(toy.weights(undisturbed), toy.weights(elastic)) < 1e-4
+    for here, there in zip(undisturbed.history, elastic.history, strict=True):
+        assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / toy.COUNT)
+        assert there["metrics"]["val/count"] == toy.COUNT
