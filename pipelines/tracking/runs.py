@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from pipelines.tracking.journal import Journal, metric_rows, now
@@ -18,6 +19,7 @@ from pipelines.tracking.sync import PARENT_TAG, log_metrics, sync
 
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
+LEAST_REST = 10.0  # seconds that a server which did not answer is left alone
 
 
 @contextmanager
@@ -165,6 +167,7 @@ class StageRun:
 class EpochLogger:
     """Logs epochs from the worker process that trains; picklable, and never raises for a server's sake.
 
+    A server that does not answer costs no more than a tenth of the time; once it answers it gets what it missed.
     On a machine that does not see `directory` it logs to the server alone; `StageRun.history` completes what it missed.
 
     Attributes:
@@ -176,7 +179,7 @@ class EpochLogger:
     uri: str
     run_id: str | None
     directory: str
-    _dead: bool = field(default=False, init=False)
+    _ask_at: float = field(default=0.0, init=False)  # on this process's clock; not before
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Logs `record["metrics"]` at step `record["epoch"]`; a record that was logged before changes nothing."""
@@ -185,12 +188,16 @@ class EpochLogger:
         if journal.exists:
             journal.add_metrics(record["metrics"], record["epoch"])
             rows = journal.metrics()
-        if self.run_id is None or self._dead:
+        began = monotonic()
+        if self.run_id is None or began < self._ask_at:
             return
-        self._dead = True  # until the server has answered: a dead one is asked once a process
+        answered = False
         with _warning(journal, self.uri):
             log_metrics(connect(self.uri), self.run_id, rows)
-            self._dead = False
+            answered = True
+        if not answered:
+            ended = monotonic()
+            self._ask_at = ended + max(LEAST_REST, 10 * (ended - began))
 
 
 def log(journal: Journal, uri: str, announce: bool = True) -> str | None:

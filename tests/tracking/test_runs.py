@@ -133,25 +133,33 @@ def test_a_dead_server_costs_seconds_and_one_line_and_relog_logs_everything_once
     assert [item.path for item in client.list_artifacts(logged.info.run_id, "pictures")] == ["pictures/picture.png"]
 
 
-def test_a_server_that_dies_in_the_middle_is_asked_once_a_process_and_gets_the_rest_at_the_end(client, monkeypatch, capsys):
-    asked = []
+def test_a_server_that_dies_in_the_middle_is_left_alone_for_a_while_and_gets_the_rest_when_it_is_back(
+    client, monkeypatch, capsys
+):
+    asked, clock = [], [1000.0]
+    monkeypatch.setattr(runs, "monotonic", lambda: clock[0])
 
-    def refuse(*arguments):
+    def time_out(*arguments):
         asked.append(arguments)
+        clock[0] += 7
         raise ConnectionError("[Errno 111] Connection refused")
 
     with open_run() as run:
         logger = run.epoch_logger()
         logger(record(1, 0.5))
         with monkeypatch.context() as dead:
-            dead.setattr(runs, "log_metrics", refuse)
+            dead.setattr(runs, "log_metrics", time_out)
             logger(record(2, 0.6))
+            clock[0] += 69
             logger(record(3, 0.7))
             run.metrics({"test/accuracy": 0.75})
         assert history(client, run.run_id) == [(1, 0.5)]
+        clock[0] += 1
+        logger(record(4, 0.8))
+        assert history(client, run.run_id) == [(1, 0.5), (2, 0.6), (3, 0.7), (4, 0.8)]
     assert len(asked) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert history(client, run.run_id) == [(1, 0.5), (2, 0.6), (3, 0.7)]
+    assert history(client, run.run_id) == [(1, 0.5), (2, 0.6), (3, 0.7), (4, 0.8)]
     assert history(client, run.run_id, "test/accuracy") == [(0, 0.75)]
 
 
