@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +130,43 @@ def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def postgres(env: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """A PostgreSQL server; the URL of a database. As root it runs as the user `postgres`, as it refuses to run as root."""
-    user = "postgres" if os.getuid() == 0 else None
-    home, port, log = Path(tempfile.mkdtemp(prefix="postgres-")), free_port(), folder / "postgres.log"
-    try:
-        if user is not None:
-            os.chown(home, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
-        data, programs = home / "data", POSTGRES[-1]
-        initdb = [programs / "initdb", "--auth=trust", "--username=mlflow", "--no-sync", "-D", data]
-        subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=home)
-        options = ["-D", data, "-h", "127.0.0.1", "-p", port, "-k", home, "-c", "fsync=off"]
-        with process(str(programs / "postgres"), *map(str, options), env=env, log=log, cwd=home, user=user) as server:
-            wait_for(server, lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None, log)
-            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+class Postgres:
+    """A PostgreSQL server, which can stop and start again with what it holds; `url` of a database.
+
+    As root it runs as the user `postgres`, as it refuses to run as root.
+    """
+
+    def __init__(self, env: Mapping[str, str], folder: Path) -> None:
+        self.port, self._env, self._log = free_port(), env, folder / "postgres.log"
+        self.url = f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/postgres"
+        self._user = "postgres" if os.getuid() == 0 else None
+        self._process = ExitStack()
+
+    def __enter__(self) -> Postgres:
+        self._home = Path(tempfile.mkdtemp(prefix="postgres-"))
+        if self._user is not None:
+            os.chown(self._home, pwd.getpwnam(self._user).pw_uid, pwd.getpwnam(self._user).pw_gid)
+        initdb = [POSTGRES[-1] / "initdb", "--auth=trust", "--username=mlflow", "--no-sync", "-D", self._home / "data"]
+        subprocess.run(initdb, user=self._user, check=True, capture_output=True, cwd=self._home)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def start(self) -> None:
+        """Starts it, and waits until it listens."""
+        program, data = str(POSTGRES[-1] / "postgres"), self._home / "data"
+        options = map(str, ["-D", data, "-h", "127.0.0.1", "-p", self.port, "-k", self._home, "-c", "fsync=off"])
+        running = process(program, *options, env=self._env, log=self._log, cwd=self._home, user=self._user)
+        self._server = self._process.enter_context(running)
+        wait_for(self._server, lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None, self._log)
+
+    def stop(self) -> None:
+        """Cuts all connections and ends."""
+        self._server.send_signal(signal.SIGINT)  # SIGTERM alone would wait until its clients have gone
+        self._process.close()
 
 
 @contextmanager

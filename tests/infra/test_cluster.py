@@ -65,8 +65,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             **mine,
             "OMP_NUM_THREADS": "1",
         }
-        database = stack.enter_context(servers.postgres(env, folder))
-        mlflow = stack.enter_context(servers.mlflow_server(database, "s3://bcos/mlflow", env, folder))
+        database = stack.enter_context(servers.Postgres(env, folder))
+        mlflow = stack.enter_context(servers.mlflow_server(database.url, "s3://bcos/mlflow", env, folder))
         patch.setenv("MLFLOW_TRACKING_URI", mlflow)
         token = secrets.token_hex(32)
         address = stack.enter_context(servers.ray_head(token, env, folder))
