@@ -119,6 +119,8 @@ def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
     options = {
         **{"--port": port, "--dashboard-host": "127.0.0.1", "--dashboard-port": dashboard, "--num-cpus": 3},
         **{"--object-store-memory": 2**28, "--temp-dir": temporary},
+        # Another Ray on this machine may have the default ones; the agent that starts jobs does not come up without.
+        **{"--dashboard-agent-listen-port": free_port(), "--ray-client-server-port": free_port()},
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *map(str, sum(options.items(), ()))]
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}

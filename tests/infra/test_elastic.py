@@ -142,7 +142,8 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
     for step in written:
         assert checkpoints.read_json(f"{job.directory}/checkpoints/{step}", "complete.json")["epoch"] == int(step[5:]) // STEPS
 
-    # Each optimiser step had the same samples, however many workers shared them: only the order of summation differs.
+    # The toy's batches are dealt out in turn: each step has the same samples, however many workers share them, and only the
+    # order of summation differs.
     assert toy.difference(toy.weights(undisturbed), toy.weights(elastic)) < 1e-4
     for here, there in zip(undisturbed.history, elastic.history, strict=True):
         assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / toy.COUNT)
