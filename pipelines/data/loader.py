@@ -11,9 +11,9 @@ import json
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ class Plan:
     world_size: int
     workers: int
     start_batch: int
+    earlier: tuple[tuple[int, int], ...]
     shuffle_buffer: int
     on_error: Literal["raise", "skip"]
     verify: bool
@@ -63,9 +64,10 @@ class Plan:
         return [end - start for start, end in pairwise([0, *ends])]
 
     def share(self) -> range:
-        """The places in the epoch's order that this rank reads."""
+        """The places that this rank reads in the epoch's order, or in what earlier workers left of it."""
+        read = sum(batches for _, batches in self.earlier) * self.batch_size * self.world_size
         return rank_share(
-            sum(self.counts()),
+            sum(self.counts()) - read,
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -125,6 +127,7 @@ def loader(
     world_size: int = 1,
     workers: int = 0,
     start_batch: int = 0,
+    earlier: Sequence[tuple[int, int]] = (),
     shuffle_buffer: int = 10_000,
     on_error: Literal["raise", "skip"] = "raise",
     verify: bool = False,
@@ -160,6 +163,8 @@ def loader(
         workers: decoding processes of this rank; 0 decodes in this one. They are forked where Python's default is to
             fork, touch no GPU, and end with the pass, also in a Ray worker.
         start_batch: batches to leave out at the beginning, without reading them.
+        earlier: how the epoch began, where that was with other numbers of ranks: (world_size, batches of each rank), one after
+            the other, of the same effective batch. This pass shares out what they left.
         shuffle_buffer: samples among which each next one is drawn, in training.
         on_error: `raise` or `skip`.
         verify: check the sha256 of each shard before reading it.
@@ -193,6 +198,7 @@ def loader(
         world_size=world_size,
         workers=workers,
         start_batch=start_batch,
+        earlier=tuple(earlier),
         shuffle_buffer=shuffle_buffer,
         on_error=on_error,
         verify=verify,
@@ -246,13 +252,33 @@ def worker_numbers(plan: Plan, *, worker: int, workers: int) -> list[int]:
     order = epoch_order(plan.counts(), seed=plan.seed, epoch=plan.epoch, train=plan.train)
     if plan.subset is not None:
         order = [plan.subset[place] for place in order]
-    share = worker_share(plan.share(), batch_size=plan.batch_size, worker=worker, workers=workers)
+    for world_size, batches in plan.earlier:
+        size = plan.batch_size * plan.world_size // world_size
+        ranks = [replace(plan, rank=rank, world_size=world_size, batch_size=size, earlier=()) for rank in range(world_size)]
+        read = {
+            number for each, process in product(ranks, range(workers)) for number in first(batches, each, order, process, workers)
+        }
+        order = [number for number in order if number not in read]
+    numbers = dealt(plan, order, worker, workers)
+    return numbers[len(first(plan.start_batch, plan, order, worker, workers)) :]
+
+
+def first(batches: int, plan: Plan, order: list[int], worker: int, workers: int) -> list[int]:
+    """What one of a rank's `workers` processes, which take turns, has read of `order` after so many batches of the rank."""
+    done = -(-max(0, batches - worker) // workers)  # of this process's batches worker, worker + workers, ...
+    return dealt(plan, order, worker, workers)[: done * plan.batch_size]
+
+
+def dealt(plan: Plan, order: list[int], worker: int, workers: int) -> list[int]:
+    """What one of a rank's `workers` processes reads of `order`."""
+    size = plan.batch_size
+    share = rank_share(len(order), batch_size=size, rank=plan.rank, world_size=plan.world_size, train=plan.train)
+    share = worker_share(share, batch_size=size, worker=worker, workers=workers)
     numbers = order[share.start : share.stop]
-    if plan.train:
-        rng = random.Random(f"buffer/{plan.seed}/{plan.epoch}/{plan.rank * workers + worker}")
-        numbers = list(shuffled(numbers, plan.shuffle_buffer, rng))
-    done = -(-max(0, plan.start_batch - worker) // workers)  # of this process's batches worker, worker + workers, ...
-    return numbers[done * plan.batch_size :]
+    if not plan.train:
+        return numbers
+    rng = random.Random(f"buffer/{plan.seed}/{plan.epoch}/{plan.rank * workers + worker}")
+    return list(shuffled(numbers, plan.shuffle_buffer, rng))
 
 
 def decode_sample(raw: RawSample, plan: Plan, classes: int) -> Example | DecodeError:

@@ -38,8 +38,21 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
 
-def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0) -> Batches:
-    """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not."""
+def shard_batches(
+    job: Job,
+    split: str,
+    *,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    earlier: Sequence[tuple[int, int]] = (),
+) -> Batches:
+    """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
+
+    From `start_batch` on, counted from the epoch's beginning; `earlier` (world size, batches) are those that were taken with
+    other numbers of workers.
+    """
     from pipelines.data.loader import loader
     from pipelines.data.transforms import eval_transform, train_transform
 
@@ -55,7 +68,8 @@ def shard_batches(job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_
         rank=rank,
         world_size=world_size,
         workers=job.data.loader_workers,
-        start_batch=start_batch,
+        start_batch=start_batch - sum(batches for _, batches in earlier),
+        earlier=earlier,
         shuffle_buffer=job.data.shuffle_buffer,
         on_error=job.data.on_error,
         verify=job.data.verify,

@@ -42,12 +42,12 @@ class Tally:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
 
-    def add(self, losses: dict[str, torch.Tensor], skipped: int) -> None:
-        """Adds one step's named losses and the number of images that its batch had to leave out."""
+    def add(self, losses: dict[str, torch.Tensor], images: int, skipped: int) -> None:
+        """Adds the named losses of a batch of so many images, and how many it had to leave out."""
         for name, value in losses.items():
-            value = value.detach().double()
+            value = value.detach().double() * images
             self.losses[name] = self.losses[name] + value if name in self.losses else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.counts[name] = self.counts.get(name, 0) + images
         self.skipped += skipped
 
     def state(self) -> dict[str, Any]:
@@ -67,6 +67,7 @@ class Run:
     steps_per_epoch: int
     epoch: int = 0  # finished epochs
     batches: int = 0  # steps done in the epoch at hand
+    earlier: list[tuple[int, int]] = field(default_factory=list)  # those of other numbers of workers: (workers, steps)
     step: int = 0  # optimiser steps
     history: list[EpochRecord] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -127,11 +128,14 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
     run.optimiser.load_state_dict(state["optimiser"])
     run.step, run.epoch, run.batches = summary["step"], summary["epoch"], summary["batches"]
     run.history = summary["history"]
+    run.earlier = [(workers, steps) for workers, steps in summary.get("earlier", [])]
     ranks, rank = state["ranks"], run.context.rank
     if len(ranks) == run.context.world_size:
         restore_rng_states(ranks[rank]["rng"], run.context.device)
         tallies = [ranks[rank]["tally"]]
     else:  # another number of workers: the generators stay as seeded, the first rank takes over all sums
+        steps = run.batches - sum(steps for _, steps in run.earlier)
+        run.earlier += [(len(ranks), steps)] if steps else []
         tallies = [part["tally"] for part in ranks] if rank == 0 else []
     losses, counts, skipped = merge(tallies)
     run.tally = Tally({k: torch.tensor(v, dtype=torch.float64) for k, v in losses.items()}, counts, skipped)
@@ -145,7 +149,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     job, context = run.job, run.context
     run.objective.train()
     place = {"rank": context.rank, "world_size": context.world_size}
-    batches = job.batches(job, "train", epoch=run.epoch, start_batch=run.batches, **place)
+    batches = job.batches(job, "train", epoch=run.epoch, start_batch=run.batches, earlier=run.earlier, **place)
     check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
     rate, images, began = 0.0, 0, time.monotonic()
     shown = (run.epoch + 1, job.optim.epochs, run.steps_per_epoch, run.batches, context.rank == 0)
@@ -163,7 +167,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     stop_if_bad(run)
     seconds = time.monotonic() - began
     losses, counts, skipped = merge(gather(run.tally.state(), context))
-    run.epoch, run.batches, run.tally = run.epoch + 1, 0, Tally()
+    run.epoch, run.batches, run.earlier, run.tally = run.epoch + 1, 0, [], Tally()
     run.method.set_progress(run.epoch)
     return {
         **{f"train/{name}": total / counts[name] for name, total in losses.items()},
@@ -206,7 +210,7 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     run.batches += 1
     bad = torch.where(torch.isfinite(loss), math.inf, float(run.step))
     run.first_bad = torch.minimum(run.first_bad, bad.to(run.first_bad))
-    run.tally.add(losses, batch.get("skipped", 0))
+    run.tally.add(losses, len(batch["key"]), batch.get("skipped", 0))
     return loss, rate
 
 
@@ -324,7 +328,7 @@ def save(run: Run) -> None:
     optim = run.job.optim
     keep = {record["step"] for record in kept_records(run.history, optim)} if run.history else set()
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
-    summary = {"epoch": run.epoch, "batches": run.batches, "history": run.history}
+    summary = {"epoch": run.epoch, "batches": run.batches, "earlier": run.earlier, "history": run.history}
     with full_disk_explained(run):
         checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last)
 

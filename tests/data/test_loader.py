@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import multiprocessing
 import random
@@ -200,6 +201,27 @@ def test_start_batch_gives_the_tail_bit_for_bit(root, workers, start):
     tail = train(root, start_batch=start, **options)
     assert len(tail) == max(0, len(whole) - start)
     assert_same(whole[start:], tail)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("layouts", [[(3, 2), (2, 9)], [(2, 1), (1, 9)], [(2, 1), (3, 1), (1, 9)], [(1, 1), (3, 1), (2, 9)]])
+def test_other_numbers_of_ranks_share_out_what_is_left_of_an_epoch(root, workers, layouts):
+    options = {"workers": workers, "seed": 3, "epoch": 2}
+    read, steps = [], 0
+    for place, (world_size, batches) in enumerate(layouts):
+        here = {"batch_size": 6 // world_size, "world_size": world_size, "earlier": layouts[:place], **options}
+        ranks = [train(root, rank=rank, **here) for rank in range(world_size)]
+        assert len({len(each) for each in ranks}) == 1
+        read += [key for each in ranks for key in keys(itertools.islice(each, batches))]
+        if place == 0:
+            before = [list(each) for each in ranks]
+        elif batches == 9:
+            for rank in range(world_size):  # and a pass that goes on in the last layout does so as ever
+                assert_same(list(train(root, rank=rank, start_batch=1, **here)), list(ranks[rank])[1:])
+        steps += min(batches, len(ranks[0]))
+    assert len(read) == len(set(read)) == 6 * len(before[0])
+    assert steps == len(before[0])
 
 
 def test_start_batch_holds_in_evaluation(root):

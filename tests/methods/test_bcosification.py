@@ -39,7 +39,7 @@ def exponents(method: Bcosification) -> set[float]:
 
 
 def random_batches(
-    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0
+    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
 ) -> list[dict[str, Any]]:
     """COUNT images that differ by class in their colour."""
     labels = torch.arange(COUNT) % 3

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from toy import (
     fit_and_evaluate,
     identical,
     interrupt_and_evaluate,
+    toy_batches,
     toy_job,
     toy_student,
     weights,
@@ -108,7 +110,16 @@ def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path
     newest = checkpoints.newest(job.directory)
     assert newest is not None
     assert newest["step"] == 8
-    elsewhere = train(toy_job(tmp_path / "run"))  # in this process: another number of workers may go on with it
+    asked = []
+
+    def batches(job: Job, split: str, **place: Any) -> Any:
+        asked.append((split, place.get("start_batch"), list(place.get("earlier", []))))
+        return toy_batches(job, split, **place)
+
+    # In this process: another number of workers may go on with it, with what those before left of the epoch.
+    elsewhere = train(replace(toy_job(tmp_path / "run"), batches=batches))
+    assert ("train", 2, [(2, 2)]) in asked
+    assert [place for place in asked if place[2]] == [("train", 2, [(2, 2)])]
     assert [(record["epoch"], record["step"]) for record in elsewhere.history] == [(1, 6), (2, 12), (3, 18)]
 
 

@@ -38,7 +38,7 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def toy_batches(
-    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0
+    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
 ) -> list[dict[str, Any]]:
     """As `shard_batches`: a function of seed, epoch and place alone; evaluation reads each sample once."""
     images, labels = samples()
