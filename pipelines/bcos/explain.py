@@ -39,9 +39,9 @@ def dynamic_weights(
     """
     if torch.compiler.is_compiling():
         return _traced(model, images, targets, create_graph)
-    if not create_graph or not images.requires_grad:
-        images = images.detach().requires_grad_()
     explanation = Explanation(detach=not create_graph)
+    if not create_graph or not images.requires_grad:
+        images, explanation.closed = images.detach().requires_grad_(), True
     with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
         logits = model(images)
         explanation.of_input = True
