@@ -9,8 +9,8 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# A training step frees and takes its tensors' memory again. By default glibc gives large pieces back to the system each time, which
-# clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.
+# A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
+# which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.
 if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
     try:
         _mallopt = ctypes.CDLL(None).mallopt

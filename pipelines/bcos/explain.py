@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bcos.hold import Explanation, TracedExplanation, explaining
+from pipelines.bcos.network import BcosNetwork
 
 TINY = 1e-12
 
@@ -39,15 +40,31 @@ def dynamic_weights(
     """
     if torch.compiler.is_compiling():
         return _traced(model, images, targets, create_graph)
-    explanation = Explanation(detach=not create_graph)
-    if not create_graph or not images.requires_grad:
-        images, explanation.closed = images.detach().requires_grad_(), True
+    explanation, own = Explanation(detach=not create_graph), not create_graph or not images.requires_grad
+    if own:
+        images = images.detach().requires_grad_()
     with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
-        logits = model(images)
+        with entry_noted(model, explanation) if create_graph and own else nullcontext():
+            logits = model(images)
         explanation.of_input = True
         weights = input_gradients(logits, predicted(logits) if targets is None else targets, images, create_graph)
     explanation.holding = explanation.of_input = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
+
+
+@contextmanager
+def entry_noted(model: nn.Module, explanation: Explanation) -> Iterator[None]:
+    """In the block, `explanation` is told what the body of a B-cos network sees: no later backward pass needs to go beyond."""
+
+    def note(body: nn.Module, inputs: tuple[Tensor]) -> None:
+        explanation.entry = inputs[0]
+
+    handle = model.body.register_forward_pre_hook(note) if isinstance(model, BcosNetwork) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def predicted(logits: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Holdable
 from pipelines.bcos.precision import widened
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,7 +58,7 @@ class LocationsToBatch(nn.Module):
         return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1], 1, 1)
 
 
-class BcosNetwork(Holdable):
+class BcosNetwork(nn.Module):
     """Images (N, 6, H, W) in [0, 1] -> logits (N, K) = z/T + logit bias, with normalisation inside.
 
     `body` takes the normalised six channels. Where its global pool was replaced by `LocationsToBatch`, its outputs for the
@@ -95,10 +94,7 @@ class BcosNetwork(Holdable):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 6, H, W) in [0, 1] -> (N, K), of single precision at least: the bias would take half's digits."""
         check_six_channels(images)
-        normalised = (images - self.mean[:, None, None]) / self.std[:, None, None]
-        if self.explanation is not None and self.explanation.closed:
-            self.explanation.entry = normalised
-        logits = widened(self.body(normalised))
+        logits = widened(self.body((images - self.mean[:, None, None]) / self.std[:, None, None]))
         if len(logits) != len(images):  # the classifier saw every location
             logits = logits.view(len(images), -1, logits.shape[-1]).mean(1)
         return logits / self.temperature + self.logit_bias
