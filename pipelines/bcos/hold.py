@@ -26,9 +26,7 @@ class Explanation:
         self.holding = True
         self.of_input = False  # whether the pass that runs now is for the gradient of the input alone
         self.differentiated = False  # whether W(x) was computed with a graph of its own
-        self.entry: Tensor | None = (
-            None  # what the first layer sees, where no gradient of the images is wanted after W(x)
-        )
+        self.entry: Tensor | None = None  # what the first layer sees, where no gradient of the images is wanted after W(x)
 
     @property
     def fused(self) -> bool:
