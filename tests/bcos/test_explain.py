@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pipelines.bcos import BcosConv2d, add_inverse, bcosify, contribution_map, dynamic_weights, explanation_mode, rgba
+from pipelines.models import build
+from tests.benchmarks.step import keep_small_features
 
 DOUBLE = torch.float64
 
@@ -110,6 +112,37 @@ def test_weights_with_and_without_a_graph_are_the_same(training):
     assert not logits.requires_grad
     torch.testing.assert_close(with_graph[0], logits)
     torch.testing.assert_close(with_graph[1], weights)
+
+
+@pytest.mark.parametrize("b", [2.0, 1.5])
+def test_all_ways_to_the_weights_round_alike(b):
+    torch.manual_seed(0)
+    network = keep_small_features(bcosify(build("resnet8", num_classes=5), b=b)).eval()
+    x, targets = images(6, size=16).float(), torch.arange(6) % 5
+    plain = dynamic_weights(network, x, targets)
+    with_graph = dynamic_weights(network, x, targets, create_graph=True)
+    point = x.clone().requires_grad_()
+    with explanation_mode(network):
+        logits = network(point)
+        (weights,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), point)
+    for found in (with_graph, (logits, weights)):
+        assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+def test_images_that_want_a_gradient_of_a_loss_on_the_weights_get_it():
+    network = small_network()
+
+    def loss(x):
+        logits, weights = dynamic_weights(network, x, torch.arange(4) % 3, create_graph=True)
+        return logits.square().sum() + weights.square().sum()
+
+    asking, step = images().requires_grad_(), torch.randn_like(images())
+    slope = torch.autograd.grad(loss(asking), asking)[0].mul(step).sum()
+    measured = (loss(images() + 1e-6 * step) - loss(images() - 1e-6 * step)) / 2e-6
+    assert slope.item() == pytest.approx(measured.item(), rel=1e-4)
+    silent = images()
+    loss(silent).backward()
+    assert silent.grad is None
 
 
 def test_mean_referenced_contributions_sum_to_the_logit():
