@@ -12,10 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
 # which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.
 if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-    try:
-        _mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        pass
-    else:
+    _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if _mallopt is not None:
         for _parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; bytes
             _mallopt(_parameter, 2**30)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Method:
 
 
 DATA = (Data("ImageNet", 1_281_167, 108_083), Data("CC3M", 2_900_000, 45_585))
+GPUS = (8, 64)
+SHARDED = 489  # images a second and core
 DECODED = 515  # images a second and core: read, decoded, cropped to 224 px, flipped
 EXPLANATION = 6 * 224 * 224 * 2  # bytes of a stored W(x), one cell a pixel, float16
 SHARD = 1000  # images
@@ -61,6 +64,49 @@ def exchange(parameters: float, gpus: int, link: float) -> float:
     return 2 * (gpus - 1) / gpus * parameters / (300e9 if gpus <= 8 else link * 1e9)
 
 
+def sizes() -> str:
+    """What the data takes."""
+    heads = ("data", "images", "bytes an image", "shards", "of 1000 images")
+    heads += ("stored maps, a cell a pixel", "4 × 4 pixels", "sharding, one core")
+    rows = []
+    for data in DATA:
+        in_all, maps = data.images * data.bytes_each / 1e9, data.images * EXPLANATION / 1e9
+        shards = f"{-(-data.images // SHARD)} × {SHARD * data.bytes_each / 1e6:.0f} MB"
+        row = [data.name, f"{data.images:,}", f"{data.bytes_each / 1000:.0f} kB", f"{in_all:.0f} GB", shards]
+        rows.append([*row, f"{maps:.0f} GB", f"{maps / 16:.0f} GB", f"{data.images / SHARDED / 60:.0f} min"])
+    return table(heads, rows)
+
+
+def rates(rate: float) -> str:
+    """What GPUs, each of which trains with `rate` images a second, ask of storage and cores."""
+    heads = ("GPUs", "data", "images a second", "from the storage, once", "decoding cores a GPU", "shards a rank", "an epoch")
+    rows = []
+    for gpus, data in product(GPUS, DATA):
+        images = gpus * rate / BCOS
+        needs = [f"{images * data.bytes_each / 1e9:.2f} GB/s", f"{rate / BCOS / DECODED:.1f}"]
+        epoch = [f"{data.images / SHARD / gpus:.0f}", f"{data.images / images / 60:.1f} min"]
+        rows.append([gpus, data.name, f"{images:,.0f}", *needs, *epoch])
+    return table(heads, rows)
+
+
+def limits(rate: float, link: float, cores: int) -> str:
+    """What a step of each method waits for, and how long all epochs of ImageNet take."""
+    heads = ("method, published batch and epochs", "GPUs", "images a GPU and step")
+    heads += ("computing, ms", "gradients, ms", "decoding, ms", "the limit", "ImageNet, all epochs")
+    rows = []
+    for method, gpus in product(METHODS, GPUS):
+        share = method.batch / gpus
+        seconds = {
+            "computing": share * method.cost / rate,
+            "gradients": exchange(method.trained, gpus, link),
+            "decoding": share / (cores * DECODED),
+        }
+        hours = DATA[0].images / method.batch * method.epochs * max(seconds.values()) / 3600
+        parts = [f"{1000 * value:.1f}" for value in seconds.values()]
+        rows.append([method.name, gpus, f"{share:g}", *parts, max(seconds, key=seconds.__getitem__), f"{hours:.1f} h"])
+    return table(heads, rows)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,82 +114,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=25, help="gigabytes a second between nodes")
     parser.add_argument("--cores", type=int, default=8, help="beside each GPU")
     options = parser.parse_args()
-
-    sizes = []
-    for data in DATA:
-        maps = data.images * EXPLANATION
-        sizes.append(
-            [
-                data.name,
-                f"{data.images:,}",
-                f"{data.bytes_each / 1000:.0f} kB",
-                f"{data.images * data.bytes_each / 1e9:.0f} GB",
-                f"{-(-data.images // SHARD)} × {SHARD * data.bytes_each / 1e6:.0f} MB",
-                f"{maps / 1e9:.0f} GB",
-                f"{maps / 16e9:.0f} GB",
-                f"{data.images / 489 / 60:.0f} min",
-            ]
-        )
-    heads = [
-        "data",
-        "images",
-        "bytes an image",
-        "shards",
-        "of 1000 images",
-        "stored maps, a cell a pixel",
-        "4 × 4 pixels",
-        "sharding, one core",
-    ]
-    print(table(heads, sizes), end="\n\n")
-
-    needs = []
-    for gpus in (8, 64):
-        for data in DATA:
-            images = gpus * options.rate / BCOS
-            needs.append(
-                [
-                    gpus,
-                    data.name,
-                    f"{images:,.0f}",
-                    f"{images * data.bytes_each / 1e9:.2f} GB/s",
-                    f"{options.rate / BCOS / DECODED:.1f}",
-                    f"{data.images / SHARD / gpus:.0f}",
-                    f"{data.images / images / 60:.1f} min",
-                ]
-            )
-    heads = ["GPUs", "data", "images a second", "from the storage, once", "decoding cores a GPU", "shards a rank", "an epoch"]
-    print(table(heads, needs), end="\n\n")
-
-    runs = []
-    for method in METHODS:
-        for gpus in (8, 64):
-            share = method.batch / gpus
-            compute, wait = share * method.cost / options.rate, exchange(method.trained, gpus, options.link)
-            loading = share / (options.cores * DECODED)
-            parts = {"computing": compute, "gradients": wait, "decoding": loading}
-            step = max(compute, wait, loading)
-            hours = DATA[0].images / method.batch * method.epochs * step / 3600
-            runs.append(
-                [
-                    method.name,
-                    gpus,
-                    f"{share:g}",
-                    *(f"{1000 * value:.1f}" for value in parts.values()),
-                    max(parts, key=parts.__getitem__),
-                    f"{hours:.1f} h",
-                ]
-            )
-    heads = [
-        "method, published batch and epochs",
-        "GPUs",
-        "images a GPU and step",
-        "computing, ms",
-        "gradients, ms",
-        "decoding, ms",
-        "the limit",
-        "ImageNet, all epochs",
-    ]
-    print(table(heads, runs))
+    print(sizes(), rates(options.rate), limits(options.rate, options.link, options.cores), sep="\n\n")
 
 
 if __name__ == "__main__":
