@@ -1,7 +1,7 @@
 """What students learn from a B-cosified teacher: plain distillation, e²KD live and frozen, over seeds, on the run's data.
 
     dvc exp run -S recipe=cifar10 -S model.name=resnet32 -S model.weights=FILE ... bcosify@pretrained      # the teacher
-    python -m tests.benchmarks.students --choose                        # two settings of each way, on the held-out images, one seed
+    python -m tests.benchmarks.students --choose                   # two settings of each way, on the held-out images, one seed
     python -m tests.benchmarks.students --shots 50 200 --seeds 0 1 2 --runs kd:0:1 live:10:1 frozen:10:1   # on the test split
 
 A run is `name:λ:τ`; what else is trained how, `distill` of the params says. A seed draws the student's weights, the order of the
