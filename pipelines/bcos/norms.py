@@ -22,9 +22,10 @@ def _batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class _UncenteredNorm(torch.autograd.Function):
-    """γ·x/sqrt(var(x) + ε) of the batch, in as few passes over x as its gradient allows; also its mean and variance.
+    """γ·x/sqrt(var + ε) of the batch, its mean and its variance, in as few passes over x as the gradient allows.
 
-    While `explanation` holds, the variance counts as constant.
+    While `explanation` holds, the variance counts as constant. The gradient g·γ/sqrt(var + ε) is then a function of the output
+    `var`: where it is differentiated itself, both gradients that the variance has meet here and go through x once.
     """
 
     @staticmethod
@@ -34,51 +35,29 @@ class _UncenteredNorm(torch.autograd.Function):
         mean, var = _batch_statistics(x, axes)
         ctx.eps, ctx.axes, ctx.explanation = eps, axes, explanation
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
         return (x * (weight * torch.rsqrt(var + eps))).to(x.dtype), mean, var
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, d_mean: Tensor | None, d_var: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, mean, var = ctx.saved_tensors
-        if ctx.explanation is not None and ctx.explanation.holds():
-            return _HeldScale.apply(gradient, x, weight, mean, var, ctx.eps, ctx.axes), None, None, None, None
-        if torch.is_grad_enabled():  # a graph of this pass is wanted, through the statistics too
-            mean, var = _batch_statistics(x, ctx.axes)
-        inverse = torch.rsqrt(var + ctx.eps)
-        d_scale = (widened(gradient) * x).sum(ctx.axes, keepdim=True)
-        d_x = _through_variance(x, mean, weight, inverse, d_scale, gradient * (weight * inverse))
-        return d_x.to(x.dtype), d_scale * inverse, None, None, None
-
-
-class _HeldScale(torch.autograd.Function):
-    """g·γ/sqrt(var(x) + ε), the gradient of `_UncenteredNorm` while its variance is held; its own goes through the variance."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, axes: list[int]) -> Tensor:
-        ctx.eps, ctx.axes = eps, axes
-        ctx.save_for_backward(g, x, weight, mean, var)
-        return (g * (weight * torch.rsqrt(var + eps))).to(g.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, weight, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            mean, var = _batch_statistics(x, ctx.axes)
-        inverse = torch.rsqrt(var + ctx.eps)
-        d_scale = (widened(v) * g).sum(ctx.axes, keepdim=True)
-        d_x = _through_variance(x, mean, weight, inverse, d_scale).to(x.dtype)
-        return (v * (weight * inverse)).to(g.dtype), d_x, d_scale * inverse, None, None, None, None
-
-
-def _through_variance(
-    x: Tensor, mean: Tensor, weight: Tensor, inverse: Tensor, d_scale: Tensor, more: Tensor | None = None
-) -> Tensor:
-    """The gradient that reaches x through var(x), from `d_scale` of the scale γ·inverse; with `more`, of x's shape, added."""
-    of_var = -weight * inverse**3 * d_scale / (x.numel() // x.shape[1])
-    centred = x - mean  # products beat a broadcasting addcmul
-    if torch.is_grad_enabled():
-        return centred * of_var if more is None else centred * of_var + more
-    return centred.mul_(of_var) if more is None else centred.mul_(of_var).add_(more)
+        inverse, count = torch.rsqrt(var + ctx.eps), x.numel() // x.shape[1]
+        d_x = d_weight = None
+        if gradient is not None:
+            d_x = gradient * (weight * inverse)
+            if ctx.explanation is None or not ctx.explanation.holds():
+                d_scale = (widened(gradient) * x).sum(ctx.axes, keepdim=True)
+                of_var = -0.5 * weight * inverse**3 * d_scale
+                d_weight, d_var = d_scale * inverse, of_var if d_var is None else d_var + of_var
+        if d_var is not None:
+            centred, twice = x - mean, 2 / count * d_var  # products beat a broadcasting addcmul
+            of_x = centred * twice if torch.is_grad_enabled() else centred.mul_(twice)
+            d_x = of_x if d_x is None else d_x.add_(of_x) if not torch.is_grad_enabled() else d_x + of_x
+        if d_mean is not None:
+            d_x = (d_mean / count).expand_as(x) if d_x is None else d_x + d_mean / count
+        return None if d_x is None else d_x.to(x.dtype), d_weight, None, None, None
 
 
 class BcosBatchNorm(Holdable):
