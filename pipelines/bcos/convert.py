@@ -28,6 +28,7 @@ from pipelines.bcos.hold import Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
+from pipelines.bcos.piecewise import BcosAvgPool2d, BcosReLU
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
@@ -105,11 +106,11 @@ def _walk(module: nn.Module, context: Context) -> nn.Module:
 
 
 @register_conversion(
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.ReLU, nn.LeakyReLU, nn.PReLU,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.LeakyReLU, nn.PReLU,
     nn.AvgPool1d, nn.Unfold,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
+    nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
     BcosConv2d, BcosLinear, BcosBatchNorm, BcosLayerNorm, BcosGroupNorm, GatedGELU, GatedSiLU, GatedHardswish,
-    GatedMish, GatedTanh, GatedReLU6,
+    GatedMish, GatedTanh, GatedReLU6, BcosReLU, BcosAvgPool2d,
     LocationsToBatch,
 )  # fmt: skip
 def _dynamic_linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
@@ -204,6 +205,9 @@ for plain, gated in (
     (nn.ReLU6, GatedReLU6),
 ):
     register_conversion(plain)(lambda module, context, gated=gated: gated())
+
+register_conversion(nn.ReLU)(lambda module, context: context.recast(module, BcosReLU))
+register_conversion(nn.AvgPool2d)(lambda module, context: context.recast(module, BcosAvgPool2d))
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -302,7 +306,7 @@ def bcosify(
             for name in [name for name in module._parameters if is_bias(name)]:
                 module.register_parameter(name, None)
     if stem_pool == "average":
-        _replace_first(network.body, _is_stem_pool, nn.AvgPool2d(3, 2, 1, count_include_pad=True))
+        _replace_first(network.body, _is_stem_pool, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
     if gap_reorder:
         _replace_last(network.body, _is_global_pool, LocationsToBatch())
     if activation == "remove":

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from pipelines.bcos.hold import Explanation, Holdable
 from pipelines.bcos.precision import widened
@@ -106,11 +105,12 @@ class _HeldFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         g, linear, norm = ctx.saved_tensors
-        inverse, product = norm.reciprocal(), widened(v) * g
-        graph = torch.is_grad_enabled()
-        factor = widened(linear).abs() * inverse if graph else widened(linear).abs().mul_(inverse)
+        graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
+        inverse, product, sign = norm.reciprocal(), widened(v) * g, widened(linear).sign()
+        slope = sign * inverse if graph else sign.mul_(inverse)  # of the factor by linear
+        factor = slope * linear
         d_norm = -(product * factor).sum_to_size(norm.shape) * inverse
-        d_linear = product * inverse * linear.sign() if graph else product.mul_(inverse).mul_(linear.sign())
+        d_linear = product * slope if graph else product.mul_(slope)
         return (v * factor if graph else factor.mul_(v)).to(g.dtype), d_linear.to(linear.dtype), d_norm
 
 
@@ -120,17 +120,22 @@ class _SumOfSquares(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_NCHW: Tensor) -> Tensor:
+    def forward(x_NCHW: Tensor, explanation: Explanation | None) -> Tensor:
         return widened(x_NCHW).square().sum(1, keepdim=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Explanation | None], output: Tensor) -> None:
+        x_NCHW, explanation = inputs
+        ctx.at_entry = explanation is not None and x_NCHW is explanation.entry  # a held norm has no gradient of the input
+        ctx.save_for_backward(x_NCHW)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        if gradient is None or ctx.at_entry:
+            return None, None
         (x_NCHW,) = ctx.saved_tensors
-        return (x_NCHW * (2 * gradient)).to(x_NCHW.dtype)
+        return (x_NCHW * (2 * gradient)).to(x_NCHW.dtype), None
 
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
@@ -160,7 +165,7 @@ class _Convolution(torch.autograd.Function):
             of_input &= ctx.explanation.of_input or not ctx.at_entry
         if not torch.is_grad_enabled():  # both by one call, which lays out the gradient once
             return *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight), None, None
-        d_x = _InputGradient.apply(gradient, weight, tuple(x_NCHW.shape), ctx.geometry) if of_input else None
+        d_x = _InputGradient.apply(gradient, weight, x_NCHW.detach(), ctx.geometry) if of_input else None
         _, d_weight = _convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, False, of_weight)
         return d_x, d_weight, None, None
 
@@ -171,11 +176,12 @@ class _InputGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g_NCHW: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> Tensor:
-        return conv2d_input(size, weight, g_NCHW, *geometry)
+    def forward(g_NCHW: Tensor, weight: Tensor, x_NCHW: Tensor, geometry: Geometry) -> Tensor:
+        d_x, _ = _convolution_gradients(g_NCHW, x_NCHW, weight, geometry, True, False)
+        return d_x  # type: ignore[return-value]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, tuple[int, ...], Geometry], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Geometry], output: Tensor) -> None:
         g_NCHW, weight, _, ctx.geometry = inputs
         ctx.save_for_backward(g_NCHW, weight)
 
@@ -193,7 +199,7 @@ def _convolution_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂/∂x and ∂/∂weight of g·conv(x, weight), each if it is wanted.
 
-    `torch.nn.grad` computes the same, but from a stand-in of the weight, which makes wide layers three times slower on CPUs.
+    `torch.nn.grad` does the same, but from stand-ins of what it is not given: wide layers then take three times as long on CPUs.
     """
     if not of_input and not of_weight:
         return None, None
@@ -346,7 +352,7 @@ class BcosConv2d(_Bcos, nn.Conv2d):
     def _patch_norm(self, x_NCHW: Tensor, padding: tuple[int, int]) -> Tensor:
         """sqrt(Σ_patch x² + ε) for each group and place: a sum pool of Σ_c x²; (N, groups, H', W')."""
         if self.groups == 1 and not torch.compiler.is_compiling():
-            squares = _SumOfSquares.apply(x_NCHW)
+            squares = _SumOfSquares.apply(x_NCHW, self.explanation)
         elif self.groups == x_NCHW.shape[1]:
             squares = widened(x_NCHW).square()
         else:
