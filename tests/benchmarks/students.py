@@ -4,10 +4,10 @@
     python -m tests.benchmarks.students --choose                   # two settings of each way, on the held-out images, one seed
     python -m tests.benchmarks.students --shots 50 200 --seeds 0 1 2 --runs kd:0:1 live:10:1 frozen:10:1   # on the test split
 
-A run is `name:λ:τ`; what else is trained how, `distill` of the params says. A seed draws the student's weights, the order of the
-images, and which ones of a class are taken (`--shots 0`: all). `--full` evaluates as the stage `evaluate` does: grids, boxes and
-groups too. One line of JSON each goes to `reports/students.jsonl`; what is there already is not run again. `--table` prints means
-and standard deviations.
+A run is `name:λ:τ`, or `name:λ:τ:pixels` with another `crop_padding`; what else is trained how, `distill` of the params says. A
+seed draws the student's weights, the order of the images, and which ones of a class are taken (`--shots 0`: all). `--full`
+evaluates as the stage `evaluate` does: grids, boxes and groups too. One line of JSON each goes to `reports/students.jsonl`; what
+is there already is not run again. `--table` prints means and standard deviations.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ CHOICES = ("kd:0:1", "kd:0:5", "live:5:1", "live:10:1", "frozen:5:1", "frozen:10
 
 def measure(params: Params, teacher: Path, run: str, shots: int, seed: int, split: str, full: bool) -> dict[str, Any]:
     """Trains one student and evaluates its best epoch on `split`."""
-    name, weight, temperature = run.split(":")
+    name, weight, temperature, *padding = run.split(":")
+    data = params.data.model_copy(update={"crop_padding": int(padding[0])}) if padding else params.data
     values = {
         "explanation_weight": float(weight),
         "temperature": float(temperature),
@@ -59,11 +60,11 @@ def measure(params: Params, teacher: Path, run: str, shots: int, seed: int, spli
     shards = shards_of(params.dataset)
     spec = student_spec(params, read_manifest(shards), models.read_spec(teacher))
     subset = few_shot(shards, "train", shots, seed) if shots else None
-    inputs = (models.digest(teacher), read_manifest(shards).digest, params.data, params.distill.student, optim, shots, seed)
+    inputs = (models.digest(teacher), read_manifest(shards).digest, data, params.distill.student, optim, shots, seed)
     job = Job(
         build=partial(build_e2kd, params.distill.student, spec, teacher, optim, seed),
         shards=shards,
-        data=params.data,
+        data=data,
         optim=optim,
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="the settings of CHOICES, on the held-out images, seed 0")
     parser.add_argument("--shots", type=int, nargs="+", default=[50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--runs", nargs="+", default=[], help="name:λ:τ, name one of kd, live, frozen")
+    parser.add_argument("--runs", nargs="+", default=[], help="name:λ:τ[:pixels], name one of kd, live, frozen")
     parser.add_argument("--teacher", type=Path, default=Path("models/bcosify/pretrained"), help="folder of the model")
     parser.add_argument("--full", action="store_true", help="evaluate as the stage does")
     parser.add_argument("--table", action="store_true")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 
-from pipelines.training import EpochRecord, checkpoints, cluster, train
+from pipelines.data.shards import write_shards
+from pipelines.params import DataParams
+from pipelines.training import EpochRecord, Job, Result, checkpoints, cluster, train
+from pipelines.training.job import shard_batches
+from tests.data.toy_source import ToySource, plain
 from tests.training import toy
 
 if TYPE_CHECKING:
@@ -23,16 +28,18 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
 EPOCHS, STEPS, BATCH = 6, 4, 12  # of 48 samples; 1, 2 and 3 workers can share a batch
+PARAMS = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100}
 LOSS, GAIN = 7, 15  # steps, the last of their epochs: before the first a node goes, before the second one comes
 
 
 class Step(NamedTuple):
-    """That a worker came to a step."""
+    """That a worker came to a step, and what it read for it."""
 
     node: str
     rank: int
     world_size: int
     step: int
+    keys: list[str]
 
 
 class Watched(toy.SteadyMethod):
@@ -47,7 +54,7 @@ class Watched(toy.SteadyMethod):
 
         node, world_size = ray.get_runtime_context().get_node_id(), torch.distributed.get_world_size()
         with open(self.folder / "steps", "a") as file:
-            file.write(json.dumps([node, torch.distributed.get_rank(), world_size, batch["step"]]) + "\n")
+            file.write(json.dumps([node, torch.distributed.get_rank(), world_size, batch["step"], batch["key"]]) + "\n")
         if (world_size, batch["step"]) == (3, LOSS):
             wait_until(lambda: [lost for lost in self.folder.glob("lost-*") if lost.name != f"lost-{node}"])
         if (world_size, batch["step"]) == (2, GAIN):
@@ -111,20 +118,17 @@ def lose_and_gain(nodes: Cluster, folder: Path, training: Future[Any]) -> tuple[
     return lost.node_id, nodes.add_node(num_cpus=1).node_id
 
 
-def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(nodes: Cluster, tmp_path: Path) -> None:
-    params = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100}
-    undisturbed = train(toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **params))
-    job = toy.toy_job(
-        tmp_path / "elastic",
-        partial(Watched, tmp_path),
-        **{"workers": (1, 3), "max_failures": 1, "resize_every": 1.0, "on_epoch": partial(tell, tmp_path / "told"), **params},
-    )
+def disturbed(nodes: Cluster, folder: Path, job: Job) -> tuple[Result, list[list[Step]]]:
+    """The result of the job while a node goes and one comes, and its steps, a list for each number of workers."""
+    elastic = {"workers": (1, 3), "max_failures": 1, "resize_every": 1.0}
+    training = job.training.model_copy(update=elastic)
+    job = replace(job, build=partial(Watched, folder), training=training, on_epoch=partial(tell, folder / "told"))
     with cluster(job.training), ThreadPoolExecutor() as pool:
-        training = pool.submit(train, job)
-        lost, gained = lose_and_gain(nodes, tmp_path, training)  # in the main thread: a node sets signal handlers
-        elastic = training.result()
+        running = pool.submit(train, job)
+        lost, gained = lose_and_gain(nodes, folder, running)  # in the main thread: a node sets signal handlers
+        result = running.result()
 
-    taken = [Step(*line) for line in told(tmp_path / "steps")]
+    taken = [Step(*line) for line in told(folder / "steps")]
     groups = [list(group) for _, group in groupby(taken, key=lambda each: each.world_size)]
     assert [group[0].world_size for group in groups] == [3, 2, 3]
     # Each goes on from the last checkpoint before the change, and each of its workers takes each of its steps once.
@@ -134,6 +138,13 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
     before, between, after = ({each.node for each in group} for group in groups)
     assert between == before - {lost}
     assert after == between | {gained}
+    return result, groups
+
+
+def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(nodes: Cluster, tmp_path: Path) -> None:
+    undisturbed = train(toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **PARAMS))
+    job = toy.toy_job(tmp_path / "elastic", **PARAMS)
+    elastic, _ = disturbed(nodes, tmp_path, job)
 
     assert [(record["epoch"], record["step"]) for record in elastic.history] == [(k, k * STEPS) for k in range(1, EPOCHS + 1)]
     assert told(tmp_path / "told") == elastic.history == checkpoints.read_json(job.directory, "history.json")
@@ -148,3 +159,19 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
     for here, there in zip(undisturbed.history, elastic.history, strict=True):
         assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / toy.COUNT)
         assert there["metrics"]["val/count"] == toy.COUNT
+
+
+def test_each_image_of_the_shards_is_trained_on_once_an_epoch_however_the_workers_change(nodes: Cluster, tmp_path: Path) -> None:
+    source = ToySource({"train": [plain(number) for number in range(toy.COUNT)], "val": [plain(number) for number in range(8)]})
+    write_shards(source, Path("raw"), tmp_path / "shards", shard_size=5, progress=False)
+    job = toy.toy_job(tmp_path / "elastic", **PARAMS)
+    job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=DataParams(image_size=toy.SIDE))
+    _, groups = disturbed(nodes, tmp_path, job)
+
+    trained_on: dict[int, list[str]] = {}  # a step that is taken again replaces the one that was lost
+    for group in groups:
+        for step, together in groupby(sorted(group, key=lambda each: each.step), key=lambda each: each.step):
+            trained_on[step] = [key for each in together for key in each.keys]
+    for epoch in range(EPOCHS):
+        keys = [key for step in range(epoch * STEPS, (epoch + 1) * STEPS) for key in trained_on[step]]
+        assert sorted(keys) == [f"k{number:04d}" for number in range(toy.COUNT)]
