@@ -27,7 +27,8 @@ repro: setup ## run the pipeline, whatever of it changed
 test: setup ## all tests
 	@$(BIN)/python -m pytest
 
-test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (Debian: apt-get install postgresql)
+test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (installed where there is none: Debian, as root)
+	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)
 	@$(BIN)/python -m pytest -m infra tests/infra
 
 lint: setup ## ruff: lint and format
