@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from pipelines.bcos.gates import Gate, GatedGELU, GatedHardswish, GatedMish, GatedReLU6, GatedSiLU, GatedTanh
-from pipelines.bcos.hold import Holdable, HoldState
+from pipelines.bcos.hold import Explainable, Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
@@ -60,7 +60,7 @@ class Context:
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
         """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
         module.__class__ = to
-        if issubclass(to, Holdable):
+        if issubclass(to, Explainable):
             module.__dict__["hold_state"] = HoldState()
         return module
 

@@ -106,12 +106,12 @@ class HoldState:
         self.explanation: Explanation | None = None
 
 
-class Holdable(nn.Module):
-    """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
+class Explainable(nn.Module):
+    """A layer that is told which explanation its forward pass is for."""
 
     hold_state: HoldState
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Holdable:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Explainable:
         """A layer outside explanation mode, also where it is copied or unpickled."""
         layer = super().__new__(cls)
         object.__setattr__(layer, "hold_state", HoldState())
@@ -121,6 +121,13 @@ class Holdable(nn.Module):
     def explanation(self) -> Explanation | None:
         """The explanation that this forward pass is for; none outside explanation mode."""
         return self.hold_state.explanation
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "hold_state"}
+
+
+class Holdable(Explainable):
+    """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
 
     def hold(self, factor: Tensor) -> Tensor:
         """`factor` as the explanation mode of the moment wants it."""
@@ -140,19 +147,16 @@ class Holdable(nn.Module):
         explanation = self.hold_state.explanation
         return torch.no_grad() if explanation is not None and explanation.detach else nullcontext()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "hold_state"}
 
-
-def holdable_states(model: nn.Module) -> list[HoldState]:
-    """The states of all holdable layers of `model`."""
-    return [module.hold_state for module in model.modules() if isinstance(module, Holdable)]
+def hold_states(model: nn.Module) -> list[HoldState]:
+    """The states of all layers of `model` that have one."""
+    return [module.hold_state for module in model.modules() if isinstance(module, Explainable)]
 
 
 @contextmanager
 def explaining(model: nn.Module, explanation: Explanation | None) -> Iterator[Explanation | None]:
-    """Hands `explanation` (none: as outside explanation mode) to every holdable layer of `model` for the time of the block."""
-    states = holdable_states(model)
+    """Hands `explanation` (none: as outside explanation mode) to every explainable layer of `model` for the time of the block."""
+    states = hold_states(model)
     before = [state.explanation for state in states]
     try:
         for state in states:
@@ -173,7 +177,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
     """
-    current = next((state.explanation for state in holdable_states(model)), None)
+    current = next((state.explanation for state in hold_states(model)), None)
     if current is not None and not current.detach:  # nested: the outer block decides when to release
         yield model
         return

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Holdable
+from pipelines.bcos.hold import Explainable
 
 
 class _ReLU(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _AveragePool(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(gradient, x_NCHW.detach(), *ctx.options), None
 
 
-class BcosReLU(Holdable, nn.ReLU):
+class BcosReLU(Explainable, nn.ReLU):
     """`nn.ReLU`; in a B-cos network its gradient is cheap to differentiate."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class BcosReLU(Holdable, nn.ReLU):
         return super().forward(x) if self.explanation is None or not self.explanation.fused else _ReLU.apply(x)
 
 
-class BcosAvgPool2d(Holdable, nn.AvgPool2d):
+class BcosAvgPool2d(Explainable, nn.AvgPool2d):
     """`nn.AvgPool2d`; in a B-cos network its gradient is cheap to differentiate."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.bcos.compiler import set_up_compiler
-from pipelines.bcos.hold import Explanation, explaining, holdable_states
+from pipelines.bcos.hold import Explanation, explaining, hold_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 
@@ -93,7 +93,7 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **k
     """`forward` of `block`, its activations dropped where a backward pass will follow."""
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    states = holdable_states(block)
+    states = hold_states(block)
     second = partial(_second_pass, block, states[0].explanation if states else None)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _Reusable(second)), **kwargs)
 

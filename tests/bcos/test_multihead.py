@@ -110,7 +110,7 @@ def test_encoders_of_torch_are_converted_without_their_fused_inference(options):
         for linear in [part for part in found.modules() if isinstance(part, BcosLinear)]:
             linear._configure(2.0, 1, False)
         assert not torch.allclose(found(x, mask=mask), expected, rtol=1e-2)  # torch's own inference would not know of B
-    assert sum(isinstance(part, Holdable) for part in found.modules()) == 2 * (1 + 3 + 2 + 1) + 1
+    assert sum(isinstance(part, Holdable) for part in found.modules()) == 2 * (1 + 3 + 2) + 1 + 2 * ("activation" in options)
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line():
