@@ -33,7 +33,7 @@ MASKS = {
     "none": {},
     "boolean": {"attn_mask": torch.ones(5, 5).triu(1).bool()},
     "float": {"attn_mask": torch.linspace(-1, 1, 25, dtype=DOUBLE).view(5, 5)},
-    "of each head": {"attn_mask": torch.rand(6, 5, 5) > 0.7},
+    "of each head": {"attn_mask": (torch.rand(6, 5, 5) > 0.7) & ~torch.eye(5).bool()},  # each place sees itself
     "padding": {"key_padding_mask": torch.arange(5) >= torch.tensor([5, 3, 1])[:, None]},
     "float padding": {"key_padding_mask": torch.linspace(-1, 1, 15, dtype=DOUBLE).view(3, 5)},
     "both": {
