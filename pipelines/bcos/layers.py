@@ -61,57 +61,69 @@ def clamp_b(model: nn.Module) -> None:
 class _Square(torch.autograd.Function):
     """|l|·l / norm for B = 2, from l and norm alone: one activation is saved where autograd would save three.
 
-    While `explanation` holds, |l| / norm counts as constant. Products are taken in the order of the other ways of `_scale`, to
-    the same bits: where these differ a ReLU behind a sum may open in one way and not in the other.
+    Products are taken in the order of the other ways of `_scale`, to the same bits: where these differ a ReLU behind a sum may
+    open in one way and not in the other.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Tensor:
+    def forward(linear: Tensor, norm: Tensor) -> Tensor:
         return widened(linear).abs().mul_(norm.reciprocal()).mul_(linear).to(linear.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Explanation | None], output: Tensor) -> None:
-        linear, norm, ctx.explanation = inputs
-        ctx.save_for_backward(linear, norm)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         linear, norm = ctx.saved_tensors
-        if ctx.explanation is not None and ctx.explanation.holds():
-            return _HeldFactor.apply(gradient, linear, norm), None, None
         graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
         magnitude = widened(linear).abs()
         weighed = magnitude * gradient if graph else magnitude.mul_(gradient)
         d_norm = -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
         twice = 2 / norm
-        return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm, None
+        return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm
 
 
-class _HeldFactor(torch.autograd.Function):
-    """g·|l| / norm, the gradient of `_Square` while its factor is held; its own gradient goes through the factor."""
+class _ExplainedSquare(torch.autograd.Function):
+    """`_Square`, and its factor |l| / norm, which counts as constant while `explanation` holds.
+
+    The gradient of a held square is g times that output: where it is differentiated itself, the gradient that the factor then has
+    and the one it has from the square meet here, and take one way to l and norm.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, linear: Tensor, norm: Tensor) -> Tensor:
-        return widened(linear).abs().mul_(norm.reciprocal()).mul_(g).to(g.dtype)
+    def forward(linear: Tensor, norm: Tensor, explanation: Explanation) -> tuple[Tensor, Tensor]:
+        factor = widened(linear).abs().mul_(norm.reciprocal())
+        return (factor * linear).to(linear.dtype), factor
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Explanation], output: tuple[Tensor, Tensor]) -> None:
+        linear, norm, ctx.explanation = inputs
+        ctx.save_for_backward(linear, norm, output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        g, linear, norm = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None, d_factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        linear, norm, factor = ctx.saved_tensors
+        d_linear = None if gradient is None else gradient * factor
+        if ctx.explanation.holds():
+            return None if d_linear is None else d_linear.to(linear.dtype), None, None
+        if gradient is not None:
+            wide = widened(gradient)
+            d_factor = wide * linear if d_factor is None else torch.addcmul(d_factor, wide, linear)
+        if d_factor is None:
+            return None, None, None
         graph = torch.is_grad_enabled()  # one of this very pass is wanted: then nothing in place
-        inverse, product, sign = norm.reciprocal(), widened(v) * g, widened(linear).sign()
+        inverse, sign = norm.reciprocal(), widened(linear).sign()
+        d_norm = -(d_factor * factor).sum_to_size(norm.shape) * inverse if ctx.needs_input_grad[1] else None
         slope = sign * inverse if graph else sign.mul_(inverse)  # of the factor by linear
-        factor = slope * linear
-        d_norm = -(product * factor).sum_to_size(norm.shape) * inverse
-        d_linear = product * slope if graph else product.mul_(slope)
-        return (v * factor if graph else factor.mul_(v)).to(g.dtype), d_linear.to(linear.dtype), d_norm
+        of_factor = slope * d_factor if graph else slope.mul_(d_factor)
+        d_linear = of_factor if d_linear is None else d_linear + of_factor if graph else d_linear.add_(of_factor)
+        return d_linear.to(linear.dtype), d_norm, None
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -260,7 +272,7 @@ class _Bcos(Holdable):
         explanation = self.explanation
         fused = not torch.compiler.is_compiling() if explanation is None else explanation.fused
         if squares and fused:
-            return _Square.apply(linear, norm, explanation)
+            return _Square.apply(linear, norm) if explanation is None else _ExplainedSquare.apply(linear, norm, explanation)[0]
         with self.computing_factor():
             size = widened(linear).abs()
             cosine = size * norm.reciprocal() if torch.is_grad_enabled() else size.mul_(norm.reciprocal())
