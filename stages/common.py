@@ -68,6 +68,11 @@ def model_for_all(params: Params, folder: Path) -> str:
     return publish(folder, url, (CONFIG, WEIGHTS))
 
 
+def models_for_all(params: Params, folders: Mapping[str, str]) -> dict[str, str]:
+    """`model_for_all` of each folder, by the same names."""
+    return {name: model_for_all(params, Path(folder)) for name, folder in folders.items()}
+
+
 def explanations_for_all(params: Params, root: str | None) -> str | None:
     """The root of stored explanations, in a folder here, that every worker sees."""
     return publish_explanations(root, params.storage.root) if root and seen_by_all(params) else root
@@ -122,7 +127,7 @@ def located(model: ModelParams) -> ModelParams:
 
 @contextmanager
 def stage_run(
-    params: Params, name: str, *settings: Any, upstream: tuple[str | Path, ...] = ()
+    params: Params, name: str, *settings: Any, upstream: tuple[str | Path, ...] = (), context: str = "training"
 ) -> Iterator[tuple[tracking.StageRun, str]]:
     """The tracked run of a stage, and the folder where a killed stage goes on: with the same work, never with stale one.
 
@@ -131,6 +136,7 @@ def stage_run(
         name: of the stage.
         settings: the params that the outcome depends on; with the shards, the code and `upstream` they name the folder.
         upstream: models of earlier stages that the outcome depends on.
+        context: what the data is for, as MLflow shows it.
     """
     shards = shards_of(params.dataset)
     manifest = read_manifest(shards)
@@ -143,7 +149,7 @@ def stage_run(
         directory=directory,
         inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
     ) as run:
-        run.dataset(manifest.to_json(), name=params.dataset)
+        run.dataset(manifest.to_json(), name=params.dataset, context=context)
         yield run, directory
 
 

@@ -11,7 +11,7 @@ from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import ModelSpec, read_spec
 from pipelines.params import Params
 from stages import explain
-from stages.common import Task, located, model_for_all, shards_of, stage, train_stage
+from stages.common import Task, located, model_for_all, shards_for_all, shards_of, stage, train_stage
 
 
 def task(params: Params, name: str) -> Task:
@@ -33,7 +33,7 @@ def task(params: Params, name: str) -> Task:
         spec=spec,
         upstream=(teacher,),
         model=params.distill.student,
-        subset=None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed),
+        subset=None if shots is None else few_shot(shards_for_all(params), "train", shots, params.distill.shots_seed),
         explanations=str(explain.OUT) if frozen else None,
     )
 

@@ -12,7 +12,7 @@ from pipelines.gallery import draw_gallery
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError
 from pipelines.training import launch
-from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
+from stages.common import REPORTS, flat, models_for_all, shards_for_all, shards_of, stage, stage_run, write_json
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports
@@ -28,15 +28,16 @@ def main() -> None:
     """
     with stage() as params:
         folders = {"conventional": "pretrain"} | {NAMES[start]: f"bcosify/{start}" for start in params.bcosify.starts}
-        directories, shards = in_models(folders), shards_of(params.dataset)
-        directories = published_models(params, read_manifest(shards).classes) | directories
+        directories, shards = in_models(folders), shards_for_all(params)
+        directories = published_models(params, read_manifest(shards_of(params.dataset)).classes) | directories
         students = in_models({"teacher": "teacher"} | {run: f"distill/{run}" for run in params.distill.runs})
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
         both = (*directories.values(), *students.values())
-        with stage_run(params, "evaluate", params.data, params.evaluate, upstream=both) as (run, _):
+        with stage_run(params, "evaluate", params.data, params.evaluate, upstream=both, context="evaluation") as (run, _):
             judge = partial(launch, evaluate_and_judge, training=where, storage=params.storage.root)
-            metrics, right = judge(directories, shards, params.data, params.evaluate)
-            of_students, students_right = judge(students, shards, params.data, params.evaluate, "test", "teacher")
+            metrics, right = judge(models_for_all(params, directories), shards, params.data, params.evaluate)
+            student_models = models_for_all(params, students)
+            of_students, students_right = judge(student_models, shards, params.data, params.evaluate, "test", "teacher")
             write_json(OUT / "metrics.json", metrics)
             write_json(OUT / "students.json", of_students)
             write_plot(OUT / "localisation.csv", metrics["models"] | of_students["models"])

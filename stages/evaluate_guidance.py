@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.evaluation import evaluate_and_judge
 from pipelines.gallery import draw_gallery
 from pipelines.training import launch
-from stages.common import REPORTS, flat, shards_of, stage, stage_run, write_json
+from stages.common import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run, write_json
 from stages.evaluate import in_models
 
 OUT = REPORTS / "evaluate_guidance"
@@ -16,14 +16,16 @@ def main() -> None:
     """Evaluates both on the splits of the params; pictures are of the last one."""
     with stage() as whole:
         params, directories = whole.for_guide(), in_models({"unguided": "classify", "guided": "guide"})
-        shards = shards_of(params.dataset)
+        shards = shards_for_all(params)
         where: dict[str, Any] = {
             "training": params.training.model_copy(update={"workers": params.evaluate.workers}),
             "storage": params.storage.root,
         }
         settings = (params.data, params.evaluate, params.guide.splits)
-        with stage_run(params, "evaluate_guidance", *settings, upstream=tuple(directories.values())) as (run, _):
-            judge = partial(launch, evaluate_and_judge, directories, shards, params.data, params.evaluate, **where)
+        both = tuple(directories.values())
+        with stage_run(params, "evaluate_guidance", *settings, upstream=both, context="evaluation") as (run, _):
+            models = models_for_all(params, directories)
+            judge = partial(launch, evaluate_and_judge, models, shards, params.data, params.evaluate, **where)
             found = {split: judge(split) for split in params.guide.splits}
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)

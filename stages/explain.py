@@ -23,9 +23,9 @@ def main() -> None:
         if not any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):
             (OUT / "none.txt").write_text("no run of distill.runs has frozen explanations\n")
             return
-        shards, teacher, shots = shards_of(params.dataset), str(Path("models/teacher").absolute()), params.distill.shots
+        shards, teacher, shots = shards_for_all(params), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
-        of_all = (model_for_all(params, Path(teacher)), shards_for_all(params), params.data, origin(params, teacher))
+        of_all = (model_for_all(params, Path(teacher)), shards, params.data, origin(params, teacher))
         out = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT)
         count = launch(store_explanations, *of_all, out, subset, training=params.training, storage=params.storage.root)
         if seen_by_all(params):

@@ -9,15 +9,16 @@ from pipelines.data.sample import DataError
 from pipelines.methods import build_guidance
 from pipelines.models import read_spec
 from pipelines.params import Params
-from stages.common import Task, model_for_all, shards_of, stage, train_stage
+from stages.common import Task, model_for_all, shards_for_all, shards_of, stage, train_stage
 
 
 def task(whole: Params) -> Task:
     """The guided classifier."""
     params, classifier = whole.for_guide(), Path("models/classify").absolute()
-    optim, shards = params.guide.guided, shards_of(params.dataset)
-    check_boxes(shards)
-    keys = annotated_images(shards, "train", optim.annotated, optim.annotated_seed) if optim.annotated < 1 else None
+    optim, keys = params.guide.guided, None
+    check_boxes(shards_of(params.dataset))
+    if optim.annotated < 1:
+        keys = annotated_images(shards_for_all(params), "train", optim.annotated, optim.annotated_seed)
     return Task(
         params,
         "guide",

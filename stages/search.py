@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipelines import tracking
-from pipelines.params import Params, leaves
+from pipelines.params import Params, check_space, leaves
 from pipelines.pictures import draw_front
 from pipelines.training.search import front, search
 from pipelines.training.trials import Trial, as_it_is, folder
@@ -26,6 +26,7 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # he
 def main() -> None:
     """Searches; what was on record already is not run again."""
     with stage() as params:
+        check_space(params, "params.yaml: search.space")
         task = task_of(params, {})
         check_metrics(params, task)
         with stage_run(task.params, "search", *settings(params, task), upstream=task.upstream) as (run, directory):

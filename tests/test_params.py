@@ -115,3 +115,13 @@ def test_a_missing_key_and_a_broken_file_are_named(tmp_path):
     (tmp_path / "params.yaml").write_text("a: [1")
     with pytest.raises(params.ParamsError, match=r"params\.yaml"):
         params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("mode", ["scheduled", "learned"])
+def test_a_space_that_does_not_fit_the_other_params_matters_to_the_search_alone(mode):
+    found = params.validate(changed("bcosify.pretrained.b_mode", mode))
+    if mode == "scheduled":
+        params.check_space(found)
+    else:
+        with pytest.raises(params.ParamsError, match=r"^params: search.space: bcosify.pretrained: b: a learned B .*, not 1\.5"):
+            params.check_space(found)

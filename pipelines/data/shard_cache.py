@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipelines.data.manifest import Shard, ShardError
 from pipelines.data.patience import with_patience
 
 DOWNLOADS = 3  # of a shard that does not come as it should be
+ABANDONED = 3600.0  # seconds without a byte after which a copy that is not whole is nobody's any more
 
 
 def bring(root: str, shard: Shard) -> Path:
@@ -102,9 +104,9 @@ def make_room(folder: Path, size: int, limit: int) -> None:
             found = path.stat()
             files.append((found.st_mtime, found.st_size, path))
     total = size + sum(bytes_ for _, bytes_, _ in files)
-    for _, bytes_, path in sorted(files):
+    for used, bytes_, path in sorted(files):
         if total <= limit:
             return
-        if path.suffix == ".tar":
+        if path.suffix == ".tar" or used < time.time() - ABANDONED:
             path.unlink(missing_ok=True)
             total -= bytes_

@@ -82,7 +82,7 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
 def here(directory: str | Path) -> Iterator[Path]:
     """`directory`, or where that is a URL a temporary folder with the model that is there."""
     if not is_remote(directory):
-        yield Path(directory)
+        yield Path(str(directory).removeprefix("file://"))
         return
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         fetch(str(directory), Path(folder), (CONFIG, WEIGHTS))

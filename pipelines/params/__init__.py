@@ -28,7 +28,7 @@ from pipelines.params.methods import (
 )
 from pipelines.params.search import AshaParams, SearchedParams, SearchParams
 from pipelines.params.training import ModelParams, OptimiserParams, StorageParams, TrainingParams
-from pipelines.params.whole import Params, TrackingParams, leaves, load, param, replaced, validate
+from pipelines.params.whole import Params, TrackingParams, check_space, leaves, load, param, replaced, validate
 
 __all__ = [
     "AnnotatedParams",
@@ -63,6 +63,7 @@ __all__ = [
     "TrainingParams",
     "Voc2007Params",
     "WaterbirdsParams",
+    "check_space",
     "leaves",
     "load",
     "param",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +22,11 @@ def odd(value: int) -> int:
 
 
 class ParamsError(ValueError):
-    """A bad key, type or value in the params: one line that names it and what is allowed."""
+    """A bad key, type or value in the params: one line that names it and what is allowed; `keys` are those it is about."""
+
+    def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
 
 
 class Strict(BaseModel):

@@ -85,11 +85,26 @@ def validate(content: Any, source: str = "params") -> Params:
     Each value of the search space alone must be one that its param may have.
     """
     params = _validated(content, source)
+    check_space(params, f"{source}: search.space", together=False)
+    return params
+
+
+def check_space(params: Params, source: str = "params: search.space", together: bool = True) -> None:
+    """Raises `ParamsError` where a value of the search space is not one that its param may have.
+
+    Args:
+        params: whose space it is.
+        source: what the error begins with.
+        together: whether it must fit the other params as they are, too: that is for the search alone to ask.
+    """
     epochs = {f"{params.search.section}.epochs": params.search.epochs}
     for dimension in params.search.space:
         for value in dimension.extremes:
-            replaced(params, {**epochs, **dimension.when, dimension.key: value}, f"{source}: search.space")
-    return params
+            try:
+                replaced(params, {**epochs, **dimension.when, dimension.key: value}, source)
+            except ParamsError as error:
+                if together or dimension.key in error.keys:
+                    raise
 
 
 def replaced(params: Params, values: Mapping[str, Any], source: str = "params") -> Params:
@@ -106,7 +121,8 @@ def replaced(params: Params, values: Mapping[str, Any], source: str = "params") 
             group = group.get(name) if isinstance(group, dict) else None
         if not isinstance(group, dict) or last not in group:
             near = difflib.get_close_matches(last, group or (), n=3)
-            raise ParamsError(f"{source}: {key!r} is not in the params" + (f"; near it: {', '.join(near)}" if near else ""))
+            told = f"; near it: {', '.join(near)}" if near else ""
+            raise ParamsError(f"{source}: {key!r} is not in the params{told}", (key,))
         group[last] = value
     return _validated(content, source)
 
@@ -129,7 +145,7 @@ def _validated(content: Any, source: str) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         lines = {_key(item): _explain(source, item) for item in reversed(error.errors())}  # one a key
-        raise ParamsError("\n".join(reversed(lines.values()))) from None
+        raise ParamsError("\n".join(reversed(lines.values())), tuple(lines)) from None
 
 
 def _key(item: Any) -> str:

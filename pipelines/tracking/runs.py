@@ -20,6 +20,7 @@ from pipelines.tracking.sync import PARENT_TAG, log_metrics, sync
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
 LEAST_REST = 10.0  # seconds that a server which did not answer is left alone
+TRIALS = "trials"  # where in a run's directory the journals of its children are
 
 
 @contextmanager
@@ -74,12 +75,12 @@ def child_run(
         name: of the child.
         experiment: MLflow's experiment, that of `parent`.
         params: nested values.
-        directory: the persistent folder of this work alone.
+        directory: the persistent folder of this work alone; its last part names the journal among those of `parent`.
         history: records of epochs, see `StageRun.history`.
         metrics: further figures, logged at the last epoch.
         status: FINISHED, FAILED or KILLED.
     """
-    journal, records = Journal(_local(directory)), list(history)
+    journal, records = Journal(parent.directory / TRIALS / Path(directory).name), list(history)
     if not journal.exists or journal.head["status"] != status:
         journal.begin(name, experiment, flatten(params), {"stage": name, PARENT_TAG: parent.key, **version_tags()})
         for record in records:
@@ -149,7 +150,7 @@ class StageRun:
         for name in ("model.safetensors", "model.json"):
             self.artifact(Path(directory) / name, "model")
 
-    def dataset(self, manifest: Mapping[str, Any], *, name: str, context: str = "training") -> None:
+    def dataset(self, manifest: Mapping[str, Any], *, name: str, context: str) -> None:
         """Makes the data set of a shard `manifest` an input of the run; `context` says what for."""
         self._journal.add_dataset(describe_dataset(manifest, name=name, context=context))
 

@@ -72,14 +72,15 @@ def search(
     known = trials(directory)
     left = params.trials - sum(trial["status"] in SETTLED for trial in known)
     if left <= 0:
-        for trial in known:
+        found = [trial for trial in known if trial["status"] != "running"]  # enough without what a kill left half done
+        for trial in found:
             on_trial(trial)
     else:
         before = [trial["values"] for trial in known]
         queue = [*before, *(values for values in first if values not in before)][: max(params.trials, len(before))]
         with cluster(_together(params, training)):
             _tune(work, params, training, directory, queue, on_trial)
-    found = trials(directory)
+        found = trials(directory)
     for trial in found:
         if trial["status"] in SETTLED:
             checkpoints.remove(f"{folder(directory, trial['values'])}/checkpoints")

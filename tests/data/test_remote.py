@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(
     mixed = keys(shards, train=True, shuffle_buffer=COUNT)  # needs all shards at once: more than there is room for
     assert sorted(mixed) == sorted(keys(shards))
     assert sum(path.stat().st_size for path in own_shard_cache.iterdir()) <= 3.5 * size
+
+
+def test_what_a_killed_download_left_goes_when_there_is_no_room(
+    shards: str, own_shard_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = read_manifest(shards).shards("train")[0]
+    monkeypatch.setenv("SHARD_CACHE_GB", str(1.5 * shard.bytes / 1e9))
+    for name, age in (("old", 2 * shard_cache.ABANDONED), ("new", 0.0)):
+        path = own_shard_cache / f"{name}.partial"
+        path.write_bytes(bytes(shard.bytes // 4 if name == "new" else shard.bytes))
+        os.utime(path, (time.time() - age,) * 2)
+    shard_cache.bring(shards, shard)
+    assert {path.name for path in own_shard_cache.iterdir()} == {"new.partial", f"{shard.sha256}.tar"}
 
 
 def test_a_copy_that_comes_damaged_is_brought_again_and_one_that_stays_so_is_named(

@@ -44,7 +44,9 @@ class Server:
         if request.headers.get("If-Range") not in (None, self.etag):
             start = 0
         if start >= len(self.content):
-            request.send_error(416)
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(self.content)}")
+            request.end_headers()
             return
         request.send_response(206 if start else 200)
         if start:
@@ -95,7 +97,7 @@ def test_a_later_call_goes_on_where_an_earlier_one_was_stopped(server, tmp_path,
     assert server.ranges == [None, "bytes=300000-"]
 
 
-def _interrupt(_):
+def _interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -145,6 +147,16 @@ def test_a_part_longer_than_the_file_starts_anew(server, tmp_path):
     (tmp_path / "file.part.json").write_text(f'{{"url": "{server.url}", "version": "\\"one\\""}}')
     get(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_whole_part_that_was_not_checked_yet_is_not_downloaded_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.data.sources.download._digest_of", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        get(server, tmp_path / "file", digest=SHA256)
+    monkeypatch.undo()
+    get(server, tmp_path / "file", digest=SHA256)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.ranges == [None, f"bytes={len(CONTENT)}-"]
 
 
 def test_another_digest_is_refused_and_removed(server, tmp_path):

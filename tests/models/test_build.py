@@ -133,12 +133,13 @@ def test_a_saved_model_gives_the_same_logits(tmp_path, kind):
     assert torch.equal(loaded(images), model.eval()(images))
 
 
-def test_a_model_is_loaded_from_a_url(tmp_path):
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_model_is_loaded_from_a_url(tmp_path, protocol):
     spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
     model = assemble(spec).eval()
-    save(tmp_path, model, spec)
-    publish(tmp_path, "memory://models/a", ("model.json", "model.safetensors"))
-    loaded, of_loaded = load("memory://models/a")
+    save(tmp_path / "here", model, spec)
+    there = publish(tmp_path / "here", f"{protocol}://{tmp_path}/there", ("model.json", "model.safetensors"))
+    loaded, of_loaded = load(there)
     assert of_loaded == spec
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 

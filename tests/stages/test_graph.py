@@ -155,6 +155,18 @@ def test_another_stage_is_searched_by_its_own_metrics(project):
     project.run("dvc exp run -S recipe=smoke")
 
 
+def test_with_a_storage_the_shards_are_read_there(project, tmp_path):
+    settings = f"cp params.yaml {tmp_path}; sed -i 's|^  root: runs.*|  root: file://{tmp_path}/storage|' params.yaml"
+    project.run(f"{settings}; python -m stages.distill kd")
+    project.run(f"mkdir {tmp_path}/shards; mv data/shards/objects/*.tar {tmp_path}/shards; rm -r models/distill/kd")
+    project.run("python -m stages.distill kd; python -m stages.evaluate")  # a job on a cluster has no shards of its own
+    subset = project.read("models/distill/kd/subset.json")
+    assert subset["count"] == 60
+    project.run(
+        f"mv {tmp_path}/shards/*.tar data/shards/objects; cp {tmp_path}/params.yaml params.yaml; dvc exp run -S recipe=smoke"
+    )
+
+
 def test_plots_and_experiments_are_shown(project):
     project.run("dvc plots show --json")
     assert "recipe" in project.run("dvc exp show --csv").stdout

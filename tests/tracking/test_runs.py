@@ -34,7 +34,7 @@ def test_a_run_holds_params_tags_metrics_artifacts_and_data_set(client, manifest
     with open_run() as run:
         run.metrics({"test/accuracy": 0.75})
         run.pictures([project / "picture.png"])
-        run.dataset(manifest, name="objects")
+        run.dataset(manifest, name="objects", context="training")
     logged = client.get_run(run.run_id)
     assert logged.info.status == "FINISHED"
     assert logged.data.params["seed"] == "3"
@@ -114,7 +114,7 @@ def test_a_dead_server_costs_seconds_and_one_line_and_relog_logs_everything_once
             logger(record(epoch, epoch / 10))
         run.metrics({"test/accuracy": 0.75})
         run.pictures([project / "picture.png"])
-        run.dataset(manifest, name="objects")
+        run.dataset(manifest, name="objects", context="training")
     assert time.monotonic() - start < 60
     (line,) = capsys.readouterr().err.splitlines()
     assert "not reachable" in line
@@ -221,6 +221,21 @@ def test_artifacts_lie_beside_the_database_and_passwords_are_not_shown():
     assert artifact_location("sqlite:////a/b/mlflow.db") == "file:///a/b/mlartifacts"
     assert artifact_location("http://host") is None
     assert shown("https://user:secret@host:5000/x") == "https://host:5000/x"
+
+
+def test_children_of_a_run_at_a_url_are_logged_with_it_later(client, project, monkeypatch, dead_server):
+    place = "s3://bucket/runs/search/0123"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    with stage_run("search", experiment="demo", params=PARAMS, directory=place) as run:
+        child = {"params": {"lr": 0.1}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
+        runs.child_run(run, "trial", experiment="demo", directory=f"{place}/trials/abcd", **child)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert relog(["runs/search/0123"]) == 0
+    experiment = client.get_experiment_by_name("demo")
+    logged = {each.data.tags["stage"]: each for each in client.search_runs([experiment.experiment_id])}
+    assert logged.keys() == {"search", "trial"}
+    assert logged["trial"].data.tags["mlflow.parentRunId"] == logged["search"].info.run_id
+    assert history(client, logged["trial"].info.run_id) == [(1, 0.5)]
 
 
 def test_where_checkpoints_are_at_a_url_the_journal_is_here(client, project):

@@ -20,7 +20,7 @@ from pipelines.params import AshaParams, Params, SearchedParams, SearchParams, T
 from pipelines.training import TrainingError
 from pipelines.training.search import front, search
 from pipelines.training.suggest import define_by_run
-from pipelines.training.trials import Trial, as_it_is, draw, folder, trials
+from pipelines.training.trials import Trial, as_it_is, draw, folder, settle, start, trials
 
 SPACE = [
     SearchedParams(key="x.clip", choice=["agc", "norm"]),
@@ -118,6 +118,13 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(t
     assert Counter((tmp_path / "steps").read_text().splitlines()) == steps
     more = run(tmp_path, trials=5)
     assert more[:4] == after
+
+
+def test_with_enough_trials_those_that_a_kill_left_half_done_do_not_count(tmp_path: Path) -> None:
+    for number, status in enumerate(("finished", "running", "stopped")):
+        values = {"x.lr": 0.1 * number}
+        settle(folder(str(tmp_path), values), start(folder(str(tmp_path), values), values), status, {"val/accuracy": 0.5})
+    assert [trial["status"] for trial in run(tmp_path, trials=2)] == ["finished", "stopped"]
 
 
 def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(tmp_path: Path, ray_workers: None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import os
 import time
@@ -139,7 +140,9 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and offset:  # nothing lies beyond `offset`: what is there is not part of this file
+        if error.code == 416 and offset:  # nothing lies beyond `offset`: what is there is all of the file, or not part of it
+            if error.headers.get("Content-Range") == f"bytes */{offset}":
+                return _Stream(io.BytesIO(), offset, offset, version)
             return _open_http(url, 0, None)
         raise
     etag = response.headers.get("ETag", "")

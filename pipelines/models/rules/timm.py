@@ -533,12 +533,6 @@ class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
         return self.proj(attend(self, k, v, q, scale=self.scale).permute(0, 3, 1, 2).flatten(2))
 
 
-@register_conversion(layers.AttentionPoolLatent)
-def _attention_pool(module: nn.Module, context: Context) -> nn.Module:
-    _convert_children(module, ("proj", "proj_drop", "norm", "mlp"), context)
-    return context.recast(module, HeldAttentionPoolLatent)
-
-
 # attention that is overridden: what becomes of it, and which of its children are on the image's way (q, k, v are linear, up to
 # the norms between them)
 def _overridden(held: type[nn.Module], converted: tuple[str, ...]) -> Rule:
