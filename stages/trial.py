@@ -15,7 +15,7 @@ from pipelines.evaluation import evaluate
 from pipelines.params import EvaluateParams, Params, ParamsError, replaced
 from pipelines.training import Context, EpochRecord, Result, launch, train
 from stages import bcosify, distill, guide
-from stages.common import Task, save_best, shards_of
+from stages.common import Task, save_best, shards_for_all
 
 TASKS: dict[str, Callable[..., Task]] = {"bcosify": bcosify.task, "distill": distill.task, "guide": guide.task}
 
@@ -27,7 +27,7 @@ def task_of(params: Params, values: dict[str, Any]) -> Task:
     task = TASKS[stage](replaced(params, of_trials | values, "search.space"), *([which] if which else []))
     if params.search.shots is None:
         return task
-    return replace(task, subset=few_shot(shards_of(task.params.dataset), "train", params.search.shots, params.search.seed))
+    return replace(task, subset=few_shot(shards_for_all(task.params), "train", params.search.shots, params.search.seed))
 
 
 def check_metrics(params: Params, task: Task) -> None:
