@@ -9,7 +9,7 @@ from pathlib import Path
 from infra.project import SubmitError, git
 
 LIMIT = 100 * 2**20  # bytes; Ray's own is 500 MiB, all of it in the head's memory
-LEFT_OUT = {".git", ".venv", "data", "mlartifacts", "mlruns", "models", "reports", "runs"}
+LEFT_OUT = {".dvc", ".git", ".venv", "data", "mlartifacts", "mlruns", "models", "reports", "runs"}
 
 
 def pack(target: Path) -> int:

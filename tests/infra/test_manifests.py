@@ -1,4 +1,4 @@
-"""The manifests hold the fields that Kubernetes, KubeRay, Ray and compose document, and no secret."""
+"""The manifests are as Kubernetes' and Ray's schemas and the references of KubeRay and compose say, and hold no secret."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import ray
 import yaml
@@ -18,36 +19,19 @@ import yaml
 INFRA = Path(__file__).parents[2] / "infra"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
-# Fields by name: the kinds of KubeRay 1.6's API reference, those of a pod of Kubernetes' core/v1 that are used here. A type is
-# `str`, `int`, `bool`, `dict` (any strings), [type] or {field: type}.
-ENV = {"name": str, "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}}
-QUANTITIES = {"cpu": str, "memory": str, "nvidia.com/gpu": str}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "env": [ENV],
-    "envFrom": [{"secretRef": {"name": str}}],
-    "ports": [{"name": str, "containerPort": int}],
-    "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
-    "volumeMounts": [{"name": str, "mountPath": str}],
-}
-POD = {
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "containers": [CONTAINER],
-    "volumes": [{"name": str, "emptyDir": {"medium": str, "sizeLimit": str}}],
-    "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}],
-}
+KUBERNETES = "1.34"
+# Fields by name of KubeRay 1.6's API reference; pods are checked by Kubernetes' own schema. A type is `str`, `int`, `bool`, `dict`
+# (any strings), `object` (anything), [type] or {field: type}.
 CLUSTER = {
     "rayVersion": str,
     "enableInTreeAutoscaling": bool,
     "autoscalerOptions": {"version": str, "upscalingMode": str, "idleTimeoutSeconds": int},
     "authOptions": {"mode": str, "secretName": str},
-    "headGroupSpec": {"rayStartParams": dict, "template": {"spec": POD}},
+    "headGroupSpec": {"rayStartParams": dict, "template": object},
     "workerGroupSpecs": [
         {
             **{"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict},
-            "template": {"spec": POD},
+            "template": object,
         }
     ],
 }
@@ -96,6 +80,19 @@ def test_kuberay_has_these_fields(name: str) -> None:
     assert wrong(manifest, KINDS[manifest["kind"]]) == []
 
 
+def pods() -> list[Any]:
+    return [group["template"] for cluster in clusters() for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_kubernetes_own_schema_takes_the_pods_and_finds_what_is_wrong() -> None:
+    kind = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
+    for template in pods():
+        kubernetes_validate.validate({**kind, "template": template}, KUBERNETES, strict=True)
+        template["spec"]["containers"][0]["imagePolicy"] = "Always"
+        with pytest.raises(kubernetes_validate.ValidationError, match="imagePolicy"):
+            kubernetes_validate.validate({**kind, "template": template}, KUBERNETES, strict=True)
+
+
 def test_the_check_of_fields_finds_what_is_wrong() -> None:
     manifest = read("raycluster.yaml")
     manifest["spec"]["workerGroupSpecs"][0]["minReplica"] = 0
@@ -128,6 +125,11 @@ def test_the_cache_of_shards_fits_its_volume() -> None:
         size = next(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "cache")
         assert env["SHARD_CACHE"] == "/cache"
         assert float(env["SHARD_CACHE_GB"]) * 1e9 < int(size.removesuffix("Gi")) * 2**30
+
+
+def test_cuda_of_the_image_is_that_of_the_lock() -> None:
+    (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\d+)\.", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (INFRA.parent / "requirements.lock").read_text(), re.MULTILINE) == [base]
 
 
 def test_ray_is_that_of_the_lock() -> None:
