@@ -52,6 +52,7 @@ from pipelines.params import DataParams, EvaluateParams
 from pipelines.training.distributed import Context, gather, to_device
 
 Batch = dict[str, Any]
+OWN = {"method": "bcos"}  # what explains a B-cos network, in `Subject.explanations`
 BOX_SIZES = {"small": (0.0, 0.1), "medium": (0.1, 0.3), "large": (0.3, 1.0)}  # share of the image: above, up to
 
 
@@ -88,11 +89,12 @@ def evaluate(
     params: EvaluateParams,
     split: str = "test",
     teacher: str | None = None,
+    guided: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
 
     Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
-    latter of the class that the teacher predicts.
+    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
@@ -101,7 +103,7 @@ def evaluate(
     Raises:
         DataError: nothing to evaluate.
     """
-    subjects = {name: load_subject(path, params.posthoc, context.device) for name, path in directories.items()}
+    subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
     batches = partial(split_batches, shards, split, data, params.batch_size)
     accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}
     scores = {name: _Scores(subject, context.device) for name, subject in subjects.items()}
@@ -149,16 +151,19 @@ def evaluate_and_judge(
     return found, predictions.right(list(directories)[-1])
 
 
-def load_subject(directory: str, posthoc: Iterable[str], device: torch.device) -> Subject:
-    """The model in `directory` with its own explanation (B-cos) or the methods `posthoc` (conventional)."""
+def load_subject(
+    directory: str, posthoc: Iterable[str], device: torch.device, guided: Mapping[str, Any] | None = None
+) -> Subject:
+    """The model in `directory` with its own explanation (B-cos) or the methods `posthoc` (conventional), and `guided`."""
     model, spec = models.load(directory)
     model.to(device).requires_grad_(False)
-    if spec.kind == "bcos":
-        return Subject(model, spec, {"bcos": {"method": "bcos"}})
-    explanations: dict[str, dict[str, Any]] = {method: {"method": method} for method in posthoc}
-    if "gradcam" in explanations:
-        probe = torch.zeros(1, 6, spec.image_size, spec.image_size, device=device)
-        explanations["gradcam"]["layer"] = last_features(model, probe)
+    methods = ["bcos"] if spec.kind == "bcos" else posthoc
+    explanations: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
+    if guided is not None and (guided["layer"] is not None or guided["method"] not in explanations):
+        explanations["guided"] = {key: value for key, value in guided.items() if value is not None}
+    for options in explanations.values():
+        if options["method"] == "gradcam" and "layer" not in options:
+            options["layer"] = last_features(model, torch.zeros(1, 6, spec.image_size, spec.image_size, device=device))
     return Subject(model, spec, explanations)
 
 
@@ -175,33 +180,35 @@ class _Scores:
         images, present = add_inverse(batch["image"]), _present(batch, len(self.subject.spec.classes))
         rows, targets = present.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
-        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else None
-        by_box = None if boxes is None else box_masks(boxes, targets, size)
-        by_object = None if boxes is None or "mask" not in batch else object_masks(batch["mask"][rows], boxes, targets)
+        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else []
+        boxed = torch.tensor([bool((each[:, 0] == target).any()) for each, target in zip(boxes, targets, strict=bool(boxes))])
+        by_box = box_masks(boxes, targets, size) if boxes else None
+        by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
         for name, options in self.subject.explanations.items():
             logits, maps, *sums = explain_pairs(partial(self._explain, options), images, present)
             for key, each in zip(self._completeness(options), sums, strict=True):
                 bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
                 self._metric(name, key).update(logits[rows, targets], bias, each)
             if by_box is not None:
-                self._add_boxes(name, maps, by_box)
-            if by_object is not None:
-                shown = by_object.flatten(1).any(1)
-                self._add(name, "on_object_epg", energy_pointing_game(maps, by_object)[shown], without_energy(maps)[shown])
+                self._add_boxes(name, maps, by_box, boxed.to(maps.device))
+                if by_object is not None:
+                    shown, epg = by_object.flatten(1).any(1), energy_pointing_game(maps, by_object)
+                    self._add_by_size(name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown)
         return logits
 
     def compute(self, context: Context) -> dict[str, dict[str, float]]:
         """For each explanation the means over all workers, and how many pairs were undefined; by size of the boxes too.
 
-        `pairs_without_box` counts pairs of an image and a class that has no box there, or none that covers a pixel.
+        `pairs_without_box` counts pairs of an image and a class that has no box there, `pairs_with_empty_boxes` those of which no
+        box covers a pixel.
         """
         found: dict[str, dict[str, float]] = {}
         for name, metrics in self.metrics.items():
             found[name] = {}
             for key in sorted(set().union(*gather(list(metrics), context))):  # a worker may have had no image
                 value = self._metric(name, key).compute()
-                if key == "located":
-                    found[name]["pairs_without_box"] = int(value["undefined"])
+                if key in ("pairs_without_box", "pairs_with_empty_boxes"):
+                    found[name][key] = int(value["undefined"])
                 elif isinstance(value, dict):
                     found[name] |= {key: float(value["mean"]), f"{key}_undefined": int(value["undefined"])}
                     if key.startswith("epg"):
@@ -213,7 +220,7 @@ class _Scores:
     def _explain(self, options: dict[str, Any], images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, K), maps (n, T, H, W), and for each of `_completeness` the sum over its map's pixels (n, T)."""
         model = self.subject.model
-        if self.subject.spec.kind == "bcos":
+        if options == OWN:
             logits, weights_NTCHW = dynamic_weights(model, images, targets)
             maps = (images[:, None] * weights_NTCHW).sum(2)
             baseline = (model.mean[:, None, None] * weights_NTCHW).double().sum((2, 3, 4))  # type: ignore[index]
@@ -223,26 +230,32 @@ class _Scores:
         return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(options))
 
     def _completeness(self, options: dict[str, Any]) -> tuple[str, ...]:
-        """What is measured of how the map sums to the logit; of GradCAM, whose unit is another, nothing."""
-        if self.subject.spec.kind == "bcos":
+        """What is measured of how the map sums to the logit; of GradCAM, whose unit is another, and of layers nothing."""
+        if options == OWN:
             return ("unexplained_share_as_published", "unexplained_share")
-        return () if options["method"] == "gradcam" else ("unexplained_share",)
+        return () if options["method"] == "gradcam" or "layer" in options else ("unexplained_share",)
 
-    def _add_boxes(self, name: str, maps: Tensor, masks: Tensor) -> None:
-        """Scores of maps (P, H, W) against boxes, overall and by the share of the image that the boxes of a pair cover."""
+    def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
+        """Scores of maps (P, H, W) against the boxes of the pairs that are `boxed` (P,): of those that cover a pixel."""
         shares = area_share(masks)
         located = shares > 0
-        self._add(name, "located", located.float(), ~located)
-        epg, without, iou = energy_pointing_game(maps, masks), without_energy(maps), attribution_iou(maps, masks)
-        empty = without_union(maps, masks)
-        self._add(name, "epg", epg[located], without[located])
-        self._add(name, "size_corrected_epg", size_corrected(epg, shares)[located], without[located])
-        self._add(name, "iou", iou[located], empty[located])
+        self._add(name, "pairs_without_box", boxed.float(), ~boxed)
+        self._add(name, "pairs_with_empty_boxes", located.float(), boxed & ~located)
+        epg, without = energy_pointing_game(maps, masks), without_energy(maps)
+        for key, values, undefined in (
+            ("epg", epg, without),
+            ("size_corrected_epg", size_corrected(epg, shares), without | (shares == 1)),
+            ("iou", attribution_iou(maps, masks), without_union(maps, masks)),
+        ):
+            self._add_by_size(name, key, values, undefined, shares, located)
+
+    def _add_by_size(self, name: str, key: str, values: Tensor, undefined: Tensor, shares: Tensor, chosen: Tensor) -> None:
+        """Adds a score (P,) of the pairs that are `chosen`, and of those of each of BOX_SIZES."""
+        self._add(name, key, values[chosen], undefined[chosen])
         for size, (least, most) in BOX_SIZES.items():
-            chosen = located & (shares > least) & (shares <= most)
-            if chosen.any():
-                self._add(name, f"epg_{size}", epg[chosen], without[chosen])
-                self._add(name, f"iou_{size}", iou[chosen], empty[chosen])
+            of_size = chosen & (shares > least) & (shares <= most)
+            if of_size.any():
+                self._add(name, f"{key}_{size}", values[of_size], undefined[of_size])
 
     def _add(self, name: str, key: str, values: Tensor, undefined: Tensor) -> None:
         self._metric(name, key).update(values, undefined)

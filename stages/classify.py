@@ -4,8 +4,9 @@ from functools import partial
 from pathlib import Path
 
 from pipelines.data.manifest import read_manifest
-from pipelines.methods import build_classifier, classifier_spec
+from pipelines.methods import build_classifier, check_guidable, classifier_spec
 from stages.common import Task, model_for_all, shards_of, stage, train_stage
+from stages.guide import check_boxes
 
 
 def main() -> None:
@@ -15,6 +16,8 @@ def main() -> None:
         manifest = read_manifest(shards_of(params.dataset))
         spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
         build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
+        check_boxes(shards_of(params.dataset))  # what `guide` needs: now, not after this training
+        check_guidable(build().module, spec, params.guide.guided)
         train_stage(Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,)))
 
 

@@ -116,6 +116,22 @@ def spec_of(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
     )
 
 
+def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
+    """The student of the params, for the classes of the data, or where that has no labels for those of the teacher."""
+    student = params.distill.student
+    return ModelSpec(
+        name=student.name,
+        classes=tuple(manifest.classes) if manifest.labelled else teacher.classes,
+        image_size=params.data.image_size,
+        kind=student.kind,
+        task=manifest.task if manifest.labelled else teacher.task,  # type: ignore[arg-type]
+        mean=student.mean,
+        std=student.std,
+        options=student.options,
+        design=student.design(),
+    )
+
+
 def located(model: ModelParams) -> ModelParams:
     """`model` with a local weights file by its absolute path, as workers may run elsewhere, and its sha256."""
     if not Path(model.weights).is_file():

@@ -4,14 +4,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.few_shot import few_shot
-from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.few_shot import few_shot, held_out
+from pipelines.data.manifest import read_manifest
 from pipelines.data.stored import check_origin
 from pipelines.methods import build_e2kd, check_pair
-from pipelines.models import ModelSpec, read_spec
+from pipelines.models import read_spec
 from pipelines.params import Params
 from stages import explain
-from stages.common import Task, located, model_for_all, shards_for_all, shards_of, stage, train_stage
+from stages.common import Task, located, model_for_all, shards_for_all, shards_of, stage, student_spec, train_stage
 
 
 def task(params: Params, name: str) -> Task:
@@ -21,7 +21,10 @@ def task(params: Params, name: str) -> Task:
     manifest, of_teacher = read_manifest(shards), read_spec(teacher)
     spec = student_spec(params, manifest, of_teacher)
     check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
-    shots, frozen = params.distill.shots, optim.explanations == "frozen"
+    shots, frozen, subset, notes = params.distill.shots, optim.explanations == "frozen", None, {}
+    if shots is not None:
+        subset = few_shot(shards_for_all(params), "train", shots, params.distill.shots_seed)
+        notes = {"validation.json": held_out(shards_for_all(params))}
     if frozen:
         check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
     student = located(params.distill.student)
@@ -33,8 +36,9 @@ def task(params: Params, name: str) -> Task:
         spec=spec,
         upstream=(teacher,),
         model=params.distill.student,
-        subset=None if shots is None else few_shot(shards_for_all(params), "train", shots, params.distill.shots_seed),
+        subset=subset,
         explanations=str(explain.OUT) if frozen else None,
+        notes=notes,
     )
 
 
@@ -42,22 +46,6 @@ def main(name: str) -> None:
     """Trains it."""
     with stage() as params:
         train_stage(task(params, name))
-
-
-def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
-    """The student of the params, for the classes of the data, or where that has no labels for those of the teacher."""
-    student = params.distill.student
-    return ModelSpec(
-        name=student.name,
-        classes=tuple(manifest.classes) if manifest.labelled else teacher.classes,
-        image_size=params.data.image_size,
-        kind=student.kind,
-        task=manifest.task if manifest.labelled else teacher.task,  # type: ignore[arg-type]
-        mean=student.mean,
-        std=student.std,
-        options=student.options,
-        design=student.design(),
-    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ OUT = REPORTS / "evaluate_guidance"
 
 
 def main() -> None:
-    """Evaluates both on the splits of the params; pictures are of the last one."""
+    """Evaluates both on the splits of the params, also by the attribution that was guided; pictures are of the last split."""
     with stage() as whole:
         params, directories = whole.for_guide(), in_models({"unguided": "classify", "guided": "guide"})
         shards = shards_for_all(params)
@@ -21,12 +21,13 @@ def main() -> None:
             "training": params.training.model_copy(update={"workers": params.evaluate.workers}),
             "storage": params.storage.root,
         }
-        settings = (params.data, params.evaluate, params.guide.splits)
+        guided = {"method": params.guide.guided.attribution, "layer": params.guide.guided.layer}
+        settings = (params.data, params.evaluate, params.guide.splits, guided)
         both = tuple(directories.values())
         with stage_run(params, "evaluate_guidance", *settings, upstream=both, context="evaluation") as (run, _):
             models = models_for_all(params, directories)
             judge = partial(launch, evaluate_and_judge, models, shards, params.data, params.evaluate, **where)
-            found = {split: judge(split) for split in params.guide.splits}
+            found = {split: judge(split, None, guided) for split in params.guide.splits}
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))

@@ -6,12 +6,15 @@ from pathlib import Path
 import fsspec
 
 from pipelines.data.few_shot import few_shot
+from pipelines.data.manifest import read_manifest
 from pipelines.data.publish import fetch
 from pipelines.data.stored import INDEX, Origin, read_index
 from pipelines.explanations import origin_of, store_explanations
+from pipelines.methods import check_pair
+from pipelines.models import read_spec
 from pipelines.params import Params
 from pipelines.training import launch
-from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage
+from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
 
 OUT = Path("data/explanations").absolute()
 
@@ -23,6 +26,8 @@ def main() -> None:
         if not any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):
             (OUT / "none.txt").write_text("no run of distill.runs has frozen explanations\n")
             return
+        of_teacher = read_spec("models/teacher")
+        check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), of_teacher), of_teacher, explained=True)
         shards, teacher, shots = shards_for_all(params), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
         of_all = (model_for_all(params, Path(teacher)), shards, params.data, origin(params, teacher))

@@ -8,13 +8,16 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines import models
+from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data import sources
 from pipelines.data.loader import loader
 from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
 from pipelines.evaluation import (
+    BOX_SIZES,
     Subject,
+    _Scores,
     evaluate,
     evaluate_and_judge,
     examples_by_key,
@@ -23,6 +26,7 @@ from pipelines.evaluation import (
     split_batches,
 )
 from pipelines.gallery import draw_gallery
+from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams, ScenesParams
 from pipelines.training import Context
@@ -164,7 +168,43 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     assert {"f1", "precision", "recall"} <= set(found["models"]["bcos"])
     assert "grids" not in found
     assert len(right) == 12
+    own = found["models"]["bcos"]["explanations"]["bcos"]
+    assert (own["pairs_without_box"], own["pairs_with_empty_boxes"]) == (0, 0)
+    sizes = [size for size in BOX_SIZES if f"pairs_{size}" in own]
+    assert sum(own[f"pairs_{size}"] for size in sizes) == own["pairs"]
+    for key in ("epg", "on_object_epg", "size_corrected_epg", "iou"):  # the parts make up the whole
+        whole = sum(own[f"{key}_{size}"] * own[f"pairs_{size}"] for size in sizes) / own["pairs"]
+        assert own[key] == pytest.approx(whole)
+        assert own[f"{key}_undefined"] == sum(own[f"{key}_{size}_undefined"] for size in sizes)
     assert draw_gallery(tmp_path / "pictures", directories, right, str(tmp_path / "shards"), DATA, PARAMS)
+
+
+def test_what_was_guided_is_evaluated_too(trained, shards):
+    layer = {"method": "bcos", "layer": "body.layer2"}
+    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
+    assert list(found["explanations"]) == ["bcos", "guided"]
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    model, _ = models.load(trained["bcos"])
+    maps = attribute(model, add_inverse(batch["image"]), batch["label"], **layer)
+    expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
+    assert found["explanations"]["guided"]["epg"] == pytest.approx(expected.item(), abs=1e-5)
+    for same in ({"method": "bcos", "layer": None}, {"method": "gradcam", "layer": None}):
+        posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[0]["models"]["model"]
+        assert ("guided" in posthoc["explanations"]) == (same["method"] == "bcos")
+
+
+def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
+    spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
+    scores = _Scores(Subject(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[0], masks[1, :4] = True, True
+    scores.metrics["map"] = {}
+    scores._add_boxes("map", torch.ones(4, 8, 8), masks, boxed=torch.tensor([True, True, True, False]))
+    found = scores.compute(Context())["map"]
+    assert (found["pairs_without_box"], found["pairs_with_empty_boxes"], found["pairs"]) == (1, 1, 2)
+    assert (found["epg"], found["epg_undefined"]) == (0.75, 0)
+    assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (0.0, 1)  # nothing is left of a whole image
+    assert (found["pairs_large"], found["epg_large"]) == (2, 0.75)
 
 
 def test_examples_are_found_by_key_with_their_exact_pixels(shards):

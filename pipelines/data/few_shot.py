@@ -1,4 +1,4 @@
-"""A few images of each class, drawn by a seed: those to train on, or those whose boxes are used."""
+"""A few images of each class, drawn by a seed: those to train on, or those whose boxes are used; and those held out."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
             raise DataError(f"shots: {shots} images a class are asked for; class {name!r} has {len(of_class)} in {split}")
         chosen |= {number: key for _, number, key in sorted(of_class)[:shots]}
     return Subset(split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen)))
+
+
+def held_out(root: str, split: str = "val") -> dict[str, Any]:
+    """What a report says of the images that choices are made on: how many there are, and their keys."""
+    keys = [key for key, _ in _described(root, split)]
+    return {"split": split, "count": len(keys), "keys": keys}
 
 
 def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[str, ...]:

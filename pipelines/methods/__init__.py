@@ -3,7 +3,14 @@
 from pipelines.methods.base import Batch, Classification, Method
 from pipelines.methods.bcosification import Bcosification, build_bcosification
 from pipelines.methods.e2kd import E2KD, build_e2kd, check_pair
-from pipelines.methods.guidance import Guidance, ObjectClassification, build_classifier, build_guidance, classifier_spec
+from pipelines.methods.guidance import (
+    Guidance,
+    ObjectClassification,
+    build_classifier,
+    build_guidance,
+    check_guidable,
+    classifier_spec,
+)
 from pipelines.methods.pretrain import Pretrain, build_pretrain
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "build_e2kd",
     "build_guidance",
     "build_pretrain",
+    "check_guidable",
     "check_pair",
     "classifier_spec",
 ]

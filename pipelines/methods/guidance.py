@@ -172,23 +172,33 @@ def build_guidance(classifier: str | Path, params: GuidanceParams, annotated: It
         annotated: keys of the training images whose boxes are used; none: all of them.
 
     Raises:
+        ModelError, ConversionError: see `check_guidable`.
+    """
+    module, spec = models.load(classifier)
+    method = Guidance(module, spec.task, len(spec.classes), params, annotated)
+    method.attribution = check_guidable(module, spec, params)
+    return method
+
+
+def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -> dict[str, Any]:
+    """The attribution of `params` for the model that `spec` describes: keyword arguments of `explain`.
+
+    Raises:
         ModelError: the attribution is not of this kind of model, or there is no such layer (the nearest names are given).
         ConversionError: a B-cos network has a part that explanation mode would not hold.
     """
-    module, spec = models.load(classifier)
     if spec.kind == "conventional" and params.attribution == "bcos":
         raise ModelError(
             "guide.guided.attribution: a conventional network has no dynamic weights: choose input_x_gradient, "
             "integrated_gradients or gradcam"
         )
-    method = Guidance(module, spec.task, len(spec.classes), params, annotated)
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":
         check_held(module, probe)
-    if params.attribution == "gradcam" and params.layer is None:
-        method.attribution["layer"] = last_features(module, probe)
+    layer = last_features(module, probe) if params.attribution == "gradcam" and params.layer is None else params.layer
+    attribution: dict[str, Any] = {"method": params.attribution, "layer": layer}
     try:
-        explain_one(module, probe, torch.zeros(2, dtype=torch.long), **method.attribution)
+        explain_one(module, probe, torch.zeros(2, dtype=torch.long), **attribution)
     except ValueError as error:
         raise ModelError(f"guide.guided.layer: {error}") from None
-    return method
+    return attribution

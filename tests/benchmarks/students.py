@@ -35,8 +35,7 @@ from pipelines.metrics import agreement
 from pipelines.metrics.agreement import explanation_similarity
 from pipelines.params import DistillationParams, Params, load
 from pipelines.training import Context, Job, run_directory, train
-from stages.common import shards_of
-from stages.distill import student_spec
+from stages.common import shards_of, student_spec
 
 RESULTS = Path("reports/students.jsonl")
 FIGURES = (

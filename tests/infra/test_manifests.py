@@ -20,8 +20,8 @@ INFRA = Path(__file__).parents[2] / "infra"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
 KUBERNETES = "1.34"
-# Fields by name of KubeRay 1.6's API reference; pods are checked by Kubernetes' own schema. A type is `str`, `int`, `bool`, `dict`
-# (any strings), `object` (anything), [type] or {field: type}.
+# Fields by name of KubeRay 1.6's API reference; pods are checked by Kubernetes' own schema. A type is `str`, `int`, `bool`,
+# `dict` (any strings), `object` (anything), [type] or {field: type}.
 CLUSTER = {
     "rayVersion": str,
     "enableInTreeAutoscaling": bool,

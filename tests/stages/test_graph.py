@@ -41,6 +41,8 @@ def test_students_are_evaluated_beside_their_teacher(project):
         assert {"worst_group_accuracy", "accuracy"} <= set(found[run])
         subset = project.read(f"models/distill/{run}/subset.json")
         assert subset["count"] == len(set(subset["keys"])) == 60
+        held_out = project.read(f"models/distill/{run}/validation.json")
+        assert held_out["count"] == len(set(held_out["keys"]) - set(subset["keys"])) == 48
         assert models.read_spec(project.folder / f"models/distill/{run}").kind == "bcos"
     assert list((project.folder / "reports/evaluate/student_pictures").glob("*.png"))
 
