@@ -6,12 +6,15 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+from rich.console import Console
+
 from pipelines import tracking
 from pipelines.params import Params, check_space, leaves
 from pipelines.pictures import draw_front
 from pipelines.training.search import front, search
 from pipelines.training.trials import Trial, as_it_is, folder
 from stages.common import COMPUTATION, REPORTS, Task, code_digest, stage, stage_run, write_json
+from stages.summary import searched
 from stages.trial import check_metrics, run_trial, task_of
 
 OUT = REPORTS / "search"
@@ -47,6 +50,7 @@ def main() -> None:
             write_json(OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **highest})
             points = {row["trial"]: [row["metrics"][name] for name in names] for row in rows if row["status"] == "finished"}
             draw_front(OUT / "front.png", points, best, names)
+            Console(highlight=False).print(searched(params.search.metrics, [rows[number] for number in best]))
             run.metrics(highest)
             for name in ("trials.json", "front.json", "front.png"):
                 run.artifact(OUT / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +33,7 @@ def main() -> None:
     console.print(followers(students["models"]))
     for split, found in guidance.items():
         console.print(guided(split, found["models"]))
-    console.print(searched(best))
+    console.print(searched(load().search.metrics, best))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
@@ -66,10 +67,9 @@ def guided(split: str, models: dict[str, Any]) -> Table:
     return table
 
 
-def searched(best: list[dict[str, Any]]) -> Table:
+def searched(names: Sequence[str], best: Sequence[dict[str, Any]]) -> Table:
     """The trials that no other beats, with what was drawn for them; `stages.search_apply` makes experiments of them."""
     keys = dict.fromkeys(key for row in best for key in row["values"])
-    names = load().search.metrics
     table = Table("trial on the front", *names, *(key.rpartition(".")[2] for key in keys))
     for row in best:
         values = (row["values"].get(key, "") for key in keys)

@@ -38,7 +38,8 @@ class Storage:
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-        self.port, self.share, self.requests, self.refused = free_port(), 0.0, 0, 0
+        self.port, self.share, self.requests, self.refused, self.outages = free_port(), 0.0, 0, 0, 0
+        self.leave_at: tuple[str, str, float] | None = None  # method and part of the path of a request, seconds
         self.url = f"http://127.0.0.1:{self.port}"
         self._app = DomainDispatcherApplication(create_backend_app)
         self._chance = random.Random(0)
@@ -60,6 +61,9 @@ class Storage:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Answers a request, or refuses it."""
         self.requests += 1
+        if self.leave_at and environ["REQUEST_METHOD"] == self.leave_at[0] and self.leave_at[1] in environ["PATH_INFO"]:
+            threading.Thread(target=self.away, args=[self.leave_at[2]]).start()
+            self.leave_at = None
         if self._chance.random() < self.share:
             self.refused += 1
             start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
@@ -71,6 +75,7 @@ class Storage:
         self.__exit__()
         time.sleep(seconds)
         self.__enter__()
+        self.outages += 1
 
 
 @contextmanager

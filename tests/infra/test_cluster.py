@@ -81,16 +81,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def bcosified(cluster: Cluster) -> str:
-    """What was said while both stages ran, with every fifth request to the storage refused and then the storage away."""
+    """What was said while both stages ran, with every fifth request to the storage refused, and the storage away in training."""
     said = []
     cluster.storage.share = 0.2
-    for arguments in (("pretrain", "--workers", "1"), ("bcosify@pretrained",)):
-        outage = threading.Timer(25, cluster.storage.away, [20])
-        outage.start()
-        done = cluster.submit(*arguments, "--storage", STORAGE)
-        outage.cancel()
-        outage.join()
+    at = {
+        "pretrain": ("GET", "/train-", 20),
+        "bcosify@pretrained": ("PUT", "/checkpoints/", 20),
+    }  # shards are on the machine then
+    for number, (stage, leave_at) in enumerate(at.items(), start=1):
+        cluster.storage.leave_at = leave_at
+        done = cluster.submit(stage, "--workers", "1", "--storage", STORAGE)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert cluster.storage.outages == number
         said.append(done.stdout)
     cluster.storage.share = 0.0
     return "\n".join(said)
