@@ -1,7 +1,7 @@
 """`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit`.
 
 PLACE/order.json    the stages to run and what they need
-PLACE/outputs/...   what they made
+PLACE/outputs/...   what they made and tracked
 PLACE/result.json   written last: name, bytes and sha256 of each output
 """
 
@@ -51,7 +51,8 @@ def main(place: str) -> int:
         if status := subprocess.call(stage["command"], shell=True, env=os.environ | order["environment"]):
             return status
     try:
-        deliver(place, [path for stage in order["stages"] for path in stage["outputs"]])
+        tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
+        deliver(place, [*(path for stage in order["stages"] for path in stage["outputs"]), *tracked])
     except (OSError, DataError) as error:
         sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
     return 0

@@ -37,6 +37,8 @@ from pipelines.data.sample import DataError
 from pipelines.data.stored import INDEX
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import Params, ParamsError
+from pipelines.tracking import relog
+from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
 from pipelines.training.launch import RAY_ENVIRONMENT
 
@@ -315,10 +317,21 @@ def take(place: str) -> int:
         for stage in submitted:
             for output in stage.outputs:
                 replace(Path(folder, output), Path(output))
+        tracked = [path.parent.relative_to(folder) for path in Path(folder).glob("runs/**/tracking/run.json")]
+        for path in tracked:
+            replace(folder / path, path)
+            track(path.parent)
     for stage in submitted:
         project.commit(stage.name)
         print(f"{stage.name}: {', '.join(stage.outputs)} brought and recorded in dvc.lock")
     return 0
+
+
+def track(directory: Path) -> None:
+    """Logs a run of a job that no server has, but one in the job's own directory."""
+    head = Journal(directory).head
+    if not head["logged"] or head["tracking_uri"].startswith(("sqlite:", "file:")):
+        relog.main([str(directory)])
 
 
 def replace(source: Path, target: Path) -> None:

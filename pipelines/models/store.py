@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
 def here(directory: str | Path) -> Iterator[Path]:
     """`directory`, or where that is a URL a temporary folder with the model that is there."""
     if not is_remote(directory):
-        yield Path(str(directory).removeprefix("file://"))
+        yield Path(fsspec.core.strip_protocol(directory) if "://" in str(directory) else directory)
         return
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         fetch(str(directory), Path(folder), (CONFIG, WEIGHTS))

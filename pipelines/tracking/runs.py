@@ -269,6 +269,4 @@ def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) ->
 def _local(directory: str | Path) -> Path:
     """`directory`, or for a URL the folder `runs/<stage>/<hash>` here: the journal needs no storage but this machine's."""
     text = str(directory)
-    if "://" in text and not text.startswith("file://"):
-        return project_root() / "runs" / "/".join(text.rstrip("/").split("/")[-2:])
-    return Path(text.removeprefix("file://")).absolute()
+    return project_root() / "runs" / "/".join(text.rstrip("/").split("/")[-2:]) if "://" in text else Path(text).absolute()

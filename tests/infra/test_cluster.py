@@ -84,10 +84,7 @@ def bcosified(cluster: Cluster) -> str:
     """What was said while both stages ran, with every fifth request to the storage refused, and the storage away in training."""
     said = []
     cluster.storage.share = 0.2
-    at = {
-        "pretrain": ("GET", "/train-", 20),
-        "bcosify@pretrained": ("PUT", "/checkpoints/", 20),
-    }  # shards are on the machine then
+    at = {"pretrain": ("GET", "/train-", 20), "bcosify@pretrained": ("PUT", "/checkpoints/", 20)}  # the second has shards here
     for number, (stage, leave_at) in enumerate(at.items(), start=1):
         cluster.storage.leave_at = leave_at
         done = cluster.submit(stage, "--workers", "1", "--storage", STORAGE)

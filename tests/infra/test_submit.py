@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from scratch import Project
 
 from infra import package, submit
@@ -21,7 +22,17 @@ from pipelines.training import TrainingError, cluster
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git repository with code, data, models and an environment."""
     monkeypatch.chdir(tmp_path)
-    for name in ("pipelines/a.py", "data/b.tar", "models/c/model.json", ".venv/d", "runs/e", "notes/f.txt", "g.py", ".gitignore"):
+    for name in (
+        "pipelines/a.py",
+        "data/b.tar",
+        "models/c/model.json",
+        ".dvc/config",
+        ".venv/d",
+        "runs/e",
+        "notes/f.txt",
+        "g.py",
+        ".gitignore",
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("ignored\n")
     Path("ignored").write_text("x")
@@ -103,12 +114,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Project, tmp_path: Path) -> None:
-    storage = f"file://{tmp_path}/storage"
+    storage = f"local://{tmp_path}/storage"
     said = project.run(f"python -m infra.submit pretrain --prepare --workers 1 --storage {storage}").stdout
     place = said.split("prepared: ")[1].strip()
     assert "no result.json" in project.run(f"python -m infra.submit --take {place}", check=False).stderr
     elsewhere = tmp_path / "elsewhere"
-    shutil.unpack_archive(f"{place.removeprefix('file://')}/code.zip", elsewhere)
+    shutil.unpack_archive(f"{place.removeprefix('local://')}/code.zip", elsewhere)
     assert not (elsewhere / "code/data").exists()
     env = project.environment | {"PYTHONPATH": str(elsewhere / "code")}
     job = [sys.executable, "-m", "infra.job", place]
@@ -126,3 +137,7 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Proj
     assert "brought and recorded" in project.run(f"python -m infra.submit --take {place}").stdout
     assert "up to date" in project.run("python -m dvc status pretrain").stdout
     assert project.read("reports/pretrain/metrics.json")["epoch"] >= 1
+    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")  # where the job had no server, it is tracked here
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "pretrain")
+    assert [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]

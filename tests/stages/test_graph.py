@@ -1,6 +1,7 @@
 """The whole graph at toy size, as a user runs it: `dvc exp run`, `dvc repro`, `dvc metrics show`, the registry."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -56,6 +57,14 @@ def test_a_teacher_is_taken_from_the_registry(project):
     assert "Traceback" not in done.stdout + done.stderr
     assert "nobody" in done.stdout + done.stderr
     project.run("git checkout -q params.yaml dvc.lock; dvc exp run -S recipe=smoke")
+
+
+def test_a_teacher_from_elsewhere_waits_for_nothing_that_is_trained_here(project):
+    project.run("cp params.yaml before.yaml; sed -i 's|^  after: .*|  after: pyproject.toml|' params.yaml")
+    waits_for = set(re.findall(r"[a-z0-9@]+", project.run("dvc dag distill@e2kd; dvc dag guide").stdout))
+    assert {"teacher", "shard@objects", "backbone", "shard@scenes"} <= waits_for
+    assert not waits_for & {"pretrain", "bcosify@pretrained"}
+    project.run("mv before.yaml params.yaml")
 
 
 def test_frozen_explanations_are_stored_once_and_learned_from(project):
