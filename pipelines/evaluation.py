@@ -21,6 +21,7 @@ from pipelines import models
 from pipelines.attribution import Explainer, attribute_many, explain, explain_pairs, explainers, last_features
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loader import NO_GROUP, loader
+from pipelines.data.manifest import read_manifest
 from pipelines.data.sample import DataError
 from pipelines.data.transforms import eval_transform
 from pipelines.metrics import (
@@ -103,6 +104,8 @@ def evaluate(
     Raises:
         DataError: nothing to evaluate.
     """
+    if not read_manifest(shards).labelled:
+        raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
     subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
     batches = partial(split_batches, shards, split, data, params.batch_size)
     accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}

@@ -103,7 +103,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def spec_of(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
-    """The spec of a model of this run's architecture for this run's data."""
+    """The spec of a model of this run's architecture for this run's data; raises `DataError` where that has no classes."""
+    if not manifest.labelled:
+        raise DataError(f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)")
     return ModelSpec(
         name=params.model.name,
         classes=tuple(manifest.classes),

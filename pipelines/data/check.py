@@ -47,6 +47,8 @@ def _check_labels(sample: Sample, description: Description) -> None:
             if sample.caption is None:
                 raise DataError(f"{sample.key}: no caption; task caption needs one")
             labels = ()
+        case "unlabelled":
+            labels = ()
     for label in labels:
         if not 0 <= label < classes:
             raise DataError(f"{sample.key}: label {label} is out of range; there are {classes} classes, 0 to {classes - 1}")

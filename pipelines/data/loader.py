@@ -345,7 +345,7 @@ def _known(raw: RawSample, manifest: Manifest, classes: int) -> dict[str, Any]:
                 labels = [known["label"]]
             case "multilabel":
                 labels = known["labels"]
-            case "caption":
+            case "caption" | "unlabelled":
                 labels = []
         for label in labels:
             if not 0 <= label < classes:

@@ -36,7 +36,7 @@ class Manifest:
 
     Attributes:
         classes: names, in the order of their labels.
-        task: `multiclass`, `multilabel` or `caption`.
+        task: `multiclass`, `multilabel`, `caption` or `unlabelled`.
         source: where the data set is from.
         checksum: sha256 of what it was made of.
         splits: the shards of each split, in order.
@@ -63,7 +63,7 @@ class Manifest:
     @property
     def labelled(self) -> bool:
         """Whether samples have classes."""
-        return self.task != "caption"
+        return self.task in ("multiclass", "multilabel")
 
     @property
     def digest(self) -> str:

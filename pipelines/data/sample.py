@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["multiclass", "multilabel", "caption"]
+Task = Literal["multiclass", "multilabel", "caption", "unlabelled"]
 Box = tuple[int, float, float, float, float]
 
 

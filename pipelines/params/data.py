@@ -48,6 +48,7 @@ class ImageFolderParams(DatasetParams):
     root: str
     sha256: Sha256 | None = None
     splits: dict[Literal["train", "val", "test"], str] = {}  # our split -> its folder; by default the same name
+    labelled: bool = True  # false: images anywhere below the folder of a split, without classes; for students of a teacher
 
 
 class Cifar10Params(DatasetParams):

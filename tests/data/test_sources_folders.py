@@ -361,3 +361,22 @@ def test_training_images_come_in_shuffled_order_so_that_shards_mix_the_classes(t
     assert sorted(labels) == [0] * 20 + [1] * 20
     assert 5 <= sum(labels[:20]) <= 15
     assert source.index(tmp_path / "raw", "train") == source.index(tmp_path / "raw", "train")
+
+
+def test_images_without_labels_lie_anywhere_below_their_split(tmp_path):
+    for number, name in enumerate(("train/a.png", "train/b/c.png", "train/b/a.png", "train/d e.png", "test/x.png")):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+    params = ImageFolderParams(source="imagefolder", root=str(tmp_path / "photos"), labelled=False, val_count=1)
+    source, raw = fetched(params, tmp_path)
+    description = source.describe(raw)
+    assert (description.task, description.classes) == ("unlabelled", ())
+    assert description.counts == {"train": 3, "val": 1, "test": 1}
+    split = samples(params, tmp_path)
+    found = [*split["train"], *split["val"]]
+    assert {sample.key for sample in found} == {"a", "b_c", "b_a", "d_e"}
+    assert all(sample.label is None for sample in found)
+    empty = params.model_copy(update={"splits": {"train": "nothing"}})
+    with pytest.raises(DataError, match=r"no images in nothing/"):
+        fetched(empty, tmp_path / "other")

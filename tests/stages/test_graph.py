@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from scratch import Project
 
 from pipelines import models
@@ -65,6 +68,27 @@ def test_a_teacher_from_elsewhere_waits_for_nothing_that_is_trained_here(project
     assert {"teacher", "shard@objects", "backbone", "shard@scenes"} <= waits_for
     assert not waits_for & {"pretrain", "bcosify@pretrained"}
     project.run("mv before.yaml params.yaml")
+
+
+def test_students_learn_from_images_without_labels(project, tmp_path):
+    for number in range(40):
+        path = tmp_path / f"images/{'train' if number < 32 else 'val'}/{number % 3}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    shutil.copytree(project.folder / "models/bcosify/pretrained", tmp_path / "teacher")
+    data = f"-S dataset=imagefolder -S datasets.imagefolder.root={tmp_path}/images -S datasets.imagefolder.labelled=false"
+    shape = "-S data.image_size=32 -S data.eval_resize=32 -S data.augment=flip -S distill.shots=null"
+    teacher = f"-S distill.teacher={tmp_path}/teacher -S distill.after={tmp_path}/teacher"
+    command = f"dvc exp run -S recipe=smoke {data} {shape} {teacher}"
+    done = project.run(f"{command} distill@e2kd", check=False)
+    assert "no metric 'val/accuracy'; there are val/agreement" in done.stdout + done.stderr
+    ran = project.run(f"{command} -S distill.e2kd.select=val/agreement distill@e2kd").stdout
+    assert "stages.pretrain" not in ran
+    assert 0 <= project.read("reports/distill/e2kd/metrics.json")["val/agreement"] <= 1
+    done = project.run(f"{command} pretrain", check=False)
+    assert "dataset: imagefolder has no labels" in done.stdout + done.stderr
+    project.run("git checkout -q params.yaml; dvc exp run -S recipe=smoke")
 
 
 def test_frozen_explanations_are_stored_once_and_learned_from(project):

@@ -1,9 +1,9 @@
-"""`imagefolder`: `split/class/file` in a folder, tar, tar.gz or zip, on this machine or at any fsspec URL."""
+"""`imagefolder`: `split/class/file` in a folder, tar, tar.gz or zip, on this machine or at any fsspec URL; unlabelled too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.data.sample import DataError, Description, Sample
@@ -46,7 +46,8 @@ class ImageFolder(StoredImages):
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
         folders = {split: params.splits.get(split, split) for split in ("train", "val", "test")}
-        leave(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)
+        leave_some = leave if params.labelled else leave_unlabelled
+        leave_some(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)
 
 
 def leave(
@@ -73,14 +74,32 @@ def leave(
             raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {', '.join(top[:10]) or 'nothing'}")
     classes = _class_names(found, source, folders)
     refs = {split: images.references(contents, found.get(split, {}), classes) for split in ("train", "val", "test")}
+    _write(refs, raw, params, Description(classes, "multiclass", source, checksum, {}))
+
+
+def leave_unlabelled(
+    contents: Contents, folders: Mapping[str, str], raw: Path, params: DatasetParams, *, source: str, checksum: str
+) -> None:
+    """`leave` of images anywhere below the folders of their splits, without classes; `test` may be missing.
+
+    Raises:
+        DataError: `train` is missing or empty.
+    """
+    refs = {split: images.unlabelled(contents, folder) for split, folder in folders.items()}
+    if not refs["train"]:
+        raise DataError(f"{source}: no images in {folders['train']}/")
+    _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}))
+
+
+def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description) -> None:
+    """Holds validation images out of `train` where there are none, and writes indexes and manifest."""
     if refs["train"] and not refs["val"]:
         if params.val_count is None:
-            raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train")
+            raise DataError(f"{description.source}: has no validation images: set val_count, how many to hold out of train")
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
         listing.write_index(raw, split, listed)
-    counts = {split: len(listed) for split, listed in refs.items()}
-    listing.write_manifest(raw, Description(classes, "multiclass", source, checksum, counts))
+    listing.write_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
 
 
 def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str, str]) -> tuple[str, ...]:

@@ -75,6 +75,16 @@ def references(contents: Contents, images: Mapping[str, Iterable[str]], classes:
     return refs
 
 
+def unlabelled(contents: Contents, folder: str) -> list[Ref]:
+    """A reference for each image anywhere below `folder`, in the order of their paths."""
+    prefix = posixpath.normpath(folder) + "/"
+    below = [name for name in archive.visible(sorted(contents.files)) if name.startswith(prefix)]
+    paths = [name for name in below if posixpath.splitext(name)[1].lower() in {*_KEPT, *_ENCODED_ANEW}]
+    keys = unique_keys({path: posixpath.splitext(path.removeprefix(prefix))[0] for path in paths})
+    members = [(path, contents.files[path]) for path in paths]
+    return [Ref(keys[path], member.place, member.offset, member.size, None, path) for path, member in members]
+
+
 def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
     """Keys of images by their path, after the names wanted for them: safe in file names, and told apart by their path."""
     safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
