@@ -24,6 +24,7 @@ class Context:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
+    preempted: Callable[[], bool] | None = None  # whether a node of the workers is about to be taken away; on all ranks
 
 
 def cpu_count() -> int:

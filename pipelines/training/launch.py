@@ -38,6 +38,7 @@ RAY_ENVIRONMENT = {
 # Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
 # as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.
 _START_TIMEOUT, _FIXED_WAIT, _ELASTIC_WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300", "30"
+_WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
@@ -116,6 +117,7 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
         "call": cloudpickle.dumps((fn, args)),  # opened by the workers alone: Ray's controller need not import it
         "failure": f"{storage}/{name}",
         "gpus": gpus,
+        "watch": os.environ.get(_WATCH) != "0",
     }
     trainer = TorchTrainer(
         _work,
@@ -177,7 +179,13 @@ def _work(config: dict[str, Any]) -> Any:
     if checkpoints.read_json(config["failure"], "failure.json") is not None:
         return None
     device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
-    here = Context(context.get_world_rank(), context.get_world_size(), device, ray.train.report)
+    here = Context(
+        context.get_world_rank(),
+        context.get_world_size(),
+        device,
+        report=ray.train.report,
+        preempted=(lambda: ray.train.get_preemption_info() is not None) if config["watch"] else None,
+    )
     try:
         fn, args = cloudpickle.loads(config["call"])
         return fn(here, *args)
@@ -263,7 +271,7 @@ def _start_local(training: TrainingParams) -> None:
 
     # There is no preemption here to watch for. Without a dashboard one of Ray Train's helpers warns each second: all of
     # Ray's processes keep to errors, and this process's own logging is left as it was.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault(_WATCH, "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)

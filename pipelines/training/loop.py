@@ -72,6 +72,7 @@ class Run:
     history: list[EpochRecord] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     first_bad: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))  # step of the first bad loss
+    preempted: bool = False  # whether a node of the workers is about to be taken away
 
 
 def fit(context: Context, job: Job) -> list[EpochRecord]:
@@ -162,7 +163,8 @@ def train_epoch(run: Run) -> dict[str, float]:
                 stop_if_bad(run)
             if run.step % job.training.log_every == 0:
                 progress.note(float(loss), images / (time.monotonic() - began))
-            if run.step % job.training.checkpoint_every == 0 and run.batches < run.steps_per_epoch:
+            due = run.step % job.training.checkpoint_every == 0 or first_notice(run)
+            if due and run.batches < run.steps_per_epoch:
                 save(run)
     stop_if_bad(run)
     seconds = time.monotonic() - began
@@ -193,6 +195,14 @@ def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             return
         yield batch
         states = rng_states(cpu)
+
+
+def first_notice(run: Run) -> bool:
+    """Whether a node's preemption is noticed now: a checkpoint is due, and training goes on. Asked every `log_every` steps."""
+    if run.context.preempted is None or run.preempted or run.step % run.job.training.log_every:
+        return False
+    run.preempted = run.context.preempted()
+    return run.preempted
 
 
 def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:

@@ -11,7 +11,7 @@ import torch
 from toy import ToyMethod, accident, identical, toy_job, weights
 
 from pipelines.params import OptimiserParams
-from pipelines.training import EpochRecord, TrainingError, checkpoints, train
+from pipelines.training import Context, EpochRecord, TrainingError, checkpoints, loop, train
 from pipelines.training.job import best_record, is_finished
 
 
@@ -51,6 +51,19 @@ def test_the_last_k_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     assert identical(best.state_dict(), checkpoints.load(job.directory, 12)["model"])
     assert identical(last.state_dict(), checkpoints.load(job.directory, 30)["model"])
     assert not identical(best.state_dict(), last.state_dict())
+
+
+def test_a_notice_of_preemption_is_one_more_checkpoint_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, asked, save = [], [], loop.save
+    monkeypatch.setattr(loop, "save", lambda run: (saved.append(run.step), save(run)))
+    job = toy_job(tmp_path / "run", epochs=2, checkpoint_every=100, log_every=2)
+    context = Context(preempted=lambda: asked.append(1) or len(asked) == 2)
+    history = loop.fit(context, job)
+    assert [row["step"] for row in history] == [6, 12]
+    assert saved == [4, 6, 12]  # asked after steps 2 and 4, and not again; epochs end with one
+    assert len(asked) == 2
 
 
 def scripted(values: Any) -> Any:
