@@ -191,14 +191,20 @@ def test_another_stage_is_searched_by_its_own_metrics(project):
 
 
 def test_with_a_storage_the_shards_are_read_there(project, tmp_path):
-    settings = f"cp params.yaml {tmp_path}; sed -i 's|^  root: runs.*|  root: file://{tmp_path}/storage|' params.yaml"
-    project.run(f"{settings}; python -m stages.distill kd")
-    project.run(f"mkdir {tmp_path}/shards; mv data/shards/objects/*.tar {tmp_path}/shards; rm -r models/distill/kd")
-    project.run("python -m stages.distill kd; python -m stages.evaluate")  # a job on a cluster has no shards of its own
+    settings = f"cp params.yaml {tmp_path} && sed -i 's|^  root: runs.*|  root: file://{tmp_path}/storage|' params.yaml"
+    project.run(f"{settings} && python -m stages.distill kd")
+    project.run(f"mkdir {tmp_path}/shards && mv data/shards/objects/*.tar {tmp_path}/shards && rm -r models/distill/kd")
+    project.run("python -m stages.distill kd && python -m stages.evaluate")  # a job on a cluster has no shards of its own
     subset = project.read("models/distill/kd/subset.json")
     assert subset["count"] == 60
+    frozen = "p['distill']['e2kd']['explanations'] = 'frozen'"
+    change = f"import yaml; p = yaml.safe_load(open('params.yaml')); {frozen}; yaml.safe_dump(p, open('params.yaml', 'w'))"
+    project.run(f'python -c "{change}" && python -m stages.explain && python -m stages.distill e2kd')
+    assert project.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
+    assert not list(tmp_path.glob("storage/stored/*"))  # moved here, and published by their content for the students
+    assert list(tmp_path.glob("storage/explanations/*/explanations.json"))
     project.run(
-        f"mv {tmp_path}/shards/*.tar data/shards/objects; cp {tmp_path}/params.yaml params.yaml; dvc exp run -S recipe=smoke"
+        f"mv {tmp_path}/shards/*.tar data/shards/objects && cp {tmp_path}/params.yaml params.yaml && dvc exp run -S recipe=smoke"
     )
 
 
