@@ -19,6 +19,8 @@ from pipelines.data.publish import fetch, publish
 from pipelines.data.sample import DataError
 from pipelines.training import checkpoints
 
+PLACE = "SUBMITTED_PLACE"  # tells a stage that it is a job's, and of which
+
 
 class Input(TypedDict):
     """Files `names` at `url` that the stages need in `folder`."""
@@ -39,16 +41,13 @@ class Order(TypedDict):
 def main(place: str) -> int:
     """Brings the inputs, runs the stages, puts their outputs to `place`; returns the exit status of the first that failed."""
     try:
-        order: Order | None = checkpoints.read_json(place, "order.json")
-        if order is None:
-            sys.exit(f"{place}: no order.json: nothing was submitted there")
-        for item in order["inputs"]:
-            fetch(item["url"], Path(item["folder"]), item["names"])
+        order = bring(place, Path())
     except OSError as error:
         sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
+    told = os.environ | order["environment"] | {PLACE: place}
     for stage in order["stages"]:
         print(f"stage {stage['name']}: {stage['command']}", flush=True)
-        if status := subprocess.call(stage["command"], shell=True, env=os.environ | order["environment"]):
+        if status := subprocess.call(stage["command"], shell=True, env=told):
             return status
     try:
         tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
@@ -56,6 +55,16 @@ def main(place: str) -> int:
     except (OSError, DataError) as error:
         sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
     return 0
+
+
+def bring(place: str, folder: Path) -> Order:
+    """Leaves the inputs of the job at `place` in a folder, as stages find them in their working directory; returns its order."""
+    order: Order | None = checkpoints.read_json(place, "order.json")
+    if order is None:
+        sys.exit(f"{place}: no order.json: nothing was submitted there")
+    for item in order["inputs"]:
+        fetch(item["url"], folder / item["folder"], item["names"])
+    return order
 
 
 def deliver(place: str, outputs: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PARAMS = Path("params.yaml")
 DATA = ("data", "models")  # folders of what stages make and later ones need
 TRAINS = "training.workers"  # a stage with this param runs on workers
+ALSO = ("explain", "search")  # and these
 
 
 class SubmitError(RuntimeError):
@@ -101,8 +102,7 @@ def stages(name: str) -> list[Stage]:
         trained = [
             stage
             for stage in repo.index.stages
-            if any(isinstance(dep, ParamsDependency) and TRAINS in dep.params for dep in stage.deps)
-            or stage.addressing == "explain"
+            if any(isinstance(dep, ParamsDependency) and TRAINS in dep.params for dep in stage.deps) or stage.addressing in ALSO
         ]
         try:
             found = list(repo.stage.collect(name))

@@ -170,7 +170,7 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
     storage = (options.storage or params.storage.root).rstrip("/")
     chosen = project.stages(options.stage)
-    check_workers(client, params, gpus)
+    check_workers(client, least_workers(options.stage, params), gpus)
     job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
     place = f"{storage}/jobs/{job}"
     check_storage(storage, place)
@@ -185,7 +185,10 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
         shutil.make_archive(str(code), "zip", folder, "code")
         publish(folder, place, [CODE])
     print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
-    inputs = [put(path, storage) for path in sorted({path for stage in chosen for path in stage.inputs})]
+    needed = {path for stage in chosen for path in stage.inputs}
+    if options.stage == "search":  # of `guide` too
+        needed |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
+    inputs = [put(path, storage) for path in sorted(needed)]
     told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
     order: Order = {
         "stages": [asdict(stage) for stage in chosen],
@@ -196,11 +199,18 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
 
 
-def check_workers(client: JobSubmissionClient | None, params: Params, gpus: float) -> None:
-    """Raises `SubmitError` where the stage would not run on workers, or the cluster never has the GPUs for them."""
+def least_workers(stage: str, params: Params) -> int:
+    """How many workers a stage has at the least; raises `SubmitError` where it would not run on any."""
+    if stage == "search":
+        return params.search.concurrency * max(1, params.search.workers)
     least = params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
     if least == 0:
         raise SubmitError("training.workers is 0, the stage's own process: say --workers N")
+    return least
+
+
+def check_workers(client: JobSubmissionClient | None, least: int, gpus: float) -> None:
+    """Raises `SubmitError` where the cluster never has the GPUs for so many workers."""
     if client is None:
         return
     nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")["result"]["result"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from infra.job import PLACE
 from pipelines import tracking
 from pipelines.params import Params, check_space, leaves
 from pipelines.pictures import draw_front
@@ -35,7 +37,7 @@ def main() -> None:
         with stage_run(task.params, "search", *settings(params, task), upstream=task.upstream) as (run, directory):
             first = as_it_is(params)
             found = search(
-                partial(run_trial, params),
+                partial(run_trial, params, os.environ.get(PLACE)),
                 params.search,
                 params.training,
                 directory,

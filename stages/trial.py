@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from infra.job import bring
 from pipelines.data.few_shot import few_shot
 from pipelines.data.manifest import read_manifest
 from pipelines.evaluation import evaluate
@@ -44,9 +47,19 @@ def check_metrics(params: Params, task: Task) -> None:
 
 
 def run_trial(
-    params: Params, values: dict[str, Any], directory: str, on_epoch: Callable[[EpochRecord], None], sharing: int
+    params: Params,
+    place: str | None,
+    values: dict[str, Any],
+    directory: str,
+    on_epoch: Callable[[EpochRecord], None],
+    sharing: int,
 ) -> dict[str, float]:
-    """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.training.search.Work`."""
+    """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.training.search.Work`.
+
+    `place` is that of a submitted search: its trials may be on nodes that have the code alone.
+    """
+    if place is not None and not Path("data").is_dir():
+        os.chdir(inputs_of(place).name)
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
@@ -59,6 +72,14 @@ def run_trial(
         )
         found |= {name: judged.get(name, 0.0) for name in missing}  # none where no image is classified well enough for a grid
     return found
+
+
+@cache
+def inputs_of(place: str) -> TemporaryDirectory[str]:
+    """A folder of this process with what the stages of a submitted job need."""
+    folder = TemporaryDirectory(prefix="inputs-")
+    bring(place, Path(folder.name))
+    return folder
 
 
 def judge(context: Context, task: Task, shards: str, result: Result, params: EvaluateParams) -> dict[str, float]:

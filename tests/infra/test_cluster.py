@@ -191,6 +191,17 @@ def test_bad_input_is_one_line(cluster: Cluster, arguments: list[str], env: dict
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_search_runs_there_too_and_its_front_comes_back(cluster: Cluster, bcosified: str) -> None:
+    project = cluster.project
+    project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+    project.run("python -m dvc repro -q explain classify")  # what any search may depend on
+    done = cluster.submit("search", "recipe=smoke", "search.trials=2", "--storage", STORAGE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [row["status"] for row in project.read("reports/search/trials.json")] == ["finished", "finished"]
+    assert "up to date" in project.run("python -m dvc status search").stdout
+    assert len(s3fs.S3FileSystem(skip_instance_cache=True).glob("bcos/here/search/*/trials/*/trial.json")) == 2
+
+
 def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
     done = cluster.submit("pretrain", "recipe=smoke", "pretrain.select=val/nothing", "--workers", "1", "--storage", STORAGE)
     assert done.returncode == 1

@@ -14,8 +14,11 @@ from scratch import Project
 
 from infra import package, submit
 from infra.project import SubmitError
+from pipelines.data.manifest import MANIFEST
+from pipelines.data.publish import publish
 from pipelines.params import TrainingParams
-from pipelines.training import TrainingError, cluster
+from pipelines.training import TrainingError, checkpoints, cluster
+from stages import trial
 
 
 @pytest.fixture
@@ -101,6 +104,22 @@ def test_no_secret_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = submit.sent()
     assert sent["AWS_ENDPOINT_URL"] == "http://storage:9000"
     assert "secret" not in str(sent)
+
+
+def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/manifest.json").write_text("{}")
+    item = {"folder": "data/shards/a", "url": publish(tmp_path / "here", "memory://shards/a", [MANIFEST]), "names": [MANIFEST]}
+    checkpoints.write_json("memory://jobs/a", "order.json", {"stages": [], "inputs": [item], "environment": {}})
+    monkeypatch.chdir(tmp_path)
+    seen: list[Path] = []
+    monkeypatch.setattr(trial, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            trial.run_trial(None, "memory://jobs/a", {}, "", print, 1)  # type: ignore[arg-type]
+    assert seen[0] == seen[1]
+    assert seen[0].read_text() == "{}"
+    assert not seen[0].is_relative_to(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
