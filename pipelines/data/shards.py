@@ -166,6 +166,8 @@ def staged(root: str, name: str) -> Iterator[Path]:
     filesystem, folder = fsspec.url_to_fs(root)
     local = isinstance(filesystem, LocalFileSystem)
     with _naming_the_disk(f"{root}/{name}"):
+        if local:
+            os.makedirs(folder, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder if local else None)
         os.close(descriptor)
         path = Path(temporary)
