@@ -64,6 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             **project.environment,
             **mine,
             "OMP_NUM_THREADS": "1",
+            "SHARD_CACHE": str(folder / "shards"),  # empty: workers bring each shard
         }
         database = stack.enter_context(servers.Postgres(env, folder))
         mlflow = stack.enter_context(servers.mlflow_server(database.url, "s3://bcos/mlflow", env, folder))
