@@ -4,7 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.few_shot import few_shot, held_out
+from pipelines.data.few_shot import few_shot, validation_images
 from pipelines.data.manifest import read_manifest
 from pipelines.data.stored import check_origin
 from pipelines.methods import build_e2kd, check_pair
@@ -23,8 +23,9 @@ def task(params: Params, name: str) -> Task:
     check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
     shots, frozen, subset, notes = params.distill.shots, optim.explanations == "frozen", None, {}
     if shots is not None:
-        subset = few_shot(shards_for_all(params), "train", shots, params.distill.shots_seed)
-        notes = {"validation.json": held_out(shards_for_all(params))}
+        readable = shards_for_all(params)
+        subset = few_shot(readable, "train", shots, params.distill.shots_seed)
+        notes = {"validation.json": validation_images(readable)}
     if frozen:
         check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
     student = located(params.distill.student)

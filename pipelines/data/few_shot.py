@@ -60,8 +60,11 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
     return Subset(split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen)))
 
 
-def held_out(root: str, split: str = "val") -> dict[str, Any]:
-    """What a report says of the images that choices are made on: how many there are, and their keys."""
+def validation_images(root: str, split: str = "val") -> dict[str, Any]:
+    """What a report says of the images that choices are made on: how many there are, and their keys.
+
+    `root` is that of shards: a folder or any fsspec URL.
+    """
     keys = [key for key, _ in _described(root, split)]
     return {"split": split, "count": len(keys), "keys": keys}
 
