@@ -1,8 +1,8 @@
 """`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit`.
 
 PLACE/order.json    the stages to run and what they need
-PLACE/outputs/...   what they made and tracked
-PLACE/result.json   written last: name, bytes and sha256 of each output
+PLACE/outputs/ID    what they made and tracked, a folder for each try
+PLACE/result.json   written last: which of these folders, and name, bytes and sha256 of each output
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -70,8 +71,8 @@ def bring(place: str, folder: Path) -> Order:
 def deliver(place: str, outputs: Iterable[str]) -> None:
     """Puts files and folders of the working directory to `place`."""
     files = [path.as_posix() for output in outputs for path in files_in(Path(output))]
-    publish(".", f"{place}/outputs", files)
-    checkpoints.write_json(place, "result.json", [described(Path(name)) for name in files])
+    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", files)
+    checkpoints.write_json(place, "result.json", {"outputs": url, "files": [described(Path(name)) for name in files]})
 
 
 def files_in(path: Path) -> list[Path]:

@@ -40,7 +40,7 @@ from pipelines.params import Params, ParamsError
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
-from pipelines.training.launch import RAY_ENVIRONMENT
+from pipelines.training.launch import RAY_ENVIRONMENT, scaled
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -223,10 +223,9 @@ def check_workers(client: JobSubmissionClient | None, least: int, gpus: float) -
 
 
 def autoscales(client: JobSubmissionClient) -> bool:
-    """Whether the cluster may get more nodes by itself. One started by hand has a type of its own for each node."""
+    """Whether the cluster may get more nodes by itself."""
     status = ask(client, "/api/cluster_status")["clusterStatus"]
-    types = {} if status is None else status["autoscalerReport"].get("nodeTypeMapping") or {}
-    return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
+    return scaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
 
 
 def ask(client: JobSubmissionClient, path: str) -> Any:
@@ -320,10 +319,10 @@ def take(place: str) -> int:
         if [now.state for now in project.stages(stage.name)] != [stage.state]:
             raise SubmitError(f"{stage.name}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
     with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
-        fetch(f"{place}/outputs", Path(folder), [item["name"] for item in result])
-        for item in result:
+        fetch(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
+        for item in result["files"]:
             if described(Path(folder, item["name"])) | {"name": item["name"]} != item:
-                raise SubmitError(f"{place}/outputs/{item['name']}: not what the job wrote")
+                raise SubmitError(f"{result['outputs']}/{item['name']}: not what the job wrote")
         for stage in submitted:
             for output in stage.outputs:
                 replace(Path(folder, output), Path(output))

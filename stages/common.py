@@ -25,9 +25,10 @@ from pipelines.data.stored import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
-from pipelines.training import Job, Result, TrainingError, run_directory, train
+from pipelines.training import Job, Result, TrainingError, checkpoints, run_directory, train
 
 REPORTS = Path("reports")
+UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the run that goes on with them
 FOR_THE_USER = (
     ParamsError,
     DataError,
@@ -160,15 +161,21 @@ def stage_run(
     manifest = read_manifest(shards)
     origin = (manifest.digest, code_digest(), *(models.digest(path) for path in upstream))
     directory = run_directory(params.storage.root, name, params.dataset, *settings, *origin)
+    outlives = "://" in directory  # the journal is on this machine, and may be lost with it
     with tracking.stage_run(
         name,
         experiment=params.tracking.experiment,
         params=params.model_dump(mode="json"),
         directory=directory,
         inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
+        key=checkpoints.read_json(directory, UNFINISHED) if outlives else None,
     ) as run:
+        if outlives:
+            checkpoints.write_json(directory, UNFINISHED, run.key)
         run.dataset(manifest.to_json(), name=params.dataset, context=context)
         yield run, directory
+    if outlives:
+        checkpoints.write_json(directory, UNFINISHED, None)
 
 
 @dataclass(frozen=True)

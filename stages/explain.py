@@ -3,8 +3,6 @@
 import uuid
 from pathlib import Path
 
-import fsspec
-
 from pipelines.data.few_shot import few_shot
 from pipelines.data.manifest import read_manifest
 from pipelines.data.publish import fetch
@@ -13,7 +11,7 @@ from pipelines.explanations import origin_of, store_explanations
 from pipelines.methods import check_pair
 from pipelines.models import read_spec
 from pipelines.params import Params
-from pipelines.training import launch
+from pipelines.training import checkpoints, launch
 from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
 
 OUT = Path("data/explanations").absolute()
@@ -42,8 +40,7 @@ def main() -> None:
 def take(url: str, folder: Path) -> None:
     """Moves the stored explanations at a URL to a folder here."""
     fetch(url, folder, (*(shard["name"] for shard in read_index(url)["shards"]), INDEX))
-    filesystem, root = fsspec.url_to_fs(url)
-    filesystem.rm(root, recursive=True)
+    checkpoints.remove(url)
 
 
 def origin(params: Params, teacher: str) -> Origin:

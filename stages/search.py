@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from infra.job import PLACE
+from infra.job import PLACE, Order
+from infra.submit import put
 from pipelines import tracking
 from pipelines.params import Params, check_space, leaves
 from pipelines.pictures import draw_front
+from pipelines.training import checkpoints
 from pipelines.training.search import front, search
 from pipelines.training.trials import Trial, as_it_is, folder
-from stages.common import COMPUTATION, REPORTS, Task, code_digest, stage, stage_run, write_json
+from stages import explain
+from stages.common import COMPUTATION, REPORTS, Task, code_digest, seen_by_all, stage, stage_run, write_json
 from stages.summary import searched
 from stages.trial import check_metrics, run_trial, task_of
 
@@ -37,7 +42,7 @@ def main() -> None:
         with stage_run(task.params, "search", *settings(params, task), upstream=task.upstream) as (run, directory):
             first = as_it_is(params)
             found = search(
-                partial(run_trial, params, os.environ.get(PLACE)),
+                partial(run_trial, params, place_of_inputs(params, task)),
                 params.search,
                 params.training,
                 directory,
@@ -56,6 +61,24 @@ def main() -> None:
             run.metrics(highest)
             for name in ("trials.json", "front.json", "front.png"):
                 run.artifact(OUT / name)
+
+
+def place_of_inputs(params: Params, task: Task) -> str | None:
+    """Where trials on other nodes find what the stages before made: a job's place, or for a cluster at RAY_ADDRESS one made here.
+
+    Without any, trials read it in this working directory.
+    """
+    place = os.environ.get(PLACE)
+    if place is not None or not os.environ.get("RAY_ADDRESS") or not seen_by_all(params):
+        return place
+    storage = params.storage.root.rstrip("/")
+    made = [Path("data/shards", task.params.dataset), *map(Path, task.upstream), explain.OUT]
+    folders = sorted({os.path.relpath(path) for path in made if path.is_dir()})
+    inputs = [item for folder in folders if (item := put(folder, storage))["names"]]
+    order: Order = {"stages": [], "inputs": inputs, "environment": {}}
+    place = f"{storage}/jobs/search-{uuid.uuid4().hex[:8]}"
+    checkpoints.write_json(place, "order.json", order)
+    return place
 
 
 def settings(params: Params, task: Task) -> tuple[Any, ...]:

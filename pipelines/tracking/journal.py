@@ -37,10 +37,12 @@ class Journal:
         """Whether something was tracked here."""
         return (self.root / "run.json").is_file()
 
-    def begin(self, stage: str, experiment: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def begin(
+        self, stage: str, experiment: str, params: Mapping[str, str], tags: Mapping[str, str], key: str | None = None
+    ) -> None:
         """Opens the journal of an execution: of the unfinished one found here, which then goes on, or of a new one.
 
-        The params of one that goes on stay those it started with; its tags become `tags`.
+        The params of one that goes on stay those it started with; its tags become `tags`. `key` names one that began elsewhere.
         """
         if self.exists and self.head["status"] != "FINISHED":
             self.update(status="RUNNING", tags={**self.head["tags"], **tags}, warned=False, ended=None)
@@ -48,7 +50,7 @@ class Journal:
         if self.root.exists():
             shutil.rmtree(self.root)
         self.root.mkdir(parents=True)
-        head = {"key": secrets.token_hex(8), "stage": stage, "experiment": experiment, "started": now(), "ended": None}
+        head = {"key": key or secrets.token_hex(8), "stage": stage, "experiment": experiment, "started": now(), "ended": None}
         head |= {
             "status": "RUNNING",
             "logged": False,

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipelines.tracking.journal import Journal
-from pipelines.tracking.runs import TRIALS, log
+from pipelines.tracking.runs import children, log
 from pipelines.tracking.server import tracking_uri
 
 
@@ -26,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{directory}: nothing was tracked here (no tracking/run.json)", file=sys.stderr)
             failed += 1
             continue
-        trials = [Journal(path) for path in sorted(Path(directory).glob(f"{TRIALS}/*"))]
-        for each in (journal, *(trial for trial in trials if trial.exists)):
+        for each in (journal, *children(directory)):
             each.update(warned=False)
             failed += log(each, tracking_uri()) is None
     return failed

@@ -31,6 +31,7 @@ def stage_run(
     params: Mapping[str, Any],
     directory: str | Path,
     inputs: Mapping[str, str] | None = None,
+    key: str | None = None,
 ) -> Iterator[StageRun]:
     """Tracks one execution of a stage. An unfinished one found in `directory` (the stage was killed) goes on as the same run.
 
@@ -44,11 +45,12 @@ def stage_run(
         directory: the persistent folder of this stage and its inputs (`runs/<stage>/<hash>`); where it is a URL, the folder
             with the same end here.
         inputs: name -> path (or identifying text) of each input, for `lock_hash`.
+        key: `StageRun.key` of an unfinished execution whose journal is lost with its machine: it goes on as the same run.
 
     Yields:
         The run. It ends FINISHED, or FAILED where the block raises.
     """
-    run = StageRun.begin(stage, experiment, params, directory, inputs or {})
+    run = StageRun.begin(stage, experiment, params, directory, inputs or {}, key)
     try:
         yield run
     except BaseException:
@@ -82,7 +84,8 @@ def child_run(
     """
     journal, records = Journal(parent.directory / TRIALS / Path(directory).name), list(history)
     if not journal.exists or journal.head["status"] != status:
-        journal.begin(name, experiment, flatten(params), {"stage": name, PARENT_TAG: parent.key, **version_tags()})
+        tags = {"stage": name, PARENT_TAG: parent.key, **version_tags()}
+        journal.begin(name, experiment, flatten(params), tags, key=f"{parent.key}-{journal.directory.name}")
         for record in records:
             journal.add_metrics(record["metrics"], record["epoch"])
         journal.add_metrics(metrics, records[-1]["epoch"] if records else 0)
@@ -104,7 +107,13 @@ class StageRun:
 
     @classmethod
     def begin(
-        cls, stage: str, experiment: str, params: Mapping[str, Any], directory: str | Path, inputs: Mapping[str, str]
+        cls,
+        stage: str,
+        experiment: str,
+        params: Mapping[str, Any],
+        directory: str | Path,
+        inputs: Mapping[str, str],
+        key: str | None = None,
     ) -> StageRun:
         """Opens the journal and, where the server answers, the run."""
         journal, uri = Journal(_local(directory)), tracking_uri()
@@ -114,7 +123,7 @@ class StageRun:
                 journal.update(status="FAILED")  # not finished until it is logged: the new execution goes on with it
         tags = {"stage": stage, **version_tags(), **git_tags(), "dvc.inputs": lock_hash(inputs)}
         tags |= {f"dvc.input.{name}": value for name, value in input_hashes(inputs).items()}
-        journal.begin(stage, experiment, flatten(params), tags)
+        journal.begin(stage, experiment, flatten(params), tags, key)
         run = cls(journal, uri)
         run.run_id = log(journal, uri)
         return run
@@ -159,9 +168,12 @@ class StageRun:
         return EpochLogger(self._uri, self.run_id, str(self.directory))
 
     def end(self, status: str) -> None:
-        """Closes the journal and logs all of it. `status` is FINISHED or FAILED."""
+        """Closes the journal and logs all of it, and what of its children is not logged. `status` is FINISHED or FAILED."""
         self._journal.update(status=status, ended=now())
-        log(self._journal, self._uri, announce=False)
+        if log(self._journal, self._uri, announce=False) is not None:
+            for child in children(self.directory):
+                if not child.head["logged"]:
+                    log(child, self._uri, announce=False)
 
 
 @dataclass
@@ -218,6 +230,11 @@ def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
             print(f"MLflow run {journal.head['stage']} {run.info.run_id}: {look}")
         return run.info.run_id
     return None
+
+
+def children(directory: str | Path) -> list[Journal]:
+    """The journals of the children of the run whose folder this is."""
+    return [journal for path in sorted(Path(directory, TRIALS).glob("*")) if (journal := Journal(path)).exists]
 
 
 @contextmanager

@@ -42,6 +42,8 @@ def _write(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes | me
             file.write(content)
         if local:
             filesystem.mv(target, path)
+    except FileNotFoundError as error:  # of a bucket, its storage says no more than that
+        raise FileNotFoundError(f"{filesystem.unstrip_protocol(path)}: {error}") from None
     except OSError:
         if filesystem.exists(target):
             filesystem.rm(target)
@@ -141,12 +143,14 @@ def read_json(directory: str, name: str) -> Any:
     return json.loads(filesystem.cat_file(f"{root}/{name}")) if filesystem.exists(f"{root}/{name}") else None
 
 
+@patient
 def folders(directory: str) -> list[str]:
     """Names of the folders in `directory`, none where that does not exist."""
     filesystem, root = _open(directory)
     return [PurePosixPath(path).name for path in filesystem.ls(root, detail=False)] if filesystem.exists(root) else []
 
 
+@patient
 def remove(directory: str) -> None:
     """Deletes `directory` with all that is in it, if it is there."""
     filesystem, root = _open(directory)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ def train(job: Job, sharing: int = 1) -> Result:
     check_batch_size(job.optim.batch_size, job.training)
     summary = checkpoints.newest(job.directory)
     if summary is not None and is_finished(summary["history"], job.optim):
-        report(job, summary["history"])
         history = summary["history"]
+        checkpoints.write_json(job.directory, "history.json", history)  # a kill may have come before the last epoch's
+        report(job, history)
     else:
         history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
     return Result(job.directory, history, best_record(history, job.optim), kept_records(history, job.optim))
@@ -145,7 +147,7 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
         last = str(error).strip().splitlines()[-1]
         lost = f"the workers failed more than {training.max_failures} times: {last}"
     final = checkpoints.read_json(config["failure"], "failure.json")
-    filesystem.rm(f"{root}/{name}", recursive=True)
+    checkpoints.remove(config["failure"])
     if final or lost:
         raise TrainingError(final or lost)
     return value
@@ -242,8 +244,10 @@ def _connect(address: str) -> None:
     if address.startswith("http"):
         raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
     host, _, port = address.rpartition("/")[2].rpartition(":")
-    package = str(Path(pipelines.__file__).parent)
-    workers_have = None if SUBMITTED in os.environ else {"py_modules": [package], "env_vars": RAY_ENVIRONMENT}
+    code = Path(pipelines.__file__).parents[1]
+    parts = (code / name for name in ("pipelines", "stages", "infra"))  # trials of a search are stages
+    modules = [str(part) for part in parts if part.is_dir()]
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": modules, "env_vars": RAY_ENVIRONMENT}
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
@@ -255,14 +259,33 @@ def _connect(address: str) -> None:
 def _check_gpus(training: TrainingParams) -> None:
     """Raises `TrainingError` where the GPUs that the least number of workers needs cannot come."""
     import ray
-    from ray._private.state import state
 
     least = training.workers if isinstance(training.workers, int) else training.workers[0]
     wanted = least * training.gpus_per_worker
-    has = state.get_max_resources_from_cluster_config() or ray.cluster_resources()  # an autoscaler may bring more nodes
-    if wanted > has.get("GPU", 0):
+    has = ray.cluster_resources()
+    if wanted > has.get("GPU", 0) and not _autoscales():
         found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
         raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
+
+
+def _autoscales() -> bool:
+    """Whether the Ray that is initialised may get more nodes by itself.
+
+    A cluster of this process alone has no autoscaler. Of others the first kind of autoscaler says which type each node is, for
+    nodes started by hand one of its own; where nothing is said, there is the second kind.
+    """
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if not os.environ.get("RAY_ADDRESS"):
+        return False
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    return scaled(status.get("autoscaler_report", {}).get("node_type_mapping"))
+
+
+def scaled(types: Mapping[str, str] | None) -> bool:
+    """Whether the nodes of a cluster, address -> type, come from an autoscaler, as far as is known."""
+    return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
 
 
 def _start_local(training: TrainingParams) -> None:

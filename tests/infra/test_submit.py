@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,17 @@ from mlflow import MlflowClient
 from scratch import Project
 
 from infra import package, submit
+from infra.job import bring
 from infra.project import SubmitError
+from pipelines import models
 from pipelines.data.manifest import MANIFEST
 from pipelines.data.publish import publish
-from pipelines.params import TrainingParams
+from pipelines.models import ModelSpec
+from pipelines.params import TrainingParams, load
 from pipelines.training import TrainingError, checkpoints, cluster
-from stages import trial
+from pipelines.training.launch import _check_gpus, scaled
+from stages import search, trial
+from stages.common import Task
 
 
 @pytest.fixture
@@ -120,6 +127,52 @@ def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatc
     assert seen[0] == seen[1]
     assert seen[0].read_text() == "{}"
     assert not seen[0].is_relative_to(tmp_path / "data")
+
+
+def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, spec, made = load(), ModelSpec("resnet8", ("a", "b"), 8, kind="conventional"), tmp_path / "models/pretrain"
+    params = params.model_copy(update={"storage": params.storage.model_copy(update={"root": "memory://placed"})})
+    monkeypatch.chdir(tmp_path)
+    models.save(made, models.assemble(spec), spec)
+    task = Task(params, "bcosify", params.bcosify.pretrained, lambda: None, spec, (made,))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert search.place_of_inputs(params, task) is None
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    place = search.place_of_inputs(params, task)
+    assert place is not None
+    bring(place, tmp_path / "elsewhere")
+    assert models.digest(tmp_path / "elsewhere/models/pretrain") == models.digest(made)
+
+
+@pytest.mark.parametrize(
+    ("types", "may"),
+    [
+        (None, True),
+        ({}, True),
+        ({"10.0.0.1": "node_10.0.0.1"}, False),
+        ({"10.0.0.1": "head"}, True),
+        ({"10.0.0.1": "node_10.0.0.1", "10.0.0.2": "gpu"}, True),
+    ],
+)
+def test_nodes_that_an_autoscaler_brought_are_told_from_those_started_by_hand(types: dict[str, str] | None, may: bool) -> None:
+    assert scaled(types) is may
+
+
+@pytest.mark.parametrize(
+    ("address", "types", "refused"),
+    [("", None, True), ("head:6379", None, False), ("head:6379", {"a": "node_a"}, True), ("head:6379", {"a": "head"}, False)],
+)
+def test_gpus_may_come_later_where_there_is_an_autoscaler(
+    address: str, types: dict[str, str] | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = json.dumps({"autoscaler_report": {"node_type_mapping": types}}).encode()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda name: status if types else None)
+    with pytest.raises(TrainingError, match="2 workers need 2 GPUs; there are at most 0") if refused else nullcontext():
+        _check_gpus(TrainingParams(workers=[2, 4], gpus_per_worker=1))
 
 
 @pytest.fixture(scope="module")

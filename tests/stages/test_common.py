@@ -1,11 +1,14 @@
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
 import pipelines
+from pipelines.data.manifest import MANIFEST
 from pipelines.data.sample import DataError
-from pipelines.params import ModelParams
+from pipelines.params import ModelParams, load
 from stages import common
 
 
@@ -39,6 +42,29 @@ def test_what_is_the_users_to_mend_ends_a_stage_with_its_line_alone(tmp_path, mo
     monkeypatch.setattr(common, "load", lambda: None)
     with pytest.raises(SystemExit, match="a broken shard"), common.stage():
         raise DataError("a broken shard")
+
+
+def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_path, monkeypatch):
+    params = load()
+    params = params.model_copy(update={"storage": params.storage.model_copy(update={"root": "memory://outlives"})})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/nowhere")
+    splits = {"train": [{"name": "train-000000.tar", "bytes": 1, "sha256": "00" * 32, "count": 1}]}
+    manifest = {"classes": ["a", "b"], "task": "multiclass", "source": "objects", "checksum": "ab" * 32, "splits": splits}
+    manifest |= {"fields": {}}
+    common.write_json(Path(common.shards_of(params.dataset), MANIFEST), manifest)
+    keys = []
+
+    def execute(lost):
+        with pytest.raises(KeyError) if lost else nullcontext(), common.stage_run(params, "pretrain") as (run, _):
+            keys.append(run.key)
+            if lost:
+                raise KeyError
+        shutil.rmtree(tmp_path / "runs")
+
+    for lost in (True, False, False):
+        execute(lost)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_nested_figures_are_flattened_with_slashes():

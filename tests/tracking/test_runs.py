@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import time
 
 import pytest
@@ -243,3 +244,31 @@ def test_where_checkpoints_are_at_a_url_the_journal_is_here(client, project):
         run.metrics({"val/accuracy": 0.5}, 1)
     assert run.directory == project / "runs" / "pretrain" / "0123"
     assert history(client, run.run_id) == [(1, 0.5)]
+
+
+def test_a_stage_whose_machine_was_lost_goes_on_as_the_same_run_with_the_same_children(client, project):
+    place, keys = "s3://bucket/runs/search/0123", [None]
+    child = {"params": {}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
+    for _ in range(2):
+        run = StageRun.begin("search", "demo", PARAMS, place, {}, keys[-1])
+        keys.append(run.key)
+        run.metrics({"val/accuracy": 0.5}, len(keys))
+        runs.child_run(run, "trial", experiment="demo", directory=f"{place}/trials/abcd", **child)
+        shutil.rmtree(run.directory)
+    assert keys[1] == keys[2]
+    experiment = client.get_experiment_by_name("demo")
+    logged = {each.data.tags["stage"]: each.info.run_id for each in client.search_runs([experiment.experiment_id])}
+    assert len(client.search_runs([experiment.experiment_id])) == len(logged) == 2
+    assert history(client, logged["search"]) == [(2, 0.5), (3, 0.5)]
+    assert history(client, logged["trial"]) == [(1, 0.5)]
+
+
+def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_ends(client, project, monkeypatch, dead_server):
+    child = {"params": {}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    run = StageRun.begin("search", "demo", PARAMS, "runs/search/0123", {})
+    runs.child_run(run, "trial", experiment="demo", directory="runs/search/0123/trials/abcd", **child)
+    run._uri = f"sqlite:///{project}/mlflow.db"  # it is back
+    run.end("FINISHED")
+    experiment = client.get_experiment_by_name("demo")
+    assert {each.data.tags["stage"] for each in client.search_runs([experiment.experiment_id])} == {"search", "trial"}

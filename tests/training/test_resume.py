@@ -32,10 +32,12 @@ def test_how_often_checkpoints_are_written_changes_nothing(tmp_path: Path, unint
     assert identical(weights(uninterrupted), weights(train(toy_job(tmp_path / "run", checkpoint_every=every))))
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again_and_its_history_is_whole(tmp_path: Path) -> None:
     first = train(toy_job(tmp_path / "run"))
+    (tmp_path / "run/history.json").write_text("[]")  # a kill came before the last one was written
     again = train(toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker")))
     assert again == first
+    assert json.loads((tmp_path / "run/history.json").read_text()) == first.history
 
 
 def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(tmp_path: Path, uninterrupted: Result) -> None:
