@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.bcos.explain import contribution_map, dynamic_weights, frozen, input_gradients, predicted
 from pipelines.bcos.hold import Explanation, explaining
+from pipelines.models import ModelError
 
 
 class Method(Protocol):
@@ -138,11 +139,12 @@ def last_features(model: nn.Module, images: Tensor) -> str:
     """Name of the module that gives the last convolutional features of `model`, a container such as `layer4` counted.
 
     It is the last in order of execution, adaptive pools left out, whose output is (N, C, h, w) with more than one place and
-    which runs before the classifier, the last layer with a weight matrix or kernel. One image of `images` (N, 6, H, W) is sent
-    through the model in evaluation mode. Where many batches are explained, resolve it once, and pass it as `layer`.
+    which runs before the classifier, the last layer with a weight matrix or kernel. A network that goes on with tokens, as ViTs
+    do after their patches' embedding, has none. One image of `images` (N, 6, H, W) is sent through the model in evaluation mode.
+    Where many batches are explained, resolve it once, and pass it as `layer`.
 
     Raises:
-        ValueError: the model has no such module.
+        ModelError: the model has no such module.
     """
     names = {module: name for name, module in model.named_modules() if name}
     spatial: list[str] = []  # since the last layer with weights
@@ -153,9 +155,13 @@ def last_features(model: nn.Module, images: Tensor) -> str:
         if isinstance(weight, Tensor) and weight.ndim >= 2:
             before_classifier.extend(spatial)
             spatial.clear()
-        if isinstance(module, nn.AdaptiveAvgPool2d) or not isinstance(output, Tensor):
+        if isinstance(module, nn.AdaptiveAvgPool2d) or not isinstance(output, Tensor) or output.ndim not in (3, 4):
             return
-        if output.ndim == 4 and len(output) == 1 and output[0, 0].numel() > 1:
+        if not _is_image(output, images):
+            if isinstance(weight, Tensor) and weight.ndim == 1:  # a norm of tokens: it goes on from here
+                before_classifier.clear()
+                spatial.clear()
+        elif len(output) == 1 and output[0, 0].numel() > 1:
             spatial.append(names[module])
 
     with contextlib.ExitStack() as stack:
@@ -165,8 +171,17 @@ def last_features(model: nn.Module, images: Tensor) -> str:
         stack.enter_context(torch.no_grad())
         model(images[:1].detach())
     if not before_classifier:
-        raise ValueError(f"{type(model).__name__} has no convolutional features of more than one place: name a layer")
+        name = type(getattr(model, "body", getattr(model, "network", model))).__name__
+        raise ModelError(f"{name} has no convolutional features of more than one place for GradCAM: name a layer")
     return before_classifier[-1]
+
+
+def _is_image(output: Tensor, images: Tensor) -> bool:
+    """Whether `output` is (N, C, h, w) with the sides of `images` (N, 6, H, W), each divided by the same: not (N, h, w, C)."""
+    if output.ndim != 4:
+        return False
+    (height, width), (h, w) = images.shape[2:], output.shape[2:]
+    return abs(h * width - w * height) <= max(height, width)
 
 
 @contextlib.contextmanager
@@ -291,16 +306,17 @@ def _integrated_gradients(
         every_step = target_ind.expand(len(logits))  # captum repeats the targets for its steps, but not a single one
         return torch.autograd.grad(logits.gather(1, every_step[:, None]).sum(), inputs, create_graph=create_graph)
 
-    integral = IntegratedGradients(model)
+    integral = IntegratedGradients(model)  # of one function of an image alone: in training mode the batch would count, and move
     integral.gradient_func = gradients  # captum's own keeps no graph
     baseline = model.mean[:, None, None].expand_as(images)  # type: ignore[index]
     images = images if create_graph else images.detach()
-    maps = [
-        integral.attribute(images, baseline, targets_N, n_steps=steps, internal_batch_size=internal_batch_size).sum(1)
-        for targets_N in targets_NT.unbind(1)
-    ]
     with torch.set_grad_enabled(create_graph):
-        logits = model(images)
+        logits = model(images)  # first: in training mode it moves statistics that the graph of the maps keeps
+    with _evaluating(model):
+        maps = [
+            integral.attribute(images, baseline, targets_N, n_steps=steps, internal_batch_size=internal_batch_size).sum(1)
+            for targets_N in targets_NT.unbind(1)
+        ]
     return logits, torch.stack(maps, dim=1)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,7 +49,7 @@ from pipelines.metrics import (
     without_energy,
     without_union,
 )
-from pipelines.models import ModelSpec
+from pipelines.models import ModelError, ModelSpec
 from pipelines.params import DataParams, EvaluateParams
 from pipelines.training.distributed import Context, gather, to_device
 
@@ -95,7 +96,8 @@ def evaluate(
     """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
 
     Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
-    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models.
+    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models; these
+    were trained to decide on each class for itself, and F1 and the like are measured where images have one label, too.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
@@ -108,7 +110,8 @@ def evaluate(
         raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
     subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
     batches = partial(split_batches, shards, split, data, params.batch_size)
-    accuracy = {name: _accuracy(subject.spec).to(context.device) for name, subject in subjects.items()}
+    single = [name for name, subject in subjects.items() if subject.spec.task == "multiclass"]
+    accuracy = {name: multiclass_metrics(len(subjects[name].spec.classes)).to(context.device) for name in single}
     scores = {name: _Scores(subject, context.device) for name, subject in subjects.items()}
     students = [name for name in subjects if teacher is not None and name != teacher]
     follows = {name: _Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
@@ -117,8 +120,8 @@ def evaluate(
     for batch in mine:
         batch = to_device(batch, context.device)
         logits = {name: scores[name].update(batch) for name in subjects}
-        for name in subjects:
-            accuracy[name].update(logits[name], _wanted(batch))
+        for name in single:
+            accuracy[name].update(logits[name], batch["label"])
         for name, following in follows.items():
             following.update(batch["image"], logits[name], logits[str(teacher)])
         groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
@@ -128,8 +131,8 @@ def evaluate(
     predictions = _predictions([part for of_worker in gather(seen, context) for part in of_worker])
     results: dict[str, Any] = {
         name: {
-            **_floats(accuracy[name].compute()),
-            **_average_precision(predictions, name),
+            **(_floats(accuracy[name].compute()) if name in single else {}),
+            **(_decisions(predictions, name) if name not in single or guided is not None else {}),
             **_group_accuracies(predictions, name),
             **(follows[name].compute() if name in follows else {}),
             "explanations": scores[name].compute(context),
@@ -141,7 +144,7 @@ def evaluate(
         "images": len(predictions.keys),
         "skipped": sum(gather(mine.skipped, context)),
     }
-    if all(subject.spec.task == "multiclass" for subject in subjects.values()):
+    if len(single) == len(subjects):
         found["grids"] = _grid_scores(context, subjects, predictions, batches, params, results)
     return found, predictions
 
@@ -157,16 +160,23 @@ def evaluate_and_judge(
 def load_subject(
     directory: str, posthoc: Iterable[str], device: torch.device, guided: Mapping[str, Any] | None = None
 ) -> Subject:
-    """The model in `directory` with its own explanation (B-cos) or the methods `posthoc` (conventional), and `guided`."""
+    """The model in `directory` with its own explanation (B-cos) or those of `posthoc` that it has (conventional), and `guided`.
+
+    A network without convolutional features has no GradCAM.
+    """
     model, spec = models.load(directory)
     model.to(device).requires_grad_(False)
     methods = ["bcos"] if spec.kind == "bcos" else posthoc
     explanations: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
     if guided is not None and (guided["layer"] is not None or guided["method"] not in explanations):
         explanations["guided"] = {key: value for key, value in guided.items() if value is not None}
-    for options in explanations.values():
+    for name, options in list(explanations.items()):
         if options["method"] == "gradcam" and "layer" not in options:
-            options["layer"] = last_features(model, torch.zeros(1, 6, spec.image_size, spec.image_size, device=device))
+            try:
+                options["layer"] = last_features(model, torch.zeros(1, 6, spec.image_size, spec.image_size, device=device))
+            except ModelError as error:
+                print(f"{directory}: {error}; evaluated without")
+                del explanations[name]
     return Subject(model, spec, explanations)
 
 
@@ -271,31 +281,35 @@ class _Scores:
 
 
 class _Following:
-    """How far a student follows its teacher."""
+    """How far a student follows its teacher: in its answers, and where their explanations compare in those."""
 
     def __init__(self, student: Subject, teacher: Subject, device: torch.device) -> None:
         size, held = student.spec.image_size, student.spec.kind == teacher.spec.kind == "bcos"
         probe = torch.full((1, 6, size, size), 0.5, device=device)
         self.models = (student.model, teacher.model)
-        self.explain: tuple[Explainer, Explainer] = explainers(*self.models, probe, held=held)
+        self.explain: tuple[Explainer, Explainer] | None = None
+        with suppress(ModelError):  # no GradCAM of one of the two
+            self.explain = explainers(*self.models, probe, held=held)
         self.agreement, self.similarity = Agreement().to(device), LocalisationMetric().to(device)
 
     def update(self, images: Tensor, logits: Tensor, teacher_logits: Tensor) -> None:
         """Takes a batch of images (N, 3, H, W) and both models' logits of it."""
+        self.agreement.update(logits, teacher_logits)
+        if self.explain is None:
+            return
         images, targets = add_inverse(images), teacher_logits.argmax(1)
         one, other = (explain(model, images, targets)[1] for explain, model in zip(self.explain, self.models, strict=True))
         empty = (one.flatten(1) == 0).all(1) | (other.flatten(1) == 0).all(1)
-        self.agreement.update(logits, teacher_logits)
         self.similarity.update(explanation_similarity(one, other), empty)
 
     def compute(self) -> dict[str, float]:
         """The means over all workers; in how many pairs of maps one is zero."""
+        found = {"agreement": float(self.agreement.compute())}
+        if self.explain is None:
+            return found
         similarity = self.similarity.compute()
-        return {
-            "agreement": float(self.agreement.compute()),
-            "explanation_similarity": float(similarity["mean"]),
-            "explanation_similarity_undefined": int(similarity["undefined"]),
-        }
+        found["explanation_similarity"] = float(similarity["mean"])
+        return found | {"explanation_similarity_undefined": int(similarity["undefined"])}
 
 
 def _group_accuracies(predictions: Predictions, name: str) -> dict[str, float]:
@@ -316,24 +330,22 @@ def _group_accuracies(predictions: Predictions, name: str) -> dict[str, float]:
     return found
 
 
-def _average_precision(predictions: Predictions, name: str) -> dict[str, float]:
-    """Of one model, where images have several labels: `mean_average_precision` over the classes that are in any image."""
-    if predictions.labels.ndim == 1:
-        return {}
-    seen = predictions.labels.any(0)
-    scores, labels = predictions.logits[name][:, seen].sigmoid(), predictions.labels[:, seen]
-    each = multilabel_average_precision(scores, labels, num_labels=int(seen.sum()), average="macro", validate_args=False)
-    return {"mean_average_precision": float(each)}
+def _decisions(predictions: Predictions, name: str) -> dict[str, float]:
+    """Of one model, on each class for itself: `f1`, `precision`, `recall`, and `mean_average_precision`.
+
+    The latter goes over the classes that are in any image.
+    """
+    logits, labels = predictions.logits[name], predictions.labels
+    labels = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
+    seen = labels.any(0)
+    scores, count = logits[:, seen].sigmoid(), int(seen.sum())
+    mean = multilabel_average_precision(scores, labels[:, seen], num_labels=count, average="macro", validate_args=False)
+    return {**_floats(multilabel_metrics(logits.shape[1])(logits, labels)), "mean_average_precision": float(mean)}
 
 
 def _present(batch: Batch, classes: int) -> Tensor:
     """Which classes are in each image: (N, K) of bool."""
     return F.one_hot(batch["label"], classes).bool() if "label" in batch else batch["labels"].bool()
-
-
-def _accuracy(spec: ModelSpec) -> Any:
-    make = multiclass_metrics if spec.task == "multiclass" else multilabel_metrics
-    return make(len(spec.classes))
 
 
 def split_batches(shards: str, split: str, data: DataParams, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import Subject, examples_by_key, load_subject, split_batches
+from pipelines.evaluation import OWN, Subject, examples_by_key, load_subject, split_batches
 from pipelines.params import DataParams, EvaluateParams
 from pipelines.pictures import choose, save_panels
 
@@ -25,6 +26,7 @@ def draw_gallery(
     data: DataParams,
     params: EvaluateParams,
     split: str = "test",
+    guided: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes panels of `params.pictures` images to `folder` and returns their paths.
 
@@ -33,10 +35,10 @@ def draw_gallery(
         directories: of the models, by name. Each one's explanations are those of the class that it predicts.
         right: key -> whether the model is right, see `Predictions.right`. Half of the images are drawn from those where it is
             not, as far as there are any, by `params.seed`.
-        shards, data, params, split: as `evaluate` takes them.
+        shards, data, params, split, guided: as `evaluate` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    subjects = {name: load_subject(path, params.posthoc, torch.device("cpu")) for name, path in directories.items()}
+    subjects = {name: load_subject(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
     keys = list(right)
     chosen = [keys[index] for index in choose(torch.tensor(list(right.values())), params.pictures, params.seed).tolist()]
     examples = examples_by_key(split_batches(shards, split, data, params.batch_size), set(chosen))
@@ -64,7 +66,9 @@ def _explained(subject: Subject, images: Tensor, smooth: int) -> tuple[list[str]
     shares = (logits.softmax(1) if subject.spec.task == "multiclass" else logits.sigmoid()).amax(1)
     pairs = zip(targets.tolist(), shares.tolist(), strict=True)
     predicted = [f"{subject.spec.classes[target]} ({share:.0%})" for target, share in pairs]
+    panels: dict[str, Tensor] = {}
     if subject.spec.kind == "bcos":
         _, weights = dynamic_weights(subject.model, images, targets)
-        return predicted, {"weights": rgba(images, weights, smooth), "contributions": contribution_map(images, weights)}
-    return predicted, {name: attribute(subject.model, images, targets, **kw) for name, kw in subject.explanations.items()}
+        panels = {"weights": rgba(images, weights, smooth), "contributions": contribution_map(images, weights)}
+    others = {name: options for name, options in subject.explanations.items() if options != OWN}
+    return predicted, panels | {name: attribute(subject.model, images, targets, **options) for name, options in others.items()}

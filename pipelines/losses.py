@@ -91,7 +91,8 @@ def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """
     masks = masks.to(attributions.dtype)
     inside = _resize(_by_maximum(attributions.clamp_min(0)), masks).clamp(0, 1)
-    entropy = F.binary_cross_entropy(inside, torch.ones_like(inside), reduction="none")
+    with torch.autocast(inside.device.type, enabled=False):  # which GPUs refuse
+        entropy = F.binary_cross_entropy(inside, torch.ones_like(inside), reduction="none")
     return (entropy * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
 
 

@@ -20,7 +20,7 @@ def task(params: Params, name: str) -> Task:
     shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
     manifest, of_teacher = read_manifest(shards), read_spec(teacher)
     spec = student_spec(params, manifest, of_teacher)
-    check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
+    check_pair(spec, of_teacher, optim.explanation_weight > 0, optim.label_weight, manifest.labelled)
     shots, frozen, subset, notes = params.distill.shots, optim.explanations == "frozen", None, {}
     if shots is not None:
         readable = shards_for_all(params)

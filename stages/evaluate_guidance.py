@@ -32,7 +32,8 @@ def main() -> None:
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))
             right, last = found[params.guide.splits[-1]][1], params.guide.splits[-1]
-            run.pictures(draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate, last))
+            drawn = draw_gallery(OUT / "pictures", directories, right, shards, params.data, params.evaluate, last, guided)
+            run.pictures(drawn)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Attribution maps: completeness, explicit formulas, independence of batches, nothing left behind in the model."""
 
+import copy
+
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from pipelines.attribution import METHODS, attribute, attribute_many, explain, last_features
 from pipelines.bcos import add_inverse, bcosify, contribution_map, dynamic_weights
-from pipelines.models import ConventionalNetwork
+from pipelines.models import ConventionalNetwork, ModelError, build
 
 SIZE, CLASSES = 12, 5
 
@@ -99,6 +102,53 @@ def test_logits_of_a_convolutional_classifier_are_no_features():
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     assert last_features(ConventionalNetwork(body), torch.rand(1, 6, SIZE, SIZE)) == "network.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("convnext_tiny", "features"),
+        ("densenet121", "features"),
+        ("efficientnet_b0", "features"),
+        ("vgg11_bn", "features"),
+        ("swin_t", "permute"),  # where its tokens are an image again
+    ],
+)
+def test_the_last_features_of_torchvision_networks(name, features):
+    with torch.device("meta"):
+        body = torchvision.models.get_model(name, num_classes=CLASSES)
+        assert last_features(Meta(body), torch.rand(1, 6, 64, 64)) == f"network.{features}"
+
+
+@pytest.mark.parametrize("name", ["simple_vit_ti", "torchvision:vit_b_16", "vitc_ti", "timm:swin_tiny_patch4_window7_224"])
+def test_a_network_that_goes_on_with_tokens_has_no_features_for_gradcam(name):
+    with torch.device("meta"):
+        body = build(name, num_classes=CLASSES)
+        with pytest.raises(ModelError, match=rf"{type(body).__name__} has no convolutional features [^\n]* GradCAM"):
+            last_features(Meta(body), torch.rand(1, 6, 224, 224))
+
+
+class Meta(nn.Module):
+    """A conventional network without its normalisation."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images[:, :3])
+
+
+def test_integrated_gradients_in_training_mode_leave_the_running_statistics_alone(images):
+    model = conventional(bias=True).train()
+    model.network.stage.append(nn.BatchNorm2d(8))
+    kept = copy.deepcopy(model)
+    attribute(model, images, TARGETS, method="integrated_gradients")
+    with torch.no_grad():
+        kept(images)  # the pass that gives the logits
+    for one, other in zip(model.buffers(), kept.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(module.training for module in model.modules())
 
 
 def test_without_features_of_several_places_a_layer_is_asked_for(images):

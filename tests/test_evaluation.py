@@ -1,6 +1,7 @@
 """Evaluation of real models on shards, on any number of workers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from pipelines.evaluation import (
     examples_by_key,
     grid_explainer,
     knows_positions,
+    load_subject,
     split_batches,
 )
-from pipelines.gallery import draw_gallery
+from pipelines.gallery import _explained, draw_gallery
 from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams, ScenesParams
@@ -183,6 +185,7 @@ def test_what_was_guided_is_evaluated_too(trained, shards):
     layer = {"method": "bcos", "layer": "body.layer2"}
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
+    assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
     (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
     model, _ = models.load(trained["bcos"])
     maps = attribute(model, add_inverse(batch["image"]), batch["label"], **layer)
@@ -191,6 +194,24 @@ def test_what_was_guided_is_evaluated_too(trained, shards):
     for same in ({"method": "bcos", "layer": None}, {"method": "gradcam", "layer": None}):
         posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[0]["models"]["model"]
         assert ("guided" in posthoc["explanations"]) == (same["method"] == "bcos")
+
+
+def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, shards, tmp_path, capsys):
+    spec = models.read_spec(trained["conventional"])
+    spec = replace(spec, name="timm:test_vit", options={"img_size": 32, "patch_size": 8})
+    models.save(tmp_path / "vit", models.assemble(spec), spec)
+    pair = {"teacher": trained["conventional"], "student": str(tmp_path / "vit")}
+    found = evaluate(Context(), pair, shards, DATA, PARAMS, teacher="teacher")[0]["models"]["student"]
+    assert set(found["explanations"]) == {"input_x_gradient"}
+    assert "explanation_similarity" not in found
+    assert 0 <= found["agreement"] <= 1
+    assert "has no convolutional features" in capsys.readouterr().out
+
+
+def test_pictures_show_what_was_guided(trained):
+    subject = load_subject(trained["bcos"], (), torch.device("cpu"), {"method": "bcos", "layer": "body.layer2"})
+    _, panels = _explained(subject, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
+    assert list(panels) == ["weights", "contributions", "guided"]
 
 
 def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():

@@ -82,8 +82,8 @@ def read_index(root: str) -> dict[str, Any]:
         return json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{INDEX}"), root))
     except FileNotFoundError:
         raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end") from None
-    except OSError as error:
-        raise ShardError(f"{root}/{INDEX}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
 
 
 class StoredExplanations:
@@ -118,7 +118,10 @@ class StoredExplanations:
             with path.open("rb") as file:
                 file.seek(start)
                 content = file.read(end - start)
-            values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
+            try:
+                values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
+            except (ValueError, EOFError) as error:
+                raise ShardError(f"{self.root}/{shard}: {suffix} of {key} is damaged: {error}") from None
             if not torch.isfinite(values[-1]).all():
                 raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
         return values[0], values[1]

@@ -72,6 +72,10 @@ class E2KD(Classification):
             logits = self._taught(made["image"])
         return {**made, "teacher_logits": _single(logits)}
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Those of the data; where it has none, zeros that are mixed along with the images and count for nothing."""
+        return super().targets(batch) if self.labelled else batch["image"].new_zeros(len(batch["image"]), dtype=torch.long)
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss`, and what it is made of, unweighted: `distillation`, on a step with explanations `explanation`, and `label`."""
         params, images, teacher_logits = self.params, batch["image"], batch["teacher_logits"]
@@ -119,14 +123,18 @@ def _single(values: Tensor) -> Tensor:
     return values.detach().float() if values.dtype.itemsize < 4 else values.detach()
 
 
-def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
+def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool, label_weight: float = 0.0, labelled: bool = True) -> None:
     """Raises `ModelError`, one line, unless a student of this spec can learn from a teacher of that one.
 
     Args:
         student: its classes and image size are those of the data.
         teacher: of the model that teaches.
         explained: whether the student learns its explanations too.
+        label_weight: α.
+        labelled: whether the data has labels.
     """
+    if label_weight > 0 and not labelled:
+        raise ModelError(f"distill.label_weight: the data has no labels; it must be 0, not {label_weight:g}")
     if teacher.classes != student.classes:
         raise ModelError(f"distill.teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
     if teacher.task != student.task:
@@ -167,7 +175,7 @@ def build_e2kd(
     """
     loaded, teacher_spec = models.load(teacher)
     explained = params.explanation_weight > 0
-    check_pair(spec, teacher_spec, explained)
+    check_pair(spec, teacher_spec, explained, params.label_weight, labelled)
     torch.manual_seed(seed)
     network = models.build(model.name, model.weights, num_classes=len(spec.classes), sha256=model.sha256, options=model.options)
     module = models.assemble(spec, network)

@@ -195,9 +195,9 @@ def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":
         check_held(module, probe)
-    layer = last_features(module, probe) if params.attribution == "gradcam" and params.layer is None else params.layer
-    attribution: dict[str, Any] = {"method": params.attribution, "layer": layer}
     try:
+        layer = last_features(module, probe) if params.attribution == "gradcam" and params.layer is None else params.layer
+        attribution: dict[str, Any] = {"method": params.attribution, "layer": layer}
         explain_one(module, probe, torch.zeros(2, dtype=torch.long), **attribution)
     except ValueError as error:
         raise ModelError(f"guide.guided.layer: {error}") from None

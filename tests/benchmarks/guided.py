@@ -93,9 +93,11 @@ def measure(params: Params, backbone: Path, run: str, annotated: float, dilation
     folder = Path(run_directory("models", "guided", models.digest(start), optim))
     models.save(folder, module, models.read_spec(start))
     judge = params.evaluate.model_copy(update={"posthoc": ("input_x_gradient", "gradcam")})
-    of_model = evaluate(Context(), {"model": str(folder)}, shards, params.data, judge, split)[0]["models"]["model"]
+    guided = {"method": optim.attribution, "layer": optim.layer}
+    found = evaluate(Context(), {"model": str(folder)}, shards, params.data, judge, split, guided=guided)[0]
+    of_model = found["models"]["model"]
     explanations = of_model.pop("explanations")
-    seen_by = "gradcam" if optim.attribution == "gradcam" else next(iter(explanations))
+    seen_by = "guided" if "guided" in explanations else optim.attribution
     figures = {key: value for key, value in (of_model | explanations[seen_by]).items() if key in FIGURES}
     return {"epoch": result.best["epoch"], "front": [row["epoch"] for row in result.kept], "folder": str(folder), **figures}
 

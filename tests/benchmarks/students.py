@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.few_shot import Subset, few_shot
 from pipelines.data.manifest import read_manifest
+from pipelines.data.stored import INDEX
 from pipelines.evaluation import evaluate, split_batches
 from pipelines.explanations import origin_of, store_explanations
 from pipelines.methods import build_e2kd
@@ -84,12 +86,12 @@ def measure(params: Params, teacher: Path, run: str, shots: int, seed: int, spli
 
 
 def stored(params: Params, teacher: Path, shards: str, subset: Subset | None) -> str:
-    """The teacher's explanations of the subset, in a folder that is made where there is none yet."""
+    """The teacher's explanations of the subset, in a folder that is made where there is none of their origin yet."""
     origin = origin_of(str(teacher), shards, params.data, params.distill.frozen, "bcos")
-    name = "all" if subset is None else f"{subset.shots}-{subset.seed}"
-    folder = Path("data/students", f"{origin.teacher[:8]}-{name}").absolute()
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
+    which = "all" if subset is None else f"{subset.shots}-{subset.seed}"
+    folder = Path(run_directory("data", "students", asdict(origin), which)).absolute()
+    if not (folder / INDEX).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         numbers = None if subset is None else subset.numbers
         store_explanations(Context(), str(teacher), shards, params.data, origin, str(folder), numbers)
     return str(folder)

@@ -114,6 +114,17 @@ def test_a_missing_or_broken_explanation_is_one_line(
         StoredExplanations(str(tmp_path)).read("train-000007.tar", "k0000")
 
 
+def test_damaged_explanations_are_one_line(tmp_path: Path) -> None:
+    write_shard(str(tmp_path), "train-000000.tar", [("k0000", torch.ones(3), torch.ones(2, 8, 8))])
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(path.read_bytes().replace(b"NUMPY", b"NUMPI"))
+    with pytest.raises(ShardError, match=r"train-000000.tar: logits.npy of k0000 is damaged[^\n]*$"):
+        StoredExplanations(str(tmp_path)).read("train-000000.tar", "k0000")
+    (tmp_path / "explanations.json").write_text("{")
+    with pytest.raises(ShardError, match=r"explanations.json: not read[^\n]*$"):
+        check_origin(str(tmp_path), ORIGIN)
+
+
 def test_explanations_of_another_origin_are_refused(roots: dict[str, str], tmp_path: Path) -> None:
     check_origin(roots["stored"], ORIGIN)
     for name, value in (("teacher", "another"), ("images", "others"), ("resolution", 4), ("maps", "gradcam")):
