@@ -197,6 +197,9 @@ class _Scores:
         boxed = torch.tensor([bool((each[:, 0] == target).any()) for each, target in zip(boxes, targets, strict=bool(boxes))])
         by_box = box_masks(boxes, targets, size) if boxes else None
         by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
+        if not self.subject.explanations:
+            with torch.no_grad():
+                return self.subject.model(images)
         for name, options in self.subject.explanations.items():
             logits, maps, *sums = explain_pairs(partial(self._explain, options), images, present)
             for key, each in zip(self._completeness(options), sums, strict=True):

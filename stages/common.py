@@ -175,7 +175,12 @@ def stage_run(
         run.dataset(manifest.to_json(), name=params.dataset, context=context)
         yield run, directory
     if outlives:
-        checkpoints.write_json(directory, UNFINISHED, None)
+        try:
+            checkpoints.write_json(directory, UNFINISHED, None)
+        except OSError as error:  # the stage is done
+            print(
+                f"{directory}/{UNFINISHED} stays: {error}; run again, the stage would go on with this MLflow run", file=sys.stderr
+            )
 
 
 @dataclass(frozen=True)

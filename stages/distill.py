@@ -9,7 +9,7 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.stored import check_origin
 from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import read_spec
-from pipelines.params import Params
+from pipelines.params import Params, ParamsError
 from stages import explain
 from stages.common import Task, located, model_for_all, shards_for_all, shards_of, stage, student_spec, train_stage
 
@@ -20,14 +20,16 @@ def task(params: Params, name: str) -> Task:
     shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
     manifest, of_teacher = read_manifest(shards), read_spec(teacher)
     spec = student_spec(params, manifest, of_teacher)
-    check_pair(spec, of_teacher, optim.explanation_weight > 0, optim.label_weight, manifest.labelled)
+    check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
+    if optim.label_weight > 0 and not manifest.labelled:
+        raise ParamsError(f"distill.{name}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}")
     shots, frozen, subset, notes = params.distill.shots, optim.explanations == "frozen", None, {}
     if shots is not None:
         readable = shards_for_all(params)
         subset = few_shot(readable, "train", shots, params.distill.shots_seed)
         notes = {"validation.json": validation_images(readable)}
     if frozen:
-        check_origin(str(explain.OUT), explain.origin(params, str(teacher)))
+        check_origin(str(explain.OUT.absolute()), explain.origin(params, str(teacher)))
     student = located(params.distill.student)
     return Task(
         params,
@@ -38,7 +40,7 @@ def task(params: Params, name: str) -> Task:
         upstream=(teacher,),
         model=params.distill.student,
         subset=subset,
-        explanations=str(explain.OUT) if frozen else None,
+        explanations=str(explain.OUT.absolute()) if frozen else None,
         notes=notes,
     )
 

@@ -14,7 +14,7 @@ from pipelines.params import Params
 from pipelines.training import checkpoints, launch
 from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
 
-OUT = Path("data/explanations").absolute()
+OUT = Path("data/explanations")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         shards, teacher, shots = shards_for_all(params), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
         of_all = (model_for_all(params, Path(teacher)), shards, params.data, origin(params, teacher))
-        out = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT)
+        out = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if seen_by_all(params) else str(OUT.absolute())
         count = launch(store_explanations, *of_all, out, subset, training=params.training, storage=params.storage.root)
         if seen_by_all(params):
             take(out, OUT)

@@ -46,7 +46,7 @@ def followers(models: dict[str, Any]) -> Table:
         "student", "accuracy or F1", "agreement", "explanation similarity", "grid pointing game", "energy pointing game"
     )
     for name, found in models.items():
-        scores = next(iter(found["explanations"].values()))
+        scores = next(iter(found["explanations"].values()), {})
         right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
         cells = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
         shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]

@@ -56,9 +56,9 @@ def run_trial(
 ) -> dict[str, float]:
     """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.training.search.Work`.
 
-    `place` is that of a submitted search: its trials may be on nodes that have the code alone.
+    `place` is where the inputs of the search are for trials on nodes that have the code alone.
     """
-    if place is not None and not Path("data").is_dir():
+    if place is not None and not Path("data/shards").is_dir():
         os.chdir(inputs_of(place).name)
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
@@ -76,7 +76,7 @@ def run_trial(
 
 @cache
 def inputs_of(place: str) -> TemporaryDirectory[str]:
-    """A folder of this process with what the stages of a submitted job need."""
+    """A folder of this process with what the stages before made."""
     folder = TemporaryDirectory(prefix="inputs-")
     bring(place, Path(folder.name))
     return folder
@@ -87,5 +87,5 @@ def judge(context: Context, task: Task, shards: str, result: Result, params: Eva
     with TemporaryDirectory() as folder:
         save_best(task, result, Path(folder))
         found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val")
-    scores = next(iter(found["models"]["trial"]["explanations"].values()))
+    scores = next(iter(found["models"]["trial"]["explanations"].values()), {})
     return {f"val/{name}": value for name, value in scores.items()}

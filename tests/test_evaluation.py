@@ -206,6 +206,9 @@ def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, sh
     assert "explanation_similarity" not in found
     assert 0 <= found["agreement"] <= 1
     assert "has no convolutional features" in capsys.readouterr().out
+    alone = PARAMS.model_copy(update={"posthoc": ("gradcam",)})
+    bare = evaluate(Context(), pair, shards, DATA, alone, teacher="teacher")[0]["models"]["student"]
+    assert (bare["explanations"], bare["accuracy"]) == ({}, found["accuracy"])
 
 
 def test_pictures_show_what_was_guided(trained):

@@ -38,7 +38,7 @@ class E2KD(Classification):
         teacher: of the same classes; it is put into evaluation mode, never trained, and no part of the module's state.
         params: τ, λ, α, and on which steps explanations are matched.
         explain: how student and teacher are explained, see `explainers`; none where λ = 0.
-        labelled: whether evaluation batches have labels; without, agreement is the only metric.
+        labelled: whether batches have labels; without, α is 0 and agreement is the only metric.
     """
 
     def __init__(
@@ -123,18 +123,14 @@ def _single(values: Tensor) -> Tensor:
     return values.detach().float() if values.dtype.itemsize < 4 else values.detach()
 
 
-def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool, label_weight: float = 0.0, labelled: bool = True) -> None:
+def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
     """Raises `ModelError`, one line, unless a student of this spec can learn from a teacher of that one.
 
     Args:
         student: its classes and image size are those of the data.
         teacher: of the model that teaches.
         explained: whether the student learns its explanations too.
-        label_weight: α.
-        labelled: whether the data has labels.
     """
-    if label_weight > 0 and not labelled:
-        raise ModelError(f"distill.label_weight: the data has no labels; it must be 0, not {label_weight:g}")
     if teacher.classes != student.classes:
         raise ModelError(f"distill.teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
     if teacher.task != student.task:
@@ -175,7 +171,7 @@ def build_e2kd(
     """
     loaded, teacher_spec = models.load(teacher)
     explained = params.explanation_weight > 0
-    check_pair(spec, teacher_spec, explained, params.label_weight, labelled)
+    check_pair(spec, teacher_spec, explained)
     torch.manual_seed(seed)
     network = models.build(model.name, model.weights, num_classes=len(spec.classes), sha256=model.sha256, options=model.options)
     module = models.assemble(spec, network)
