@@ -24,7 +24,7 @@ def main() -> None:
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
     for name, of_model in metrics["models"].items():
-        for row, (explanation, scores) in enumerate(of_model["explanations"].items()):
+        for row, (explanation, scores) in enumerate(of_model["explanations"].items() or [("", {})]):
             right = of_model.get("accuracy", of_model.get("f1"))  # multiclass, multilabel
             first = (name, f"{right:.1%}") if row == 0 else ("", "")
             cells = [scores.get(key) for key in ("gridpg", "epg", "unexplained_share")]
@@ -46,7 +46,7 @@ def followers(models: dict[str, Any]) -> Table:
         "student", "accuracy or F1", "agreement", "explanation similarity", "grid pointing game", "energy pointing game"
     )
     for name, found in models.items():
-        scores = next(iter(found["explanations"].values()), {})
+        scores: dict[str, float] = next(iter(found["explanations"].values()), {})
         right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
         cells = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
         shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]
@@ -60,7 +60,7 @@ def guided(split: str, models: dict[str, Any]) -> Table:
     heads = ("energy pointing game", "on the object", "size-corrected", "IoU")
     table = Table(f"classifier ({split})", "F1 or accuracy", "explanation", *heads)
     for name, found in models.items():
-        for explanation, scores in found["explanations"].items():
+        for explanation, scores in found["explanations"].items() or [("", {})]:
             cells = [scores.get(key) for key in keys]
             right = found.get("f1", found.get("accuracy"))
             table.add_row(name, f"{right:.1%}", explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))

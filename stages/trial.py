@@ -15,7 +15,7 @@ from infra.job import bring
 from pipelines.data.few_shot import few_shot
 from pipelines.data.manifest import read_manifest
 from pipelines.evaluation import evaluate
-from pipelines.params import EvaluateParams, Params, ParamsError, replaced
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, replaced
 from pipelines.training import Context, EpochRecord, Result, launch, train
 from stages import bcosify, distill, guide
 from stages.common import Task, save_best, shards_for_all
@@ -83,9 +83,14 @@ def inputs_of(place: str) -> TemporaryDirectory[str]:
 
 
 def judge(context: Context, task: Task, shards: str, result: Result, params: EvaluateParams) -> dict[str, float]:
-    """How well the best epoch's explanations find what is in the images of the validation split."""
+    """How well the best epoch's explanations, of a guided model those guided, find what is in the validation split's images."""
+    optim, guided = task.optim, None
+    if isinstance(optim, GuidanceParams):
+        guided = {"method": optim.attribution, "layer": optim.layer}
     with TemporaryDirectory() as folder:
         save_best(task, result, Path(folder))
-        found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val")
-    scores = next(iter(found["models"]["trial"]["explanations"].values()), {})
+        found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val", guided=guided)
+    explanations: dict[str, dict[str, float]] = found["models"]["trial"]["explanations"]
+    names = ("guided", guided["method"]) if guided else tuple(explanations)
+    scores = next((explanations[name] for name in names if name in explanations), {})
     return {f"val/{name}": value for name, value in scores.items()}

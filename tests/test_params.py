@@ -85,6 +85,7 @@ def test_every_model_is_valid(model):
         ("search.space", [{"key": "bcosify.pretrained.bias", "choice": ["keep", "drop"]}], "bias: .*'remove', .*'drop'"),
         ("search.space", [{"key": "seed", "choice": [1], "when": {"data.augment": "none"}}], "when names 'data.augment'"),
         ("search.space", [{"key": "seed", "choice": [1], "uniform": [1, 2]}], "exactly one of choice, uniform and loguniform"),
+        ("search.space", [{"key": "bcosify.pretrained.warmup_steps", "uniform": [0, 9]}], "warmup_steps: .*valid integer.*2.86"),
         ("search.shots", 0, "search.shots: .*greater than 0"),
         ("search.workers", 2, "search: asha: trials that train on Ray workers run to their end"),
         ("pretrain.lr", float("inf"), "pretrain.lr: .*finite"),

@@ -52,8 +52,9 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
     folder = cache_folder()
     path = folder / f"{shard.sha256}.tar"
     with suppress(FileNotFoundError):
-        os.utime(path)
-        return path
+        if path.stat().st_size == shard.bytes:  # a crash of the machine may have cut it
+            os.utime(path)
+            return path
     folder.mkdir(parents=True, exist_ok=True)
     make_room(folder, shard.bytes, cache_limit())
     descriptor, name = tempfile.mkstemp(prefix=f"{shard.sha256}.", suffix=".partial", dir=folder)
@@ -61,6 +62,8 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
     partial_copy = Path(name)
     try:
         download(filesystem, remote, partial_copy, shard, root)
+        with partial_copy.open("rb") as file:
+            os.fsync(file.fileno())
         partial_copy.replace(path)
     finally:
         partial_copy.unlink(missing_ok=True)

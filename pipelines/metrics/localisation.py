@@ -93,9 +93,9 @@ def box_masks(boxes: Sequence[Tensor], classes: Tensor, size: tuple[int, int]) -
     Returns:
         (N, H, W) of bool: the pixels whose centre lies in such a box.
     """
-    counts = torch.tensor([len(each) for each in boxes], device=classes.device)
+    counts = torch.tensor([len(each) for each in boxes], dtype=torch.long, device=classes.device)
     image_of_box = torch.arange(len(boxes), device=classes.device).repeat_interleave(counts)
-    flat = torch.cat(list(boxes)).to(classes.device) if len(boxes) else torch.zeros(0, 5)
+    flat = torch.cat(list(boxes)).to(classes.device) if len(boxes) else torch.zeros(0, 5, device=classes.device)
     chosen = flat[:, 0].long() == classes[image_of_box]
     flat, image_of_box = flat[chosen], image_of_box[chosen]
     rows, columns = (torch.arange(side, device=classes.device) + 0.5 for side in size)

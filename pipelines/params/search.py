@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +29,12 @@ class SearchedParams(Strict):
     def extremes(self) -> list[Scalar]:
         """Every value of a choice, the least and the most of a range."""
         return list(self.choice or self.uniform or self.loguniform or ())
+
+    @property
+    def between(self) -> list[float]:
+        """A value of a range that is no whole number, as nearly all that are drawn from it."""
+        bounds = self.uniform or self.loguniform
+        return [bounds[0] + (bounds[1] - bounds[0]) / math.pi] if bounds else []
 
     @model_validator(mode="after")
     def _drawn_from_one(self) -> SearchedParams:

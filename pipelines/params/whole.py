@@ -99,7 +99,7 @@ def check_space(params: Params, source: str = "params: search.space", together: 
     """
     epochs = {f"{params.search.section}.epochs": params.search.epochs}
     for dimension in params.search.space:
-        for value in dimension.extremes:
+        for value in (*dimension.extremes, *dimension.between):
             try:
                 replaced(params, {**epochs, **dimension.when, dimension.key: value}, source)
             except ParamsError as error:
@@ -129,7 +129,7 @@ def replaced(params: Params, values: Mapping[str, Any], source: str = "params") 
 
 def param(params: Params, key: str) -> Any:
     """The value of a key such as `bcosify.pretrained.lr`."""
-    return reduce(getattr, key.split("."), params)
+    return reduce(lambda group, name: group[name] if isinstance(group, dict) else getattr(group, name), key.split("."), params)
 
 
 def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

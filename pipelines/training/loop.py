@@ -115,10 +115,10 @@ def set_up(context: Context, job: Job) -> Run:
 
 
 def check_selection(job: Job, method: Any) -> None:
-    """Raises `TrainingError` where an objective is an evaluation metric that the method does not have."""
-    names = [f"val/{name}" for name in method.metrics()]
+    """Raises `TrainingError` where an objective is neither one of the training nor an evaluation metric of the method."""
+    names = [f"val/{name}" for name in method.metrics()] + ["train/loss"]
     for objective in job.optim.objectives:
-        if objective.startswith("val/") and objective not in names:
+        if objective not in names and not objective.startswith("train/"):
             raise TrainingError(f"optim.select: no metric {objective!r}; there are {', '.join(names)}")
 
 
@@ -313,6 +313,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
         batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
         values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
+        values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
     run.history = [*run.history, EpochRecord(epoch=run.epoch, step=run.step, metrics=metrics)]

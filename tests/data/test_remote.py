@@ -122,6 +122,14 @@ def test_a_shard_is_brought_once_and_then_read_here(shards: str) -> None:
     assert FlakyFileSystem.asked == 1  # the manifest
 
 
+def test_a_copy_that_a_crash_has_cut_is_brought_again(shards: str, own_shard_cache: Path) -> None:
+    shard = read_manifest(shards).shards("train")[0]
+    copy = shard_cache.bring(shards, shard)
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:100])
+    assert shard_cache.bring(shards, shard).read_bytes() == whole
+
+
 def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(
     shards: str, own_shard_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_box_masks_are_the_half_open_union_of_the_boxes_of_the_class():
     assert not masks[1].any()
     assert masks[2].int().tolist() == [[0, 1, 0, 0]] * 3
     assert box_masks(boxes, torch.tensor([0, 0, 0]), (3, 4)).sum() == 0
+    assert box_masks([], torch.zeros(0, dtype=torch.long), (3, 4)).shape == (0, 3, 4)  # no image has a label
 
 
 def test_object_masks_are_the_union_of_the_instances_of_the_class():

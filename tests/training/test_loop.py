@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import ToyMethod, accident, identical, toy_job, weights
+from toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
 
 from pipelines.params import OptimiserParams
 from pipelines.training import Context, EpochRecord, TrainingError, checkpoints, loop, train
@@ -111,10 +112,27 @@ def test_patience_ends_the_run(tmp_path: Path) -> None:
     assert [r["epoch"] for r in train(job).history] == [1, 2, 3, 4]
 
 
-def test_an_unknown_selection_is_named_before_any_step(tmp_path: Path) -> None:
-    job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select="val/f1")
-    with pytest.raises(TrainingError, match=r"optim.select: no metric 'val/f1'; there are .*val/accuracy"):
+@pytest.mark.parametrize("select", ["val/f1", "accuracy"])
+def test_an_unknown_selection_is_named_before_any_step(tmp_path: Path, select: str) -> None:
+    job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select=select)
+    with pytest.raises(TrainingError, match=rf"optim.select: no metric '{select}'; there are .*val/accuracy.*train/loss"):
         train(job)
+
+
+def test_images_that_validation_skips_are_counted(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", epochs=1)
+    result = train(replace(job, batches=skipping_batches))
+    assert result.history[0]["metrics"]["val/skipped"] == 2
+
+
+def skipping_batches(job: Any, split: str, **place: Any) -> Any:
+    """`toy_batches`, as of a loader that skipped two images of the validation split."""
+
+    class Skipping(list[Any]):
+        skipped = 2 if split == "val" else 0
+
+    batches = toy_batches(job, split, **place)
+    return Skipping(batches) if split == "val" else batches
 
 
 def test_no_epochs_leave_the_model_as_built_and_evaluate_it_once(tmp_path: Path) -> None:

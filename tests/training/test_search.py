@@ -74,6 +74,11 @@ def test_the_params_themselves_are_a_point_of_their_space_or_not() -> None:
     outside: Params = replaced(params, {"bcosify.pretrained.lr": 1.0})
     assert as_it_is(outside) is None
     assert as_it_is(replaced(params, {"bcosify.pretrained.b": 3})) is None
+    width = [{"key": "distill.student.options.width", "choice": [8, 16]}]
+    of_options = params.model_dump(mode="json")
+    of_options["search"] |= {"stage": "distill@e2kd", "space": width}
+    of_options["distill"]["student"]["options"] = {"width": 16}
+    assert as_it_is(validate(of_options)) == {"distill.student.options.width": 16}
 
 
 def test_the_front_is_of_finished_trials_that_no_other_beats() -> None:
