@@ -94,6 +94,7 @@ def test_an_address_of_nothing_is_one_line(
 def test_a_stage_run_here_names_a_ray_address_of_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = address.format(port=closed_port())
     monkeypatch.setenv("RAY_ADDRESS", place)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may have started one
     with pytest.raises(TrainingError, match=rf"RAY_ADDRESS [^\n]*{place}[^\n]*$"), cluster(TrainingParams(workers=1)):
         pass
 
