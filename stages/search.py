@@ -90,7 +90,7 @@ def settings(params: Params, task: Task) -> tuple[Any, ...]:
     how = params.search.model_dump(mode="json", exclude={"trials", "concurrency", "workers"})
     computation = params.training.model_dump(include=COMPUTATION - {"workers"})
     explanations = task.settings()[-1]
-    return (fixed, how, computation, params.evaluate, explanations, code_digest(("evaluation.py",)))
+    return (fixed, how, computation, params.evaluate, explanations, code_digest(("evaluation",)))
 
 
 def as_row(number: int, trial: Trial, on_front: bool) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
 from pipelines.evaluation import (
     BOX_SIZES,
+    Scores,
     Subject,
-    _Scores,
     evaluate,
     evaluate_and_judge,
     examples_by_key,
@@ -219,7 +219,7 @@ def test_pictures_show_what_was_guided(trained):
 
 def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
     spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
-    scores = _Scores(Subject(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
+    scores = Scores(Subject(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     masks[0], masks[1, :4] = True, True
     scores.metrics["map"] = {}

@@ -1,0 +1,23 @@
+"""Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids."""
+
+from pipelines.evaluation.batches import examples_by_key, split_batches
+from pipelines.evaluation.grids import grid_explainer
+from pipelines.evaluation.predictions import Predictions
+from pipelines.evaluation.scores import BOX_SIZES, Scores
+from pipelines.evaluation.split import evaluate, evaluate_and_judge
+from pipelines.evaluation.subjects import OWN, Subject, knows_positions, load_subject
+
+__all__ = [
+    "BOX_SIZES",
+    "OWN",
+    "Predictions",
+    "Scores",
+    "Subject",
+    "evaluate",
+    "evaluate_and_judge",
+    "examples_by_key",
+    "grid_explainer",
+    "knows_positions",
+    "load_subject",
+    "split_batches",
+]

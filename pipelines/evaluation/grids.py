@@ -1,0 +1,89 @@
+"""The grid pointing game, played by several models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipelines.attribution import attribute_many
+from pipelines.bcos import add_inverse
+from pipelines.evaluation.batches import examples_by_key
+from pipelines.evaluation.predictions import Predictions
+from pipelines.evaluation.subjects import Subject, knows_positions
+from pipelines.metrics import (
+    Grid,
+    LocalisationMetric,
+    confidence,
+    draw_grids,
+    eligible,
+    grid_batches,
+    grid_pointing_game,
+    in_windows,
+)
+from pipelines.params import EvaluateParams
+from pipelines.training.distributed import Context
+
+
+def play(
+    context: Context,
+    subjects: Mapping[str, Subject],
+    predictions: Predictions,
+    batches: Any,
+    params: EvaluateParams,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Plays the grid pointing game, enters the scores into `results`, and returns what the grids were.
+
+    `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
+    `gridpg_own_grids` on each model's own, as published. `grid_windows` is how many windows a grid is explained in.
+    """
+    draw = partial(_draw, predictions, params)
+    common = draw(list(subjects))
+    played = {name: (common, draw([name])) for name in subjects}
+    wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
+    found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
+    table = {index: found[predictions.keys[index]].image for index in wanted}
+    for name, subject in subjects.items():
+        results[name]["grid_windows"] = (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
+        for explanation, options in subject.explanations.items():
+            for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
+                scores = LocalisationMetric().to(context.device)
+                explain_many = grid_explainer(subject, options)
+                for tiled, classes in grid_batches(
+                    _share(context, grids),
+                    lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255),
+                    params.grid_batch,
+                ):
+                    scores.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
+                if grids:
+                    results[name]["explanations"][explanation][key] = float(scores.compute()["mean"])
+    correct = eligible(predictions.labels, *predictions.logits.values())
+    return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}
+
+
+def grid_explainer(subject: Subject, options: dict[str, Any]) -> Any:
+    """What gives the maps of grids (G, 6, H, W) for classes (G, T): of ViTs in windows of their own image size."""
+    explain_many = partial(attribute_many, subject.model, **options)
+    return in_windows(explain_many, subject.spec.image_size) if knows_positions(subject.model) else explain_many
+
+
+def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:
+    """Grids of images that the models called `names` all get right."""
+    logits = [predictions.logits[name] for name in names]
+    return draw_grids(
+        confidence(predictions.labels, *logits),
+        predictions.labels,
+        predictions.keys,
+        eligible(predictions.labels, *logits),
+        n=params.grid_size,
+        count=params.grid_count,
+        seed=params.seed,
+    )
+
+
+def _share(context: Context, grids: list[Grid]) -> list[Grid]:
+    """The grids of this worker."""
+    return grids[context.rank :: context.world_size]

@@ -1,0 +1,80 @@
+"""What models say of every image, and how right they are with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import multilabel_average_precision
+
+from pipelines.data.loader import NO_GROUP
+from pipelines.data.sample import DataError
+from pipelines.metrics import GroupAccuracy, multilabel_metrics
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the models say of every image, of a batch or of the split (then sorted by key)."""
+
+    keys: list[str]
+    labels: Tensor  # (N,), or multi-hot (N, K)
+    logits: dict[str, Tensor]  # (N, K) of each model
+    groups: Tensor  # (N,), -1 for images without
+
+    @classmethod
+    def joined(cls, parts: list[Predictions]) -> Predictions:
+        """All workers' predictions in one order, whatever their number.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not parts:
+            raise DataError("no image to evaluate: the split is empty, or none of its images decodes")
+        keys = [key for part in parts for key in part.keys]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        logits = {name: torch.cat([part.logits[name] for part in parts])[order] for name in parts[0].logits}
+        labels, groups = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups"))
+        return cls([keys[index] for index in order], labels, logits, groups)
+
+    def right(self, name: str) -> dict[str, bool]:
+        """Key -> whether the model called `name` is right, in all classes."""
+        logits = self.logits[name]
+        hits = logits.argmax(1) == self.labels if self.labels.ndim == 1 else ((logits >= 0) == self.labels.bool()).all(1)
+        return dict(zip(self.keys, hits.tolist(), strict=True))
+
+    def decisions(self, name: str) -> dict[str, float]:
+        """Of the model called `name`, on each class for itself: `f1`, `precision`, `recall`, and `mean_average_precision`.
+
+        The latter goes over the classes that are in any image.
+        """
+        logits = self.logits[name]
+        labels = self.labels if self.labels.ndim == 2 else F.one_hot(self.labels, logits.shape[1])
+        seen = labels.any(0)
+        scores, count = logits[:, seen].sigmoid(), int(seen.sum())
+        mean = multilabel_average_precision(scores, labels[:, seen], num_labels=count, average="macro", validate_args=False)
+        return {**floats(multilabel_metrics(logits.shape[1])(logits, labels)), "mean_average_precision": float(mean)}
+
+    def group_accuracies(self, name: str) -> dict[str, float]:
+        """Of the model called `name`, where images have one label and a group: accuracy of the worst group, and the groups' mean.
+
+        `_class_group_` counts each pair of class and group as a group of its own (Sagawa et al., ICLR 2020).
+        """
+        known = self.groups != NO_GROUP
+        if self.labels.ndim > 1 or not known.any():
+            return {}
+        logits, labels, groups = self.logits[name][known], self.labels[known], self.groups[known]
+        count = int(groups.max()) + 1
+        found: dict[str, float] = {}
+        for kind, each, number in (("group", groups, count), ("class_group", labels * count + groups, logits.shape[1] * count)):
+            metric = GroupAccuracy(number, sync_on_compute=False)  # every worker has all predictions
+            metric.update(logits, labels, each)
+            found |= {key.replace("group", kind): float(value) for key, value in metric.compute().items()}
+        return found
+
+
+def floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of scalar tensors."""
+    return {name: float(value) for name, value in values.items()}
