@@ -6,8 +6,9 @@ import sys
 
 # Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
 # slower by a third: let them spin for a moment. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+for _variable, _value in OPENMP.items():
+    os.environ.setdefault(_variable, _value)
 
 # A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
 # which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.

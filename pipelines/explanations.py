@@ -77,6 +77,7 @@ def store_explanations(
             on_error=data.on_error,
             verify=data.verify,
             subset=numbers,
+            fields=(),
         )
         written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin, context)))
     everywhere = [shard for part in gather(written, context) for shard in part]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise, product
@@ -54,6 +54,7 @@ class Plan:
     verify: bool
     subset: tuple[int, ...] | None
     explanations: StoredExplanations | None
+    fields: frozenset[str]  # of those that a sample need not have, the ones that are read
 
     def counts(self) -> list[int]:
         """Samples of each shard, of those that are wanted."""
@@ -133,6 +134,7 @@ def loader(
     verify: bool = False,
     subset: Sequence[int] | None = None,
     explanations: str | None = None,
+    fields: Collection[str] | None = None,
 ) -> Loader:
     """The batches of one rank in one epoch.
 
@@ -171,6 +173,7 @@ def loader(
         subset: numbers of the samples to read, counted through the split's shards, in ascending order; none: all of them.
         explanations: root of stored explanations; a batch then has the teacher's too: `teacher_logits` float32 (N, K) and
             `teacher_maps` float32 (N, C, H, W), which `transform` (made with `stored_map`) keeps aligned with the images.
+        fields: which of `boxes`, `mask`, `group` and `caption` are read, where the split has them; none: all of them.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -185,9 +188,11 @@ def loader(
         )
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error {on_error!r} is neither 'raise' nor 'skip'")
+    manifest = read_manifest(root)
+    known = manifest.fields.get(split, ())
     plan = Plan(
         root=str(root),
-        manifest=read_manifest(root),
+        manifest=manifest,
         split=split,
         batch_size=batch_size,
         transform=transform,
@@ -204,6 +209,7 @@ def loader(
         verify=verify,
         subset=None if subset is None else tuple(subset),
         explanations=None if explanations is None else StoredExplanations(explanations),
+        fields=frozenset(known if fields is None else set(fields).intersection(known)),
     )
     plan.share()
     return Loader(plan)
@@ -298,6 +304,8 @@ def _decode(raw: RawSample, plan: Plan, classes: int) -> Example:
     encoded = next(raw.files[suffix] for suffix in IMAGES if suffix in raw.files)
     boxes, encoded_mask = known["boxes"], raw.files.get("mask.png")
     image = decode_image(encoded, apply_exif=not boxes and encoded_mask is None)
+    boxes = boxes if "boxes" in plan.fields else []
+    encoded_mask = encoded_mask if "mask" in plan.fields else None
     size = (image.shape[-2], image.shape[-1])
     views: Views = {"image": image}
     if boxes:
@@ -357,7 +365,7 @@ def _known(raw: RawSample, manifest: Manifest, classes: int) -> dict[str, Any]:
 
 def pack(examples: list[Example], skipped: int, plan: Plan) -> Batch:
     """A batch in few tensors, as it goes from process to process: images in bytes, boxes of all samples in one."""
-    task, fields = plan.manifest.task, plan.manifest.fields[plan.split]
+    task, fields = plan.manifest.task, plan.fields
     batch: Batch = {"key": [example.key for example in examples], "skipped": skipped}
     if not examples:
         return batch

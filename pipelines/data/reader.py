@@ -1,6 +1,6 @@
 """Samples out of shards by number, from this machine or any fsspec URL, still encoded.
 
-A shard is scanned once when its first sample is wanted, and each sample is then one read. Remote shards are brought to
+A shard is scanned when its first sample is wanted, and each sample is then one read. Remote shards are brought to
 this machine as a whole, see `shard_cache`.
 """
 
@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pipelines.data.shard_cache import bring
 IMAGES = ("jpg", "png", "webp")
 SUFFIXES = (*IMAGES, "json", "mask.png")  # nothing else in a shard is ever decoded
 OPEN_FILES = 32
+SCANNED = 64  # shards of which is known what lies where
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
     left = Counter(shard_of)
-    scanned: dict[int, tuple[Path, list[Entry]]] = {}
+    scanned: dict[int, tuple[Path, Sequence[Entry]]] = {}
     with _OpenFiles() as files:
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
@@ -81,8 +83,13 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
                 files.close(path)
 
 
-def scan(path: Path) -> list[Entry]:
+@lru_cache(SCANNED)
+def scan(path: Path, size: int, changed: int) -> tuple[Entry, ...]:
     """Where each sample of a tar lies, in the tar's order. A sample's files share the name up to the first dot.
+
+    Args:
+        path: of the tar.
+        size, changed: of the file, bytes and nanoseconds: another content is scanned anew, the same one of each epoch is not.
 
     Raises:
         tarfile.TarError, EOFError: the tar is corrupt.
@@ -93,12 +100,13 @@ def scan(path: Path) -> list[Entry]:
             key, _, suffix = member.name.partition(".")
             if member.isfile() and suffix in SUFFIXES:
                 found.setdefault(key, []).append((suffix, member.offset_data, member.size))
-    return [Entry(key, tuple(files)) for key, files in found.items()]
+    return tuple(Entry(key, tuple(files)) for key, files in found.items())
 
 
-def _checked_entries(path: Path, shard: Shard, verify: bool) -> list[Entry]:
+def _checked_entries(path: Path, shard: Shard, verify: bool) -> tuple[Entry, ...]:
     """The samples in a shard's file, after a check against the manifest."""
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
     if size != shard.bytes:
         what = "truncated" if size < shard.bytes else "too long"
         raise ShardError(f"{shard.name}: {what}: {size} bytes; the manifest says {shard.bytes}")
@@ -108,7 +116,7 @@ def _checked_entries(path: Path, shard: Shard, verify: bool) -> list[Entry]:
         if sha256 != shard.sha256:
             raise ShardError(f"{shard.name}: sha256 is {sha256}; the manifest says {shard.sha256}")
     try:
-        entries = scan(path)
+        entries = scan(path, size, status.st_mtime_ns)
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
     if len(entries) != shard.count:

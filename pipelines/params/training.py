@@ -35,7 +35,7 @@ class TrainingParams(Strict):
     cpus_per_worker: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulate: PositiveInt = 1  # parts of a worker's batch whose gradients make one step; more where workers are missing
-    channels_last: bool = False  # memory format of images and convolutions; compiled they have it anyway
+    channels_last: bool = True  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
     checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
     checkpoint_every: PositiveInt = 100  # steps

@@ -75,6 +75,7 @@ def shard_batches(
         verify=job.data.verify,
         subset=job.subset if train else None,
         explanations=job.explanations if train else None,
+        fields=job.fields,
     )
 
 
@@ -93,6 +94,7 @@ class Job:
         batches: makes the batches of a split, called as `shard_batches` is.
         subset: numbers of the training samples to read, see `loader`; none: all of them.
         explanations: root of stored explanations of the training samples, which then come with them.
+        fields: what the method reads beside images and labels, see `loader`.
     """
 
     build: Callable[[], Any]
@@ -107,6 +109,7 @@ class Job:
     batches: Callable[..., Batches] = shard_batches
     subset: tuple[int, ...] | None = None
     explanations: str | None = None
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for each other are ten times slower where cores are shared
+    **pipelines.OPENMP,  # workers import torch before this project
 }
 # Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
 # as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.

@@ -314,6 +314,21 @@ def test_exif_is_applied_only_where_there_are_no_boxes(tmp_path):
     assert torch.equal(batch["image"][1], stored)
 
 
+@pytest.mark.parametrize("fields", [(), ("boxes",), ("group", "mask")])
+def test_fields_that_nobody_reads_are_left_out_and_change_nothing_else(root, fields):
+    left_out = {"boxes", "mask", "group", "caption"}.difference(fields)
+    whole = [{name: value for name, value in batch.items() if name not in left_out} for batch in train(root, epoch=1)]
+    assert_same(train(root, epoch=1, fields=fields), whole)
+
+
+def test_images_lie_as_stored_where_boxes_are_left_out_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    boxed = plain(0, image=encoded(noise(0), exif=exif), boxes=((0, 0.0, 0.0, 2.0, 2.0),))
+    [batch] = evaluate(write(tmp_path, [boxed]), fields=())
+    assert torch.equal(batch["image"][0], torch.from_numpy(noise(0)).permute(2, 0, 1).float() / 255)
+
+
 def test_boxes_and_masks_of_a_batch_stay_aligned(root):
     for epoch in range(4):
         for batch in train(root, epoch=epoch):
@@ -455,6 +470,12 @@ def test_foreign_files_in_a_shard_are_never_decoded(shards):
     replace_shard(shards, {"a.pyd": pickle, "a.png": image, "a.json": b'{"label": 1}', "b.pkl": pickle})
     batch = next(iter(evaluate(shards, batch_size=1)))
     assert (batch["key"], batch["label"].tolist()) == (["a"], [1])
+
+
+def test_another_shard_under_a_name_that_was_read_is_scanned_anew(shards):
+    assert keys(evaluate(shards))[0] == "k0000"
+    replace_shard(shards, {"new.json": b'{"label": 1}', "new.png": plain(0).image})
+    assert keys(evaluate(shards))[0] == "new"
 
 
 BROKEN = (3, 6, 7)
