@@ -197,7 +197,6 @@ class Task:
         model: which weights are trained, where they are not those of `upstream`.
         subset: the training images to take, where it is not all of them; `models/<name>/subset.json` lists them.
         explanations: root of stored explanations of the training images.
-        fields: what the method reads beside images and labels, see `loader`.
         notes: file name -> what else it was trained on, as JSON; goes beside the model.
     """
 
@@ -210,7 +209,6 @@ class Task:
     model: ModelParams | None = None
     subset: Subset | None = None
     explanations: str | None = None
-    fields: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def all_notes(self) -> dict[str, Any]:
@@ -239,7 +237,6 @@ class Task:
             directory=directory,
             subset=None if self.subset is None else self.subset.numbers,
             explanations=explanations_for_all(params, self.explanations),
-            fields=self.fields,
             **more,
         )
 

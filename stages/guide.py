@@ -26,7 +26,6 @@ def task(whole: Params) -> Task:
         build=partial(build_guidance, model_for_all(params, classifier), optim, keys),
         spec=read_spec(classifier),
         upstream=(classifier,),
-        fields=("boxes",),
         notes={} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}},
     )
 

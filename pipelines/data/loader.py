@@ -30,6 +30,7 @@ from pipelines.data.transforms import STORED_MAP, Step, Views
 
 Batch = dict[str, Any]
 NO_GROUP = -1
+FIELDS = frozenset(("boxes", "mask", "group", "caption"))  # that a sample need not have
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Plan:
     verify: bool
     subset: tuple[int, ...] | None
     explanations: StoredExplanations | None
-    fields: frozenset[str]  # of those that a sample need not have, the ones that are read
+    fields: frozenset[str]  # those of FIELDS that are read
 
     def counts(self) -> list[int]:
         """Samples of each shard, of those that are wanted."""
@@ -173,7 +174,8 @@ def loader(
         subset: numbers of the samples to read, counted through the split's shards, in ascending order; none: all of them.
         explanations: root of stored explanations; a batch then has the teacher's too: `teacher_logits` float32 (N, K) and
             `teacher_maps` float32 (N, C, H, W), which `transform` (made with `stored_map`) keeps aligned with the images.
-        fields: which of `boxes`, `mask`, `group` and `caption` are read, where the split has them; none: all of them.
+        fields: which of `boxes`, `mask`, `group` and `caption` are read, where the split has them; none: all of them. What
+            nobody reads is not decoded: damage there goes unseen.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -188,8 +190,10 @@ def loader(
         )
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error {on_error!r} is neither 'raise' nor 'skip'")
+    if fields is not None and (unknown := set(fields) - FIELDS):
+        raise ValueError(f"fields: {sorted(unknown)[0]!r} is none of {', '.join(sorted(FIELDS))}")
     manifest = read_manifest(root)
-    known = manifest.fields.get(split, ())
+    known = manifest.fields.get(split, ())  # a split that is not there is named below
     plan = Plan(
         root=str(root),
         manifest=manifest,
@@ -304,7 +308,7 @@ def _decode(raw: RawSample, plan: Plan, classes: int) -> Example:
     encoded = next(raw.files[suffix] for suffix in IMAGES if suffix in raw.files)
     boxes, encoded_mask = known["boxes"], raw.files.get("mask.png")
     image = decode_image(encoded, apply_exif=not boxes and encoded_mask is None)
-    boxes = boxes if "boxes" in plan.fields else []
+    boxes = boxes if plan.fields & {"boxes", "mask"} else []  # a mask's ids are counted anew where boxes are left out
     encoded_mask = encoded_mask if "mask" in plan.fields else None
     size = (image.shape[-2], image.shape[-1])
     views: Views = {"image": image}

@@ -89,7 +89,8 @@ def scan(path: Path, size: int, changed: int) -> tuple[Entry, ...]:
 
     Args:
         path: of the tar.
-        size, changed: of the file, bytes and nanoseconds: another content is scanned anew, the same one of each epoch is not.
+        size, changed: of the file, bytes and nanoseconds: another content is scanned anew; the same one, epoch after epoch in one
+            process, is not.
 
     Raises:
         tarfile.TarError, EOFError: the tar is corrupt.

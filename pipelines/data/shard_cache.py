@@ -52,8 +52,9 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
     folder = cache_folder()
     path = folder / f"{shard.sha256}.tar"
     with suppress(FileNotFoundError):
-        if path.stat().st_size == shard.bytes:  # a crash of the machine may have cut it
-            os.utime(path)
+        status = path.stat()
+        if status.st_size == shard.bytes:  # a crash of the machine may have cut it
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # used, not changed
             return path
     folder.mkdir(parents=True, exist_ok=True)
     make_room(folder, shard.bytes, cache_limit())
@@ -105,7 +106,7 @@ def make_room(folder: Path, size: int, limit: int) -> None:
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process makes room, too
             found = path.stat()
-            files.append((found.st_mtime, found.st_size, path))
+            files.append((max(found.st_atime, found.st_mtime), found.st_size, path))
     total = size + sum(bytes_ for _, bytes_, _ in files)
     for used, bytes_, path in sorted(files):
         if total <= limit:

@@ -17,6 +17,7 @@ class Method(Protocol):
 
     module: nn.Module
     fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
+    fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """What `loss` takes, from a batch of the loader: tensors, one row an image. Random choices are made here, uncompiled.
@@ -67,6 +68,7 @@ class Classification:
     """
 
     fixed: tuple[nn.Module, ...] = ()
+    fields: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
         self.module, self.task, self.num_classes = module, task, num_classes

@@ -47,11 +47,12 @@ def shard_batches(
     world_size: int = 1,
     start_batch: int = 0,
     earlier: Sequence[tuple[int, int]] = (),
+    fields: Sequence[str] = (),
 ) -> Batches:
     """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
 
     From `start_batch` on, counted from the epoch's beginning; `earlier` (world size, batches) are those that were taken with
-    other numbers of workers.
+    other numbers of workers; `fields` what the method reads beside images and labels.
     """
     from pipelines.data.loader import loader
     from pipelines.data.transforms import eval_transform, train_transform
@@ -75,7 +76,7 @@ def shard_batches(
         verify=job.data.verify,
         subset=job.subset if train else None,
         explanations=job.explanations if train else None,
-        fields=job.fields,
+        fields=fields,
     )
 
 
@@ -94,7 +95,6 @@ class Job:
         batches: makes the batches of a split, called as `shard_batches` is.
         subset: numbers of the training samples to read, see `loader`; none: all of them.
         explanations: root of stored explanations of the training samples, which then come with them.
-        fields: what the method reads beside images and labels, see `loader`.
     """
 
     build: Callable[[], Any]
@@ -109,7 +109,6 @@ class Job:
     batches: Callable[..., Batches] = shard_batches
     subset: tuple[int, ...] | None = None
     explanations: str | None = None
-    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

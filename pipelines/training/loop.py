@@ -30,7 +30,7 @@ from pipelines.training.distributed import (
 from pipelines.training.evaluation import evaluate_split
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
 from pipelines.training.objective import build_objective
-from pipelines.training.optim import clip_gradients, optimiser, set_rate
+from pipelines.training.optim import clip_gradients, lay_out, optimiser, set_rate
 from pipelines.training.progress import EpochProgress, epoch_line
 
 
@@ -127,6 +127,7 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
     state = checkpoints.load(run.job.directory, summary["step"])
     run.method.module.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])
+    lay_out(run.optimiser)
     run.step, run.epoch, run.batches = summary["step"], summary["epoch"], summary["batches"]
     run.history = summary["history"]
     run.earlier = [(workers, steps) for workers, steps in summary.get("earlier", [])]
@@ -149,8 +150,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     """Trains the epoch at hand, or the rest of it; returns its train metrics, over all ranks."""
     job, context = run.job, run.context
     run.objective.train()
-    place = {"rank": context.rank, "world_size": context.world_size}
-    batches = job.batches(job, "train", epoch=run.epoch, start_batch=run.batches, earlier=run.earlier, **place)
+    batches = read(run, "train", epoch=run.epoch, start_batch=run.batches, earlier=run.earlier)
     check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
     rate, images, began = 0.0, 0, time.monotonic()
     shown = (run.epoch + 1, job.optim.epochs, run.steps_per_epoch, run.batches, context.rank == 0)
@@ -178,6 +178,12 @@ def train_epoch(run: Run) -> dict[str, float]:
         "train/skipped": float(skipped),
         **{f"train/{name}": value for name, value in run.method.epoch_metrics().items()},
     }
+
+
+def read(run: Run, split: str, **place: Any) -> Any:
+    """This rank's batches of a split, with what the method reads."""
+    context = run.context
+    return run.job.batches(run.job, split, rank=context.rank, world_size=context.world_size, fields=run.method.fields, **place)
 
 
 def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -311,7 +317,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     job, context = run.job, run.context
     values: dict[str, float] = {}
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
-        batches = job.batches(job, "val", rank=context.rank, world_size=context.world_size)
+        batches = read(run, "val")
         values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
         values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}

@@ -77,7 +77,6 @@ def trained(params: Params, build: Any, optim: OptimiserParams, seed: int, *inpu
         training=params.training.model_copy(update={"workers": 0}),
         seed=seed,
         directory=run_directory(params.storage.root, "guided", read_manifest(shards).digest, params.data, optim, seed, *inputs),
-        fields=("boxes",),
     )
     result, module = train(job), build().module
     result.load_best(module)

@@ -532,7 +532,15 @@ def test_images_of_other_channels_and_depths_are_converted(tmp_path, image):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"start_batch": -1}, {"workers": -1}, {"on_error": "x"}],
+    [
+        {"batch_size": 0},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+        {"start_batch": -1},
+        {"workers": -1},
+        {"on_error": "x"},
+        {"fields": "box"},
+    ],
 )
 def test_arguments_out_of_range(root, options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -21,6 +21,7 @@ from pipelines.data.loader import loader
 from pipelines.data.manifest import ShardError, read_manifest
 from pipelines.data.patience import StorageError, with_patience
 from pipelines.data.publish import fetch, publish, publish_shards
+from pipelines.data.reader import scan
 from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
 from pipelines.params import DataParams
@@ -55,6 +56,12 @@ def keys(root: str, **options: object) -> list[str]:
     """The keys of an epoch."""
     batches = loader(root, "train", batch_size=4, transform=eval_transform(DataParams(image_size=8)), **options)  # type: ignore[arg-type]
     return [key for batch in batches for key in batch["key"]]
+
+
+def test_a_copy_in_the_cache_is_scanned_once(shards: str) -> None:
+    scan.cache_clear()
+    assert keys(shards) == keys(shards)
+    assert scan.cache_info().misses == scan.cache_info().hits == COUNT // 5
 
 
 @pytest.mark.parametrize("error", [OSError(5, "input/output error"), TimeoutError(), UNREACHABLE, urllib.error.URLError("reset")])

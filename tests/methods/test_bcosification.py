@@ -315,7 +315,10 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"b_mode": "scheduled", "b_epochs": 9}, r"pretrained: b_epochs: a schedule over 9 epochs does not reach b in 6 epochs$"),
+        (
+            {"b_mode": "scheduled", "b_epochs": 9, "epochs": 6},
+            r"pretrained: b_epochs: a schedule over 9 epochs does not reach b in 6 epochs$",
+        ),
         (
             {"b_mode": "learned", "b": 1.5},
             r"pretrained: b: a learned B is pulled towards 2, not 1.5; [^\n]*$",

@@ -79,6 +79,16 @@ def test_channels_last_is_a_matter_of_layout_and_resumes_bit_for_bit(tmp_path: P
     assert identical(last, last_weights(tmp_path, "broken", channels_last=True, **params))
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_a_run_goes_on_in_another_layout(tmp_path: Path, optimiser: str) -> None:
+    params = {"optimiser": optimiser, "lr": 0.1 if optimiser == "sgd" else 0.001}
+    broken = accident("raise", 9, tmp_path / "marker", method=SteadyMethod, norm=False)
+    with pytest.raises(ConnectionError):
+        last_weights(tmp_path, "broken", broken, channels_last=False, **params)
+    gone_on = last_weights(tmp_path, "broken", channels_last=True, **params)
+    assert difference(gone_on, last_weights(tmp_path, "whole", channels_last=False, **params)) < 1e-4
+
+
 def test_checkpointed_blocks_train_bit_for_bit_as_others(tmp_path: Path) -> None:
     kept, again = (
         last_weights(tmp_path, name, BlockMethod, checkpoint_activations=name == "again") for name in ("kept", "again")

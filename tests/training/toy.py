@@ -88,6 +88,7 @@ class ToyMethod:
     """A small network, and an accident at one step of the first process that gets there."""
 
     fixed = ()
+    fields = ()
 
     def __init__(self, accident: str = "", at_step: int = 0, marker: str = "", rank: int = 0) -> None:
         self.module = ToyNetwork()
