@@ -40,7 +40,7 @@ from pipelines.params import Params, ParamsError
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
-from pipelines.training.launch import RAY_ENVIRONMENT, scaled
+from pipelines.training.launch import ray_environment, scaled
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -139,7 +139,7 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
             client,
             entrypoint=f"python -m infra.job {place}",
             submission_id=job,
-            runtime_env={"working_dir": f"{folder}/code", "env_vars": RAY_ENVIRONMENT | sent()},
+            runtime_env={"working_dir": f"{folder}/code", "env_vars": ray_environment() | sent()},
             metadata=metadata,
         )
     print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)

@@ -5,10 +5,11 @@ import os
 import sys
 
 # Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
-# slower by a third: let them spin for a moment. Read when torch is first imported.
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-for _variable, _value in OPENMP.items():
-    os.environ.setdefault(_variable, _value)
+# slower by a third: let them spin for a moment, unless the user says how. Read when torch is first imported.
+_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+if not _OPENMP.keys() & os.environ.keys():
+    os.environ.update(_OPENMP)
+OPENMP = {name: os.environ[name] for name in _OPENMP if name in os.environ}
 
 # A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
 # which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.

@@ -236,6 +236,11 @@ def cluster(training: TrainingParams) -> Iterator[None]:
         ray.shutdown()
 
 
+def ray_environment() -> dict[str, str]:
+    """RAY_ENVIRONMENT, with the user's own settings."""
+    return {name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()}
+
+
 def _connect(address: str) -> None:
     """Joins a cluster, whose workers get this code; those of a submitted job have it."""
     import ray
@@ -247,7 +252,7 @@ def _connect(address: str) -> None:
     code = Path(pipelines.__file__).parents[1]
     parts = (code / name for name in ("pipelines", "stages", "infra"))  # trials of a search are stages
     modules = [str(part) for part in parts if part.is_dir()]
-    workers_have = None if SUBMITTED in os.environ else {"py_modules": modules, "env_vars": RAY_ENVIRONMENT}
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": modules, "env_vars": ray_environment()}
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes

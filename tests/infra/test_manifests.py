@@ -16,6 +16,8 @@ import pytest
 import ray
 import yaml
 
+from pipelines.training.launch import RAY_ENVIRONMENT
+
 INFRA = Path(__file__).parents[2] / "infra"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
@@ -130,6 +132,11 @@ def test_the_cache_of_shards_fits_its_volume() -> None:
 def test_cuda_of_the_image_is_that_of_the_lock() -> None:
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\d+)\.", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
     assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (INFRA.parent / "requirements.lock").read_text(), re.MULTILINE) == [base]
+
+
+def test_jobs_have_the_environment_that_submitted_ones_get() -> None:
+    job = yaml.safe_load((INFRA / "rayjob.yaml").read_text())
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"] == RAY_ENVIRONMENT
 
 
 def test_ray_is_that_of_the_lock() -> None:
