@@ -69,7 +69,7 @@ def main(
     parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--channels-last", action="store_true", default=device == "cuda")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="where the lines go too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

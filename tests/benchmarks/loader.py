@@ -3,7 +3,8 @@
     dvc repro shard && python -m tests.benchmarks.loader [--workers 0 1 2] [--threads 2] [--batches 40]
 
 Reads the shards and params of the run at hand, with the training transform; the step is that of `bcosify.pretrained` (forward and
-backward pass, clipping, optimiser). Prints one line of JSON for each number of decoding processes.
+backward pass, clipping, optimiser), with channels first and last in turns. Prints one line of JSON for each number of decoding
+processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import pipelines  # noqa: F401  (first: it says how threads wait)
 
 import torch  # isort: skip
 
+from pipelines.data.loader import FIELDS
 from pipelines.data.manifest import read_manifest
 from pipelines.methods import build_bcosification
 from pipelines.params import Params, load
@@ -54,8 +58,28 @@ def rate(batches: Any, count: int) -> tuple[float, list[dict[str, Any]]]:
     return sum(len(batch["key"]) for batch in kept[1:]) / (time.perf_counter() - start), kept
 
 
+def step_rates(params: Params, batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
+    """Images a second of the step, by the memory format of images and convolutions; medians of rounds in which they take turns."""
+    runs, seconds = {}, {}
+    for name in ("first", "last"):
+        job = job_of(params, 0, str(Path("runs/loader_benchmark", name).absolute()))
+        training = job.training.model_copy(update={"channels_last": name == "last"})
+        runs[name] = set_up(Context(), replace(job, training=training))
+        runs[name].objective.train()
+        train_step(runs[name], dict(batches[0]))
+        seconds[name] = []
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for batch in batches[1:]:
+                train_step(run, dict(batch))
+            seconds[name].append(time.perf_counter() - start)
+    images = sum(len(batch["key"]) for batch in batches[1:])
+    return {name: images / statistics.median(of_name) for name, of_name in seconds.items()}
+
+
 def main() -> None:
-    """Measures the loader with each number of processes, and the step once."""
+    """Measures the loader with each number of processes, with all fields of a sample too, and the step in both layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
@@ -63,22 +87,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     params = load()
-    rates = {}
+    lines, batches = [], []
     for workers in options.workers:
-        rates[workers], batches = rate(shard_batches(job_of(params, workers, ""), "train"), options.batches)
-    run = set_up(Context(), job_of(params, 0, str(Path("runs/loader_benchmark").absolute())))
-    run.objective.train()
-    train_step(run, batches[0])
-    start = time.perf_counter()
-    for batch in batches[1:]:
-        train_step(run, batch)
-    step = sum(len(batch["key"]) for batch in batches[1:]) / (time.perf_counter() - start)
-    for workers, found in rates.items():
-        print(
-            json.dumps(
-                {"loader_workers": workers, "loader": round(found), "step": round(step), "loader_by_step": round(found / step, 2)}
-            )
-        )
+        job = job_of(params, workers, "")
+        found, batches = rate(shard_batches(job, "train"), options.batches)
+        every, _ = rate(shard_batches(job, "train", fields=sorted(FIELDS)), options.batches)
+        lines.append({"loader_workers": workers, "loader": round(found), "loader_all_fields": round(every)})
+    steps = step_rates(params, batches)
+    for line in lines:
+        layouts = {f"step_channels_{name}": round(value) for name, value in steps.items()}
+        print(json.dumps({**line, **layouts, "loader_by_step": round(line["loader"] / steps["last"], 2)}))
 
 
 if __name__ == "__main__":
