@@ -59,7 +59,7 @@ def rate(batches: Any, count: int) -> tuple[float, list[dict[str, Any]]]:
 
 
 def step_rates(params: Params, batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
-    """Images a second of the step, by the memory format of images and convolutions; medians of rounds in which they take turns."""
+    """Images a second of the step, by the memory format of images and convolutions; medians of rounds in turns."""
     runs, seconds = {}, {}
     for name in ("first", "last"):
         job = job_of(params, 0, str(Path("runs/loader_benchmark", name).absolute()))
