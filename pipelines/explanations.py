@@ -78,8 +78,9 @@ def store_explanations(
             verify=data.verify,
             subset=numbers,
             fields=(),
+            device=context.device,
         )
-        written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin, context)))
+        written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin)))
     everywhere = [shard for part in gather(written, context) for shard in part]
     if context.rank == 0:
         write_index(out, origin, everywhere)
@@ -87,11 +88,11 @@ def store_explanations(
 
 
 def _explained(
-    model: nn.Module, explain: Explainer, batches: Iterable[dict[str, Any]], origin: Origin, context: Context
+    model: nn.Module, explain: Explainer, batches: Iterable[dict[str, Any]], origin: Origin
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Key, logits (K,) and map (C, h, w) of each image, as they are stored."""
     for batch in batches:
-        logits, maps = explain(model, add_inverse(batch["image"].to(context.device)))
+        logits, maps = explain(model, add_inverse(batch["image"]))
         stored = scaled(maps if maps.ndim == 4 else maps.unsqueeze(1), origin.resolution)
         stored = stored.to(getattr(torch, origin.precision))
         yield from zip(batch["key"], logits.detach().float().cpu(), stored.cpu(), strict=True)

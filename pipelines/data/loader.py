@@ -56,6 +56,7 @@ class Plan:
     subset: tuple[int, ...] | None
     explanations: StoredExplanations | None
     fields: frozenset[str]  # those of FIELDS that are read
+    device: torch.device  # where images are put
 
     def counts(self) -> list[int]:
         """Samples of each shard, of those that are wanted."""
@@ -113,7 +114,7 @@ class Loader:
                 raise packed
             self.skipped += packed["skipped"]
             if packed["key"]:
-                yield unpack(packed)
+                yield unpack(packed, self._plan.device)
 
 
 def loader(
@@ -136,6 +137,7 @@ def loader(
     subset: Sequence[int] | None = None,
     explanations: str | None = None,
     fields: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Loader:
     """The batches of one rank in one epoch.
 
@@ -176,6 +178,8 @@ def loader(
             `teacher_maps` float32 (N, C, H, W), which `transform` (made with `stored_map`) keeps aligned with the images.
         fields: which of `boxes`, `mask`, `group` and `caption` are read, where the split has them; none: all of them. What
             nobody reads is not decoded: damage there goes unseen.
+        device: where `image` is put; the rest of a batch stays on the CPU. Images travel as bytes, a quarter of their size here,
+            to a GPU from pinned memory while it works, where there are decoding processes.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -214,6 +218,7 @@ def loader(
         subset=None if subset is None else tuple(subset),
         explanations=None if explanations is None else StoredExplanations(explanations),
         fields=frozenset(known if fields is None else set(fields).intersection(known)),
+        device=torch.device(device),
     )
     plan.share()
     return Loader(plan)
@@ -223,8 +228,13 @@ def _packed_batches(plan: Plan) -> Iterable[Batch | DataError]:
     """The packed batches of a rank in their order, made here or by `plan.workers` processes that take turns."""
     if plan.workers == 0:
         return worker_batches(plan, worker=0, workers=1)
-    # A generator of its own: by default the DataLoader draws its base seed from torch's global one.
-    return DataLoader(_WorkerBatches(plan), batch_size=None, num_workers=plan.workers, generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        _WorkerBatches(plan),
+        batch_size=None,
+        num_workers=plan.workers,
+        generator=torch.Generator().manual_seed(0),  # by default it draws its base seed from torch's global one
+        pin_memory=plan.device.type == "cuda",
+    )
 
 
 class _WorkerBatches(IterableDataset):
@@ -398,9 +408,9 @@ def pack(examples: list[Example], skipped: int, plan: Plan) -> Batch:
     return batch
 
 
-def unpack(packed: Batch) -> Batch:
-    """The batch that a user sees."""
-    batch = {**packed, "image": packed["image"].float().div_(255)}
+def unpack(packed: Batch, device: torch.device) -> Batch:
+    """The batch that a user sees, its images on `device`."""
+    batch = {**packed, "image": packed["image"].to(device, non_blocking=True).float().div_(255)}
     if "boxes" in packed:
         batch["boxes"] = list(packed["boxes"].split(batch.pop("box_counts")))
     return batch

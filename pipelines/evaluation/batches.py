@@ -17,18 +17,17 @@ from pipelines.params import DataParams
 Batch = dict[str, Any]
 
 
-def split_batches(shards: str, split: str, data: DataParams, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Any:
-    """The batches of one worker in an evaluation pass."""
+def split_batches(shards: str, split: str, data: DataParams, batch_size: int, **place: Any) -> Any:
+    """The batches of one worker in an evaluation pass; `place`: `rank`, `world_size` and `device` of `loader`."""
     return loader(
         shards,
         split,
         batch_size=batch_size,
         transform=eval_transform(data),
-        rank=rank,
-        world_size=world_size,
         workers=data.loader_workers,
         on_error=data.on_error,
         verify=data.verify,
+        **place,
     )
 
 

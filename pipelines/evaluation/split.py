@@ -57,7 +57,7 @@ def evaluate(
     students = [name for name in subjects if teacher is not None and name != teacher]
     follows = {name: Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
     seen: list[Predictions] = []
-    mine = batches(rank=context.rank, world_size=context.world_size)
+    mine = batches(rank=context.rank, world_size=context.world_size, device=context.device)
     for batch in mine:
         batch = to_device(batch, context.device)
         logits = {name: scores[name].update(batch) for name in subjects}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import fsspec
+import torch
 from torch import nn
 
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
@@ -48,11 +49,12 @@ def shard_batches(
     start_batch: int = 0,
     earlier: Sequence[tuple[int, int]] = (),
     fields: Sequence[str] = (),
+    device: torch.device | str = "cpu",
 ) -> Batches:
     """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
 
     From `start_batch` on, counted from the epoch's beginning; `earlier` (world size, batches) are those that were taken with
-    other numbers of workers; `fields` what the method reads beside images and labels.
+    other numbers of workers; `fields` what the method reads beside images and labels; `device` where images are put.
     """
     from pipelines.data.loader import loader
     from pipelines.data.transforms import eval_transform, train_transform
@@ -77,6 +79,7 @@ def shard_batches(
         subset=job.subset if train else None,
         explanations=job.explanations if train else None,
         fields=fields,
+        device=device,
     )
 
 

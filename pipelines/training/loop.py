@@ -182,8 +182,9 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 def read(run: Run, split: str, **place: Any) -> Any:
     """This rank's batches of a split, with what the method reads."""
-    context = run.context
-    return run.job.batches(run.job, split, rank=context.rank, world_size=context.world_size, fields=run.method.fields, **place)
+    rank, world_size, device = run.context.rank, run.context.world_size, run.context.device
+    fields = run.method.fields
+    return run.job.batches(run.job, split, rank=rank, world_size=world_size, fields=fields, device=device, **place)
 
 
 def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,8 @@ The `plain` loop is the one of the published code: for each class of each grid o
 in explanation mode. The `lean` loop asks `attribute` for one map at a time, which computes no gradients of weights. Prints one
 line of JSON a case: milliseconds a grid of each (the least of the rounds), their ratios, and the largest difference of scores.
 
-With one thread CPU time is measured, to which what else runs on the machine adds little; with more, the time that passes, for
-which the machine should be quiet.
+With one thread CPU time is measured, to which what else runs on the machine adds little; with more, and on a GPU, where there is
+one, the time that passes, for which the machine should be quiet.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipelines.attribution import attribute, attribute_many
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
 from pipelines.metrics import grid_pointing_game
 from pipelines.models import ConventionalNetwork, build
+from tests.benchmarks.harness import clock
 
 CLASSES = 20
 Map = Callable[[Tensor, Tensor], Tensor]  # (1, 6, H, W), (1,) -> (1, H, W)
@@ -43,17 +44,27 @@ class Case:
     smooth: int
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
-    "resnet20-32-2x2": Case("resnet20", 32, 2, 4, 3),
-    "resnet20-32-3x3": Case("resnet20", 32, 3, 2, 3),
-    "resnet18-224-2x2": Case("resnet18", 224, 2, 2, 15),
-    "resnet18-224-3x3": Case("resnet18", 224, 3, 1, 15),
-}
+    "cpu": {
+        "resnet20-32-2x2": Case("resnet20", 32, 2, 4, 3),
+        "resnet20-32-3x3": Case("resnet20", 32, 3, 2, 3),
+        "resnet18-224-2x2": Case("resnet18", 224, 2, 2, 15),
+        "resnet18-224-3x3": Case("resnet18", 224, 3, 1, 15),
+    },
+    "cuda": {
+        "resnet20-32-2x2": Case("resnet20", 32, 2, 64, 3),
+        "resnet50-224-2x2": Case("resnet50", 224, 2, 16, 15),
+        "resnet50-224-3x3": Case("resnet50", 224, 3, 8, 15),
+    },
+}[DEVICE]
 
 
 def pictures(count: int, side: int) -> Tensor:
     """Random pictures as smooth as photographs are: (count, 6, side, side). On noise, rounding alone moves scores by 1e-4."""
-    return add_inverse(nn.functional.interpolate(torch.rand(count, 3, side // 8, side // 8), (side, side), mode="bilinear"))
+    return add_inverse(
+        nn.functional.interpolate(torch.rand(count, 3, side // 8, side // 8, device=DEVICE), (side, side), mode="bilinear")
+    )
 
 
 def model_of(case: Case, method: str) -> nn.Module:
@@ -62,7 +73,7 @@ def model_of(case: Case, method: str) -> nn.Module:
     At B = 2 the features of random layers are tiny, and only norms with a tiny epsilon bring them up again.
     """
     network = build(case.network, num_classes=CLASSES)
-    model = bcosify(network) if method == "bcos" else ConventionalNetwork(network)
+    model = (bcosify(network) if method == "bcos" else ConventionalNetwork(network)).to(DEVICE)
     for module in model.modules():
         if hasattr(module, "momentum"):
             module.momentum, module.eps = 1.0, 1e-20  # type: ignore[assignment]
@@ -84,7 +95,7 @@ def plain_map(model: nn.Module, method: str, image: Tensor, target: Tensor) -> T
 
 def loop(map_of: Map, case: Case, grids: Tensor, classes: Tensor) -> Tensor:
     """The game, one class of one grid at a time: (G, n²)."""
-    scores = torch.zeros(classes.shape)
+    scores = torch.zeros(classes.shape, device=DEVICE)
     for i, grid in enumerate(grids):
         for j, target in enumerate(classes[i]):
             smoothed = nn.functional.avg_pool2d(map_of(grid[None], target[None]), case.smooth, 1, case.smooth // 2)
@@ -98,10 +109,10 @@ def loop(map_of: Map, case: Case, grids: Tensor, classes: Tensor) -> Tensor:
 
 def milliseconds(run: Callable[[], object], grids: int) -> float:
     """Of one grid."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+    now = time.process_time if DEVICE == "cpu" and torch.get_num_threads() == 1 else clock
+    start = now()
     run()
-    return (clock() - start) / grids * 1e3
+    return (now() - start) / grids * 1e3
 
 
 def measure(name: str, method: str, rounds: int) -> dict[str, object]:
@@ -111,7 +122,7 @@ def measure(name: str, method: str, rounds: int) -> dict[str, object]:
     model = model_of(case, method)
     side = case.n * case.size
     grids = pictures(case.batch, side)
-    classes = torch.stack([torch.randperm(CLASSES)[: case.n**2] for _ in range(case.batch)])
+    classes = torch.stack([torch.randperm(CLASSES)[: case.n**2] for _ in range(case.batch)]).to(DEVICE)
     batched = partial(grid_pointing_game, partial(attribute_many, model, method=method), grids, classes, case.smooth)
     plain = partial(loop, partial(plain_map, model, method), case)
     lean = partial(loop, partial(attribute, model, method=method), case)
@@ -123,7 +134,7 @@ def measure(name: str, method: str, rounds: int) -> dict[str, object]:
         "lean": (lambda: lean(grids[:1], classes[:1]), 1),
     }
     least = {kind: min(milliseconds(*run) for _ in range(rounds)) for kind, run in runs.items()}
-    report: dict[str, object] = {"case": name, "method": method, "threads": torch.get_num_threads()}
+    report: dict[str, object] = {"case": name, "method": method, "device": DEVICE, "threads": torch.get_num_threads()}
     report |= {f"{kind}_ms_per_grid": round(value, 1) for kind, value in least.items()}
     report |= {f"ratio_to_{kind}": round(least[kind] / least["batched"], 2) for kind in ("plain", "lean")}
     report["largest_difference"] = difference

@@ -35,7 +35,7 @@ CLASSES = 20
 LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
 CASES = {
     "cpu": {"resnet18-112": Case("", "resnet18", 112, 16), "resnet20-64": Case("", "resnet20", 64, 64)},
-    "cuda": {"resnet50-224": Case("", "resnet50", 224, 128)},
+    "cuda": {"resnet50-224": Case("", "resnet50", 224, 64)},
 }
 
 

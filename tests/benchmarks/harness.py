@@ -17,15 +17,18 @@ Turn = dict[tuple[str, str], float]  # (mode, step) -> seconds
 MODES = ("eager", "compiled")
 
 
+def clock() -> float:
+    """Wall-clock seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Wall-clock seconds of a call, the GPU's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turns(modes: Mapping[str, Steps], rounds: int) -> list[Turn]:

@@ -1,10 +1,11 @@
-"""Images a second that the loader gives, against those that a training step takes: which of the two limits a run.
+"""Images a second that the loader gives, that a training step takes, and that both give together: what limits a run.
 
     dvc repro shard && python -m tests.benchmarks.loader [--workers 0 1 2] [--threads 2] [--batches 40]
 
 Reads the shards and params of the run at hand, with the training transform; the step is that of `bcosify.pretrained` (forward and
-backward pass, clipping, optimiser), with channels first and last in turns. Prints one line of JSON for each number of decoding
-processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too.
+backward pass, clipping, optimiser), with channels first and last in turns, on the GPU where `training.gpus_per_worker` asks for
+one, in `training.precision` and compiled as `training.compile` says. Prints one line of JSON for each number of decoding
+processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too, `together` is the training loop's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import itertools
 import json
 import statistics
-import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,56 +31,50 @@ from pipelines.params import Params, load
 from pipelines.training import Job
 from pipelines.training.distributed import Context
 from pipelines.training.job import shard_batches
-from pipelines.training.loop import set_up, train_step
+from pipelines.training.loop import Run, apart, read, set_up, train_step
 from stages.common import shards_of, spec_of
+from tests.benchmarks.harness import clock
 
 
-def job_of(params: Params, workers: int, directory: str) -> Job:
-    """The job of B-cosifying a network of random weights, with that many decoding processes."""
+def job_of(params: Params, layout: str) -> Job:
+    """The job of B-cosifying a network of random weights, with channels `first` or `last`."""
     optim, shards = params.bcosify.pretrained, shards_of(params.dataset)
     spec = spec_of(params, read_manifest(shards), kind="bcos", design=optim.design())
     return Job(
         build=partial(build_bcosification, spec, None, optim, 0),
         shards=shards,
-        data=params.data.model_copy(update={"loader_workers": workers}),
+        data=params.data,
         optim=optim,
-        training=params.training.model_copy(update={"workers": 0}),
+        training=params.training.model_copy(update={"workers": 0, "channels_last": layout == "last"}),
         seed=0,
-        directory=directory,
+        directory=str(Path("runs/loader_benchmark", layout).absolute()),
     )
 
 
-def rate(batches: Any, count: int) -> tuple[float, list[dict[str, Any]]]:
-    """Images a second over `count` batches after the first, and the batches."""
+def rate(batches: Any, count: int) -> float:
+    """Images a second over `count` batches after the first."""
     iterator = iter(batches)
-    kept = [next(iterator)]
-    start = time.perf_counter()
-    kept += itertools.islice(iterator, count)
-    return sum(len(batch["key"]) for batch in kept[1:]) / (time.perf_counter() - start), kept
+    next(iterator)
+    start = clock()
+    images = sum(len(batch["key"]) for batch in itertools.islice(iterator, count))
+    return images / (clock() - start)
 
 
-def step_rates(params: Params, batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
-    """Images a second of the step, by the memory format of images and convolutions; medians of rounds in turns."""
-    runs, seconds = {}, {}
-    for name in ("first", "last"):
-        job = job_of(params, 0, str(Path("runs/loader_benchmark", name).absolute()))
-        training = job.training.model_copy(update={"channels_last": name == "last"})
-        runs[name] = set_up(Context(), replace(job, training=training))
-        runs[name].objective.train()
-        train_step(runs[name], dict(batches[0]))
-        seconds[name] = []
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for batch in batches[1:]:
-                train_step(run, dict(batch))
-            seconds[name].append(time.perf_counter() - start)
-    images = sum(len(batch["key"]) for batch in batches[1:])
-    return {name: images / statistics.median(of_name) for name, of_name in seconds.items()}
+def stepped(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`batches`, once a step has been taken on each."""
+    for batch in batches:
+        train_step(run, dict(batch))
+        yield batch
+
+
+def step_rates(runs: dict[str, Run], batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
+    """Images a second of each run's step on batches at hand; medians of rounds in turns."""
+    turns = [{name: rate(stepped(run, batches), len(batches)) for name, run in runs.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
 
 
 def main() -> None:
-    """Measures the loader with each number of processes, with all fields of a sample too, and the step in both layouts."""
+    """Measures the loader with each number of processes, alone and with the step, and the step alone in both layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
@@ -87,16 +82,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     params = load()
-    lines, batches = [], []
+    context = Context(device=torch.device("cuda" if params.training.gpus_per_worker else "cpu"))
+    runs = {layout: set_up(context, job_of(params, layout)) for layout in ("first", "last")}
+    for run in runs.values():
+        run.objective.train()
+    some = list(itertools.islice(shard_batches(runs["last"].job, "train", device=context.device), 10))
+    steps = {f"step_channels_{name}": round(value) for name, value in step_rates(runs, some).items()}
     for workers in options.workers:
-        job = job_of(params, workers, "")
-        found, batches = rate(shard_batches(job, "train"), options.batches)
-        every, _ = rate(shard_batches(job, "train", fields=sorted(FIELDS)), options.batches)
-        lines.append({"loader_workers": workers, "loader": round(found), "loader_all_fields": round(every)})
-    steps = step_rates(params, batches)
-    for line in lines:
-        layouts = {f"step_channels_{name}": round(value) for name, value in steps.items()}
-        print(json.dumps({**line, **layouts, "loader_by_step": round(line["loader"] / steps["last"], 2)}))
+        run = runs["last"]
+        run.job = replace(run.job, data=run.job.data.model_copy(update={"loader_workers": workers}))
+        every = shard_batches(run.job, "train", device=context.device, fields=sorted(FIELDS))
+        found = {
+            "loader": round(rate(read(run, "train"), options.batches)),
+            "loader_all_fields": round(rate(every, options.batches)),
+            **steps,
+            "together": round(rate(stepped(run, apart(read(run, "train"))), options.batches)),
+        }
+        by_step = round(found["loader"] / steps["step_channels_last"], 2)
+        print(json.dumps({"loader_workers": workers, **found, "loader_by_step": by_step}), flush=True)
 
 
 if __name__ == "__main__":
