@@ -159,27 +159,26 @@ class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None) -> Tensor:
+    def forward(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None, at_entry: bool) -> Tensor:
         return F.conv2d(x_NCHW, weight, None, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry, Explanation | None], output: Tensor) -> None:
-        x_NCHW, weight, ctx.geometry, ctx.explanation = inputs
-        ctx.at_entry = ctx.explanation is not None and x_NCHW is ctx.explanation.entry
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry, Explanation | None, bool], output: Tensor) -> None:
+        x_NCHW, weight, ctx.geometry, ctx.explanation, ctx.at_entry = inputs
         ctx.save_for_backward(x_NCHW, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x_NCHW, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
         if ctx.explanation is not None:  # autograd asks for all gradients that there are
             of_weight &= not ctx.explanation.of_input
             of_input &= ctx.explanation.of_input or not ctx.at_entry
         if not torch.is_grad_enabled():  # both by one call, which lays out the gradient once
-            return *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight), None, None
+            return *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight), None, None, None
         d_x = _InputGradient.apply(gradient, weight, x_NCHW.detach(), ctx.geometry) if of_input else None
         _, d_weight = _convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, False, of_weight)
-        return d_x, d_weight, None, None
+        return d_x, d_weight, None, None, None
 
 
 class _InputGradient(torch.autograd.Function):
@@ -222,10 +221,11 @@ def _convolution_gradients(
 
 def _convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None = None) -> Tensor:
     """`F.conv2d`, autocast too, whose input gradient is cheap to differentiate."""
+    at_entry = explanation is not None and x_NCHW is explanation.entry
     if torch.is_autocast_enabled(x_NCHW.device.type):
         dtype = torch.get_autocast_dtype(x_NCHW.device.type)
         x_NCHW, weight = x_NCHW.to(dtype), weight.to(dtype)
-    return _Convolution.apply(x_NCHW, weight, geometry, explanation)
+    return _Convolution.apply(x_NCHW, weight, geometry, explanation, at_entry)
 
 
 @torch.compiler.allow_in_graph  # as it is: see `TracedExplanation.fused`
@@ -346,7 +346,7 @@ class BcosConv2d(_Bcos, nn.Conv2d):
             with self.computing_factor():
                 norm = self._patch_norm(x_NCHW, padding)
             linear = self._scale_patches(linear, norm)
-        return linear if self.bias is None else linear + self.bias[:, None, None]
+        return linear if self.bias is None else (linear + self.bias[:, None, None]).to(linear.dtype)
 
     def _scale_patches(self, linear_NCHW: Tensor, norm_NGHW: Tensor) -> Tensor:
         if self.groups in (1, self.out_channels):  # the norm broadcasts as it is
@@ -375,7 +375,8 @@ class BcosConv2d(_Bcos, nn.Conv2d):
             sums = F.avg_pool2d(squares, self.kernel_size, self.stride, padding, divisor_override=1)
         else:  # the pool knows neither dilation nor wide padding: a convolution of one channel a group
             ones = squares.new_ones(self.groups, 1, *self.kernel_size)
-            sums = F.conv2d(squares, ones, None, self.stride, padding, self.dilation, self.groups)
+            with torch.autocast(squares.device.type, enabled=False):
+                sums = F.conv2d(squares, ones, None, self.stride, padding, self.dilation, self.groups)
         return (sums + PATCH_EPSILON).sqrt()
 
 
@@ -410,4 +411,4 @@ class BcosLinear(_Bcos, nn.Linear):
                 squares = widened(x).square().sum(-1, keepdim=True)
                 norm = squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON  # finite second derivatives at 0
             linear = self._scale(linear, norm)
-        return linear if self.bias is None else linear + self.bias
+        return linear if self.bias is None else (linear + self.bias).to(linear.dtype)

@@ -48,7 +48,8 @@ class Scores:
         rows, targets = in_image.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
         boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else []
-        boxed = torch.tensor([bool((each[:, 0] == target).any()) for each, target in zip(boxes, targets, strict=bool(boxes))])
+        wanted = targets.tolist() if boxes else []
+        boxed = torch.tensor([bool((each[:, 0] == target).any()) for each, target in zip(boxes, wanted, strict=True)])
         by_box = box_masks(boxes, targets, size) if boxes else None
         by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
         if not self.subject.explanations:

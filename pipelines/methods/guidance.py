@@ -89,21 +89,24 @@ class Guidance(ObjectClassification):
         self.attribution: dict[str, Any] = {"method": params.attribution, "layer": params.layer}
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image`, `target` (N, K); where any image is guided `class` (N,), drawn from its labels, and `mask` (N, H, W)."""
+        """`image`, `target` (N, K); where any image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
+
+        Nothing here waits for a GPU.
+        """
         made = super().prepare(batch)
         if self.params.localisation_weight == 0:
             return made
-        size, labelled = (batch["image"].shape[-2], batch["image"].shape[-1]), made["target"].any(1).tolist()
-        used = [
-            known and (self.annotated is None or key in self.annotated) for known, key in zip(labelled, batch["key"], strict=True)
-        ]
-        boxes = [each if kept else each[:0] for kept, each in zip(used, batch["boxes"], strict=True)]
-        drawn = draw_classes(made["target"])
-        masks = box_masks([dilated(each, self.params.dilation, size) for each in boxes], drawn, size)
-        return {**made, "class": drawn, "mask": masks} if bool(masks.any()) else made
+        drawn, size = draw_classes(made["target"]), (batch["image"].shape[-2], batch["image"].shape[-1])
+        of_image = zip(batch["key"], batch["boxes"], strict=True)
+        boxes = [each if self.annotated is None or key in self.annotated else each[:0] for key, each in of_image]
+        counts = [len(each) for each in boxes]
+        if not any(counts):
+            return made
+        masks = box_masks(dilated(torch.cat(boxes), self.params.dilation, size).split(counts), drawn, size)
+        return {**made, "class": drawn, "mask": masks & made["target"].bool().any(1)[:, None, None]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, and its parts: `classification`, and in a step with guided images `localisation`, the mean over all images."""
+        """`loss`, and its parts: `classification`, and in a step with boxes `localisation`, the mean over all images."""
         if "mask" not in batch:
             classification = super().loss(model, batch)["loss"]
             return {"loss": classification, "classification": classification}
@@ -134,10 +137,10 @@ class Guidance(ObjectClassification):
 def draw_classes(targets: Tensor) -> Tensor:
     """A class of each image, drawn uniformly from its labels (without any, from all classes): (N, K) of {0, 1} -> (N,).
 
-    The draw is that of torch's generator.
+    The draw is that of torch's generator: what `torch.multinomial` does, but for its checks, which wait for a GPU.
     """
     labelled = targets.sum(1, keepdim=True) > 0
-    return torch.multinomial(torch.where(labelled, targets, 1.0), 1)[:, 0]
+    return (torch.where(labelled, targets, 1.0) / torch.empty_like(targets).exponential_()).argmax(1)
 
 
 def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:

@@ -91,16 +91,16 @@ def box_masks(boxes: Sequence[Tensor], classes: Tensor, size: tuple[int, int]) -
         size: (H, W).
 
     Returns:
-        (N, H, W) of bool: the pixels whose centre lies in such a box.
+        (N, H, W) of bool, on the device of the classes: the pixels whose centre lies in such a box.
     """
-    counts = torch.tensor([len(each) for each in boxes], dtype=torch.long, device=classes.device)
-    image_of_box = torch.arange(len(boxes), device=classes.device).repeat_interleave(counts)
-    flat = torch.cat(list(boxes)).to(classes.device) if len(boxes) else torch.zeros(0, 5, device=classes.device)
-    chosen = flat[:, 0].long() == classes[image_of_box]
-    flat, image_of_box = flat[chosen], image_of_box[chosen]
+    counts = torch.tensor([len(each) for each in boxes], dtype=torch.long)
+    image_of_box = torch.arange(len(boxes)).repeat_interleave(counts).to(classes.device, non_blocking=True)
+    flat = torch.cat(list(boxes)) if len(boxes) else torch.zeros(0, 5)
+    flat = flat.to(classes.device, non_blocking=True)
     rows, columns = (torch.arange(side, device=classes.device) + 0.5 for side in size)
     inside_x = (columns >= flat[:, 1, None]) & (columns < flat[:, 3, None])
     inside_y = (rows >= flat[:, 2, None]) & (rows < flat[:, 4, None])
+    inside_y &= (flat[:, 0].long() == classes[image_of_box])[:, None]  # not left out: a GPU would have to say how many there are
     covered = torch.zeros(len(boxes), *size, dtype=torch.int32, device=classes.device)
     covered.index_add_(0, image_of_box, (inside_y[:, :, None] & inside_x[:, None, :]).int())
     return covered > 0
@@ -118,10 +118,10 @@ def object_masks(instances: Tensor, boxes: Sequence[Tensor], classes: Tensor) ->
         (N, H, W) of bool.
     """
     most = max([int(instances.max()) if instances.numel() else 0, *(len(each) for each in boxes)])
-    table = torch.zeros(len(boxes), most + 1, dtype=torch.bool, device=instances.device)
-    for row, each, wanted in zip(table, boxes, classes, strict=True):
-        row[1 : len(each) + 1] = each[:, 0].long().to(row.device) == wanted
-    return table.gather(1, instances.flatten(1)).view(instances.shape)
+    table = torch.zeros(len(boxes), most + 1, dtype=torch.bool)
+    for row, each, wanted in zip(table, boxes, classes.tolist(), strict=True):
+        row[1 : len(each) + 1] = each[:, 0].long() == wanted
+    return table.to(instances.device).gather(1, instances.flatten(1)).view(instances.shape)
 
 
 class LocalisationMetric(Metric):

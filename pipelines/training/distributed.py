@@ -118,13 +118,6 @@ def least(value: torch.Tensor, context: Context) -> float:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """`batch` with its tensors, and those in its lists, on `device`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
-        if isinstance(value, list):
-            return [move(item) for item in value]
-        return value
-
-    return batch if device.type == "cpu" else {name: move(value) for name, value in batch.items()}
+    """`batch` with its tensors on `device`; lists, as of each image's boxes, stay: many small copies cost more than they help."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return batch | {name: value.to(device, non_blocking=True) for name, value in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +17,10 @@ from pipelines.bcos.hold import Explanation, explaining, hold_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 
+# Code compiled for this run is this run's alone, where torch can do so (from 2.13 on).
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
 BATCH_SIZES = 64  # that are compiled, each on its own; `data.on_error: skip` makes batches shorter
 
 
@@ -61,7 +66,7 @@ def compile_objective(objective: Objective) -> None:
     """
     set_up_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)
-    objective.compile(dynamic=False, isolate_recompiles=True)
+    objective.compile(dynamic=False, **ISOLATED)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:

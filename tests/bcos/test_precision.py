@@ -16,15 +16,19 @@ def autocast():
     return torch.autocast("cpu", dtype=HALF)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_the_scale_of_a_half_precision_input_is_that_of_the_same_values_in_single(groups):
+def test_the_scale_of_a_half_precision_input_is_that_of_the_same_values_in_single(groups, dilation):
     torch.manual_seed(0)
-    layer, x = BcosConv2d(4, 8, 3, padding=1, groups=groups), torch.randn(2, 4, 9, 9).to(HALF)
+    options = {"padding": dilation, "dilation": dilation, "groups": groups}
+    layer, x = BcosConv2d(4, 8, 3, **options), torch.randn(2, 4, 9, 9).to(HALF)
     half = copy.deepcopy(layer).to(HALF)
-    linear = nn.functional.conv2d(x, half.weight, padding=1, groups=groups).float()
-    norm = layer._patch_norm(x.float(), (1, 1))
+    linear = nn.functional.conv2d(x, half.weight, **options).float()
+    norm = layer._patch_norm(x.float(), (dilation, dilation))
     expected = (linear * linear.abs() / norm.repeat_interleave(8 // groups, 1)).to(HALF)
-    torch.testing.assert_close(half(x), expected, rtol=2**-7, atol=0)
+    with autocast():
+        torch.testing.assert_close(layer._patch_norm(x, (dilation, dilation)), norm)
+        torch.testing.assert_close(half(x), expected, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -65,9 +69,34 @@ def test_training_and_explaining_under_autocast_are_near_single_precision():
     assert torch.nn.functional.cosine_similarity(single, half, dim=0) > 0.95
 
 
-def test_a_linear_layer_keeps_the_type_of_its_input():
-    layer = BcosLinear(8, 4).to(HALF)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_keep_the_type_of_what_they_compute(bias):
+    layer = BcosLinear(8, 4, bias=bias).to(HALF)
     assert layer(torch.randn(2, 8).to(HALF)).dtype == HALF
+    with autocast():
+        assert BcosLinear(8, 4, bias=bias)(torch.randn(2, 8)).dtype == HALF
+        assert BcosConv2d(3, 4, 3, bias=bias)(torch.randn(2, 3, 8, 8)).dtype == HALF
+
+
+@pytest.mark.parametrize("name", ["resnet8", "timm:vit_tiny_patch16_224"])
+def test_compiled_a_loss_under_autocast_has_nearly_the_eager_gradient(name):
+    torch.manual_seed(0)
+    options = {"img_size": 32, "depth": 2} if name.startswith("timm") else {}
+    model = bcosify(build(name, num_classes=8, options=options)).train()
+    images, targets = add_inverse(torch.rand(8, 3, 32, 32)), torch.arange(8)
+
+    def loss(model, images, targets):
+        logits, weights = dynamic_weights(model, images, targets, create_graph=True)
+        return logits.float().square().mean() + (weights.float() * images).sum((1, 2, 3)).square().mean()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        with autocast():
+            value = function(model, images, targets)
+        gradients = torch.autograd.grad(value, list(model.parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    torch.compiler.reset()
+    assert nn.functional.cosine_similarity(*found, dim=0) > 0.95
 
 
 def test_the_logit_bias_costs_an_autocast_network_no_digits():

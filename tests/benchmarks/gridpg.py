@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipelines.attribution import attribute, attribute_many
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
+from pipelines.bcos.precision import forbid_tf32
 from pipelines.metrics import grid_pointing_game
 from pipelines.models import ConventionalNetwork, build
 from tests.benchmarks.harness import clock
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    forbid_tf32()
     for name in arguments.case or CASES:
         print(json.dumps(measure(name, arguments.method, arguments.rounds)), flush=True)
 

@@ -6,7 +6,7 @@ Steps: forward and backward pass, no optimiser, of classification alone (`plain`
 (`guided`), eager and compiled, all in turns in one run; printed are medians over the rounds of the ratio to `plain` of the same
 mode, and of compiled to eager. Pairs: maps of the 192 pairs of 64 images with 1 to 5 classes each, by `explain_pairs` on all of
 them, against a backward pass for each pair through the graph of a batch of 8, and by how much the numbers differ. On a GPU, where
-there is one, in bfloat16 at the sizes of ImageNet.
+there is one, at the sizes of ImageNet, and the steps in bfloat16.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pipelines.models import build
 from pipelines.params import TrainingParams
 from pipelines.training import Context, TrainingError, train
 from pipelines.training.loop import accumulated, gradients, set_up
-from pipelines.training.objective import blocks, build_objective, checkpoint_blocks
+from pipelines.training.objective import ISOLATED, blocks, build_objective, checkpoint_blocks
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
 SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up
@@ -160,7 +160,7 @@ def test_batches_of_many_sizes_are_all_compiled() -> None:
 
     images = samples()[0]
     objective = build_objective(Tells(), toy_job("run", compile=True).training)
-    objective.compile(backend="eager", dynamic=False, isolate_recompiles=True)  # tracing is what counts, and is quick
+    objective.compile(backend="eager", dynamic=False, **ISOLATED)  # tracing is what counts, and is quick
     assert [objective({"image": images[:size]})["compiled"].item() for size in range(2, 16)] == [1.0] * 14
 
 
