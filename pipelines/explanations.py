@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipelines import models
 from pipelines.attribution import Explainer, explainers
 from pipelines.bcos import add_inverse
+from pipelines.bcos.precision import exact_float32
 from pipelines.data.loader import loader
 from pipelines.data.manifest import Shard, read_manifest
 from pipelines.data.stored import Origin, write_index, write_shard
@@ -36,6 +37,7 @@ def origin_of(teacher: str, shards: str, data: DataParams, frozen: FrozenParams,
     )
 
 
+@exact_float32()
 def store_explanations(
     context: Context,
     teacher: str,

@@ -1,16 +1,23 @@
 """What stays in single precision under autocast: norms, their statistics, the cosine factor, and logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 
-def forbid_tf32() -> None:
-    """Makes float32 mean float32 on GPUs: torch's convolutions there are of TF32 by default, which has the digits of float16.
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """In the block convolutions of float32 are float32 on GPUs too, where torch's default is TF32, with the digits of float16.
 
-    W(x)·x then sums to the logit no better than to a thousandth; where that is enough, bfloat16 takes half the time.
+    W(x)·x then sums to the logit up to rounding. A decorator as well.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def widened(x: Tensor) -> Tensor:

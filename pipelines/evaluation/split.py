@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipelines.bcos.precision import exact_float32
 from pipelines.data.loader import NO_GROUP
 from pipelines.data.manifest import read_manifest
 from pipelines.data.sample import DataError
@@ -24,6 +25,7 @@ from pipelines.params import DataParams, EvaluateParams
 from pipelines.training.distributed import Context, gather, to_device
 
 
+@exact_float32()
 def evaluate(
     context: Context,
     directories: Mapping[str, str],

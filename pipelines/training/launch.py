@@ -18,7 +18,6 @@ import fsspec
 import torch
 
 import pipelines
-from pipelines.bcos.precision import forbid_tf32
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
 from pipelines.training.distributed import Context, cpu_count, use_threads
@@ -97,12 +96,11 @@ def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage
 
 
 def _device(training: TrainingParams) -> torch.device:
-    """The device that the params ask for, of this process."""
+    """The device that the params ask for."""
     if training.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise TrainingError(f"training.gpus_per_worker is {training.gpus_per_worker:g}, but torch finds no GPU here")
-    forbid_tf32()
     return torch.device("cuda")
 
 
@@ -182,7 +180,6 @@ def _work(config: dict[str, Any]) -> Any:
         _show_log()
     if checkpoints.read_json(config["failure"], "failure.json") is not None:
         return None
-    forbid_tf32()
     device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
     here = Context(
         context.get_world_rank(),

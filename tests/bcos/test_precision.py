@@ -1,15 +1,25 @@
 """Under bfloat16 autocast norms, statistics, cosines and logits are those of float32, and nothing else is widened."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 
 from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, Holdable, add_inverse, bcosify, dynamic_weights
+from pipelines.bcos.precision import exact_float32
 from pipelines.models import build
 
 HALF = torch.bfloat16
+
+
+def test_float32_is_exact_in_the_block_and_as_it_was_after_it():
+    assert torch.backends.cudnn.allow_tf32  # torch's own choice
+    with suppress(ZeroDivisionError), exact_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.allow_tf32
 
 
 def autocast():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipelines.attribution import attribute, attribute_many
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
-from pipelines.bcos.precision import forbid_tf32
+from pipelines.bcos.precision import exact_float32
 from pipelines.metrics import grid_pointing_game
 from pipelines.models import ConventionalNetwork, build
 from tests.benchmarks.harness import clock
@@ -116,6 +116,7 @@ def milliseconds(run: Callable[[], object], grids: int) -> float:
     return (now() - start) / grids * 1e3
 
 
+@exact_float32()
 def measure(name: str, method: str, rounds: int) -> dict[str, object]:
     """One line of the report."""
     case = CASES[name]
@@ -151,7 +152,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    forbid_tf32()
     for name in arguments.case or CASES:
         print(json.dumps(measure(name, arguments.method, arguments.rounds)), flush=True)
 

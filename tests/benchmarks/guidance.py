@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipelines.attribution import explain, explain_pairs
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
+from pipelines.bcos.precision import exact_float32
 from pipelines.methods import Guidance
 from pipelines.models import build
 from pipelines.params import GuidanceParams, TrainingParams
@@ -81,6 +82,7 @@ def pair_by_pair(model: nn.Module, images: Tensor, present: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+@exact_float32()
 def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
     """How much faster all pairs at once are, and how far the numbers are apart."""
     model = network(case, device).eval().requires_grad_(False)

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from pipelines.bcos.precision import forbid_tf32
-
 Steps = Mapping[str, Callable[[], Any]]
 Turn = dict[tuple[str, str], float]  # (mode, step) -> seconds
 MODES = ("eager", "compiled")
@@ -78,7 +76,6 @@ def main(
     parser.add_argument("--json", type=Path, help="where the lines go too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    forbid_tf32()
     lines = []
     for name in options.case:
         torch.compiler.reset()

@@ -1,11 +1,12 @@
 """Images a second that the loader gives, that a training step takes, and that both give together: what limits a run.
 
-    dvc repro shard && python -m tests.benchmarks.loader [--workers 0 1 2] [--threads 2] [--batches 40]
+    dvc repro shard && python -m tests.benchmarks.loader [--workers 0 1 2] [--layouts first last] [--threads 2] [--batches 40]
 
 Reads the shards and params of the run at hand, with the training transform; the step is that of `bcosify.pretrained` (forward and
 backward pass, clipping, optimiser), with channels first and last in turns, on the GPU where `training.gpus_per_worker` asks for
 one, in `training.precision` and compiled as `training.compile` says. Prints one line of JSON for each number of decoding
-processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too, `together` is the training loop's own.
+processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too, `together` is the training loop's own,
+in the last of the layouts.
 """
 
 from __future__ import annotations
@@ -77,19 +78,20 @@ def main() -> None:
     """Measures the loader with each number of processes, alone and with the step, and the step alone in both layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--layouts", choices=("first", "last"), nargs="+", default=["first", "last"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     params = load()
     context = Context(device=torch.device("cuda" if params.training.gpus_per_worker else "cpu"))
-    runs = {layout: set_up(context, job_of(params, layout)) for layout in ("first", "last")}
+    runs = {layout: set_up(context, job_of(params, layout)) for layout in options.layouts}
     for run in runs.values():
         run.objective.train()
-    some = list(itertools.islice(shard_batches(runs["last"].job, "train", device=context.device), 10))
+    run = runs[options.layouts[-1]]
+    some = list(itertools.islice(shard_batches(run.job, "train", device=context.device), 10))
     steps = {f"step_channels_{name}": round(value) for name, value in step_rates(runs, some).items()}
     for workers in options.workers:
-        run = runs["last"]
         run.job = replace(run.job, data=run.job.data.model_copy(update={"loader_workers": workers}))
         every = shard_batches(run.job, "train", device=context.device, fields=sorted(FIELDS))
         found = {
@@ -98,7 +100,7 @@ def main() -> None:
             **steps,
             "together": round(rate(stepped(run, apart(read(run, "train"))), options.batches)),
         }
-        by_step = round(found["loader"] / steps["step_channels_last"], 2)
+        by_step = round(found["loader"] / steps[f"step_channels_{options.layouts[-1]}"], 2)
         print(json.dumps({"loader_workers": workers, **found, "loader_by_step": by_step}), flush=True)
 
 
