@@ -1,4 +1,4 @@
-"""What stays in single precision under autocast: norms, their statistics, the cosine factor, and logits."""
+"""What stays in single precision under autocast (norms, their statistics, the cosine factor, logits), and how exact that is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipelines.attribution import attribute_many
 from pipelines.bcos import add_inverse
@@ -33,12 +34,11 @@ def play(
     predictions: Predictions,
     batches: Any,
     params: EvaluateParams,
-    results: dict[str, Any],
-) -> dict[str, Any]:
-    """Plays the grid pointing game, enters the scores into `results`, and returns what the grids were.
+) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
+    """Plays the grid pointing game; returns what the grids were, and the scores: model -> explanation -> score -> mean.
 
     `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
-    `gridpg_own_grids` on each model's own, as published. `grid_windows` is how many windows a grid is explained in.
+    `gridpg_own_grids` on each model's own, as published. Where there is no grid there is no score.
     """
     draw = partial(_draw, predictions, params)
     common = draw(list(subjects))
@@ -46,22 +46,28 @@ def play(
     wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
     found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
     table = {index: found[predictions.keys[index]].image for index in wanted}
+
+    def images(indices: Sequence[int]) -> Tensor:
+        return add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255)
+
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, subject in subjects.items():
-        results[name]["grid_windows"] = (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
+        scores[name] = {explanation: {} for explanation in subject.explanations}
         for explanation, options in subject.explanations.items():
+            explain_many = grid_explainer(subject, options)
             for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
-                scores = LocalisationMetric().to(context.device)
-                explain_many = grid_explainer(subject, options)
-                for tiled, classes in grid_batches(
-                    _share(context, grids),
-                    lambda indices: add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255),
-                    params.grid_batch,
-                ):
-                    scores.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
+                metric = LocalisationMetric().to(context.device)
+                for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
+                    metric.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
                 if grids:
-                    results[name]["explanations"][explanation][key] = float(scores.compute()["mean"])
+                    scores[name][explanation][key] = float(metric.compute()["mean"])
     correct = eligible(predictions.labels, *predictions.logits.values())
-    return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}
+    return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}, scores
+
+
+def grid_windows(subject: Subject, params: EvaluateParams) -> int:
+    """How many windows a grid is explained in."""
+    return (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
 
 
 def grid_explainer(subject: Subject, options: dict[str, Any]) -> Any:

@@ -48,9 +48,9 @@ class Scores:
         rows, targets = in_image.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
         boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else []
-        wanted = targets.tolist() if boxes else []
-        boxed = torch.tensor([bool((each[:, 0] == target).any()) for each, target in zip(boxes, wanted, strict=True)])
-        by_box = box_masks(boxes, targets, size) if boxes else None
+        of_class = [each[each[:, 0] == target] for each, target in zip(boxes, targets.tolist() if boxes else [], strict=True)]
+        boxed = torch.tensor([len(each) > 0 for each in of_class])
+        by_box = box_masks(of_class, targets, size) if boxes else None
         by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
         if not self.subject.explanations:
             with torch.no_grad():

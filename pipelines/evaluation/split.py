@@ -16,7 +16,7 @@ from pipelines.data.loader import NO_GROUP
 from pipelines.data.manifest import read_manifest
 from pipelines.data.sample import DataError
 from pipelines.evaluation.batches import labels_of, split_batches
-from pipelines.evaluation.grids import play
+from pipelines.evaluation.grids import grid_windows, play
 from pipelines.evaluation.predictions import Predictions, floats
 from pipelines.evaluation.scores import Following, Scores
 from pipelines.evaluation.subjects import load_subject
@@ -88,7 +88,11 @@ def evaluate(
         "skipped": sum(gather(mine.skipped, context)),
     }
     if len(single) == len(subjects):
-        found["grids"] = play(context, subjects, predictions, batches, params, results)
+        found["grids"], of_grids = play(context, subjects, predictions, batches, params)
+        for name, subject in subjects.items():
+            results[name]["grid_windows"] = grid_windows(subject, params)
+            for explanation, values in of_grids[name].items():
+                results[name]["explanations"][explanation] |= values
     return found, predictions
 
 

@@ -89,7 +89,7 @@ class Guidance(ObjectClassification):
         self.attribution: dict[str, Any] = {"method": params.attribution, "layer": params.layer}
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image`, `target` (N, K); where any image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
+        """`image`, `target` (N, K); where an annotated image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
 
         Nothing here waits for a GPU.
         """
@@ -129,7 +129,9 @@ class Guidance(ObjectClassification):
         images, present = add_inverse(batch["image"]), targets.bool()
         logits, maps = explain_pairs(partial(explain, model, **self.attribution), images, present)
         rows, classes = present.nonzero(as_tuple=True)
-        masks = box_masks([batch["boxes"][row] for row in rows.tolist()], classes, (maps.shape[-2], maps.shape[-1]))
+        of_image = (batch["boxes"][row] for row in rows.tolist())
+        boxes = [each[each[:, 0] == target] for each, target in zip(of_image, classes.tolist(), strict=True)]
+        masks = box_masks(boxes, classes, (maps.shape[-2], maps.shape[-1]))
         located = masks.flatten(1).any(1)
         metrics.update(preds=logits, target=targets.long(), attributions=widened(maps[located]), masks=masks[located])
 
@@ -139,8 +141,8 @@ def draw_classes(targets: Tensor) -> Tensor:
 
     The draw is that of torch's generator: what `torch.multinomial` does, but for its checks, which wait for a GPU.
     """
-    labelled = targets.sum(1, keepdim=True) > 0
-    return (torch.where(labelled, targets, 1.0) / torch.empty_like(targets).exponential_()).argmax(1)
+    weights = torch.where(targets.sum(1, keepdim=True) > 0, targets, 1.0)
+    return (weights / torch.empty_like(weights).exponential_()).argmax(1)
 
 
 def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:

@@ -62,7 +62,7 @@ def compile_objective(objective: Objective) -> None:
     """Compiles `objective` in place.
 
     What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter, no falling back to eager
-    code once many were) and of this run alone, so that a resumed run computes what one never killed does.
+    code once many were) and, where torch can, of this run alone: so a resumed run computes what one never killed does.
     """
     set_up_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)

@@ -58,8 +58,8 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
     """The steps that are compared, each on a network of its own."""
     images, labels = images_of(case, case.batch, device)
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
-    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]], device=device) * case.size
-    boxes = [torch.cat([row.nonzero().float(), box.expand(int(row.sum()), 4)], dim=1) for row in labels]
+    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * case.size
+    boxes = [torch.cat([row.nonzero().float(), box.expand(int(row.sum()), 4)], dim=1) for row in labels.cpu()]
     batch = {"key": [str(row) for row in range(case.batch)], "image": images, "labels": labels, "boxes": boxes}
     found = {}
     for name, weight in (("plain", 0.0), ("guided", 0.01)):

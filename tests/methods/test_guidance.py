@@ -69,6 +69,15 @@ def test_each_label_of_an_image_is_drawn_equally_often_and_no_other_class():
     assert (drawn[:, 1] == 1).all()
 
 
+def test_the_draw_is_that_of_multinomial():
+    targets = (torch.rand(50, 7, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    targets[:, 0] = 1
+    torch.manual_seed(0)
+    drawn = draw_classes(targets)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.multinomial(targets, 1)[:, 0])
+
+
 def test_the_mask_is_the_union_of_the_boxes_of_the_class_that_was_drawn():
     torch.manual_seed(3)
     prepared = method().prepare(batch())
@@ -88,6 +97,17 @@ def test_images_without_labels_and_without_annotation_are_not_guided_but_classif
     losses = without.loss(without.module, without.prepare(some))
     plain = ObjectClassification(without.module, "multilabel", CLASSES)
     assert losses["loss"] == plain.loss(plain.module, plain.prepare(some))["loss"]
+
+
+def test_boxes_of_images_without_labels_move_nothing():
+    some = batch()
+    some["labels"][:] = 0
+    guided = method()
+    prepared = guided.prepare(some)
+    assert not prepared["mask"].any()
+    losses = guided.loss(guided.module, prepared)
+    assert losses["localisation"] == 0
+    assert losses["loss"] == losses["classification"]
 
 
 def test_boxes_move_out_by_whole_pixels_up_to_the_border():
