@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.multiprocessing as mp
+from drawn import CLASSES, drawn_shards, known_by_heart
 from torch import nn
 
 from pipelines import models
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, dynamic_weights
-from pipelines.data import sources
 from pipelines.data.loader import loader
-from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
 from pipelines.evaluation import (
     BOX_SIZES,
@@ -30,7 +29,7 @@ from pipelines.evaluation import (
 from pipelines.gallery import _explained, draw_gallery
 from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
-from pipelines.params import DataParams, EvaluateParams, ScenesParams
+from pipelines.params import DataParams, EvaluateParams
 from pipelines.training import Context
 
 DATA = DataParams(image_size=32, augment="none")
@@ -39,33 +38,12 @@ PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, s
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("objects")
-    params = ScenesParams(source="scenes", image_size=32, counts={"train": 10, "val": 10, "test": 50})
-    source = sources.get(params)
-    source.fetch(folder / "raw", folder / "cache", progress=False)
-    write_shards(source, folder / "raw", str(folder / "shards"), shard_size=20, progress=False)
-    return str(folder / "shards")
+    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 10, "val": 10, "test": 50})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, shards):
-    """A conventional and a B-cos model that have the test images by heart, so that grids can be made of them."""
-    folder, classes = tmp_path_factory.mktemp("models"), sources.scenes.CLASSES
-    torch.manual_seed(0)
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
-    images, wanted = add_inverse(batch["image"]), nn.functional.one_hot(batch["label"], 10).float()
-    directories = {}
-    for kind in ("conventional", "bcos"):
-        spec = ModelSpec("resnet8", tuple(classes), 32, kind)
-        model = models.assemble(spec).train()
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-        for _ in range(60):
-            optimiser.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(model(images), wanted).backward()
-            optimiser.step()
-        directories[kind] = str(folder / kind)
-        models.save(folder / kind, model, spec)
-    return directories
+    return known_by_heart(tmp_path_factory.mktemp("models"), shards, DATA)
 
 
 def on_rank(rank, world_size, directories, shards, folder):
@@ -159,14 +137,10 @@ def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
 
 def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     counts = {"train": 4, "val": 4, "test": 12}
-    params = ScenesParams(source="scenes", variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts)
-    source = sources.get(params)
-    source.fetch(tmp_path / "raw", tmp_path / "cache", progress=False)
-    write_shards(source, tmp_path / "raw", str(tmp_path / "shards"), shard_size=20, progress=False)
-    spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), 32, "bcos", task="multilabel")
+    shards = drawn_shards(tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts)
+    spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
     models.save(tmp_path / "model", models.assemble(spec), spec)
-    directories = {"bcos": str(tmp_path / "model")}
-    found, right = evaluate_and_judge(Context(), directories, str(tmp_path / "shards"), DATA, PARAMS)
+    found, right = evaluate_and_judge(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
     assert {"f1", "precision", "recall"} <= set(found["models"]["bcos"])
     assert "grids" not in found
     assert len(right) == 12
@@ -178,7 +152,7 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
         whole = sum(own[f"{key}_{size}"] * own[f"pairs_{size}"] for size in sizes) / own["pairs"]
         assert own[key] == pytest.approx(whole)
         assert own[f"{key}_undefined"] == sum(own[f"{key}_{size}_undefined"] for size in sizes)
-    assert draw_gallery(tmp_path / "pictures", directories, right, str(tmp_path / "shards"), DATA, PARAMS)
+    assert draw_gallery(tmp_path / "pictures", {"bcos": str(tmp_path / "model")}, right, shards, DATA, PARAMS)
 
 
 def test_what_was_guided_is_evaluated_too(trained, shards):

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import CLASSES, drawn_shards
 from torch.nn.functional import cosine_similarity
 
 from pipelines import models, params
 from pipelines.bcos import add_inverse
-from pipelines.data import sources
 from pipelines.data.few_shot import few_shot
-from pipelines.data.shards import write_shards
 from pipelines.explanations import origin_of, store_explanations
 from pipelines.methods import build_e2kd
 from pipelines.models import ModelSpec
-from pipelines.params import DataParams, DistillationParams, FrozenParams, ScenesParams, StudentParams, TrainingParams
+from pipelines.params import DataParams, DistillationParams, FrozenParams, StudentParams, TrainingParams
 from pipelines.training import Context, Job, checkpoints, shard_batches, train
 
 SIDE = 16
@@ -28,14 +27,10 @@ DATA = DataParams(image_size=SIDE, augment="none")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("frozen")
-    dataset = ScenesParams(source="scenes", image_size=SIDE, counts={"train": 40, "val": 10, "test": 10})
-    source = sources.get(dataset)
-    source.fetch(folder / "raw", folder / "cache", progress=False)
-    write_shards(source, folder / "raw", str(folder / "shards"), shard_size=17, progress=False)
-    found = {"shards": str(folder / "shards")}
+    found = {"shards": drawn_shards(folder, 17, image_size=SIDE, counts={"train": 40, "val": 10, "test": 10})}
     for kind in ("bcos", "conventional"):
         torch.manual_seed(0)
-        spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
+        spec = ModelSpec("resnet8", CLASSES, SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
         model = models.assemble(spec).train()
         model(add_inverse(torch.rand(64, 3, SIDE, SIDE)))
         models.save(folder / kind, model, spec)
@@ -55,7 +50,7 @@ def job_of(made: dict[str, str], kind: str, directory: Path, stored: str | None,
     settings = {"epochs": 1, "batch_size": 8, "lr": 0.01, "explanation_weight": 1.0, "explanations": explanations}
     optim = DistillationParams(**{**settings, **values})
     student = StudentParams(name="resnet8", options={"width": 4}, kind=kind)  # type: ignore[arg-type]
-    spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
+    spec = ModelSpec("resnet8", CLASSES, SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
     return Job(
         build=partial(build_e2kd, student, spec, Path(made[kind]), optim, 0),
         shards=made["shards"],

@@ -6,26 +6,23 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from drawn import drawn_shards, known_by_heart
 from torch.backends import cudnn
 
 from pipelines import models
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
 from pipelines.bcos.compiler import set_up_compiler
-from pipelines.data import sources
 from pipelines.data.loader import loader
-from pipelines.data.shards import write_shards
 from pipelines.data.transforms import eval_transform
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_bcosification, build_e2kd, build_guidance
-from pipelines.models import ModelSpec, build
+from pipelines.models import build
 from pipelines.params import (
     BcosificationParams,
     DataParams,
     DistillationParams,
     EvaluateParams,
     GuidanceParams,
-    ScenesParams,
     StudentParams,
     TrainingParams,
 )
@@ -127,12 +124,7 @@ def test_a_loss_that_is_not_finite_is_found_at_the_next_look(tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("objects")
-    params = ScenesParams(source="scenes", image_size=32, counts={"train": 40, "val": 10, "test": 50})
-    source = sources.get(params)
-    source.fetch(folder / "raw", folder / "cache", progress=False)
-    write_shards(source, folder / "raw", str(folder / "shards"), shard_size=20, progress=False)
-    return str(folder / "shards")
+    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 40, "val": 10, "test": 50})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,21 +139,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(shards, workers):
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory, shards):
-    """A conventional and a B-cos model that have the test images by heart."""
-    folder = tmp_path_factory.mktemp("models")
-    (examples,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA), device="cuda")
-    images, wanted = add_inverse(examples["image"]), nn.functional.one_hot(examples["label"], 10).float().cuda()
-    for kind in ("conventional", "bcos"):
-        torch.manual_seed(0)
-        spec = ModelSpec("resnet8", tuple(sources.scenes.CLASSES), 32, kind)
-        model = models.assemble(spec).train().cuda()
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-        for _ in range(60):
-            optimiser.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(model(images), wanted).backward()
-            optimiser.step()
-        models.save(folder / kind, model, spec)
-    return {kind: str(folder / kind) for kind in ("conventional", "bcos")}
+    return known_by_heart(tmp_path_factory.mktemp("models"), shards, DATA, "cuda")
 
 
 def job(shards, directories, name, directory, training):
