@@ -1,5 +1,6 @@
-"""Drawn scenes as shards, and small models that know them by heart, for tests of evaluation and training."""
+"""Drawn scenes as shards, small models that know them by heart, and what is found of them in one dict, for several tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,9 @@ def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "c
             optimiser.step()
         models.save(folder / kind, model, spec)
     return {kind: str(folder / kind) for kind in ("conventional", "bcos")}
+
+
+def flat(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of a path (a/b/c) and a value of nested dicts."""
+    for key, value in found.items():
+        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from drawn import CLASSES, drawn_shards, known_by_heart
+from drawn import CLASSES, drawn_shards, flat, known_by_heart
 from torch import nn
 
 from pipelines import models
@@ -52,11 +52,6 @@ def on_rank(rank, world_size, directories, shards, folder):
     found, _ = evaluate(Context(rank, world_size), directories, shards, DATA, PARAMS)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def flat(nested, prefix=""):
-    for key, value in nested.items():
-        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):

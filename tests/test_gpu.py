@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_shards, known_by_heart
+from drawn import drawn_shards, flat, known_by_heart
 from torch.backends import cudnn
 
 from pipelines import models
@@ -177,17 +177,10 @@ def test_compiled_and_in_half_precision_an_epoch_of_a_method_is_near_that_in_sin
     assert losses["fast"] == pytest.approx(losses["plain"], rel=0.05)
 
 
-def flat(nested, prefix=""):
-    for key, value in nested.items():
-        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
-
-
 def test_an_evaluation_finds_what_it_finds_on_the_cpu(shards, directories):
     params = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3)
     arguments = (directories, shards, DATA, params, "test", "conventional")
-    with cudnn.flags(
-        enabled=True, deterministic=True, allow_tf32=True
-    ):  # as it is by default: an evaluation is exact all the same
+    with cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):  # torch's default; an evaluation is exact all the same
         here, there = (evaluate(Context(device=torch.device(name)), *arguments)[0] for name in ("cpu", "cuda"))
     assert there["grids"]["count"] == 6
     assert there["models"]["bcos"]["explanations"]["bcos"]["unexplained_share"] < 1e-4

@@ -63,9 +63,8 @@ CASES = {
 
 def pictures(count: int, side: int) -> Tensor:
     """Random pictures as smooth as photographs are: (count, 6, side, side). On noise, rounding alone moves scores by 1e-4."""
-    return add_inverse(
-        nn.functional.interpolate(torch.rand(count, 3, side // 8, side // 8, device=DEVICE), (side, side), mode="bilinear")
-    )
+    coarse = torch.rand(count, 3, side // 8, side // 8, device=DEVICE)
+    return add_inverse(nn.functional.interpolate(coarse, (side, side), mode="bilinear"))
 
 
 def model_of(case: Case, method: str) -> nn.Module:
