@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 repro: setup ## run the pipeline, whatever of it changed
 	@dvc repro
-	@python -m stages.summary
+	@python -m stages.tools.summary
 
 test: setup ## all tests
 	@$(BIN)/python -m pytest
@@ -39,14 +39,14 @@ types: setup ## mypy
 	@$(BIN)/mypy
 
 bench: setup ## speed and memory against plain baselines, on the GPU where there is one
-	@python -m tests.benchmarks.step --json reports/bench.jsonl
-	@python -m tests.benchmarks.distillation
-	@python -m tests.benchmarks.guidance
-	@python -m tests.benchmarks.gridpg
-	@dvc repro --quiet shard && python -m tests.benchmarks.loader
+	@python -m benchmarks.step --json reports/bench.jsonl
+	@python -m benchmarks.distillation
+	@python -m benchmarks.guidance
+	@python -m benchmarks.gridpg
+	@dvc repro --quiet shard && python -m benchmarks.loader
 
 architectures: setup ## convert every family of networks anew: docs/architectures.md
-	@python -m tests.benchmarks.architectures --write docs/architectures.md
+	@python -m benchmarks.architectures --write docs/architectures.md
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock && $(PYTHON) -m venv .lock

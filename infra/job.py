@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pipelines.data.publish import fetch, publish
-from pipelines.data.sample import DataError
+from pipelines.data.shards.sample import DataError
+from pipelines.storage.publish import fetch, publish
 from pipelines.training import checkpoints
 
 PLACE = "SUBMITTED_PLACE"  # tells a stage that it is a job's, and of which

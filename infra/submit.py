@@ -30,13 +30,13 @@ from infra.job import Input, Order, described
 from infra.package import pack
 from infra.project import PARAMS, Stage, SubmitError
 from pipelines import models
-from pipelines.data import patience
-from pipelines.data.manifest import MANIFEST
-from pipelines.data.publish import fetch, publish, publish_explanations, publish_shards
-from pipelines.data.sample import DataError
-from pipelines.data.stored import INDEX
+from pipelines.data.shards.manifest import MANIFEST
+from pipelines.data.shards.sample import DataError
+from pipelines.data.shards.stored_explanations import INDEX
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import Params, ParamsError
+from pipelines.storage import retry
+from pipelines.storage.publish import fetch, publish, publish_explanations, publish_shards
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
@@ -124,7 +124,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         what = "wants a token" if "required" in str(error) else "refuses this token"
         raise SubmitError(f"the Ray cluster at {url} {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise SubmitError(f"no Ray cluster at {url}: {patience.in_short(error)}") from None
+        raise SubmitError(f"no Ray cluster at {url}: {retry.in_short(error)}") from None
 
 
 def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
@@ -155,7 +155,7 @@ def send(client: JobSubmissionClient, **job: Any) -> None:
             return
         except RuntimeError as error:
             if "status code 5" not in str(error) or time.monotonic() > end:
-                raise SubmitError(f"the cluster does not take the job: {patience.in_short(error)}") from None
+                raise SubmitError(f"the cluster does not take the job: {retry.in_short(error)}") from None
         time.sleep(2)
 
 
@@ -242,14 +242,14 @@ def check_storage(storage: str, place: str) -> None:
         raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
     try:
         filesystem, root = fsspec.url_to_fs(place)
-        patience.make_folder(filesystem, root)
-        patience.with_patience(lambda: filesystem.pipe_file(f"{root}/submitted", b""), storage, FROM_HERE)
+        retry.make_folder(filesystem, root)
+        retry.with_patience(lambda: filesystem.pipe_file(f"{root}/submitted", b""), storage, FROM_HERE)
     except FileNotFoundError as error:
-        raise SubmitError(f"{storage}: there is no such bucket ({patience.in_short(error)})") from None
+        raise SubmitError(f"{storage}: there is no such bucket ({retry.in_short(error)})") from None
     except PermissionError as error:
-        raise SubmitError(f"{storage}: these credentials may not write there ({patience.in_short(error)})") from None
+        raise SubmitError(f"{storage}: these credentials may not write there ({retry.in_short(error)})") from None
     except (ImportError, ValueError) as error:
-        raise SubmitError(f"{storage}: {patience.in_short(error)}") from None
+        raise SubmitError(f"{storage}: {retry.in_short(error)}") from None
 
 
 def put(path: str, storage: str) -> Input:
@@ -278,7 +278,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         try:
             asyncio.run(show(client, job))
         except (OSError, RuntimeError) as error:
-            print(f"the log broke off ({patience.in_short(error)}); the job goes on, waiting for its end", flush=True)
+            print(f"the log broke off ({retry.in_short(error)}); the job goes on, waiting for its end", flush=True)
         while not (details := details_of(client, job)).status.is_terminal():
             time.sleep(1)
     except KeyboardInterrupt:

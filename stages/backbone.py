@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.common import bring, stage
+from pipelines.workflow.running import bring, stage
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.manifest import read_manifest
+from pipelines.data.shards.manifest import read_manifest
 from pipelines.methods import build_bcosification
 from pipelines.params import Params
-from stages.common import Task, model_for_all, shards_of, spec_of, stage, train_stage
+from pipelines.workflow.running import Task, model_for_all, shards_of, spec_of, stage, train_stage
 
 
 def task(params: Params, start: str) -> Task:

@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.manifest import read_manifest
+from pipelines.data.shards.manifest import read_manifest
 from pipelines.methods import build_classifier, check_guidable, classifier_spec
-from stages.common import Task, model_for_all, shards_of, stage, train_stage
+from pipelines.workflow.running import Task, model_for_all, shards_of, stage, train_stage
 from stages.guide import check_boxes
 
 

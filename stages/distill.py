@@ -4,14 +4,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.few_shot import few_shot, validation_images
-from pipelines.data.manifest import read_manifest
-from pipelines.data.stored import check_origin
+from pipelines.data.loading.subsets import few_shot, validation_images
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.stored_explanations import check_origin
 from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import read_spec
 from pipelines.params import Params, ParamsError
+from pipelines.workflow.running import Task, located, model_for_all, shards_for_all, shards_of, stage, student_spec, train_stage
 from stages import explain
-from stages.common import Task, located, model_for_all, shards_for_all, shards_of, stage, student_spec, train_stage
 
 
 def task(params: Params, name: str) -> Task:

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.manifest import read_manifest
+from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate_and_judge
-from pipelines.gallery import draw_gallery
+from pipelines.evaluation.gallery import draw_gallery
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError
 from pipelines.training import launch
-from stages.common import REPORTS, flat, models_for_all, shards_for_all, shards_of, stage, stage_run, write_json
+from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, shards_of, stage, stage_run, write_json
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports

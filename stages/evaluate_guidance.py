@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from pipelines.evaluation import evaluate_and_judge
-from pipelines.gallery import draw_gallery
+from pipelines.evaluation.gallery import draw_gallery
 from pipelines.training import launch
-from stages.common import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run, write_json
+from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run, write_json
 from stages.evaluate import in_models
 
 OUT = REPORTS / "evaluate_guidance"

@@ -3,16 +3,16 @@
 import uuid
 from pathlib import Path
 
-from pipelines.data.few_shot import few_shot
-from pipelines.data.manifest import read_manifest
-from pipelines.data.publish import fetch
-from pipelines.data.stored import INDEX, Origin, read_index
-from pipelines.explanations import origin_of, store_explanations
+from pipelines.data.loading.subsets import few_shot
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.stored_explanations import INDEX, Origin, read_index
 from pipelines.methods import check_pair
+from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.models import read_spec
 from pipelines.params import Params
+from pipelines.storage.publish import fetch
 from pipelines.training import checkpoints, launch
-from stages.common import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
+from pipelines.workflow.running import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
 
 OUT = Path("data/explanations")
 

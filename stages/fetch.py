@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.data import sources
 from pipelines.training import run_directory
-from stages.common import stage
+from pipelines.workflow.running import stage
 
 
 def main(name: str) -> None:

@@ -3,13 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.few_shot import annotated_images
-from pipelines.data.manifest import read_manifest
-from pipelines.data.sample import DataError
+from pipelines.data.loading.subsets import annotated_images
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.sample import DataError
 from pipelines.methods import build_guidance
 from pipelines.models import read_spec
 from pipelines.params import Params
-from stages.common import Task, model_for_all, shards_for_all, shards_of, stage, train_stage
+from pipelines.workflow.running import Task, model_for_all, shards_for_all, shards_of, stage, train_stage
 
 
 def task(whole: Params) -> Task:

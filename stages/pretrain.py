@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from pipelines.data.manifest import read_manifest
+from pipelines.data.shards.manifest import read_manifest
 from pipelines.methods import build_pretrain
-from stages.common import Task, located, shards_of, spec_of, stage, train_stage
+from pipelines.workflow.running import Task, located, shards_of, spec_of, stage, train_stage
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from pipelines import tracking
-from pipelines.data.manifest import read_manifest
-from stages.common import REPORTS, flat, shards_of, stage, write_json
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.workflow.running import REPORTS, flat, shards_of, stage, write_json
 from stages.evaluate import NAMES
 
 

@@ -14,15 +14,15 @@ from rich.console import Console
 from infra.job import PLACE, Order
 from infra.submit import put
 from pipelines import tracking
+from pipelines.evaluation.pictures import draw_front
 from pipelines.params import Params, check_space, leaves
-from pipelines.pictures import draw_front
+from pipelines.search.records import Trial, as_it_is, folder
+from pipelines.search.tune import front, search
 from pipelines.training import checkpoints
-from pipelines.training.search import front, search
-from pipelines.training.trials import Trial, as_it_is, folder
+from pipelines.workflow.running import COMPUTATION, REPORTS, Task, code_digest, seen_by_all, stage, stage_run, write_json
+from pipelines.workflow.trials import check_metrics, run_trial, task_of
 from stages import explain
-from stages.common import COMPUTATION, REPORTS, Task, code_digest, seen_by_all, stage, stage_run, write_json
-from stages.summary import searched
-from stages.trial import check_metrics, run_trial, task_of
+from stages.tools.summary import searched
 
 OUT = REPORTS / "search"
 INPUTS: dict[str, tuple[str, ...]] = {  # of training, not searched

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from pipelines.data import sources
-from pipelines.data.shards import write_shards
-from stages.common import shards_of, stage
+from pipelines.data.shards.writer import write_shards
+from pipelines.workflow.running import shards_of, stage
 
 
 def main(name: str) -> None:

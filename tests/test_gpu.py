@@ -6,14 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from drawn import drawn_shards, flat, known_by_heart
 from torch.backends import cudnn
 
+from benchmarks.step import keep_small_features
 from pipelines import models
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
 from pipelines.bcos.compiler import set_up_compiler
-from pipelines.data.loader import loader
-from pipelines.data.transforms import eval_transform
+from pipelines.data.loading.loader import loader
+from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_bcosification, build_e2kd, build_guidance
 from pipelines.models import build
@@ -27,8 +27,8 @@ from pipelines.params import (
     TrainingParams,
 )
 from pipelines.training import Context, Job, TrainingError, train
-from tests.benchmarks.step import keep_small_features
-from tests.training.toy import CLASSES, accident, identical, toy_job, weights
+from tests.support.drawn import drawn_shards, flat, known_by_heart
+from tests.support.toy import CLASSES, accident, identical, toy_job, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 DATA = DataParams(image_size=32, augment="none")

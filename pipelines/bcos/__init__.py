@@ -1,12 +1,11 @@
 """B-cos networks: layers, conversion, explanation mode, dynamic weights. Needs torch and nothing else of this project."""
 
-from pipelines.bcos import multihead as _multihead  # noqa: F401  (registers)
+from pipelines.bcos.activations import GatedGELU, GatedHardswish, GatedSiLU
 from pipelines.bcos.attention import attend
 from pipelines.bcos.audit import Finding, audit, check_held
 from pipelines.bcos.convert import Context, ConversionError, bcosify, convert, is_bias, register_conversion
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
-from pipelines.bcos.gates import GatedGELU, GatedHardswish, GatedSiLU
-from pipelines.bcos.hold import Holdable, explanation_mode
+from pipelines.bcos.explanation import Holdable, explanation_mode
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, clamp_b, layer_b, set_b
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm

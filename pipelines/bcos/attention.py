@@ -1,13 +1,19 @@
-"""Attention whose matrix can be held: softmax(q·kᵀ) is a factor that depends on the input, v is what it weighs."""
+"""Attention whose matrix can be held: softmax(q·kᵀ) is a factor that depends on the input, v is what it weighs.
+
+And the conversion rules for torch's own attention modules: q, k and v stay linear, the rest is B-cos.
+"""
 
 from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pipelines.bcos.hold import Holdable
+from pipelines.bcos.convert import Context, ConversionError, register_conversion
+from pipelines.bcos.explanation import Holdable
 
 
 def attend(
@@ -41,3 +47,131 @@ def attend(
     logits = (q * scale) @ k.transpose(-2, -1)
     weights = (logits if bias is None else logits + bias).softmax(-1)
     return layer.hold(F.dropout(weights, dropout)) @ v
+
+
+class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` from the same weights, whose attention matrix can be held; `out_proj` is a B-cos layer."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and results of `nn.MultiheadAttention`: (L, D), (L, N, D) or, with `batch_first`, (N, L, D)."""
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask, which is missing")
+        batched = query.ndim == 3
+        q, k, v = self._heads(query, key, value)
+        bias = self._bias(q, k, attn_mask, key_padding_mask)
+        if need_weights:
+            logits = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = self.hold(F.dropout((logits if bias is None else logits + bias).softmax(-1), self.dropout, self.training))
+            mixed = weights @ v
+        else:
+            weights, mixed = None, attend(self, q, k, v, bias=bias, dropout=self.dropout)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, L, D)
+        if batched and not self.batch_first:
+            output = output.transpose(0, 1)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return (output, weights) if batched else (output[0], None if weights is None else weights[0])
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The projections of q, k and v, each (N, heads, L, head_dim)."""
+        if query is key and key is value and self.in_proj_weight is not None:
+            projected = list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        else:
+            separate = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+            weights = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            projected = [F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
+        if query.ndim == 2:
+            projected = [x.unsqueeze(0) for x in projected]
+        elif not self.batch_first:
+            projected = [x.transpose(0, 1) for x in projected]
+        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
+
+    def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+        """Both masks as one addend of the logits, broadcast to (N, heads, L, S)."""
+        bias = None
+        if attn_mask is not None:  # (L, S) or (N·heads, L, S)
+            bias = _addend(attn_mask, q.dtype)
+            bias = bias if bias.ndim == 2 else bias.unflatten(0, (len(q), self.num_heads))
+        if key_padding_mask is not None:  # (N, S), or (S,) where there is no batch
+            padding = _addend(key_padding_mask, q.dtype).view(-1, 1, 1, k.shape[2])
+            bias = padding if bias is None else bias + padding
+        return bias
+
+
+def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a float: -inf where a boolean one is set, as torch's attention has it."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf")) if mask.dtype == torch.bool else mask
+
+
+@register_conversion(nn.MultiheadAttention)
+def _multihead_attention(module: nn.MultiheadAttention, context: Context) -> nn.Module:
+    if module.bias_k is not None or module.add_zero_attn:
+        raise ConversionError(f"{context.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted")
+    module.out_proj = context.child(module.out_proj, "out_proj")  # type: ignore[assignment]
+    return context.recast(module, BcosMultiheadAttention)
+
+
+@register_conversion(NonDynamicallyQuantizableLinear)
+def _linear(module: NonDynamicallyQuantizableLinear, context: Context) -> nn.Module:
+    return context.child(context.recast(module, nn.Linear), "")
+
+
+class _EncoderLayer(nn.TransformerEncoderLayer):
+    """Without torch's fused inference, which reads the weights of ordinary layers."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        masks = (src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            src = src + self._sa_block(self.norm1(src), *masks)
+            return src + self._ff_block(self.norm2(src))
+        src = self.norm1(src + self._sa_block(src, *masks))
+        return self.norm2(src + self._ff_block(src))
+
+
+class _Encoder(nn.TransformerEncoder):
+    """Without torch's fused inference and its nested tensors."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        for layer in self.layers:
+            src = layer(src, mask, src_key_padding_mask, bool(is_causal))
+        return src if self.norm is None else self.norm(src)
+
+
+@register_conversion(nn.TransformerEncoderLayer)
+def _encoder_layer(module: nn.TransformerEncoderLayer, context: Context) -> nn.Module:
+    if not isinstance(module.activation, nn.Module):
+        activations: dict[object, nn.Module] = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}
+        if module.activation not in activations:
+            raise ConversionError(
+                f"{context.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
+            )
+        module.activation = activations[module.activation]
+    return context.recast(context.children(module), _EncoderLayer)
+
+
+@register_conversion(nn.TransformerEncoder)
+def _encoder(module: nn.TransformerEncoder, context: Context) -> nn.Module:
+    return context.recast(context.children(module), _Encoder)

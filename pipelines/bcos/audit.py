@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.bcos.convert import ConversionError
-from pipelines.bcos.hold import Explanation, explaining
+from pipelines.bcos.explanation import Explanation, explaining
 
 # Linear, or piecewise linear, in all their tensors together; names as in autograd's graph, in snake case. What is cut off above
 # (ReLU6, clamp) is not among them: beyond the limit it is a constant that no pixel carries, where a gate limit/x could be held.

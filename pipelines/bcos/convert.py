@@ -23,12 +23,21 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from pipelines.bcos.gates import Gate, GatedGELU, GatedHardswish, GatedMish, GatedReLU6, GatedSiLU, GatedTanh
-from pipelines.bcos.hold import Explainable, Holdable, HoldState
+from pipelines.bcos.activations import (
+    BcosAvgPool2d,
+    BcosReLU,
+    Gate,
+    GatedGELU,
+    GatedHardswish,
+    GatedMish,
+    GatedReLU6,
+    GatedSiLU,
+    GatedTanh,
+)
+from pipelines.bcos.explanation import Explainable, Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
-from pipelines.bcos.piecewise import BcosAvgPool2d, BcosReLU
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 

@@ -10,7 +10,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Explanation, TracedExplanation, explaining
+from pipelines.bcos.explanation import Explanation, TracedExplanation, explaining
 from pipelines.bcos.network import BcosNetwork
 
 TINY = 1e-12

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.hold import Explanation, Holdable
+from pipelines.bcos.explanation import Explanation, Holdable
 from pipelines.bcos.precision import widened
 
 PATCH_EPSILON = 1e-6  # in the root of a patch's norm

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.data.loader import loader
-from pipelines.data.transforms import eval_transform
+from pipelines.data.loading.loader import loader
+from pipelines.data.loading.transforms import eval_transform
 from pipelines.params import DataParams
 
 Batch = dict[str, Any]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipelines.attribution import attribute_many
 from pipelines.bcos import add_inverse
+from pipelines.distributed import Context
 from pipelines.evaluation.batches import examples_by_key
+from pipelines.evaluation.explained_model import Subject, knows_positions
 from pipelines.evaluation.predictions import Predictions
-from pipelines.evaluation.subjects import Subject, knows_positions
 from pipelines.metrics import (
     Grid,
     LocalisationMetric,
@@ -25,7 +26,6 @@ from pipelines.metrics import (
     in_windows,
 )
 from pipelines.params import EvaluateParams
-from pipelines.training.distributed import Context
 
 
 def play(

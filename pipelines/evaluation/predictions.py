@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from pipelines.data.loader import NO_GROUP
-from pipelines.data.sample import DataError
+from pipelines.data.loading.loader import NO_GROUP
+from pipelines.data.shards.sample import DataError
 from pipelines.metrics import GroupAccuracy, multilabel_metrics
 
 

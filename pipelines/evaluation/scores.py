@@ -12,8 +12,9 @@ from torchmetrics import Metric
 
 from pipelines.attribution import Explainer, explain, explain_pairs, explainers
 from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.distributed import Context, gather
 from pipelines.evaluation.batches import Batch, present
-from pipelines.evaluation.subjects import OWN, Subject
+from pipelines.evaluation.explained_model import OWN, Subject
 from pipelines.metrics import (
     Agreement,
     LocalisationMetric,
@@ -29,7 +30,6 @@ from pipelines.metrics import (
     without_union,
 )
 from pipelines.models import ModelError
-from pipelines.training.distributed import Context, gather
 
 BOX_SIZES = {"small": (0.0, 0.1), "medium": (0.1, 0.3), "large": (0.3, 1.0)}  # share of the image: above, up to
 

@@ -1,6 +1,5 @@
 """One file a method: how it trains, and how it is evaluated."""
 
-from pipelines.methods.base import Batch, Classification, Method
 from pipelines.methods.bcosification import Bcosification, build_bcosification
 from pipelines.methods.e2kd import E2KD, build_e2kd, check_pair
 from pipelines.methods.guidance import (
@@ -11,6 +10,7 @@ from pipelines.methods.guidance import (
     check_guidable,
     classifier_spec,
 )
+from pipelines.methods.method import Batch, Classification, Method
 from pipelines.methods.pretrain import Pretrain, build_pretrain
 
 __all__ = [

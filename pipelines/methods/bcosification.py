@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipelines import models
 from pipelines.bcos import check_held, clamp_b, is_bias, layer_b, set_b
 from pipelines.losses import uniform_off_label_bce
-from pipelines.methods.base import Classification
+from pipelines.methods.method import Classification
 
 if TYPE_CHECKING:
     from pipelines.params import BcosificationParams

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.methods.base import Classification
+from pipelines.methods.method import Classification
 
 if TYPE_CHECKING:
     from pipelines.params import ModelParams, PretrainParams

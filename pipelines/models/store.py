@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
-from pipelines.data.patience import is_remote
-from pipelines.data.publish import fetch
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
+from pipelines.storage.publish import fetch
+from pipelines.storage.retry import is_remote
 
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
 

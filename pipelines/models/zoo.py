@@ -13,9 +13,9 @@ import torchvision
 from torch import nn
 
 from pipelines.models.cifar import CifarResNet
-from pipelines.models.fixup import XFIXUPS, XFixupResNet
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
 from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
+from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """The one training loop, its checkpoints, and its launch in this process or on Ray Train workers."""
 
-from pipelines.training.distributed import Context
-from pipelines.training.evaluation import evaluate_split
+from pipelines.distributed import Context
 from pipelines.training.job import (
     EpochRecord,
     Job,
@@ -13,6 +12,7 @@ from pipelines.training.job import (
     shard_batches,
 )
 from pipelines.training.launch import cluster, launch, train
+from pipelines.training.validation import evaluate_split
 
 __all__ = [
     "Context",

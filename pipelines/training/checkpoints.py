@@ -21,7 +21,7 @@ from typing import Any
 import fsspec
 import torch
 
-from pipelines.data.patience import make_folder, patient
+from pipelines.storage.retry import make_folder, patient
 
 _STEP = re.compile(r"^step-(\d{8,})$")
 

@@ -56,8 +56,8 @@ def shard_batches(
     From `start_batch` on, counted from the epoch's beginning; `earlier` (world size, batches) are those that were taken with
     other numbers of workers; `fields` what the method reads beside images and labels; `device` where images are put.
     """
-    from pipelines.data.loader import loader
-    from pipelines.data.transforms import eval_transform, train_transform
+    from pipelines.data.loading.loader import loader
+    from pipelines.data.loading.transforms import eval_transform, train_transform
 
     train, stored = split == "train", job.explanations is not None
     return loader(

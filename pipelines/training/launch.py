@@ -18,9 +18,9 @@ import fsspec
 import torch
 
 import pipelines
+from pipelines.distributed import Context, cpu_count, use_threads
 from pipelines.params import TrainingParams
 from pipelines.training import checkpoints
-from pipelines.training.distributed import Context, cpu_count, use_threads
 from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished, kept_records
 from pipelines.training.loop import fit, report
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.params import TrainingParams
-from pipelines.training import checkpoints
-from pipelines.training.distributed import (
+from pipelines.distributed import (
     Context,
     broadcast,
     exchanging,
@@ -27,11 +25,13 @@ from pipelines.training.distributed import (
     to_device,
     wrap,
 )
-from pipelines.training.evaluation import evaluate_split
+from pipelines.params import TrainingParams
+from pipelines.progress import EpochProgress, epoch_line
+from pipelines.training import checkpoints
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
 from pipelines.training.objective import build_objective
 from pipelines.training.optim import clip_gradients, lay_out, optimiser, set_rate
-from pipelines.training.progress import EpochProgress, epoch_line
+from pipelines.training.validation import evaluate_split
 
 
 @dataclass

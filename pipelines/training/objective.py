@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.bcos.compiler import set_up_compiler
-from pipelines.bcos.hold import Explanation, explaining, hold_states
+from pipelines.bcos.explanation import Explanation, explaining, hold_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 

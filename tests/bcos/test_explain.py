@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.step import keep_small_features
 from pipelines.bcos import BcosConv2d, add_inverse, bcosify, contribution_map, dynamic_weights, explanation_mode, rgba
 from pipelines.models import build
-from tests.benchmarks.step import keep_small_features
 
 DOUBLE = torch.float64
 

@@ -15,18 +15,18 @@ from functools import partial
 
 import pytest
 import s3fs
-import servers
 import torch
-from scratch import Project
 
 from infra import submit
 from pipelines import models, tracking
-from pipelines.data.loader import loader
-from pipelines.data.manifest import read_manifest
-from pipelines.data.publish import publish_shards
-from pipelines.data.transforms import eval_transform
+from pipelines.data.loading.loader import loader
+from pipelines.data.loading.transforms import eval_transform
+from pipelines.data.shards.manifest import read_manifest
 from pipelines.params import DataParams
+from pipelines.storage.publish import publish_shards
 from pipelines.training import checkpoints
+from tests.support import servers
+from tests.support.project import Project
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
 STORAGE = "s3://bcos/here"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 
-from pipelines.data.shards import write_shards
+from pipelines.data.shards.writer import write_shards
 from pipelines.params import DataParams
 from pipelines.training import EpochRecord, Job, Result, checkpoints, cluster, train
 from pipelines.training.job import shard_batches
-from tests.data.toy_source import ToySource, plain
-from tests.training import toy
+from tests.support import toy
+from tests.support.toy_source import ToySource, plain
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

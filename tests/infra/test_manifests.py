@@ -18,7 +18,7 @@ import yaml
 
 from pipelines.training.launch import RAY_ENVIRONMENT
 
-INFRA = Path(__file__).parents[2] / "infra"
+INFRA = Path(__file__).parents[2] / "infra/manifests"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
 KUBERNETES = "1.34"

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from scratch import Project
 
 from infra import package, submit
 from infra.job import bring
 from infra.project import SubmitError
 from pipelines import models
-from pipelines.data.manifest import MANIFEST
-from pipelines.data.publish import publish
+from pipelines.data.shards.manifest import MANIFEST
 from pipelines.models import ModelSpec
 from pipelines.params import TrainingParams, load
+from pipelines.storage.publish import publish
 from pipelines.training import TrainingError, checkpoints, cluster
 from pipelines.training.launch import _check_gpus, scaled
-from stages import search, trial
-from stages.common import Task
+from pipelines.workflow import trials
+from pipelines.workflow.running import Task
+from stages import search
+from tests.support.project import Project
 
 
 @pytest.fixture
@@ -121,10 +122,10 @@ def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatc
     checkpoints.write_json("memory://jobs/a", "order.json", {"stages": [], "inputs": [item], "environment": {}})
     monkeypatch.chdir(tmp_path)
     seen: list[Path] = []
-    monkeypatch.setattr(trial, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
+    monkeypatch.setattr(trials, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
     for _ in range(2):
         with pytest.raises(SystemExit):
-            trial.run_trial(None, "memory://jobs/a", {}, "", print, 1)  # type: ignore[arg-type]
+            trials.run_trial(None, "memory://jobs/a", {}, "", print, 1)  # type: ignore[arg-type]
     assert seen[0] == seen[1]
     assert seen[0].read_text() == "{}"
     assert not seen[0].is_relative_to(tmp_path / "data")

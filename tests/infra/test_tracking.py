@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
 
 from pipelines import tracking
 from pipelines.training import Job, train
-from tests.training import toy
+from tests.support import servers, toy
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(600)]
 OUTAGE = 20.0  # seconds

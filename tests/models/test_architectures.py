@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.architectures import CASES, LIMIT, Case, document, measure, unexplained_share
 from pipelines.bcos import bcosify
 from pipelines.models import build
-from tests.benchmarks.architectures import CASES, LIMIT, Case, document, measure, unexplained_share
-from tests.models.families import pictures, settle
+from tests.support.families import pictures, settle
 
 
 @pytest.fixture(autouse=True)

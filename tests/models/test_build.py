@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipelines.data.publish import publish
 from pipelines.models import ModelSpec, WeightsError, assemble, build, load, read_spec, save
+from pipelines.storage.publish import publish
 
 SHARED = Path(os.environ.get("BCOS_SHARED", Path(__file__).parents[3] / "shared"))
 

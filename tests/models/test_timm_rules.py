@@ -14,7 +14,7 @@ import pipelines.models  # noqa: F401  (registers the rules)
 from pipelines.bcos import BcosLinear, ConversionError, add_inverse, bcosify, convert, dynamic_weights, explanation_mode
 from pipelines.bcos.audit import audit
 from pipelines.bcos.network import LocationsToBatch
-from tests.models.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
+from tests.support.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_width": 16}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}

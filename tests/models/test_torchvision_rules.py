@@ -20,8 +20,8 @@ from pipelines.bcos import (
     convert,
     dynamic_weights,
 )
-from pipelines.bcos.gates import GatedReLU6, GatedTanh
-from tests.models.families import check_conversion, check_frozen_jacobian, pictures, relative, settle, shake
+from pipelines.bcos.activations import GatedReLU6, GatedTanh
+from tests.support.families import check_conversion, check_frozen_jacobian, pictures, relative, settle, shake
 
 K = 5
 

@@ -8,7 +8,7 @@ import torch
 from pipelines.bcos import BcosLinear, add_inverse, bcosify, convert
 from pipelines.models import build
 from pipelines.models.vit import Patches, SineCosinePositions
-from tests.models.families import check_conversion, check_frozen_jacobian, normalised, pictures
+from tests.support.families import check_conversion, check_frozen_jacobian, normalised, pictures
 
 SMALL = {"dim": 24, "depth": 2, "heads": 3}
 NETWORKS = {

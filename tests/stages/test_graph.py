@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from scratch import Project
 
 from pipelines import models
 from pipelines.bcos import add_inverse
+from tests.support.project import Project
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +166,12 @@ def test_a_point_of_the_search_becomes_an_experiment(project):
     before = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
     as_it_was = {f"bcosify.pretrained.{key}": before[key] for key in ("b", "bias", "lr")}
     assert trials[0]["values"] == as_it_was  # as the params are
-    told = project.run("python -m stages.search_apply 1 search").stdout
+    told = project.run("python -m stages.tools.search_apply 1 search").stdout
     assert told.startswith("dvc exp run -S recipe=smoke -S ")
     after = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
     assert {key: after[key.rpartition(".")[2]] for key in trials[1]["values"]} == trials[1]["values"]
     assert project.read("reports/search/trials.json") == trials  # the same search, not run again
-    done = project.run("python -m stages.search_apply 3", check=False)
+    done = project.run("python -m stages.tools.search_apply 3", check=False)
     assert (done.returncode, done.stderr.strip().splitlines()) == (
         1,
         ["3: there is no such trial; reports/search/trials.json has 0 to 2"],
@@ -289,7 +289,7 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(pro
     assert set(found) == {"conventional", "bcosified", "bcos_from_scratch"}
     assert all(0 <= of_model["f1"] <= 1 for of_model in found.values())
     assert "bcos-scenes" in project.read("reports/register.json")["uri"]
-    assert "f1" in project.run("python -m stages.summary").stdout.lower()
+    assert "f1" in project.run("python -m stages.tools.summary").stdout.lower()
 
 
 def test_an_unknown_model_ends_the_stage_with_one_line(project):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from pipelines.data.manifest import MANIFEST, Manifest
-from pipelines.data.sample import DataError
+from pipelines.data.shards.manifest import MANIFEST, Manifest
+from pipelines.data.shards.sample import DataError
 from stages.guide import check_boxes
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
 
 from pipelines.params import OptimiserParams
 from pipelines.training import Context, EpochRecord, TrainingError, checkpoints, loop, train
 from pipelines.training.job import best_record, is_finished
+from tests.support.toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
 
 
 def kept_steps(directory: Path) -> list[int]:

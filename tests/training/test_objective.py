@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
 
 from pipelines.bcos import bcosify, dynamic_weights
 from pipelines.models import build
@@ -19,6 +18,7 @@ from pipelines.params import TrainingParams
 from pipelines.training import Context, TrainingError, train
 from pipelines.training.loop import accumulated, gradients, set_up
 from pipelines.training.objective import ISOLATED, blocks, build_objective, checkpoint_blocks
+from tests.support.toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
 SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up

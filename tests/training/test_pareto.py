@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import ToyMethod, toy_job
 
 from pipelines.params import GuidanceParams
 from pipelines.training import EpochRecord, checkpoints, train
 from pipelines.training.job import best_record, is_finished, kept_records
 from pipelines.training.pareto import BIN, front, knee
+from tests.support.toy import ToyMethod, toy_job
 
 
 def test_a_front_is_what_no_point_beats_and_beats_all_the_rest():

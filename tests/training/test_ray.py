@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import (
+
+from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
+from tests.support.toy import (
     ALL_RANKS,
     COUNT,
     SteadyMethod,
@@ -29,8 +31,6 @@ from toy import (
     toy_student,
     weights,
 )
-
-from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
@@ -127,8 +127,8 @@ def test_a_driver_killed_and_run_again_changes_nothing(tmp_path: Path, uninterru
     script = f"""
 import os, sys
 os.environ["TOY_DRIVER"] = str(os.getpid())
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import toy
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.support import toy
 from pathlib import Path
 from ray import cloudpickle
 from pipelines.training import train

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from toy import accident, identical, toy_job, weights
 
 from pipelines.training import Result, checkpoints, train
+from tests.support.toy import accident, identical, toy_job, weights
 
 
 @pytest.mark.parametrize("at_step", [1, 3, 6, 7, 9, 18])  # before any checkpoint, in mid-epoch, at an epoch's ends
@@ -55,7 +55,7 @@ def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(tmp
 
 
 def test_training_draws_the_same_numbers_whatever_the_loader_draws(tmp_path: Path, uninterrupted: Result) -> None:
-    from toy import drawing_batches
+    from tests.support.toy import drawing_batches
 
     job = toy_job(tmp_path / "run")
     assert identical(weights(uninterrupted), weights(train(type(job)(**{**vars(job), "batches": drawing_batches}))))

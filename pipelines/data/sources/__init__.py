@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.data.sample import Description, Sample
+from pipelines.data.shards.sample import Description, Sample
 from pipelines.data.sources.cifar10 import Cifar10
 from pipelines.data.sources.coco2014 import Coco2014
 from pipelines.data.sources.imagefolder import ImageFolder

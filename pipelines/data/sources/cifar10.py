@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data.sample import DataError
-from pipelines.data.sources import archive, listing
-from pipelines.data.sources.download import download
+from pipelines.data.formats import archive
+from pipelines.data.formats.download import download
+from pipelines.data.formats.png import encode_png
+from pipelines.data.formats.roots import open_root
+from pipelines.data.raw import listing
+from pipelines.data.shards.sample import DataError
 from pipelines.data.sources.imagefolder import StoredImages, leave
-from pipelines.data.sources.png import encode_png
-from pipelines.data.sources.progress import bar
-from pipelines.data.sources.roots import open_root
 from pipelines.params import Cifar10Params
+from pipelines.progress import bar
 
 _FOLDERS = {"train": "train", "val": "val", "test": "test"}
 _IMAGES = "images.tar"

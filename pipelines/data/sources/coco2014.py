@@ -9,17 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.sample import DataError, Description
-from pipelines.data.sources import annotated, archive, coco_masks
-from pipelines.data.sources.annotated import AnnotatedImages, Annotation
-from pipelines.data.sources.archive import Contents
-from pipelines.data.sources.boxes import BoxCheck
-from pipelines.data.sources.coco_json import Instances
-from pipelines.data.sources.holdout import held_out
-from pipelines.data.sources.listing import Ref, combined_sha256
-from pipelines.data.sources.progress import bar
-from pipelines.data.sources.roots import Official, download_archives, open_root
+from pipelines.data.formats import archive, coco_masks
+from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.coco_json import Instances
+from pipelines.data.formats.roots import Official, download_archives, open_root
+from pipelines.data.raw import annotated
+from pipelines.data.raw.annotated import AnnotatedImages, Annotation
+from pipelines.data.raw.holdout import held_out
+from pipelines.data.raw.listing import Ref, combined_sha256
+from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import Coco2014Params
+from pipelines.progress import bar
 
 # COCO publishes no sums; these are torchvision's (its prototype data sets), which others found as well.
 IMAGES = {

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.data.sample import DataError, Description, Sample
-from pipelines.data.sources import archive, images, listing
-from pipelines.data.sources.archive import Contents
-from pipelines.data.sources.holdout import shuffled
-from pipelines.data.sources.images import Classes
-from pipelines.data.sources.listing import Ref
-from pipelines.data.sources.roots import open_root
+from pipelines.data.formats import archive
+from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.roots import open_root
+from pipelines.data.raw import images, listing
+from pipelines.data.raw.holdout import shuffled
+from pipelines.data.raw.images import Classes
+from pipelines.data.raw.listing import Ref
+from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import DatasetParams, ImageFolderParams
 
 

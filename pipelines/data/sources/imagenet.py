@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.sample import DataError
+from pipelines.data.formats.roots import open_root
+from pipelines.data.shards.sample import DataError
 from pipelines.data.sources.imagefolder import StoredImages, leave
-from pipelines.data.sources.roots import open_root
 from pipelines.params import ImageNetParams
 
 

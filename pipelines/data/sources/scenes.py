@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.sample import DataError, Description, Sample
-from pipelines.data.sources import archive, listing
-from pipelines.data.sources.listing import Ref
-from pipelines.data.sources.progress import bar
-from pipelines.data.sources.scene_drawing import CLASSES, SPLITS, Split, draw
+from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
+from pipelines.data.formats import archive
+from pipelines.data.raw import listing
+from pipelines.data.raw.listing import Ref
+from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
+from pipelines.progress import bar
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
-_CODE = ("png.py", "scene_shapes.py", "scene_backgrounds.py", "scene_drawing.py", "scenes.py")
+_CODE = ("formats/png.py", "drawing/shapes.py", "drawing/backgrounds.py", "drawing/scene.py", "sources/scenes.py")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Scenes:
         """A name for the chunks of these params drawn by this code, so that no others are ever taken for them."""
         digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
         for name in _CODE:
-            digest.update(Path(__file__).with_name(name).read_bytes())
+            digest.update((Path(__file__).parents[1] / name).read_bytes())
         return digest.hexdigest()
 
 

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.sample import Box, Description
-from pipelines.data.sources import annotated, archive, images, voc_masks
-from pipelines.data.sources.annotated import AnnotatedImages, Annotation
-from pipelines.data.sources.archive import Contents
-from pipelines.data.sources.boxes import BoxCheck
-from pipelines.data.sources.listing import Ref
-from pipelines.data.sources.progress import bar
-from pipelines.data.sources.roots import Official, download_archives, open_root
-from pipelines.data.sources.voc_xml import CLASSES, VocAnnotation, parse
+from pipelines.data.formats import archive, voc_masks
+from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.roots import Official, download_archives, open_root
+from pipelines.data.formats.voc_xml import CLASSES, VocAnnotation, parse
+from pipelines.data.raw import annotated, images
+from pipelines.data.raw.annotated import AnnotatedImages, Annotation
+from pipelines.data.raw.listing import Ref
+from pipelines.data.shards.sample import Box, Description
 from pipelines.params import Voc2007Params
+from pipelines.progress import bar
 
 # The publisher's address since 2025, to which the old one, host.robots.ox.ac.uk, redirects; MD5 sums as torchvision has them.
 ARCHIVES = {

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.data.pillow import DecodeError, image_size
-from pipelines.data.sample import DataError, Description
-from pipelines.data.sources import annotated, archive, cub, images
-from pipelines.data.sources.annotated import AnnotatedImages, Annotation
-from pipelines.data.sources.archive import Contents
-from pipelines.data.sources.boxes import BoxCheck, Corners
-from pipelines.data.sources.listing import Ref, combined_sha256
-from pipelines.data.sources.progress import bar
-from pipelines.data.sources.roots import Official, download_archives, open_root
+from pipelines.data.formats import archive, cub
+from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.boxes import BoxCheck, Corners
+from pipelines.data.formats.encoded_image import DecodeError, image_size
+from pipelines.data.formats.roots import Official, download_archives, open_root
+from pipelines.data.raw import annotated, images
+from pipelines.data.raw.annotated import AnnotatedImages, Annotation
+from pipelines.data.raw.listing import Ref, combined_sha256
+from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import WaterbirdsParams
+from pipelines.progress import bar
 
 CLASSES = ("landbird", "waterbird")
 _RANGES = {"y": 2, "split": 3, "place": 2}  # columns of metadata.csv, and how many values each has

@@ -21,9 +21,9 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, ConversionError, Holdable, register_conversion
+from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Rule
-from pipelines.bcos.gates import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
 
 layers, models = timm.layers, timm.models
 

@@ -1,0 +1,279 @@
+"""What conversion preserves and what it costs, architecture by architecture, at random weights.
+
+    python -m benchmarks.architectures [--write docs/architectures.md] [--only resnet18 ...] [--size 64] [--threads 2]
+
+For each architecture: the relative difference of `convert` (float32, evaluation mode), the unexplained share after `bcosify`,
+what the audit finds, and the cost of a forward pass and of a training step, B-cos against plain (both eager, taking turns,
+medians). Ends with status 1 where a difference, a share of a network without constants, or an audit is not as it should be. On
+the CPU; needs torch, torchvision and timm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor, nn
+
+from pipelines.bcos import BcosNetwork, add_inverse, audit, bcosify, dynamic_weights
+from pipelines.models import ConventionalNetwork, build
+from tests.support.families import conversion_difference, normalised, pictures, settle, shake
+
+CLASSES, ROUNDS = 10, 5
+LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture by name, its family, the side of the images, what its constructor needs for that, images at once."""
+
+    name: str
+    family: str
+    size: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+    batch: int = 4
+
+
+def vit(name: str, family: str, **options: Any) -> Case:
+    """One whose constructor wants to know the side of the images."""
+    return Case(name, family, options={("img_size" if name.startswith("timm:") else "image_size"): 64, **options})
+
+
+CASES = [
+    Case("resnet20", "ResNet (CIFAR)", 32),
+    Case("resnet18", "ResNet"),
+    Case("resnet50", "ResNet"),
+    Case("resnext50_32x4d", "ResNeXt"),
+    Case("wide_resnet50_2", "Wide ResNet"),
+    Case("densenet121", "DenseNet"),
+    Case("vgg11_bn", "VGG"),
+    Case("mobilenet_v2", "MobileNet v2"),
+    Case("mobilenet_v3_small", "MobileNet v3"),
+    Case("mobilenet_v3_large", "MobileNet v3"),
+    Case("efficientnet_b0", "EfficientNet"),
+    Case("efficientnet_v2_s", "EfficientNet v2"),
+    Case("regnet_x_400mf", "RegNet"),
+    Case("regnet_y_400mf", "RegNet with squeeze-excitation"),
+    Case("convnext_tiny", "ConvNeXt"),
+    vit("vit_b_16", "ViT"),
+    Case("swin_t", "Swin"),
+    Case("swin_v2_t", "Swin v2"),
+    Case("maxvit_t", "MaxViT", 224, batch=1),
+    Case("googlenet", "GoogLeNet", options={"aux_logits": False, "init_weights": False}),
+    Case("inception_v3", "Inception v3", 160, {"aux_logits": False, "init_weights": False}),
+    Case("shufflenet_v2_x1_0", "ShuffleNet v2"),
+    Case("squeezenet1_1", "SqueezeNet"),
+    Case("mnasnet1_0", "MNASNet"),
+    Case("timm:resnet18d", "ResNet-D"),
+    Case("timm:seresnet18", "ResNet with squeeze-excitation"),
+    Case("timm:ecaresnet50t", "ResNet with channel attention"),
+    Case("timm:resnext26ts", "ResNeXt"),
+    Case("timm:densenet121", "DenseNet"),
+    Case("timm:mobilenetv3_small_100", "MobileNet v3"),
+    Case("timm:efficientnet_lite0", "EfficientNet"),
+    Case("timm:tf_efficientnetv2_b0", "EfficientNet v2"),
+    Case("timm:regnety_002", "RegNet"),
+    Case("timm:convnext_atto", "ConvNeXt"),
+    Case("timm:convnextv2_atto", "ConvNeXt v2"),
+    vit("timm:vit_tiny_patch16_224", "ViT"),
+    vit("timm:deit_tiny_patch16_224", "DeiT"),
+    vit("timm:deit_tiny_distilled_patch16_224", "DeiT, distilled"),
+    vit("timm:deit3_small_patch16_224", "DeiT III"),
+    vit("timm:swin_tiny_patch4_window7_224", "Swin", window_size=2),
+    vit("timm:swinv2_tiny_window8_256", "Swin v2", window_size=2),
+    Case("timm:maxvit_pico_rw_256", "MaxViT", options={"img_size": 64}),
+    Case("timm:efficientformer_l1", "EfficientFormer", 224, batch=2),
+    vit("timm:efficientformerv2_s0", "EfficientFormer v2"),
+    Case("simple_vit_ti", "SimpleViT"),
+    Case("vitc_ti", "ViT-C"),
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the report."""
+
+    case: Case
+    parameters: int
+    difference: float  # of convert, relative
+    share: float  # unexplained, mean-referenced
+    constant: bool  # whether tokens or position embeddings add something that no pixel carries
+    findings: list[str]
+    forward: float  # B-cos / plain
+    step: float
+    plain_step: float  # seconds
+
+    def failures(self) -> list[str]:
+        """What is not as it should be."""
+        found = list(self.findings)
+        if not self.difference <= LIMIT:
+            found.append(f"convert changes the logits by {self.difference:.1e}")
+        if not self.constant and not self.share <= LIMIT:
+            found.append(f"a share of {self.share:.1e} is unexplained")
+        return found
+
+
+def measure(case: Case, rounds: int = ROUNDS) -> Measured:
+    """All figures of one architecture, on a batch of random pictures."""
+    torch.manual_seed(0)
+    many = pictures(4 * case.batch, case.size)
+    images, six = many[: case.batch], add_inverse(many[: case.batch])
+    source = settle(shake(build(case.name, num_classes=CLASSES, options=case.options)), normalised(many))
+    difference = conversion_difference(source, images)
+    network = bcosify(source)
+    settle(network, add_inverse(many))
+    findings = [f"{mode}: {finding}" for mode in ("training", "evaluation") for finding in _audited(network, six, mode)]
+    share, constant = unexplained_share(network, six)
+    forward, _ = ratio(infer, ConventionalNetwork(source), network, six, rounds)
+    step, plain_step = ratio(train_step, ConventionalNetwork(source), network, six, rounds)
+    parameters = sum(parameter.numel() for parameter in source.parameters())
+    return Measured(case, parameters, difference, share, constant, findings, forward, step, plain_step)
+
+
+def _audited(network: nn.Module, images: Tensor, mode: str) -> list[str]:
+    found = [str(finding) for finding in audit(network.train(mode == "training"), images)]
+    network.eval()
+    return found
+
+
+def unexplained_share(network: BcosNetwork, images: Tensor) -> tuple[float, bool]:
+    """Σ|logit - logit bias - Σ W(x)·(x - mean)| / Σ|logit - logit bias| of the predicted classes; whether f(mean) is not 0."""
+    with torch.no_grad():
+        targets = network(images).argmax(1)
+        of_mean = network(network.mean[None, :, None, None].expand_as(images[:1])) - network.logit_bias
+    logits, weights = dynamic_weights(network, images, targets)
+    explained = (weights * (images - network.mean[:, None, None])).double().sum((1, 2, 3))
+    actual = logits.gather(1, targets[:, None])[:, 0].double() - network.logit_bias
+    share = float((actual - explained).abs().sum() / actual.abs().sum())
+    return share, bool(of_mean.abs().max() > 1e-5 * actual.abs().mean())
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor) -> None:
+    """A forward pass."""
+    model.eval()(images)
+
+
+def train_step(model: nn.Module, images: Tensor) -> None:
+    """Forward and backward, no optimiser."""
+    model.train().zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model(images), torch.arange(len(images)) % CLASSES).backward()
+
+
+def ratio(
+    function: Callable[[nn.Module, Tensor], None], plain: nn.Module, bcos: nn.Module, images: Tensor, rounds: int
+) -> tuple[float, float]:
+    """B-cos / plain, the median of rounds in which both take turns, after one that warms up; and the plain one's seconds."""
+
+    def seconds(model: nn.Module) -> float:
+        start = time.perf_counter()
+        function(model, images)
+        return time.perf_counter() - start
+
+    turns = [(seconds(plain), seconds(bcos)) for _ in range(rounds + 1)][1:]
+    return statistics.median(b / p for p, b in turns), statistics.median(p for p, _ in turns)
+
+
+COLUMNS = (
+    "architecture", "family", "parameters (M)", "images", "convert: relative difference", "unexplained share", "audit findings",
+    "forward ratio", "training-step ratio", "plain step (ms)",
+)  # fmt: skip
+
+
+def row(found: Measured) -> list[str]:
+    """The cells of one line of the table."""
+    library = "torchvision" if ":" not in found.case.name else "timm"
+    own = found.case.name in ("resnet20", "simple_vit_ti", "vitc_ti")
+    return [
+        found.case.name.removeprefix("timm:") + ("" if own else f" ({library})"),
+        found.case.family,
+        f"{found.parameters / 1e6:.1f}",
+        f"{found.case.batch} × {found.case.size}²",
+        f"{found.difference:.1e}",
+        f"{found.share:.1e}" + (" (constants)" if found.constant else ""),
+        str(len(found.findings)),
+        f"{found.forward:.2f}",
+        f"{found.step:.2f}",
+        f"{1000 * found.plain_step:.0f}",
+    ]
+
+
+def table(results: list[Measured]) -> str:
+    """The results in markdown."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(found) for found in results)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def document(results: list[Measured], command: str, threads: int) -> str:
+    """The page: how it was made, what the columns mean, the table, a summary."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    shares = [found.share for found in results if not found.constant]
+    ratios = [[found.forward for found in results], [found.step for found in results]]
+    forward, step = (f"{statistics.median(each):.2f} (largest {max(each):.2f})" for each in ratios)
+    return f"""# Architectures
+
+Written by `{command}` ({versions}; {os.cpu_count()} CPU cores, {threads} threads, float32, eager).
+
+Random weights, layer scales and biases drawn at random too, so that nothing hides behind a scale of 1e-6 or a head at 0; norm
+statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; {CLASSES} classes.
+
+- *convert*: largest difference between the logits of the network and of its conversion at B = 1, over the largest logit,
+  evaluation mode; wanted: at most {LIMIT:.0e}.
+- *unexplained share*: after `bcosify`, Σ\\|logit − logit bias − Σ W(x)·(x − mean)\\| / Σ\\|logit − logit bias\\|; wanted: at most
+  {LIMIT:.0e}, except where class tokens or position embeddings add constants that no pixel carries (marked).
+- *audit findings*: functions that explanation mode does not hold, in training and in evaluation mode; wanted: 0.
+- *ratios*: B-cos / plain, medians of {ROUNDS} rounds in which both take turns. At these sizes fixed costs weigh much; see
+  [benchmarks](benchmarks.md) for training at size, compiled.
+
+{table(results)}
+
+{len(results)} architectures. Largest difference of `convert`: {max(found.difference for found in results):.1e}; largest share
+without constants: {max(shares, default=math.nan):.1e}; findings: {sum(len(found.findings) for found in results)}. Median ratios:
+forward {forward}, training step {step}.
+"""
+
+
+def main() -> None:
+    """Measures the architectures asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="the markdown page")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
+    parser.add_argument("--size", type=int, help="side of the images, for architectures that take any")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results, failures = [], []
+    print(*COLUMNS, sep=" | ")
+    for case in CASES:
+        if options.only and case.name not in options.only:
+            continue
+        start = time.perf_counter()
+        try:
+            found = measure(replace(case, size=options.size or case.size))
+        except Exception as error:  # the others are wanted all the same
+            failures.append(f"{case.name}: {error}")
+            continue
+        results.append(found)
+        failures += [f"{case.name}: {failure}" for failure in found.failures()]
+        print(*row(found), f"{time.perf_counter() - start:.0f} s", sep=" | ", flush=True)
+    if options.write and results:
+        command = " ".join(["python -m benchmarks.architectures", *sys.argv[1:]])
+        options.write.write_text(document(results, command, options.threads))
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Cost of a guided step against a plain B-cos step, and of explaining every pair of an image and its classes.
+
+    python -m benchmarks.guidance [--case resnet18-112 ...] [--rounds 7] [--json FILE]
+
+Steps: forward and backward pass, no optimiser, of classification alone (`plain`) and guided at the input with the energy loss
+(`guided`), eager and compiled, all in turns in one run; printed are medians over the rounds of the ratio to `plain` of the same
+mode, and of compiled to eager. Pairs: maps of the 192 pairs of 64 images with 1 to 5 classes each, by `explain_pairs` on all of
+them, against a backward pass for each pair through the graph of a batch of 8, and by how much the numbers differ. On a GPU, where
+there is one, at the sizes of ImageNet, and the steps in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor, nn
+
+from benchmarks.distillation import Case, peak_bytes, stepper
+from benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
+from benchmarks.step import keep_small_features
+from pipelines.attribution import explain, explain_pairs
+from pipelines.bcos import add_inverse, bcosify, explanation_mode
+from pipelines.bcos.precision import exact_float32
+from pipelines.methods import Guidance
+from pipelines.models import build
+from pipelines.params import GuidanceParams, TrainingParams
+from pipelines.training.objective import build_objective
+
+CLASSES = 20
+LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
+CASES = {
+    "cpu": {"resnet18-112": Case("", "resnet18", 112, 16), "resnet20-64": Case("", "resnet20", 64, 64)},
+    "cuda": {"resnet50-224": Case("", "resnet50", 224, 64)},
+}
+
+
+def network(case: Case, device: str) -> nn.Module:
+    """The B-cos network of a case."""
+    torch.manual_seed(0)
+    return keep_small_features(bcosify(build(case.student, num_classes=CLASSES))).to(device)
+
+
+def images_of(case: Case, count: int, device: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), and which classes are in them (N, K): of each eight as many as LABELS says."""
+    present = torch.zeros(count, CLASSES)
+    for row in range(count):
+        present[row, torch.randperm(CLASSES)[: LABELS[row % len(LABELS)]]] = 1
+    return torch.rand(count, 3, case.size, case.size, device=device), present.to(device)
+
+
+def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], None]]:
+    """The steps that are compared, each on a network of its own."""
+    images, labels = images_of(case, case.batch, device)
+    training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
+    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * case.size
+    boxes = [torch.cat([row.nonzero().float(), box.expand(int(row.sum()), 4)], dim=1) for row in labels.cpu()]
+    batch = {"key": [str(row) for row in range(case.batch)], "image": images, "labels": labels, "boxes": boxes}
+    found = {}
+    for name, weight in (("plain", 0.0), ("guided", 0.01)):
+        params = GuidanceParams(epochs=1, batch_size=case.batch, lr=0.1, localisation_weight=weight)
+        method = Guidance(network(case, device).train(), "multilabel", CLASSES, params)
+        found[name] = stepper(method, build_objective(method, training), batch, device, training.memory_format, 1)
+    return found
+
+
+def pair_by_pair(model: nn.Module, images: Tensor, present: Tensor) -> Tensor:
+    """Maps (P, H, W), each by a backward pass of its own through the graph of a batch of eight."""
+    found = []
+    for some, of_them in zip(images.split(8), present.split(8), strict=True):
+        some = some.clone().requires_grad_()
+        with explanation_mode(model):
+            logits = model(some)
+            for row, label in of_them.nonzero().tolist():
+                (gradient,) = torch.autograd.grad(logits[row, label], some, retain_graph=True)
+                found.append((some[row] * gradient[row]).sum(0).detach())
+    return torch.stack(found)
+
+
+@exact_float32()
+def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """How much faster all pairs at once are, and how far the numbers are apart."""
+    model = network(case, device).eval().requires_grad_(False)
+    images, present = images_of(case, 64, device)
+    images, present = add_inverse(images), present.bool()
+    ways = {
+        "pair by pair": partial(pair_by_pair, model, images, present),
+        "all pairs": lambda: explain_pairs(partial(explain, model), images, present)[1],
+    }
+    one, other = (way() for way in ways.values())
+    speedup = ratio(in_turns({"eager": ways}, rounds), ("eager", "pair by pair"), ("eager", "all pairs"))
+    difference = float((one - other).abs().max() / one.abs().max())
+    return {"pairs": int(present.sum()), "speedup": speedup, "difference": float(f"{difference:.1e}")}
+
+
+def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The line of the report."""
+    modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
+    found: dict[str, Any] = {"case": name, "batch": case.batch, "device": device, "threads": torch.get_num_threads()}
+    turns = in_turns(modes, options.rounds)
+    for mode in modes:
+        found[f"{mode}_plain_ms"] = milliseconds(turns, (mode, "plain"))
+        found[f"{mode}_guided"] = ratio(turns, (mode, "guided"), (mode, "plain"))
+        for key in ("plain", "guided"):
+            found[f"{mode}_{key}_mb"] = round(peak_bytes(modes[mode][key]) / 1e6, 1)
+    if len(modes) == 2:
+        found["compiled_to_eager"] = ratio(turns, ("compiled", "guided"), ("eager", "guided"))
+    yield found | measure_pairs(case, device, options.rounds)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The ratios as markdown."""
+    head = ["case", "mode", "guided / plain", "plain ms", "peak MB: plain", "guided", "compiled / eager", "pairs", "difference"]
+    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for line in lines:
+        for mode in (mode for mode in MODES if f"{mode}_guided" in line):
+            last = (
+                [line.get("compiled_to_eager", ""), "", ""]
+                if mode == "compiled"
+                else ["", f"{line['speedup']} ×", line["difference"]]
+            )
+            memory = [line[f"{mode}_{key}_mb"] for key in ("plain", "guided")]
+            cells = [line["case"], mode, line[f"{mode}_guided"], line[f"{mode}_plain_ms"], *memory, *last]
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main(__doc__, CASES, measure, table)

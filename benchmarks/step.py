@@ -1,0 +1,232 @@
+"""Cost of a B-cos network against the plain one it was made from: training step, inference, explanation, memory.
+
+    python -m benchmarks.step [--case resnet18-112 ...] [--mode eager compiled] [--rounds 7] [--json FILE]
+
+Three networks take turns, so that what else runs on the machine strikes all alike: `plain`, `bcos`, and (eager) `formula`, the
+same B-cos network whose layers are written out in plain autograd operations. Measures: a training step (forward and backward
+pass), inference, `dynamic_weights` (against the plain network's forward pass and input gradient, parameters frozen in both), 20
+classes explained at once (against 20 calls), and the bytes saved for the backward pass of a training step. Prints one line of
+JSON a case and mode, then a table of the ratios to `plain` (medians over the rounds). Needs torch, torchvision and timm alone; on
+a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor, nn
+
+from benchmarks.harness import main, seconds
+from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
+from pipelines.bcos.compiler import set_up_compiler
+from pipelines.models import ConventionalNetwork, build
+
+CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the side of its images in pixels, and the batch."""
+
+    network: str
+    size: int
+    batch: int
+
+
+CASES = {
+    "cpu": {
+        "resnet20-32": Case("resnet20", 32, 64),
+        "resnet18-112": Case("resnet18", 112, 16),
+        "resnet50-112": Case("resnet50", 112, 8),
+    },
+    "cuda": {
+        "resnet18-224": Case("resnet18", 224, 128),
+        "resnet50-224": Case("resnet50", 224, 128),
+        "vit_b_16-224": Case("vit_b_16", 224, 128),
+    },
+}
+
+
+class FormulaConv2d(BcosConv2d):
+    """The convolution as its formula stands: |w·x|·(w·x)/‖x‖, each operation on its own."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out_channels, H', W')."""
+        linear = nn.functional.conv2d(x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        squares = (x_NCHW**2).sum(1, keepdim=True)
+        sums = nn.functional.avg_pool2d(squares, self.kernel_size, self.stride, self.padding, divisor_override=1)  # type: ignore[arg-type]
+        return linear * self.hold(linear.abs() / (sums + 1e-6).sqrt())
+
+
+class FormulaLinear(BcosLinear):
+    """The linear layer as its formula stands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        linear = nn.functional.linear(x, self.weight)
+        return linear * self.hold(linear.abs() / (x.norm(dim=-1, keepdim=True) + 1e-12))
+
+
+class FormulaBatchNorm(BcosBatchNorm):
+    """The uncentred norm as its formula stands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        var = x.var((0, 2, 3), unbiased=False) if self.training else self.running_var
+        if self.training:
+            self._track(var, var)
+        assert self.weight is not None
+        return self.weight[:, None, None] * x / self.hold((var + self.eps).sqrt())[:, None, None]
+
+
+FORMULAS = {BcosConv2d: FormulaConv2d, BcosLinear: FormulaLinear, BcosBatchNorm: FormulaBatchNorm}
+
+
+def keep_small_features(model: nn.Module) -> nn.Module:
+    """`model`, whose norms bring features of any size to size 1, as in trained networks.
+
+    Those of random layers at B = 2 are tiny, and what underflows is slow.
+    """
+    for module in model.modules():
+        if isinstance(module, BcosBatchNorm):
+            module.eps = 1e-20
+    return model
+
+
+def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[str, nn.Module]:
+    """The networks that are compared, of the same weights; compiled ones as training compiles them."""
+    torch.manual_seed(0)
+    source = build(case.network, num_classes=CLASSES)
+    bcos = keep_small_features(bcosify(source))
+    found: dict[str, nn.Module] = {"plain": ConventionalNetwork(source), "bcos": bcos}
+    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in bcos.modules())
+    if mode == "eager" and not grouped:
+        found["formula"] = copy.deepcopy(bcos)
+        for module in found["formula"].modules():
+            module.__class__ = FORMULAS.get(type(module), type(module))  # type: ignore[call-overload, assignment]
+    for model in found.values():
+        model.to(device)
+        if channels_last or mode == "compiled":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if mode == "compiled":
+            set_up_compiler()
+            model.compile(fullgraph=True, dynamic=False)
+    return found
+
+
+def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Forward and backward pass, no optimiser."""
+    model.train().requires_grad_(True).zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model(images), labels).backward()
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Forward pass alone."""
+    model.eval()(images)
+
+
+def explain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """The gradient of each label's logit with respect to the input; of a B-cos network its dynamic weights."""
+    model.eval().requires_grad_(False)
+    if not isinstance(model, ConventionalNetwork):
+        dynamic_weights(model, images, labels)
+        return
+    images = images.detach().requires_grad_()
+    torch.autograd.grad(model(images).gather(1, labels[:, None]).sum(), images)
+
+
+MEASURES = {"training_step": train_step, "inference": infer, "dynamic_weights": explain}
+
+
+def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes of storage that a training step keeps for its backward pass, parameters and images left out."""
+    model.train().requires_grad_(True)
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(images)
+    for tensor in (*model.parameters(), *model.buffers(), images):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del logits
+    return sum(storages.values())
+
+
+def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
+    """Time of explaining 20 classes of a batch at once, relative to 20 calls."""
+    model.eval().requires_grad_(False)
+    targets = torch.stack([torch.randperm(CLASSES, device=images.device) for _ in images])
+
+    def one_by_one() -> None:
+        for column in targets.unbind(1):
+            dynamic_weights(model, images, column)
+
+    dynamic_weights(model, images, targets)
+    return statistics.median(
+        seconds(dynamic_weights, model, images, targets) / seconds(one_by_one) for _ in range(max(1, rounds // 3))
+    )
+
+
+def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line of the report for each mode."""
+    for mode in options.mode:
+        torch.compiler.reset()
+        yield measure_mode(name, case, device, mode, options.rounds, options.channels_last)
+
+
+def measure_mode(name: str, case: Case, device: str, mode: str, rounds: int, channels_last: bool) -> dict[str, Any]:
+    """One line of the report."""
+    models = networks(case, device, mode, channels_last)
+    images = torch.rand(case.batch, 6, case.size, case.size, device=device)
+    if channels_last or mode == "compiled":
+        images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (case.batch,), device=device)
+    found: dict[str, Any] = {
+        "case": name,
+        "mode": mode,
+        "batch": case.batch,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        for what, function in MEASURES.items():
+            for model in models.values():  # compiles, and warms up
+                function(model, images, labels)
+                function(model, images, labels)
+            turns = [{key: seconds(function, model, images, labels) for key, model in models.items()} for _ in range(rounds)]
+            found[f"{what}_plain_ms"] = round(1000 * statistics.median(turn["plain"] for turn in turns), 1)
+            for key in list(models)[1:]:
+                found[f"{what}_{key}"] = round(statistics.median(turn[key] / turn["plain"] for turn in turns), 3)
+        kept = {key: saved_bytes(model, images, labels) for key, model in models.items()}
+        found["saved_plain_mb"] = round(kept["plain"] / 1e6, 1)
+        found |= {f"saved_{key}": round(kept[key] / kept["plain"], 3) for key in list(models)[1:]}
+        found["twenty_classes_at_once"] = round(many_classes(models["bcos"], images, rounds), 3)
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The ratios as markdown."""
+    columns = ["training_step", "inference", "dynamic_weights", "saved"]
+    head = ["case", "mode", *(f"{column} {key}" for column in columns for key in ("bcos", "formula")), "20 classes at once"]
+    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for line in lines:
+        ratios = [str(line.get(f"{column}_{key}", "")) for column in columns for key in ("bcos", "formula")]
+        rows.append("| " + " | ".join([line["case"], line["mode"], *ratios, str(line["twenty_classes_at_once"])]) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main(__doc__, CASES, measure, table, rounds=9)

@@ -1,0 +1,82 @@
+"""What the resolution and precision of stored explanations cost, in likeness to the live ones and in bytes; and augmentation.
+
+    dvc repro bcosify@pretrained && python -m benchmarks.stored_maps [--images 512]
+
+For images of the validation split: the mean cosine of the teacher's dynamic weights with what a student would be given, stored at
+each resolution and precision and brought back to the image's size as the loader does. `ImageNet` is what 1,281,167 images of
+224 px would take at the same number of pixels a cell. Then how far the teacher's answer to an augmented view (the run's crop and
+flip) is from the stored one, which followed them: equal top-1, KL divergence, and the cosine of the maps. Prints two tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import pipelines  # noqa: F401  (first: it says how threads wait)
+
+import torch  # isort: skip
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pipelines import models
+from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.loading.transforms import STORED_MAP, train_transform
+from pipelines.evaluation import split_batches
+from pipelines.losses import distillation_loss
+from pipelines.methods.stored_explanations import scaled
+from pipelines.metrics.agreement import agreement, explanation_similarity
+from pipelines.params import load
+from pipelines.workflow.running import shards_of
+
+IMAGENET, SIDE = 1_281_167, 224
+
+
+def main() -> None:
+    """Measures each resolution and precision."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--teacher", type=Path, default=Path("models/bcosify/pretrained"))
+    options = parser.parse_args()
+    params = load()
+    teacher, _ = models.load(options.teacher)
+    images = torch.cat([batch["image"] for batch in split_batches(shards_of(params.dataset), "val", params.data, 64)])
+    images = images[: options.images]
+    logits, live = explained(teacher, images)
+    side = live.shape[-1]
+    print("| pixels a cell | precision | cosine with the live map | bytes an image | ImageNet |\n" + "| --- " * 5 + "|")
+    for cell in (1, 2, 4, 8):
+        for precision in (torch.float32, torch.float16):
+            stored = scaled(live, side // cell).to(precision)
+            given = F.resize(stored.float(), [side, side], interpolation=InterpolationMode.BILINEAR, antialias=False)
+            cosine = float(explanation_similarity(given, live).mean())
+            size = stored[0].nbytes
+            whole = IMAGENET * size * (SIDE / side) ** 2
+            name = str(precision).removeprefix("torch.")
+            print(f"| {cell} × {cell} | {name} | {cosine:.4f} | {size:,} | {whole / 1e9:,.0f} GB |")
+    followed = train_transform(params.data, stored_map=True)
+    views = [
+        followed({"image": (image * 255).round().byte(), STORED_MAP: stored}, random.Random(number))
+        for number, (image, stored) in enumerate(zip(images, live, strict=True))
+    ]
+    of_view, maps = explained(teacher, torch.stack([view["image"] for view in views]) / 255, logits.argmax(1))
+    stored = torch.stack([view[STORED_MAP] for view in views])
+    same, divergence = float(agreement(of_view, logits)), float(distillation_loss(of_view, logits))
+    cosine = float(explanation_similarity(maps, stored).mean())
+    print("\n| equal top-1 | KL divergence | cosine of the maps |\n| --- | --- | --- |")
+    print(f"| {same:.3f} | {divergence:.3f} | {cosine:.3f} |")
+
+
+def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and dynamic weights (N, 6, H, W) of images (N, 3, H, W), by default of the class predicted."""
+    parts = images.split(64)
+    of_parts = [None] * len(parts) if targets is None else targets.split(64)
+    found = [dynamic_weights(teacher, add_inverse(some), wanted) for some, wanted in zip(parts, of_parts, strict=True)]
+    logits, weights = zip(*found, strict=True)
+    return torch.cat(logits), torch.cat(weights)
+
+
+if __name__ == "__main__":
+    main()

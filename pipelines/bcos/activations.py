@@ -1,0 +1,163 @@
+"""Activations and the average pool in B-cos networks.
+
+Gated activations x·g(x) have a gate g that can be held. ReLU and the average pool have a gradient that is linear in what comes
+in, so nothing is held. Where a loss on W(x) differentiates that gradient, autograd would add zeros of the size of their input.
+These classes tell autograd that there is no gradient, which saves two passes over an activation each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.bcos.explanation import Explainable, Holdable
+
+
+class Gate(Holdable):
+    """A gated activation x·g(x); its subclasses say what g is."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def gate(self, x: Tensor) -> Tensor:
+        """g(x), of the shape of x."""
+        raise TypeError(f"{type(self).__name__} does not say what its gate is")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same; outside explanation mode by torch's own fused activation."""
+        return self.activation(x) if self.explanation is None else x * self.hold(self.gate(x))
+
+
+class GatedGELU(Gate):
+    """GELU as x·Φ(x), exact or by its tanh approximation."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__(partial(F.gelu, approximate=approximate))
+        self.approximate = approximate
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Φ(x), in [0, 1]."""
+        if self.approximate == "tanh":
+            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+class GatedSiLU(Gate):
+    """SiLU as x·sigmoid(x)."""
+
+    def __init__(self) -> None:
+        super().__init__(F.silu)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """sigmoid(x), in [0, 1]."""
+        return torch.sigmoid(x)
+
+
+class GatedHardswish(Gate):
+    """Hardswish as x·clip((x + 3)/6, 0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__(F.hardswish)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """clip((x + 3)/6, 0, 1)."""
+        return F.hardsigmoid(x)
+
+
+class GatedMish(Gate):
+    """Mish as x·tanh(softplus(x))."""
+
+    def __init__(self) -> None:
+        super().__init__(F.mish)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """tanh(softplus(x)), in [0, 1]."""
+        return F.softplus(x).tanh()
+
+
+class GatedTanh(Gate):
+    """Tanh as x·(tanh(x)/x)."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tanh)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """tanh(x)/x in (0, 1], near 0 by its series, whose derivative does not cancel."""
+        small = x.abs() < 1e-2
+        divisor = torch.where(small, 1.0, x)
+        square = x * x
+        return torch.where(small, 1 - square / 3 * (1 - square * 0.4), torch.tanh(divisor) / divisor)
+
+
+class GatedReLU6(Gate):
+    """ReLU6 as x·g(x), so that what it cuts off leaves no constant that no pixel carries."""
+
+    def __init__(self) -> None:
+        super().__init__(F.relu6)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """0 below 0, 1 up to 6, 6/x above."""
+        return (x > 0) * (6 / x.clamp_min(6))
+
+
+class _ReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, output.detach(), 0)
+
+
+class _AveragePool(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_NCHW: Tensor, options: tuple[Any, ...]) -> Tensor:
+        return F.avg_pool2d(x_NCHW, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[Any, ...]], output: Tensor) -> None:
+        x_NCHW, ctx.options = inputs
+        ctx.save_for_backward(x_NCHW)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x_NCHW,) = ctx.saved_tensors
+        return torch.ops.aten.avg_pool2d_backward(gradient, x_NCHW.detach(), *ctx.options), None
+
+
+class BcosReLU(Explainable, nn.ReLU):
+    """`nn.ReLU`; in a B-cos network its gradient is cheap to differentiate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        return super().forward(x) if self.explanation is None or not self.explanation.fused else _ReLU.apply(x)
+
+
+class BcosAvgPool2d(Explainable, nn.AvgPool2d):
+    """`nn.AvgPool2d`; in a B-cos network its gradient is cheap to differentiate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H', W')."""
+        if self.explanation is None or not self.explanation.fused:
+            return super().forward(x)
+        kernel, stride, padding = (
+            [value, value] if isinstance(value, int) else list(value) for value in (self.kernel_size, self.stride, self.padding)
+        )
+        return _AveragePool.apply(x, (kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override))

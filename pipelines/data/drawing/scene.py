@@ -1,0 +1,200 @@
+"""Draws one image of `scenes`: a pure function of the params, the split and the index.
+
+Shape alone decides the class. Colours, sizes, angles, places and textures are drawn without looking at it; only the
+background follows the class, as often as `correlation` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.random import Generator, Philox, SeedSequence
+from numpy.typing import NDArray
+
+from pipelines.data.drawing.backgrounds import BACKGROUNDS, texture
+from pipelines.data.drawing.shapes import SHAPES, Contours, coverage, direction, place
+from pipelines.data.formats.png import encode_png
+from pipelines.data.shards.sample import Box, Sample
+from pipelines.params import ScenesParams
+
+CLASSES = tuple(SHAPES)
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "black": (35, 35, 40),
+    "blue": (45, 90, 205),
+    "brown": (135, 85, 50),
+    "green": (60, 155, 70),
+    "grey": (135, 135, 140),
+    "orange": (235, 140, 45),
+    "pink": (240, 145, 185),
+    "purple": (135, 70, 170),
+    "red": (205, 50, 50),
+    "turquoise": (60, 190, 190),
+    "white": (232, 230, 225),
+    "yellow": (235, 215, 75),
+}
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+_JITTER = 22.0  # of a named colour, levels a channel
+_TEXTURE = (0.3, 0.7)  # how far the background's second colour goes from the first towards another one
+_CONTRAST = 90.0  # least distance of an object's colour from both of the background's, levels
+_TURN = 0.11  # most that an object is turned either way, turns
+_SQUEEZE = 0.8  # narrowest side of a squeezed object, of the other one
+_LEAST_VISIBLE = 0.4  # share of an object that must not be hidden
+_NOISE = 7.0  # half width of the sensor noise, levels
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """Where one object lies, before it is coloured."""
+
+    label: int
+    centre: tuple[float, float]
+    radius: float
+    outline: Contours
+
+
+def draw(params: ScenesParams, split: Split, index: int) -> Sample:
+    """The image number `index` of `split` with its boxes, mask, caption and background group."""
+    rng = _generator(params.seed, split, index)
+    size = params.image_size
+    labels = _labels(params, split, index, rng)
+    objects = _layout(labels, size, rng)
+    group = int(rng.integers(len(BACKGROUNDS)))
+    if rng.random() < params.correlation.get(split, 0.0):
+        group = objects[0].label
+    _, first_rgb = _colour(rng)
+    second_rgb = first_rgb + rng.uniform(*_TEXTURE) * (_colour(rng, first_rgb)[1] - first_rgb)
+    colours = [_colour(rng, first_rgb, second_rgb) for _ in objects]
+
+    mix = texture(group, size, rng)[..., None]
+    canvas = first_rgb * (1.0 - mix) + second_rgb * mix
+    _clutter(canvas, rng, count=int(rng.integers(2, 6)))
+    mask = np.zeros((size, size), np.uint8)
+    for instance, (item, (_, rgb)) in enumerate(zip(objects, colours, strict=True), start=1):
+        inside = coverage(item.outline, size)
+        _paint(canvas, inside, rgb * _shading(item, size, rng))
+        mask[inside >= 0.5] = instance
+    pixels = _photograph(canvas, rng)
+
+    boxes = tuple(_box(item.label, mask == instance) for instance, item in enumerate(objects, start=1))
+    nouns = [f"{name} {CLASSES[item.label]}" for item, (name, _) in zip(objects, colours, strict=True)]
+    phrase = " and ".join(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
+    multiclass = params.variant == "objects"
+    return Sample(
+        key=f"{split}-{index:07d}",
+        image=encode_png(pixels),
+        extension="png",
+        label=labels[0] if multiclass else None,
+        labels=None if multiclass else tuple(sorted(set(labels))),
+        boxes=boxes,
+        group=group,
+        caption=f"{phrase} on {list(BACKGROUNDS)[group]}",
+        mask=encode_png(mask),
+    )
+
+
+def _generator(seed: int, split: Split, *rest: int) -> Generator:
+    """The random numbers of one image (or, with more numbers, of one block of images)."""
+    return Generator(Philox(SeedSequence([seed, SPLITS.index(split), *rest])))
+
+
+def _labels(params: ScenesParams, split: Split, index: int, rng: Generator) -> list[int]:
+    """A class an object. The first ones of ten images in a row are all different, so that splits are balanced."""
+    block, position = divmod(index, len(CLASSES))
+    shuffled = _generator(params.seed, split, block, len(CLASSES)).permutation(len(CLASSES))
+    least, most = params.objects_per_image
+    others = int(rng.integers(least, most + 1)) - 1
+    return [int(shuffled[position]), *(int(label) for label in rng.integers(len(CLASSES), size=others))]
+
+
+def _layout(labels: list[int], size: int, rng: Generator) -> list[_Object]:
+    """One object a label, the largest first, so that a smaller one lies on top.
+
+    Drawn anew, a little smaller each time, until enough of every object is visible.
+    """
+    largest = size * (0.38 if len(labels) == 1 else 0.28)
+    while True:
+        radii = np.sort(rng.uniform(0.55, 1.0, len(labels)))[::-1] * largest
+        placed = []
+        for label, radius in zip(labels, radii.tolist(), strict=True):
+            x, y = rng.uniform(0.8 * radius, size - 0.8 * radius, 2).tolist()
+            outline = place(SHAPES[CLASSES[label]], (x, y), _pose(radius, rng))
+            placed.append(_Object(label, (x, y), radius, outline))
+        if _visible([item.outline for item in placed], size):
+            return placed
+        largest = max(0.95 * largest, 3.0)
+
+
+def _pose(radius: float, rng: Generator) -> NDArray[np.float64]:
+    """The linear map of a shape onto the image: a squeeze along any direction, a turn, and the size."""
+    axis, turn = rng.random(), rng.uniform(-_TURN, _TURN)
+    (a, b), (c, d) = direction(turn + axis), direction(axis)
+    long, short = radius, radius * rng.uniform(_SQUEEZE, 1.0)
+    # Rotation, diagonal, rotation back; written out, since BLAS may fuse operations and so round differently.
+    return np.array(
+        [
+            [a * long * c + b * short * d, a * long * d - b * short * c],
+            [b * long * c - a * short * d, b * long * d + a * short * c],
+        ]
+    )
+
+
+def _visible(outlines: list[Contours], size: int) -> bool:
+    """Whether each object keeps enough of its pixels inside the image and under the objects on top of it."""
+    top = np.zeros((size, size), np.uint8)
+    areas = []
+    for instance, outline in enumerate(outlines, start=1):
+        inside = coverage(outline, size) >= 0.5
+        top[inside] = instance
+        areas.append(np.count_nonzero(inside))
+    seen = np.bincount(top.ravel(), minlength=len(outlines) + 1)[1:]
+    return all(area > 0 and pixels >= _LEAST_VISIBLE * area for area, pixels in zip(areas, seen, strict=True))
+
+
+def _colour(rng: Generator, *unlike: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+    """A colour's name and jittered RGB levels, well apart from those in `unlike`."""
+    names = list(COLOURS)
+    while True:
+        name = names[int(rng.integers(len(names)))]
+        rgb = np.array(COLOURS[name]) + rng.uniform(-_JITTER, _JITTER, 3)
+        if all(float(np.sqrt(((rgb - other) ** 2).sum())) >= _CONTRAST for other in unlike):
+            return name, rgb
+
+
+def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
+    """Paints small lines and specks that belong to no class."""
+    size = len(canvas)
+    for _ in range(count):
+        centre = tuple(rng.uniform(0.0, size, 2).tolist())
+        length, width = rng.uniform(0.03, 0.14) * size, rng.uniform(0.008, 0.022) * size
+        cos, sin = direction(rng.random())
+        corners = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) + rng.uniform(-0.4, 0.4, (4, 2))
+        outline = place((corners,), centre, np.array([[length * cos, -width * sin], [length * sin, width * cos]]))
+        _paint(canvas, coverage(outline, size), _colour(rng)[1])
+
+
+def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], rgb: NDArray[np.float64]) -> None:
+    """Lays a colour ((3,) or (H, W, 3)) over the canvas, as opaque as `opacity` says."""
+    canvas += opacity[..., None] * (rgb - canvas)
+
+
+def _shading(item: _Object, size: int, rng: Generator) -> NDArray[np.float64]:
+    """Light that falls across the object from one side, (H, W, 1), around 1."""
+    cos, sin = direction(rng.random())
+    steps = np.arange(size) + 0.5
+    across = (cos * (steps - item.centre[0])[None, :] + sin * (steps - item.centre[1])[:, None]) / item.radius
+    return (1.0 + 0.22 * np.clip(across, -1.0, 1.0))[..., None]
+
+
+def _photograph(canvas: NDArray[np.float64], rng: Generator) -> NDArray[np.uint8]:
+    """The canvas with exposure and sensor noise, as 8-bit pixels."""
+    grain = rng.integers(0, 256, canvas.shape, np.uint8).astype(np.float64) / 127.5 - 1.0
+    return np.clip(np.rint(canvas * rng.uniform(0.8, 1.1) + _NOISE * grain), 0, 255).astype(np.uint8)
+
+
+def _box(label: int, visible: NDArray[np.bool_]) -> Box:
+    """The tight half-open box of a mask (H, W)."""
+    columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
+    return label, float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

@@ -1,0 +1,72 @@
+"""Boxes as annotation files give them, held against their images: kept, dropped and counted, or refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from pipelines.data.shards.sample import DataError
+
+OVERHANG = 1.0  # pixels by which a box may pass the border and is clipped: annotation tools round
+LEAST = 1.0  # pixels that a side must have: what is smaller holds no pixel
+
+Corners = tuple[float, float, float, float]
+Fault = Literal["inverted", "outside", "empty"]
+
+_EXPLAINED: dict[Fault, str] = {
+    "inverted": "is inverted: xmin <= xmax and ymin <= ymax are needed",
+    "outside": "is outside its image of {width} x {height} pixels",
+    "empty": "is empty: each side must have a pixel",
+}
+
+
+class BoxCheck:
+    """What is done with boxes that make no sense.
+
+    Args:
+        on_bad_box: `raise` ends with an error, `skip` drops the box; its class stays a label of the image.
+        expected: faults that the data set is known for, and that are dropped in any case.
+
+    Attributes:
+        dropped: boxes dropped so far, by fault.
+        clipped: boxes clipped so far, of an overhang of at most `OVERHANG`.
+    """
+
+    def __init__(self, on_bad_box: Literal["raise", "skip"], expected: Collection[str] = ()) -> None:
+        self._skipped = {"inverted", "outside", "empty"} if on_bad_box == "skip" else set(expected)
+        self.dropped: Counter[str] = Counter()
+        self.clipped = 0
+
+    def __call__(self, corners: Sequence[float], width: int, height: int, where: str) -> Corners | None:
+        """(xmin, ymin, xmax, ymax), half-open, within the image of width x height pixels; none where the box is dropped.
+
+        Raises:
+            DataError: the box is inverted, outside or empty, and not to be skipped, or has no finite number; names `where`.
+        """
+        if not all(math.isfinite(value) for value in corners):
+            raise DataError(f"{where}: box {list(corners)} has a number that is not finite")
+        xmin, ymin, xmax, ymax = corners
+        clipped = (max(xmin, 0.0), max(ymin, 0.0), min(xmax, float(width)), min(ymax, float(height)))
+        fault = _fault(corners, clipped)
+        if fault is None:
+            self.clipped += clipped != tuple(corners)
+            return clipped
+        if fault not in self._skipped:
+            told = _EXPLAINED[fault].format(width=width, height=height)
+            raise DataError(f"{where}: box {list(corners)} {told}; correct it, or set on_bad_box: skip to leave it out")
+        self.dropped[fault] += 1
+        return None
+
+
+def _fault(corners: Sequence[float], clipped: Corners) -> Fault | None:
+    """What is wrong with a box."""
+    xmin, ymin, xmax, ymax = corners
+    if xmax < xmin or ymax < ymin:
+        return "inverted"
+    if max(abs(given - inside) for given, inside in zip(corners, clipped, strict=True)) > OVERHANG:
+        return "outside"
+    if clipped[2] - clipped[0] < LEAST or clipped[3] - clipped[1] < LEAST:
+        return "empty"
+    return None

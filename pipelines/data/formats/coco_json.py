@@ -1,0 +1,114 @@
+"""COCO's `instances_*.json`, indexed by pycocotools (Lin et al. 2014), checked, with its labels as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections import Counter
+from typing import Any, Literal
+
+from pipelines.data.formats import coco_masks
+from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.raw.annotated import Annotation
+from pipelines.data.shards.sample import Box, DataError
+
+_LISTS = ("images", "annotations", "categories")
+
+
+class Instances:
+    """The annotations of one file.
+
+    Attributes:
+        classes: names of the categories by ascending id; the ids, which have gaps, become labels 0, 1, ...
+        images: the entries of the images, by ascending id.
+    """
+
+    def __init__(self, content: bytes, path: str) -> None:
+        """Reads `content`, the file at `path`.
+
+        Raises:
+            DataError: it is not whole JSON, lacks what is needed, or an annotation is of no image or no category.
+        """
+        from pycocotools.coco import COCO
+
+        self._path = path
+        coco = COCO()
+        coco.dataset = self._read(content)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints
+                coco.createIndex()
+            self.classes = tuple(str(coco.cats[number]["name"]) for number in sorted(coco.cats))
+            self.images = [_image(coco.imgs[number]) for number in sorted(coco.imgs)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: an entry has not what COCO's have: {error!r}") from None
+        self._labels = {number: label for label, number in enumerate(sorted(coco.cats))}
+        self._of_image = coco.imgToAnns
+        for name, entries in (("images", coco.imgs), ("annotations", coco.anns), ("categories", coco.cats)):
+            if len(entries) != len(coco.dataset[name]):
+                raise DataError(f"{path}: of {len(coco.dataset[name])} {name} only {len(entries)} have an id of their own")
+        for entry in coco.anns.values():
+            if entry["image_id"] not in coco.imgs:
+                raise DataError(f"{path}: annotation {entry['id']} is of image {entry['image_id']}, which is not in images")
+            if entry["category_id"] not in self._labels:
+                raise DataError(
+                    f"{path}: annotation {entry['id']} is of category {entry['category_id']}, which is not in categories"
+                )
+
+    def annotation(
+        self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"], left_out: Counter[str]
+    ) -> Annotation:
+        """What is known of one of `images`; see `Coco2014` for crowds and masks. Counts in `left_out` what is not taken.
+
+        Raises:
+            DataError: a box or a segmentation makes no sense; names the annotation.
+        """
+        width, height = image["width"], image["height"]
+        labels: set[int] = set()
+        boxes: list[Box] = []
+        shapes: list[str | None] = []
+        for entry in self._of_image.get(image["id"], ()):
+            where = f"{self._path}: annotation {entry['id']} of {image['file_name']}"
+            is_crowd = bool(entry.get("iscrowd", 0))
+            if not is_crowd or crowd != "ignore":
+                labels.add(self._labels[entry["category_id"]])
+            if is_crowd and crowd != "box":
+                left_out["crowd regions"] += 1
+                continue
+            corners = check(_corners(entry, where), width, height, where)
+            if corners is not None:
+                boxes.append((self._labels[entry["category_id"]], *corners))
+                shapes.append(coco_masks.encode(entry.get("segmentation"), height, width, where))
+        whole = bool(shapes) and None not in shapes
+        left_out["masks that would lack an object"] += bool(shapes) and not whole
+        return Annotation(width, height, tuple(boxes), labels=tuple(sorted(labels)), mask=shapes if whole else None)
+
+    def _read(self, content: bytes) -> dict[str, Any]:
+        """The file's content, with its three lists."""
+        try:
+            dataset = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{self._path}: not whole JSON ({error}): get it again") from None
+        for name in _LISTS:
+            if not isinstance(dataset, dict) or not isinstance(dataset.get(name), list):
+                raise DataError(f"{self._path}: has no list of {name}: it is not a file of COCO instances")
+        return dataset
+
+
+def _image(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is needed of an image's entry."""
+    return {
+        "id": entry["id"],
+        "file_name": str(entry["file_name"]),
+        "width": int(entry["width"]),
+        "height": int(entry["height"]),
+    }
+
+
+def _corners(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
+    """(xmin, ymin, xmax, ymax) of COCO's [x, y, width, height], whose pixels count from 0 and are half-open as ours are."""
+    try:
+        x, y, width, height = (float(value) for value in entry["bbox"])
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{where}: bbox {entry.get('bbox')} is not [x, y, width, height]") from None
+    return x, y, x + width, y + height

@@ -1,0 +1,60 @@
+"""The boxes of CUB-200-2011 (Wah et al. 2011), by image name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.data.formats import archive
+from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.boxes import Corners
+from pipelines.data.formats.roots import Official, download_archives, open_root
+from pipelines.data.shards.sample import DataError
+
+ARCHIVES = {
+    "cub": Official("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "md5:97eceeb196236b17998738112f37df78")
+}
+
+
+def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str, Corners], str]:
+    """(xmin, ymin, xmax, ymax) by image name, as in `species/file.jpg`, and the checksum of where they are from.
+
+    CUB gives x, y, width and height "in pixels" and no more. Boxes at x = 0 exist, and of the 5,794 boxes of its test split none
+    has x + width above the image's last pixel: they are read as counted from 0 and half-open, [x, x + width), as the code
+    published with Waterbirds-100 does. They are not yet held against their images.
+
+    Args:
+        root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`; none: the official
+            archive is downloaded to `cache`.
+        cache: where archives are kept and unpacked, as nothing but the boxes is wanted of them.
+        progress: whether to show progress bars.
+
+    Raises:
+        DataError: a file is missing, or a line is not what it should be.
+    """
+    source = f"CUB-200-2011: {root or ARCHIVES['cub'].url}"
+    if root is None:
+        contents, checksum = download_archives(ARCHIVES, cache, cache, progress)
+    else:
+        contents, checksum = open_root(root, None, cache, cache, progress)
+    top = archive.folder_with(contents, "bounding_boxes.txt", source)
+    names = dict(_cells(contents, f"{top}images.txt", 2, cache, source))
+    boxes = {}
+    for key, *numbers in _cells(contents, f"{top}bounding_boxes.txt", 5, cache, source):
+        try:
+            x, y, width, height = map(float, numbers)
+            boxes[names[key]] = (x, y, x + width, y + height)
+        except (KeyError, ValueError):
+            raise DataError(
+                f"{source}: {top}bounding_boxes.txt: {' '.join((key, *numbers))!r} is not an id of images.txt and four numbers"
+            ) from None
+    return boxes, checksum
+
+
+def _cells(contents: Contents, path: str, count: int, folder: Path, source: str) -> Iterator[list[str]]:
+    """The `count` cells of each line of a text file; raises `DataError` where a line has not so many."""
+    for line in archive.read_file(folder, contents, path, source).decode(errors="replace").splitlines():
+        cells = line.split()
+        if len(cells) != count:
+            raise DataError(f"{source}: {path}: {line!r} has not {count} columns")
+        yield cells

@@ -1,0 +1,51 @@
+"""What Pillow tells of an encoded image without torch, so that processes that only write shards need not load it."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from pipelines.data.shards.sample import DataError
+
+MASK_MODES = ("1", "L", "P", "I;16", "I")
+
+
+class DecodeError(DataError):
+    """An image that does not decode: the one error that `on_error: skip` passes over."""
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """(height, width) in stored pixels, from the header alone.
+
+    Raises:
+        DecodeError: the header is not an image's.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(encoded)).size
+    except Exception as error:  # decoders meet corrupt bytes with errors of any type
+        raise DecodeError(one_line(error)) from None
+    return height, width
+
+
+def mask_ids(encoded: bytes) -> np.ndarray:
+    """The instance ids of a grey (8 or 16 bit) or palette PNG: int64 (H, W), 0 is background.
+
+    Raises:
+        DecodeError: not an image, truncated, or an image in colours.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        if image.mode in MASK_MODES:
+            return np.array(image).astype(np.int64)
+    except Exception as error:  # as above
+        raise DecodeError(f"mask: {one_line(error)}") from None
+    raise DecodeError(f"mask: mode {image.mode}; instance ids are grey, of 8 or 16 bits")
+
+
+def one_line(error: Exception) -> str:
+    """What `error` says, in one line without the addresses of objects."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,109 @@
+"""A few images of each class, drawn by a seed: those to train on, or those whose boxes are used; and those held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.reader import read_samples
+from pipelines.data.shards.sample import DataError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A draw of `few_shot`: the samples' numbers, counted through the split's shards, in ascending order, and their keys."""
+
+    split: str
+    shots: int
+    seed: int
+    numbers: tuple[int, ...]
+    keys: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a report says of it."""
+        drawn = {"split": self.split, "shots": self.shots, "seed": self.seed}
+        return {**drawn, "count": len(self.keys), "keys": list(self.keys)}
+
+
+def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
+    """`shots` images of each class of a split.
+
+    Samples are ranked by a hash of `seed` and key, so that the draw depends on nothing else, and fewer shots of a seed are among
+    its more. Where images have several labels, the first `shots` of each class are taken: a class may get more with others.
+
+    Args:
+        root: shards: a folder or any fsspec URL.
+        split: its name in the manifest.
+        shots: images a class.
+        seed: of the draw.
+
+    Raises:
+        DataError: a class has fewer images, or the data has no labels.
+    """
+    manifest = read_manifest(root)
+    if not manifest.labelled:
+        raise DataError("shots: images without labels cannot be drawn class by class")
+    members: list[list[tuple[bytes, int, str]]] = [[] for _ in manifest.classes]
+    for number, (key, known) in enumerate(_described(root, split)):
+        for label in known["labels"] if manifest.task == "multilabel" else [known["label"]]:
+            members[label].append((_rank(seed, key), number, key))
+    chosen: dict[int, str] = {}
+    for name, of_class in zip(manifest.classes, members, strict=True):
+        if len(of_class) < shots:
+            raise DataError(f"shots: {shots} images a class are asked for; class {name!r} has {len(of_class)} in {split}")
+        chosen |= {number: key for _, number, key in sorted(of_class)[:shots]}
+    return Subset(split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen)))
+
+
+def validation_images(root: str, split: str = "val") -> dict[str, Any]:
+    """What a report says of the images that choices are made on: how many there are, and their keys.
+
+    `root` is that of shards: a folder or any fsspec URL.
+    """
+    keys = [key for key, _ in _described(root, split)]
+    return {"split": split, "count": len(keys), "keys": keys}
+
+
+def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[str, ...]:
+    """Keys of the images whose boxes are used where there are boxes for a `share` of them alone.
+
+    Stratified: of each class that many of the images with a box of it, rounded up, the rarest class first; an image that was
+    taken for one class counts for its others. Within a class images are ranked by a hash of `seed` and key.
+
+    Args:
+        root: shards: a folder or any fsspec URL.
+        split: its name in the manifest.
+        share: in (0, 1].
+        seed: of the draw.
+
+    Raises:
+        DataError: no image of the split has a box.
+    """
+    members: dict[int, list[str]] = {}
+    for key, known in _described(root, split):
+        for label in {int(box[0]) for box in known.get("boxes", ())}:
+            members.setdefault(label, []).append(key)
+    if not members:
+        raise DataError(f"{root}: no image of {split} has a box: guidance needs some")
+    chosen: set[str] = set()
+    for _, keys in sorted(members.items(), key=lambda item: (len(item[1]), item[0])):
+        left = sorted((key for key in keys if key not in chosen), key=lambda key: _rank(seed, key))
+        wanted = ceil(share * len(keys)) - (len(keys) - len(left))
+        chosen.update(left[: max(0, wanted)])
+    return tuple(sorted(chosen))
+
+
+def _described(root: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and json of each sample, in the order of the shards."""
+    manifest = read_manifest(root)
+    for raw in read_samples(root, manifest.shards(split), range(manifest.count(split)), verify=False):
+        yield raw.key, json.loads(raw.files["json"])
+
+
+def _rank(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{key}".encode()).digest()

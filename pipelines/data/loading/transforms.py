@@ -1,0 +1,185 @@
+"""What is done to an image before a model sees it, and with it to its boxes, its mask and every stored map.
+
+A sample's *views* are a dict of tensors of the same height and width: `image` uint8 (3, H, W), and where there are any
+`boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and further images. A step takes the views and a
+random generator and gives new views; torchvision moves each kind as it must be. All random numbers come from that
+generator, none from torch's: what happens to a sample depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pipelines.data.loading.rand_augment import rand_augment
+from pipelines.params import DataParams
+
+Views = dict[str, torch.Tensor]
+Step = Callable[[Views, random.Random], Views]
+
+SCALE = (0.08, 1.0)  # share of the image's area in a random crop (Szegedy et al. 2015, section 6)
+RATIO = (3 / 4, 4 / 3)  # its width over its height
+CROP_DRAWS = 10
+STORED_MAP = "stored_map"  # name of a view
+
+
+def train_transform(params: DataParams, stored_map: bool = False) -> Step:
+    """The augmentation that `params.augment` names; gives `image_size` square views. Picklable.
+
+    `flip` comes after the fixed view of evaluation, `pad_crop_flip` (CIFAR) after a plain resize, and
+    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment,
+    where `params.rand_augment` gives its magnitude, comes last.
+
+    With `stored_map` there is a further view of that name, (C, h, w), of an image's fixed view and not of the image: both are
+    brought to one size first, and then take the same random crop and flip.
+    """
+    size = params.image_size
+    if stored_map:
+        return partial(_with_stored_map, _fixed_view(params), _random_steps(params))
+    match params.augment:
+        case "none":
+            steps: tuple[Step, ...] = _fixed_view(params)
+        case "flip":
+            steps = (*_fixed_view(params), flip)
+        case "pad_crop_flip":
+            steps = (partial(resize_square, size=size), partial(pad_crop, padding=params.crop_padding), flip)
+        case "random_resized_crop_flip":
+            steps = (partial(random_resized_crop, size=size), flip)
+    if params.rand_augment is not None:
+        steps = (*steps, partial(rand_augment, magnitude=params.rand_augment))
+    return partial(apply, steps)
+
+
+def _random_steps(params: DataParams) -> tuple[Step, ...]:
+    """What of `params.augment` is drawn, for images in their fixed view."""
+    if params.rand_augment is not None:
+        raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
+    match params.augment:
+        case "none":
+            return ()
+        case "flip":
+            return (flip,)
+        case "pad_crop_flip":
+            return (partial(pad_crop, padding=params.crop_padding), flip)
+        case "random_resized_crop_flip":
+            return (partial(random_resized_crop, size=params.image_size), flip)
+
+
+def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
+    """The fixed view of all but the stored map, then what is drawn, of all."""
+    others = apply(fixed, {name: view for name, view in views.items() if name != STORED_MAP}, rng)
+    size = list(_size(others))
+    stored = F.resize(views[STORED_MAP], size, interpolation=InterpolationMode.BILINEAR, antialias=False)
+    return apply(drawn, {**others, STORED_MAP: stored}, rng)
+
+
+def eval_transform(params: DataParams) -> Step:
+    """The fixed view: resized to `eval_resize` at its shorter side and cropped in the centre, or straight to size."""
+    return partial(apply, _fixed_view(params))
+
+
+def apply(steps: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
+    """`steps` one after the other."""
+    for step in steps:
+        views = step(views, rng)
+    return views
+
+
+def resize_square(views: Views, rng: random.Random, *, size: int) -> Views:
+    """Views of size x size; what has that size already is left as it is."""
+    return _resize(views, size, size)
+
+
+def resize_shorter(views: Views, rng: random.Random, *, size: int) -> Views:
+    """Views whose shorter side is `size`, of the same proportions; the longer side is rounded down."""
+    height, width = _size(views)
+    shorter = min(height, width)
+    return _resize(views, height * size // shorter, width * size // shorter)
+
+
+def centre_crop(views: Views, rng: random.Random, *, size: int) -> Views:
+    """The size x size pixels in the middle; an image smaller than that is padded with black."""
+    height, width = _size(views)
+    return _crop(views, round((height - size) / 2), round((width - size) / 2), size, size)
+
+
+def flip(views: Views, rng: random.Random) -> Views:
+    """Mirrored left to right, every second time."""
+    return _each(views, F.horizontal_flip) if rng.random() < 0.5 else views
+
+
+def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
+    """Moved by up to `padding` pixels each way, black coming in: a crop of the old size out of the padded image."""
+    height, width = _size(views)
+    top, left = rng.randint(-padding, padding), rng.randint(-padding, padding)
+    return _crop(views, top, left, height, width)
+
+
+def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views:
+    """A crop of random area (`SCALE`) and shape (`RATIO`), resized to size x size (Szegedy et al. 2015, section 6).
+
+    Where no crop that fits is drawn in `CROP_DRAWS` draws, the largest central one of an allowed shape is taken.
+    """
+    height, width = _size(views)
+    crop_height, crop_width = _crop_size(height, width, rng)
+    top = rng.randint(0, height - crop_height)
+    left = rng.randint(0, width - crop_width)
+    return _resize(_crop(views, top, left, crop_height, crop_width), size, size)
+
+
+def _crop_size(height: int, width: int, rng: random.Random) -> tuple[int, int]:
+    """Height and width of a random crop, at most those of the image."""
+    for _ in range(CROP_DRAWS):
+        area = height * width * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            return crop_height, crop_width
+    least, most = RATIO
+    return min(height, max(1, round(width / least))), min(width, max(1, round(height * most)))
+
+
+def _fixed_view(params: DataParams) -> tuple[Step, ...]:
+    """The steps of `eval_transform`."""
+    if params.eval_resize is None:
+        return (partial(resize_square, size=params.image_size),)
+    return (partial(resize_shorter, size=params.eval_resize), partial(centre_crop, size=params.image_size))
+
+
+def _size(views: Views) -> tuple[int, int]:
+    """Height and width, pixels."""
+    height, width = views["image"].shape[-2:]
+    return height, width
+
+
+def _each(views: Views, function: Callable[..., Any], *arguments: Any) -> Views:
+    """`function` of each view."""
+    return {name: function(view, *arguments) for name, view in views.items()}
+
+
+def _crop(views: Views, top: int, left: int, height: int, width: int) -> Views:
+    """A window; what of it lies outside is zero. Boxes are clipped to it."""
+    if (top, left, height, width) == (0, 0, *_size(views)):
+        return views
+    return _each(views, F.crop, top, left, height, width)
+
+
+def _resize(views: Views, height: int, width: int) -> Views:
+    """Views of height x width: images bilinear with antialiasing, masks by the nearest pixel centre."""
+    if (height, width) == _size(views):
+        return views
+
+    def resized(view: torch.Tensor) -> torch.Tensor:
+        mask = isinstance(view, tv_tensors.Mask)
+        mode = InterpolationMode.NEAREST_EXACT if mask else InterpolationMode.BILINEAR
+        return F.resize(view, [height, width], interpolation=mode, antialias=not mask)
+
+    return _each(views, resized)

@@ -1,0 +1,144 @@
+"""Images with boxes: how the sources that read annotation files leave them in `raw`, and load them again.
+
+`<split>.annotations.jsonl` has one line an image, checked and in the project's own pixels; the index says where each line
+and each image lies, so that no process that writes shards parses the original annotations again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.data.formats import archive
+from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.encoded_image import image_size
+from pipelines.data.raw import images, listing
+from pipelines.data.raw.holdout import shuffled
+from pipelines.data.raw.listing import Ref
+from pipelines.data.shards.sample import Box, DataError, Description, Sample
+from pipelines.params import DatasetParams
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What is known of one image. `mask` is whatever, in JSON, the source draws the sample's mask from."""
+
+    width: int  # stored pixels
+    height: int
+    boxes: tuple[Box, ...] = ()
+    label: int | None = None
+    labels: tuple[int, ...] | None = None
+    group: int | None = None
+    mask: Any = None
+
+
+class AnnotatedRef(NamedTuple):
+    """Where an image and its annotation lie."""
+
+    image: Ref
+    annotation: Ref
+
+
+class AnnotatedImages:
+    """How images with boxes are read once they are fetched."""
+
+    params: DatasetParams
+
+    def describe(self, raw: Path) -> Description:
+        """The data set fetched into `raw`."""
+        return listing.read_description(raw)
+
+    def index(self, raw: Path, split: str) -> list[AnnotatedRef]:
+        """References in the source's order; those of `train` shuffled, so that every shard has all classes."""
+        refs = [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
+        return shuffled(refs, self.params.split_seed) if split == "train" else refs
+
+    def load(self, raw: Path, reference: AnnotatedRef) -> Sample:
+        """The sample at `reference`.
+
+        Raises:
+            DataError: a file is gone or changed, or has boxes and is not of the size that they were drawn on.
+        """
+        annotation = _parse(archive.read(raw, reference.annotation))
+        sample = images.load_image(raw, reference.image)
+        if annotation.boxes:
+            height, width = image_size(sample.image)
+            if (width, height) != (annotation.width, annotation.height):
+                raise DataError(
+                    f"{reference.image.path}: has {width} x {height} pixels; its boxes were drawn on "
+                    f"{annotation.width} x {annotation.height}"
+                )
+        return replace(
+            sample,
+            boxes=annotation.boxes,
+            label=annotation.label,
+            labels=annotation.labels,
+            group=annotation.group,
+            mask=self.draw_mask(raw, annotation),
+        )
+
+    def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
+        """The PNG of instance ids, where the source has masks and this image has one."""
+        return None
+
+
+def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
+    """Leaves the images and annotations of one split in `raw`, in their order, one at a time; returns how many they are."""
+    path = annotations_path(raw, split)
+    partial = path.with_name(path.name + ".part")
+    refs = []
+    with partial.open("wb") as file:
+        for image, annotation in samples:
+            line = (json.dumps(asdict(annotation), separators=(",", ":")) + "\n").encode()
+            refs.append(AnnotatedRef(image, Ref(image.key, path.name, file.tell(), len(line))))
+            file.write(line)
+    os.replace(partial, path)
+    listing.write_index(raw, split, refs)
+    return len(refs)
+
+
+def write_description(raw: Path, description: Description, check: BoxCheck, others: Mapping[str, int] | None = None) -> None:
+    """Leaves the manifest of the splits in `raw`; says there, and in the log, how much was left out of what.
+
+    Args:
+        raw: has every split, left by `write_split`.
+        description: of the data set. The checksum that is left covers the annotations, as they were read, too.
+        check: that all boxes went through.
+        others: what else was left out, by what it is.
+
+    Raises:
+        DataError: a split has no image.
+    """
+    for split in SPLITS:
+        if not description.counts[split]:
+            raise DataError(f"{description.source}: {split} has no image")
+    counted = {**{f"{fault} boxes": count for fault, count in check.dropped.items()}, **(others or {})}
+    left_out = {what: count for what, count in sorted(counted.items()) if count}
+    if left_out:
+        told = ", ".join(f"{count} {what}" for what, count in left_out.items())
+        log.warning("%s: left out: %s", description.source, told)
+    sums = {split: listing.sha256_of(annotations_path(raw, split)) for split in SPLITS}
+    checksum = listing.combined_sha256({"files": description.checksum, **sums})
+    listing.write_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
+
+
+def annotations_path(raw: Path, split: str) -> Path:
+    """The file of a split's annotations."""
+    return raw / f"{split}.annotations.jsonl"
+
+
+def _parse(line: bytes) -> Annotation:
+    """The annotation that `write_split` left."""
+    content = json.loads(line)
+    boxes = tuple((int(label), *corners) for label, *corners in content.pop("boxes"))
+    labels = content.pop("labels")
+    return Annotation(**content, boxes=boxes, labels=None if labels is None else tuple(labels))

@@ -1,0 +1,104 @@
+"""What a folder of shards holds: `manifest.json`, written last by `write_shards` and read first by the loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import fsspec
+
+from pipelines.data.shards.sample import DataError, Task
+from pipelines.storage.retry import with_patience
+
+MANIFEST = "manifest.json"
+
+
+class ShardError(DataError):
+    """A shard or manifest that is missing, corrupt or not what the manifest says: one line that names it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a split."""
+
+    name: str
+    bytes: int
+    sha256: str
+    count: int  # samples
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set in shards.
+
+    Attributes:
+        classes: names, in the order of their labels.
+        task: `multiclass`, `multilabel`, `caption` or `unlabelled`.
+        source: where the data set is from.
+        checksum: sha256 of what it was made of.
+        splits: the shards of each split, in order.
+        fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
+    """
+
+    classes: tuple[str, ...]
+    task: Task
+    source: str
+    checksum: str
+    splits: dict[str, tuple[Shard, ...]]
+    fields: dict[str, tuple[str, ...]]
+
+    def count(self, split: str) -> int:
+        """Samples of `split`; raises `ShardError` where there is no such split."""
+        return sum(shard.count for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """Shards of `split`; raises `ShardError` where there is no such split."""
+        if split not in self.splits:
+            raise ShardError(f"split {split!r} is not in the shards (they have {', '.join(sorted(self.splits))})")
+        return self.splits[split]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether samples have classes."""
+        return self.task in ("multiclass", "multilabel")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the whole manifest: equal where every byte of every shard is."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`."""
+        return asdict(self)
+
+
+def parse_manifest(content: Any) -> Manifest:
+    """The manifest that `to_json` gave; raises KeyError, TypeError, AttributeError or ValueError."""
+    return Manifest(
+        classes=tuple(content["classes"]),
+        task=content["task"],
+        source=content["source"],
+        checksum=content["checksum"],
+        splits={split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()},
+        fields={split: tuple(fields) for split, fields in content["fields"].items()},
+    )
+
+
+def read_manifest(root: str) -> Manifest:
+    """The manifest of the shards at `root`, a folder or any fsspec URL.
+
+    Raises:
+        ShardError: there is none, or it is not one.
+    """
+    filesystem, folder = fsspec.url_to_fs(str(root))
+    try:
+        return parse_manifest(json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{MANIFEST}"), str(root))))
+    except FileNotFoundError:
+        raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end") from None
+    except OSError as error:
+        raise ShardError(f"{root}/{MANIFEST}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ShardError(f"{root}/{MANIFEST}: not a manifest of shards ({error!r})") from None

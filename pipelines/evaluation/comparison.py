@@ -1,0 +1,104 @@
+"""Evaluation of trained models beside each other on a split: the same images and the same grids.
+
+Runs on any number of workers: each takes its part of the split and of the grids, and what they find is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipelines.bcos.precision import exact_float32
+from pipelines.data.loading.loader import NO_GROUP
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.sample import DataError
+from pipelines.distributed import Context, gather, to_device
+from pipelines.evaluation.batches import labels_of, split_batches
+from pipelines.evaluation.explained_model import load_subject
+from pipelines.evaluation.grids import grid_windows, play
+from pipelines.evaluation.predictions import Predictions, floats
+from pipelines.evaluation.scores import Following, Scores
+from pipelines.metrics import multiclass_metrics
+from pipelines.params import DataParams, EvaluateParams
+
+
+@exact_float32()
+def evaluate(
+    context: Context,
+    directories: Mapping[str, str],
+    shards: str,
+    data: DataParams,
+    params: EvaluateParams,
+    split: str = "test",
+    teacher: str | None = None,
+    guided: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Predictions]:
+    """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
+
+    Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
+    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models; these
+    were trained to decide on each class for itself, and F1 and the like are measured where images have one label, too.
+
+    Returns:
+        `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
+        "skipped": n}`, fractions in [0, 1]; and the predictions.
+
+    Raises:
+        DataError: nothing to evaluate, or images without labels.
+    """
+    if not read_manifest(shards).labelled:
+        raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
+    subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
+    batches = partial(split_batches, shards, split, data, params.batch_size)
+    single = [name for name, subject in subjects.items() if subject.spec.task == "multiclass"]
+    accuracy = {name: multiclass_metrics(len(subjects[name].spec.classes)).to(context.device) for name in single}
+    scores = {name: Scores(subject, context.device) for name, subject in subjects.items()}
+    students = [name for name in subjects if teacher is not None and name != teacher]
+    follows = {name: Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
+    seen: list[Predictions] = []
+    mine = batches(rank=context.rank, world_size=context.world_size, device=context.device)
+    for batch in mine:
+        batch = to_device(batch, context.device)
+        logits = {name: scores[name].update(batch) for name in subjects}
+        for name in single:
+            accuracy[name].update(logits[name], batch["label"])
+        for name, following in follows.items():
+            following.update(batch["image"], logits[name], logits[str(teacher)])
+        groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
+        seen.append(
+            Predictions(batch["key"], labels_of(batch).cpu(), {name: each.cpu() for name, each in logits.items()}, groups.cpu())
+        )
+    predictions = Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker])
+    results: dict[str, Any] = {
+        name: {
+            **(floats(accuracy[name].compute()) if name in single else {}),
+            **(predictions.decisions(name) if name not in single or guided is not None else {}),
+            **predictions.group_accuracies(name),
+            **(follows[name].compute() if name in follows else {}),
+            "explanations": scores[name].compute(context),
+        }
+        for name in subjects
+    }
+    found: dict[str, Any] = {
+        "models": results,
+        "images": len(predictions.keys),
+        "skipped": sum(gather(mine.skipped, context)),
+    }
+    if len(single) == len(subjects):
+        found["grids"], of_grids = play(context, subjects, predictions, batches, params)
+        for name, subject in subjects.items():
+            results[name]["grid_windows"] = grid_windows(subject, params)
+            for explanation, values in of_grids[name].items():
+                results[name]["explanations"][explanation] |= values
+    return found, predictions
+
+
+def evaluate_and_judge(
+    context: Context, directories: Mapping[str, str], *arguments: Any
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The metrics of `evaluate`, and for each image whether the last of the models is right: plain values, for `launch`."""
+    found, predictions = evaluate(context, directories, *arguments)
+    return found, predictions.right(list(directories)[-1])

@@ -1,0 +1,107 @@
+"""The teacher's logits and maps of a whole split on its fixed view, computed once. Runs on any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines import models
+from pipelines.attribution import Explainer, explainers
+from pipelines.bcos import add_inverse
+from pipelines.bcos.precision import exact_float32
+from pipelines.data.loading.loader import loader
+from pipelines.data.loading.transforms import eval_transform
+from pipelines.data.shards.manifest import Shard, read_manifest
+from pipelines.data.shards.stored_explanations import Origin, write_index, write_shard
+from pipelines.distributed import Context, gather
+from pipelines.models import read_spec
+from pipelines.params import DataParams, FrozenParams
+
+
+def origin_of(teacher: str, shards: str, data: DataParams, frozen: FrozenParams, student_kind: str) -> Origin:
+    """What the explanations depend on that a student of this kind learns from the teacher in a folder."""
+    held = student_kind == read_spec(teacher).kind == "bcos"
+    return Origin(
+        teacher=models.digest(teacher),
+        images=read_manifest(shards).digest,
+        maps="dynamic_weights" if held else "gradcam",
+        image_size=data.image_size,
+        eval_resize=data.eval_resize,
+        resolution=frozen.resolution or data.image_size,
+        precision=frozen.precision,
+    )
+
+
+@exact_float32()
+def store_explanations(
+    context: Context,
+    teacher: str,
+    shards: str,
+    data: DataParams,
+    origin: Origin,
+    out: str,
+    subset: Sequence[int] | None = None,
+    split: str = "train",
+    batch_size: int = 64,
+) -> int:
+    """Writes the teacher's explanations of the class that it predicts to `out`; returns of how many images.
+
+    Args:
+        context: where this worker runs: each one takes every so many-th shard.
+        teacher: folder of the model.
+        shards, split: the images, of which `subset` are explained; by default all.
+        data: gives the fixed view, `eval_transform`.
+        origin: see `origin_of`.
+        out: a folder, which is there.
+        batch_size: images at once.
+    """
+    model, spec = models.load(teacher)
+    model.to(context.device).requires_grad_(False)
+    probe = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=context.device)
+    explain, _ = explainers(model, model, probe, held=origin.maps == "dynamic_weights")
+    of_split = read_manifest(shards).shards(split)
+    ends = list(accumulate(shard.count for shard in of_split))
+    written: list[Shard] = []
+    for shard, end in list(zip(of_split, ends, strict=True))[context.rank :: context.world_size]:
+        inside = range(end - shard.count, end)
+        numbers = list(inside) if subset is None else [number for number in subset if number in inside]
+        batches = loader(
+            shards,
+            split,
+            batch_size=batch_size,
+            transform=eval_transform(data),
+            workers=data.loader_workers,
+            on_error=data.on_error,
+            verify=data.verify,
+            subset=numbers,
+            fields=(),
+            device=context.device,
+        )
+        written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin)))
+    everywhere = [shard for part in gather(written, context) for shard in part]
+    if context.rank == 0:
+        write_index(out, origin, everywhere)
+    return sum(shard.count for shard in everywhere)
+
+
+def _explained(
+    model: nn.Module, explain: Explainer, batches: Iterable[dict[str, Any]], origin: Origin
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Key, logits (K,) and map (C, h, w) of each image, as they are stored."""
+    for batch in batches:
+        logits, maps = explain(model, add_inverse(batch["image"]))
+        stored = scaled(maps if maps.ndim == 4 else maps.unsqueeze(1), origin.resolution)
+        stored = stored.to(getattr(torch, origin.precision))
+        yield from zip(batch["key"], logits.detach().float().cpu(), stored.cpu(), strict=True)
+
+
+def scaled(maps: Tensor, resolution: int) -> Tensor:
+    """Maps (N, C, H, W) as means over the cells of a grid of `resolution` x `resolution`, divided by their largest value."""
+    if maps.shape[-1] != resolution:
+        maps = F.adaptive_avg_pool2d(maps, resolution)
+    return maps.detach() / maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)

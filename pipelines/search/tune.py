@@ -1,0 +1,196 @@
+"""A search over params: Ray Tune runs the trials, Optuna proposes them, successive halving ends the weak ones early."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import fsspec
+
+from pipelines.params import SearchParams, TrainingParams
+from pipelines.search.records import SETTLED, Trial, folder, read, settle, trials
+from pipelines.training import checkpoints, pareto
+from pipelines.training.job import EpochRecord, TrainingError
+from pipelines.training.launch import FINAL, cluster
+
+# Read by Ray Tune; the user's own settings win.
+_TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # which says things at verbosity 0 too
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials run where the stage runs
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # some metrics are measured at the end of a trial alone
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search; it goes on when it is started again
+}
+
+
+class Work(Protocol):
+    """What a trial does: a picklable function."""
+
+    def __call__(
+        self, values: dict[str, Any], directory: str, on_epoch: Callable[[EpochRecord], None], sharing: int
+    ) -> Mapping[str, float]:
+        """Trains with these values of the params, goes on from what is in `directory`, and returns the metrics.
+
+        Args:
+            values: key -> value.
+            directory: of this trial.
+            on_epoch: called with the record of each epoch, where the trial trains in its own process.
+            sharing: trials that share the machine.
+        """
+        ...
+
+
+def search(
+    work: Work,
+    params: SearchParams,
+    training: TrainingParams,
+    directory: str,
+    *,
+    first: Sequence[dict[str, Any]] = (),
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
+    """Runs the trials that `directory` does not have yet; returns all records, in the order in which the trials started.
+
+    Trials that were running when the search was killed go on from their checkpoints. Those on record are not run again: Optuna
+    and successive halving are told of them in their order.
+
+    Args:
+        work: of a trial.
+        params: of the search.
+        training: resources of a trial and where Ray keeps its state.
+        directory: of the search, see `run_directory`: the same for the same space, metrics and inputs.
+        first: values of the trials to begin with.
+        on_trial: called in this process with the record of each trial that is over, also of those on record.
+
+    Raises:
+        TrainingError: no trial was finished, or Ray Tune lost some.
+    """
+    known = trials(directory)
+    left = params.trials - sum(trial["status"] in SETTLED for trial in known)
+    if left <= 0:
+        found = [trial for trial in known if trial["status"] != "running"]  # enough without what a kill left half done
+        for trial in found:
+            on_trial(trial)
+    else:
+        before = [trial["values"] for trial in known]
+        queue = [*before, *(values for values in first if values not in before)][: max(params.trials, len(before))]
+        with cluster(_together(params, training)):
+            _tune(work, params, training, directory, queue, on_trial)
+        found = trials(directory)
+    for trial in found:
+        if trial["status"] in SETTLED:
+            checkpoints.remove(f"{folder(directory, trial['values'])}/checkpoints")
+    lost = sum(trial["status"] == "running" for trial in found)
+    if lost:
+        raise TrainingError(f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on")
+    if all(trial["status"] != "finished" for trial in found):
+        raise TrainingError(f"no trial of the search was finished; {found[0]['error'] if found else 'none was started'}")
+    return found
+
+
+def _together(params: SearchParams, training: TrainingParams) -> TrainingParams:
+    """What the trials at one time need altogether."""
+    return training.model_copy(update={"workers": max(1, params.workers) * params.concurrency})
+
+
+def _tune(
+    work: Work,
+    params: SearchParams,
+    training: TrainingParams,
+    directory: str,
+    queue: list[dict[str, Any]],
+    on_trial: Callable[[Trial], None],
+) -> None:
+    """`search`, on the Ray that is initialised."""
+    for variable, value in _TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import pyarrow.fs
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    from pipelines.search.proposals import Suggestions
+
+    last, asha = params.epochs - 1, params.asha  # an epoch after which stopping spares nothing is no rung
+    halving = FIFOScheduler()
+    if asha is not None and asha.grace <= last:
+        halving = ASHAScheduler(
+            time_attr="epoch",
+            metric=params.metrics[0],
+            mode="max",
+            max_t=last,
+            grace_period=asha.grace,
+            reduction_factor=asha.reduction,
+            stop_last_trials=False,
+        )
+    own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
+    if params.workers > 0:  # those take the cores, which the trial must not hold; nothing at all is no request
+        own = {"memory": 1.0}
+    function = partial(_trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd())
+    storage, name = f"{directory}/ray", uuid.uuid4().hex
+    filesystem, root = fsspec.core.url_to_fs(storage)
+    tuner = tune.Tuner(
+        tune.with_resources(partial(function, sharing=params.concurrency), own),
+        tune_config=tune.TuneConfig(
+            search_alg=Suggestions(params, directory, queue, on_trial),
+            scheduler=halving,
+            num_samples=max(params.trials, len(queue)),
+            max_concurrent_trials=params.concurrency,
+            reuse_actors=True,  # each new process would import torch
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=root,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+            failure_config=tune.FailureConfig(max_failures=training.max_failures),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        checkpoints.remove(storage)
+
+
+def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int) -> None:
+    """A trial, in a process of Ray Tune. It ends once its record is written: what that says holds after any kill."""
+    from ray import tune
+
+    # A stopped trial leaves its process to the next one when its step is over, within 2 s by default: else the search stalls.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
+    if os.path.isdir(place):
+        os.chdir(place)
+    here = folder(directory, config)
+    trial = read(here)
+
+    def report(record: EpochRecord) -> None:
+        if metric in record["metrics"]:
+            tune.report({"epoch": record["epoch"], metric: record["metrics"][metric]})
+
+    if trial["status"] in SETTLED:
+        for record in trial["history"]:
+            report(record)
+        return
+    try:
+        found = work(config, here, report, sharing)
+    except Exception as error:
+        known = isinstance(error, TrainingError | ValueError)
+        if not isinstance(error, FINAL):
+            raise  # Ray Tune starts the trial again
+        if not known:
+            traceback.print_exc()
+        settle(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
+        return
+    settle(here, trial, "finished", found)
+    checkpoints.remove(f"{here}/checkpoints")
+
+
+def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:
+    """Numbers of the finished trials that none beats: is better in one of `metrics` and at least as good in all; best first."""
+    finished = [number for number, trial in enumerate(found) if trial["status"] == "finished"]
+    points = [tuple(found[number]["metrics"][name] for name in metrics) for number in finished]
+    best = pareto.front(points, width=1e-9)  # no bins: as measured
+    return [finished[index] for index in sorted(best, key=points.__getitem__, reverse=True)]

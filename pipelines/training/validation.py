@@ -1,0 +1,31 @@
+"""Metrics of a method over one pass of batches, on any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.distributed import Context, broadcast_buffers, to_device
+
+
+@torch.no_grad()
+def evaluate_split(
+    method: Any, module: nn.Module, batches: Iterable[dict[str, Any]], context: Context, precision: str = "float32"
+) -> dict[str, float]:
+    """The method's metrics of `module` (not wrapped by DDP) in evaluation mode over all ranks' batches.
+
+    Ranks may have different numbers of batches, none among them: nothing is exchanged before the end, when
+    torchmetrics gathers the states. The same values are returned on every rank. `module` is left in its former mode.
+    """
+    training = module.training
+    broadcast_buffers(module, context)
+    module.eval()
+    metrics = method.metrics().to(context.device)
+    with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        for batch in batches:
+            method.update(metrics, module, to_device(batch, context.device))
+    module.train(training)
+    return {name: float(value) for name, value in metrics.compute().items()}

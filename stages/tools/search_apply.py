@@ -1,0 +1,91 @@
+"""`python -m stages.tools.search_apply TRIAL`: runs the params with the values of a trial of the search, as a DVC experiment.
+
+Further arguments go to `dvc exp run` (`--queue`, `--temp`, `--name NAME`); with `--print` its command is shown, not run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from pipelines import params
+from pipelines.workflow.running import REPORTS, stage
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `dvc exp run` for the trial of the first argument; its exit status."""
+    with stage():
+        trials = json.loads((REPORTS / "search/trials.json").read_text())
+        number, *others = arguments
+        if not number.isdecimal() or int(number) >= len(trials):
+            raise params.ParamsError(f"{number}: there is no such trial; {REPORTS}/search/trials.json has 0 to {len(trials) - 1}")
+        content = DictConfig(yaml.safe_load(Path("params.yaml").read_text()))
+        for key, value in trials[int(number)]["values"].items():
+            OmegaConf.update(content, key, value, merge=False)
+    command = ["dvc", "exp", "run", *(part for change in changes(content) for part in ("-S", change))]
+    print(shlex.join(command), flush=True)
+    return 0 if "--print" in others else subprocess.run([*command, *others], check=False).returncode
+
+
+def changes(content: DictConfig) -> list[str]:
+    """What `-S` takes to compose params of this `content`: the recipe, and what differs from the recipe's.
+
+    What the recipe takes from elsewhere in it follows by itself, and is only named where it should not.
+    """
+    recipe, wanted = f"recipe={content.recipe}", flat(content)
+    composed = flat(composition([recipe]))
+    links = [key for key, value in composed.items() if isinstance(value, str) and "${" in value]
+    known, own = ({key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted))
+    gone = [f"~{key}" for key in known if key not in own]
+    differing = [key for key, value in own.items() if key not in known or known[key] != value]
+    first = [recipe, *gone, *(f"{'' if key in known else '++'}{key}={shown(own[key])}" for key in differing)]
+    followed = composition(first)
+    pairs = {link: [plain(OmegaConf.select(each, link)) for each in (content, followed)] for link in links}
+    return [*first, *(f"{link}={shown(value)}" for link, (value, follows) in pairs.items() if value != follows)]
+
+
+def composition(overrides: Sequence[str]) -> DictConfig:
+    """The params that Hydra composes from the recipes."""
+    with initialize_config_dir(str(Path("pipelines/recipes").absolute()), version_base=None):
+        return compose("config", overrides=list(overrides))
+
+
+def flat(content: DictConfig) -> dict[str, Any]:
+    """The leaves of `content` by their keys; references to other keys as they are written."""
+    return params.leaves(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
+
+
+def plain(value: Any) -> Any:
+    """`value` without OmegaConf's own types."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def under(key: str, places: Iterable[str]) -> bool:
+    """Whether `key` is one of `places`, or in one."""
+    return any(f"{key}.".startswith(f"{place}.") for place in places)
+
+
+def shown(value: Any) -> str:
+    """`value` in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if value.isidentifier() and yaml.safe_load(value) == value:
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or [""]))

@@ -1,0 +1,153 @@
+"""A search: what is drawn, what outlives a kill, what is on the front."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from pipelines.params import AshaParams, Params, SearchedParams, SearchParams, TrainingParams, replaced, validate
+from pipelines.search.proposals import define_by_run
+from pipelines.search.records import Trial, as_it_is, draw, folder, settle, start, trials
+from pipelines.search.tune import front, search
+from pipelines.training import TrainingError
+from tests.support import toy
+
+SPACE = [
+    SearchedParams(key="x.clip", choice=["agc", "norm"]),
+    SearchedParams(key="x.clip_value", choice=[0.1, 0.2, 0.4]),
+    SearchedParams(key="x.lr", loguniform=(0.001, 0.05)),
+    SearchedParams(key="x.weight_decay", uniform=(0.1, 0.2), when={"x.clip": "norm"}),
+]
+
+
+def toy_search(**changes: Any) -> SearchParams:
+    """A search of `toy.toy_trial`."""
+    params = {"stage": "guide", "metrics": ["val/accuracy", "val/gridpg"], "trials": 4, "epochs": 3, "space": SPACE}
+    return SearchParams.model_construct(**{"asha": None, "concurrency": 1, "workers": 0, "seed": 0, **params, **changes})
+
+
+def run(directory: Path, kill_at: int = 0, **changes: Any) -> list[Trial]:
+    """`toy_search` in `directory`."""
+    params, told = toy_search(**changes), []
+    training = TrainingParams(workers=0, max_failures=0)
+    found = search(partial(toy.toy_trial, str(directory), kill_at), params, training, str(directory), on_trial=told.append)
+    assert sorted(trial["started"] for trial in told) == [trial["started"] for trial in found]
+    return found
+
+
+def test_a_condition_is_drawn_where_it_holds_and_ranges_are_kept() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = []
+    for _ in range(200):
+        trial = study.ask()
+        define_by_run(SPACE, trial)
+        drawn.append(trial.params)
+    assert {values["x.clip"] for values in drawn} == {"agc", "norm"}
+    for values in drawn:
+        assert ("x.weight_decay" in values) == (values["x.clip"] == "norm")
+        assert 0.001 <= values["x.lr"] <= 0.05
+    below = sum(values["x.lr"] < (0.001 * 0.05) ** 0.5 for values in drawn)
+    assert 70 < below < 130  # as many below the middle of the logarithms as above
+
+
+def test_a_condition_on_what_was_not_drawn_does_not_hold() -> None:
+    chain = [*SPACE, SearchedParams(key="x.b", choice=[1], when={"x.weight_decay": 0.1})]
+    assert list(draw(chain, lambda dimension: dimension.extremes[0])) == ["x.clip", "x.clip_value", "x.lr"]
+
+
+def test_the_params_themselves_are_a_point_of_their_space_or_not() -> None:
+    params = validate(yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text()))
+    values = as_it_is(params)
+    assert values is not None
+    assert replaced(params, values) == params
+    outside: Params = replaced(params, {"bcosify.pretrained.lr": 1.0})
+    assert as_it_is(outside) is None
+    assert as_it_is(replaced(params, {"bcosify.pretrained.b": 3})) is None
+    width = [{"key": "distill.student.options.width", "choice": [8, 16]}]
+    of_options = params.model_dump(mode="json")
+    of_options["search"] |= {"stage": "distill@e2kd", "space": width}
+    of_options["distill"]["student"]["options"] = {"width": 16}
+    assert as_it_is(validate(of_options)) == {"distill.student.options.width": 16}
+
+
+def test_the_front_is_of_finished_trials_that_no_other_beats() -> None:
+    points = [(0.5, 0.9), (0.7, 0.7), (0.6, 0.6), (0.7, 0.7), (0.9, 0.1), (0.95, 0.0)]
+    found: list[Any] = [{"status": "finished", "metrics": {"val/a": a, "val/b": b}} for a, b in points]
+    found[-1] = {"status": "stopped", "metrics": {"val/a": 0.95}}
+    assert front(found, ["val/a", "val/b"]) == [4, 1, 0]
+
+
+SCRIPT = """
+import os, sys
+os.environ["TOY_DRIVER"] = str(os.getpid())
+sys.path.insert(0, {root!r})
+from tests.support import toy
+from tests.search import test_tune
+from pathlib import Path
+from ray import cloudpickle
+cloudpickle.register_pickle_by_value(toy)
+test_tune.run(Path({folder!r}), kill_at=45)
+"""
+
+
+def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(tmp_path: Path, ray_workers: None) -> None:
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=240, check=False)
+    assert process.returncode == -signal.SIGKILL
+    before = trials(str(tmp_path))
+    assert [trial["status"] for trial in before] == ["finished", "finished", "running"]  # 18 steps each; killed in the third
+
+    after = run(tmp_path)
+    assert after[:2] == before[:2]
+    assert [trial["status"] for trial in after] == ["finished"] * 4
+    assert [after[2][key] for key in ("values", "started")] == [before[2][key] for key in ("values", "started")]
+    assert len({str(trial["values"]) for trial in after}) == 4
+    steps = Counter((tmp_path / "steps").read_text().splitlines())
+    names = [Path(folder("", trial["values"])).name for trial in after]
+    assert set(steps) == {f"{name} {step}" for name in names for step in range(18)}
+    assert [step for step, times in steps.items() if times > 1] in ([], [f"{names[2]} 8"])  # the one that the kill cut
+    assert not list(tmp_path.glob("trials/*/checkpoints"))
+
+    assert run(tmp_path) == after
+    assert Counter((tmp_path / "steps").read_text().splitlines()) == steps
+    more = run(tmp_path, trials=5)
+    assert more[:4] == after
+
+
+def test_with_enough_trials_those_that_a_kill_left_half_done_do_not_count(tmp_path: Path) -> None:
+    for number, status in enumerate(("finished", "running", "stopped")):
+        values = {"x.lr": 0.1 * number}
+        settle(folder(str(tmp_path), values), start(folder(str(tmp_path), values), values), status, {"val/accuracy": 0.5})
+    assert [trial["status"] for trial in run(tmp_path, trials=2)] == ["finished", "stopped"]
+
+
+def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(tmp_path: Path, ray_workers: None) -> None:
+    space = [SPACE[0], SPACE[1], SearchedParams(key="x.lr", choice=[1e-9, 0.02, 0.03, 0.2])]
+    found = run(tmp_path, space=space, trials=8, asha=AshaParams(grace=1, reduction=2), seed=1)
+    assert {trial["error"] for trial in found if trial["status"] == "failed"} == {"too fast"}
+    assert all(trial["values"]["x.lr"] > 0.1 for trial in found if trial["status"] == "failed")
+    stopped = [trial for trial in found if trial["status"] == "stopped"]
+    assert stopped
+    for trial in stopped:
+        assert len(trial["history"]) < 3
+        assert trial["metrics"]["val/accuracy"] == trial["history"][-1]["metrics"]["val/accuracy"]
+    assert all(len(trial["history"]) == 3 for trial in found if trial["status"] == "finished")
+
+
+def test_where_nothing_finishes_the_search_ends_with_the_cause(tmp_path: Path, ray_workers: None) -> None:
+    space = [SPACE[0], SPACE[1], SearchedParams(key="x.lr", choice=[0.2])]
+    with pytest.raises(TrainingError, match=r"^no trial of the search was finished; too fast$"):
+        run(tmp_path, space=space, trials=9)
+    assert len(trials(str(tmp_path))) == 6  # the space has no more

@@ -1,0 +1,50 @@
+"""Drawn scenes as shards, small models that know them by heart, and what is found of them in one dict, for several tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines import models
+from pipelines.bcos import add_inverse
+from pipelines.data import sources
+from pipelines.data.loading.loader import loader
+from pipelines.data.loading.transforms import eval_transform
+from pipelines.data.shards.writer import write_shards
+from pipelines.models import ModelSpec
+from pipelines.params import DataParams, ScenesParams
+
+CLASSES = tuple(sources.scenes.CLASSES)
+
+
+def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:
+    """The root of shards of scenes; `params` are those of `ScenesParams`."""
+    source = sources.get(ScenesParams(source="scenes", **params))
+    source.fetch(folder / "raw", folder / "cache", progress=False)
+    write_shards(source, folder / "raw", str(folder / "shards"), shard_size=shard_size, progress=False)
+    return str(folder / "shards")
+
+
+def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "cpu") -> dict[str, str]:
+    """Folders of a `conventional` and a `bcos` model that have the 50 test images by heart, so that grids can be made of them."""
+    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(data), device=device)
+    images, wanted = add_inverse(batch["image"]), nn.functional.one_hot(batch["label"], len(CLASSES)).float().to(device)
+    for kind in ("conventional", "bcos"):
+        torch.manual_seed(0)
+        spec = ModelSpec("resnet8", CLASSES, data.image_size, kind)  # type: ignore[arg-type]
+        model = models.assemble(spec).train().to(device)
+        optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(60):
+            optimiser.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(model(images), wanted).backward()
+            optimiser.step()
+        models.save(folder / kind, model, spec)
+    return {kind: str(folder / kind) for kind in ("conventional", "bcos")}
+
+
+def flat(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of a path (a/b/c) and a value of nested dicts."""
+    for key, value in found.items():
+        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]

@@ -1,0 +1,364 @@
+"""A tiny method and tiny data with everything that a resumed run could get wrong: dropout, BatchNorm, AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import nn
+
+from pipelines.attribution import explainers
+from pipelines.bcos import BcosBatchNorm, bcosify
+from pipelines.distributed import gather
+from pipelines.methods import E2KD
+from pipelines.models import ModelSpec
+from pipelines.params import DataParams, DistillationParams, OptimiserParams, TrainingParams
+from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
+from pipelines.training.loop import fit
+
+COUNT, CLASSES, SIDE = 48, 3, 4
+ALL_RANKS = -1
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    """COUNT images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(COUNT) % CLASSES
+    images = torch.rand(COUNT, 3, SIDE, SIDE, generator=generator)
+    images[torch.arange(COUNT), labels] += 0.3
+    return images.clamp(0, 1), labels
+
+
+def toy_batches(
+    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
+) -> list[dict[str, Any]]:
+    """As `shard_batches`: a function of seed, epoch and place alone; evaluation reads each sample once."""
+    images, labels = samples()
+    size = job.optim.batch_size // world_size
+    if split == "train":
+        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(job.seed * 1000 + epoch))
+        order = order[rank::world_size]
+        order = order[: len(order) // size * size]
+    else:
+        cuts = (0, 40, COUNT)[:world_size] + (COUNT,) * world_size  # very uneven: a third rank gets nothing
+        order = torch.arange(COUNT)[cuts[rank] : cuts[rank + 1]]
+    pieces = [piece for piece in order.split(size) if len(piece)][start_batch:]
+    return [{"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]} for piece in pieces]
+
+
+class Count(torchmetrics.Metric):
+    """How many samples there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, probabilities: torch.Tensor, labels: torch.Tensor) -> None:
+        self.total += len(labels)
+
+    def compute(self) -> torch.Tensor:
+        return self.total
+
+
+class ToyNetwork(nn.Module):
+    """Layers registered in another order than they are used in: DDP sees gradients come in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, CLASSES)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.3)
+        self.linear = nn.Linear(8 * SIDE * SIDE, 16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.dropout(self.norm(self.conv(images)).relu())
+        return self.head(self.dropout(self.linear(features.flatten(1)).relu()))
+
+
+class ToyMethod:
+    """A small network, and an accident at one step of the first process that gets there."""
+
+    fixed = ()
+    fields = ()
+
+    def __init__(self, accident: str = "", at_step: int = 0, marker: str = "", rank: int = 0) -> None:
+        self.module = ToyNetwork()
+        self.accident, self.at_step, self.marker, self.rank = accident, at_step, Path(marker), rank
+        self.steps = 0
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The batch; `nan` or `poison` among its tensors, or the accident at once, where it is time."""
+        self.steps += 1
+        made = {"image": batch["image"], "label": batch["label"]}
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if self.steps == self.at_step and self.rank in (rank, ALL_RANKS):
+            if self.accident in ("nan", "poison"):
+                made[self.accident] = torch.full((len(batch["label"]),), torch.nan)
+            elif self.accident == "raise" and self.rank == ALL_RANKS:
+                raise ConnectionError("accident on all ranks")
+            elif self.accident and not self.marker.exists():
+                self.happen()
+        return made
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = model(batch["image"])
+        loss = nn.functional.cross_entropy(logits, batch["label"])
+        if "nan" in batch:
+            loss = loss * batch["nan"].mean()
+        if "poison" in batch:  # a finite loss whose gradient is not
+            weight = self.module.conv.weight
+            loss = loss + (weight - weight.detach()).square().sum().sqrt()
+        return {"loss": loss, "size": logits.square().mean()}
+
+    def happen(self) -> None:
+        """The accident, which leaves its marker."""
+        self.marker.touch()
+        if self.accident == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.accident == "kill driver":
+            os.kill(int(os.environ["TOY_DRIVER"]), signal.SIGKILL)
+            threading.Event().wait()  # until Ray ends this worker, because its driver is gone
+        raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        """Sums, a list state (calibration), and two that share their state (precision and recall)."""
+        classification = torchmetrics.classification
+        return torchmetrics.MetricCollection(
+            {
+                "accuracy": classification.MulticlassAccuracy(num_classes=CLASSES, average="micro"),
+                "precision": classification.MulticlassPrecision(num_classes=CLASSES),
+                "recall": classification.MulticlassRecall(num_classes=CLASSES),
+                "calibration": classification.MulticlassCalibrationError(num_classes=CLASSES),
+                "count": Count(),
+            }
+        )
+
+    def update(self, metrics: torchmetrics.MetricCollection, model: nn.Module, batch: dict[str, Any]) -> None:
+        metrics.update(model(batch["image"]).softmax(1), batch["label"])
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        decayed = [p for p in self.module.parameters() if p.ndim > 1]
+        others = [p for p in self.module.parameters() if p.ndim <= 1]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def set_progress(self, epochs: float) -> None:
+        self.module.dropout.p = 0.3 + 0.05 * int(epochs)
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {"dropout": self.module.dropout.p}
+
+
+class SteadyMethod(ToyMethod):
+    """With one dropout throughout, so that compiled code stays; without a norm, a batch's loss is the mean of its parts'."""
+
+    def __init__(self, *accident: Any, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__(*accident)
+        self.module.dropout.p = dropout
+        if not norm:
+            self.module.norm = nn.Identity()
+
+    def set_progress(self, epochs: float) -> None:
+        pass
+
+
+class BlockNetwork(nn.Module):
+    """Two blocks with running statistics and dropout, in a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.dropout = nn.Dropout(0.0)  # not used: `ToyMethod` sets it
+
+        def block(norm: nn.Module) -> nn.Module:
+            return Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.2)))
+
+        self.stage = nn.Sequential(block(nn.BatchNorm2d(8)), block(BcosBatchNorm(8)), nn.Sequential(nn.ReLU()))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stage(self.stem(images)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+class BlockMethod(ToyMethod):
+    """`ToyMethod` on `BlockNetwork`."""
+
+    def __init__(self, *accident: Any) -> None:
+        super().__init__(*accident)
+        self.module = BlockNetwork()
+
+
+def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
+    """3 epochs of 6 steps; `overrides` go to whichever params have the key."""
+    optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
+    training = {"workers": 0, "checkpoint_every": 2}
+    others = {}
+    for name, value in overrides.items():
+        if name in OptimiserParams.model_fields:
+            optim[name] = value
+        elif name in TrainingParams.model_fields:
+            training[name] = value
+        else:
+            others[name] = value
+    return Job(
+        build=method or ToyMethod,
+        shards="",
+        data=DataParams(image_size=SIDE),
+        optim=OptimiserParams(**optim),
+        training=TrainingParams(**training),
+        seed=3,
+        directory=str(directory),
+        batches=toy_batches,
+        **others,
+    )
+
+
+def accident(
+    kind: str, at_step: int, marker: Path | str = "", rank: int = 0, method: type[ToyMethod] = ToyMethod, **more: Any
+) -> partial[ToyMethod]:
+    """A `build` whose method has an accident in the `at_step`-th step of its process (once, where a marker is given)."""
+    return partial(method, kind, at_step, str(marker), rank, **more)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    """The last weights of a finished run."""
+    return checkpoints.load(result.directory, result.history[-1]["step"])["model"]
+
+
+def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two state dicts of the same keys."""
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def drawing_batches(job: Job, split: str, **place: Any) -> Any:
+    """`toy_batches`, from a loader that draws random numbers for itself when it starts and at each batch."""
+
+    class Drawing(list):
+        def __iter__(self) -> Any:
+            torch.rand(3)
+            for batch in super().__iter__():
+                torch.rand(1)
+                yield batch
+
+    return Drawing(toy_batches(job, split, **place))
+
+
+def evaluate_toy(context: Context, job: Job) -> dict[str, Any]:
+    """The metrics of an untrained network over the test split, and the keys that all ranks saw."""
+    torch.manual_seed(1)
+    method = ToyMethod()
+    batches = toy_batches(job, "test", rank=context.rank, world_size=context.world_size)
+    values = evaluate_split(method, method.module, batches, context)
+    keys = gather([key for batch in batches for key in batch["key"]], context)
+    return {"values": values, "keys": [key for part in keys for key in part]}
+
+
+def fit_and_evaluate(context: Context, job: Job) -> dict[str, Any]:
+    """`evaluate_toy` after a run of the job."""
+    fit(context, job)
+    return evaluate_toy(context, job)
+
+
+def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Job) -> dict[str, Any]:
+    """`evaluate_toy`, and whether a run that breaks and goes on ends as one that does not; no process dies."""
+    fit(context, whole)
+    try:
+        fit(context, broken)
+    except ConnectionError:
+        fit(context, healed)
+    same = identical(*(checkpoints.load(job.directory, 12)["model"] for job in (whole, healed)))
+    return {"same": same, **evaluate_toy(context, whole)}
+
+
+class LoggedMethod(ToyMethod):
+    """Writes down each step, and may have its driver killed."""
+
+    def __init__(self, log: str, name: str, *accident: Any) -> None:
+        super().__init__(*accident, rank=ALL_RANKS)
+        self.log, self.name = log, name
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        with open(self.log, "a") as file:
+            file.write(f"{self.name} {batch['step']}\n")
+        return super().prepare(batch)
+
+
+def toy_trial(
+    folder: str,
+    kill_at: int,
+    values: dict[str, Any],
+    directory: str,
+    on_epoch: Callable[[EpochRecord], None],
+    sharing: int,
+) -> dict[str, float]:
+    """A trial of a search: trains with `values`; the `kill_at`-th step that any trial takes kills the driver, once."""
+    log = Path(folder, "steps")
+    left = kill_at - len(log.read_text().splitlines()) if log.exists() else kill_at
+    build = partial(LoggedMethod, str(log), Path(directory).name, "kill driver", left, f"{folder}/marker")
+    values = {key.rpartition(".")[2]: value for key, value in values.items()}
+    if values["lr"] > 0.1:
+        raise ValueError("too fast")
+    result = train(toy_job(directory, build, on_epoch=on_epoch, report_key=directory, **values), sharing)
+    return {"val/accuracy": result.best["metrics"]["val/accuracy"], "val/gridpg": values["clip_value"]}
+
+
+def toy_student() -> E2KD:
+    """e²KD between two small B-cos networks without norms over a batch: there the loss of a batch is the mean of its parts'."""
+
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+        return bcosify(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)))
+
+    student, teacher, probe = network(3), network(4), torch.full((1, 6, SIDE, SIDE), 0.5)
+    spec = ModelSpec("toy", tuple("abc"), SIDE, "bcos")
+    params = DistillationParams(epochs=3, batch_size=8, lr=0.02, explanation_weight=2.0)
+    return E2KD(student, spec, teacher, params, explainers(student, teacher, probe, held=True))
+
+
+def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[float, float]]:
+    """Trains each job; of each, its explanation loss in the first epoch and in the last one."""
+    for job in jobs.values():
+        fit(context, job)
+    histories = {name: checkpoints.read_json(job.directory, "history.json") for name, job in jobs.items()}
+    return {name: tuple(row[k]["metrics"]["train/explanation"] for k in (0, -1)) for name, row in histories.items()}
+
+
+def compile_and_accumulate(context: Context, jobs: dict[str, Job]) -> dict[str, Any]:
+    """Whether a compiled run resumes bit for bit, and how far a compiled one and one in parts are from the plain one."""
+    for name in ("plain", "compiled", "parts", "whole"):
+        fit(context, jobs[name])
+    with contextlib.suppress(ConnectionError):
+        fit(context, jobs["broken"])
+    fit(context, jobs["healed"])
+    last = {name: checkpoints.load(job.directory, 18)["model"] for name, job in jobs.items()}
+    return {
+        "resumed": identical(last["whole"], last["healed"]),
+        "compiled": difference(last["plain"], last["compiled"]),
+        "parts": difference(last["plain"], last["parts"]),
+    }
