@@ -30,7 +30,7 @@ from pipelines.methods import E2KD
 from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
 from pipelines.training.loop import laid_out
-from pipelines.training.objective import build_objective
+from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = tuple(map(str, range(20)))
 EVERY = 16
@@ -77,7 +77,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
         method = E2KD(student, spec, teacher, params, explain)
         objective = build_objective(method, training)
         stored = live_maps(method, batch) if name == "frozen" else {}
-        found[name] = stepper(method, objective, batch | stored, device, training.memory_format, every)
+        found[name] = stepper(method, objective, batch | stored, device, memory_format(training), every)
     return found
 
 

@@ -29,7 +29,8 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_classifier, build_guidance, classifier_spec
 from pipelines.params import GuidanceParams, OptimiserParams, Params, load
-from pipelines.training import Context, Job, Result, run_directory, train
+from pipelines.storage.paths import run_directory
+from pipelines.training import Context, Job, Result, train
 from pipelines.workflow.running import shards_of
 
 RESULTS = Path("reports/guided.jsonl")

@@ -1,48 +1,20 @@
-"""`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit`.
-
-PLACE/order.json    the stages to run and what they need
-PLACE/outputs/ID    what they made and tracked, a folder for each try
-PLACE/result.json   written last: which of these folders, and name, bytes and sha256 of each output
-"""
+"""`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit` and `pipelines.workflow.orders`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypedDict
 
 from pipelines.data.shards.sample import DataError
-from pipelines.storage.publish import fetch, publish
-from pipelines.training import checkpoints
-
-PLACE = "SUBMITTED_PLACE"  # tells a stage that it is a job's, and of which
-
-
-class Input(TypedDict):
-    """Files `names` at `url` that the stages need in `folder`."""
-
-    folder: str
-    url: str
-    names: list[str]
-
-
-class Order(TypedDict):
-    """What a job is to do; `stages` as `infra.project.Stage` has them."""
-
-    stages: list[dict[str, Any]]
-    inputs: list[Input]
-    environment: dict[str, str]  # what the stages are told of where they come from
+from pipelines.workflow.orders import PLACE, deliver, pull_inputs
 
 
 def main(place: str) -> int:
-    """Brings the inputs, runs the stages, puts their outputs to `place`; returns the exit status of the first that failed."""
+    """Copies the inputs here, runs the stages, publishes their outputs; returns the exit status of the first that failed."""
     try:
-        order = bring(place, Path())
+        order = pull_inputs(place, Path())
     except OSError as error:
         sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
     told = os.environ | order["environment"] | {PLACE: place}
@@ -56,34 +28,6 @@ def main(place: str) -> int:
     except (OSError, DataError) as error:
         sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
     return 0
-
-
-def bring(place: str, folder: Path) -> Order:
-    """Leaves the inputs of the job at `place` in a folder, as stages find them in their working directory; returns its order."""
-    order: Order | None = checkpoints.read_json(place, "order.json")
-    if order is None:
-        sys.exit(f"{place}: no order.json: nothing was submitted there")
-    for item in order["inputs"]:
-        fetch(item["url"], folder / item["folder"], item["names"])
-    return order
-
-
-def deliver(place: str, outputs: Iterable[str]) -> None:
-    """Puts files and folders of the working directory to `place`."""
-    files = [path.as_posix() for output in outputs for path in files_in(Path(output))]
-    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", files)
-    checkpoints.write_json(place, "result.json", {"outputs": url, "files": [described(Path(name)) for name in files]})
-
-
-def files_in(path: Path) -> list[Path]:
-    """A file, or all files in a folder, in the order of their names."""
-    return sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-
-
-def described(path: Path) -> dict[str, Any]:
-    """Name, bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 if __name__ == "__main__":

@@ -26,21 +26,17 @@ from urllib.parse import urlsplit
 import fsspec
 
 from infra import project
-from infra.job import Input, Order, described
 from infra.package import pack
 from infra.project import PARAMS, Stage, SubmitError
-from pipelines import models
-from pipelines.data.shards.manifest import MANIFEST
 from pipelines.data.shards.sample import DataError
-from pipelines.data.shards.stored_explanations import INDEX
-from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import Params, ParamsError
 from pipelines.storage import retry
-from pipelines.storage.publish import fetch, publish, publish_explanations, publish_shards
+from pipelines.storage.publish import fetch, publish
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
 from pipelines.training.launch import ray_environment, scaled
+from pipelines.workflow.orders import file_record, publish_input, write_order
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -188,14 +184,9 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     needed = {path for stage in chosen for path in stage.inputs}
     if options.stage == "search":  # of `guide` too
         needed |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
-    inputs = [put(path, storage) for path in sorted(needed)]
+    inputs = [publish_input(path, storage) for path in sorted(needed)]
     told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
-    order: Order = {
-        "stages": [asdict(stage) for stage in chosen],
-        "inputs": [item for item in inputs if item["names"]],
-        "environment": told,
-    }
-    checkpoints.write_json(place, "order.json", order)
+    write_order(place, {"stages": [asdict(stage) for stage in chosen], "inputs": inputs, "environment": told})
     return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
 
 
@@ -250,19 +241,6 @@ def check_storage(storage: str, place: str) -> None:
         raise SubmitError(f"{storage}: these credentials may not write there ({retry.in_short(error)})") from None
     except (ImportError, ValueError) as error:
         raise SubmitError(f"{storage}: {retry.in_short(error)}") from None
-
-
-def put(path: str, storage: str) -> Input:
-    """Puts an input to the storage; of shards and stored explanations the job gets the list alone: workers read them there."""
-    if path.startswith("data/shards/"):
-        return {"folder": path, "url": publish_shards(path, storage), "names": [MANIFEST]}
-    if path == "data/explanations":
-        frozen = Path(path, INDEX).is_file()
-        return {"folder": path, "url": publish_explanations(path, storage) if frozen else "", "names": [INDEX] if frozen else []}
-    folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
-    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
-    content = hashlib.sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
-    return {"folder": path, "url": publish(path, f"{storage}/models/{content[:16]}", names), "names": names}
 
 
 def sent() -> dict[str, str]:
@@ -321,7 +299,7 @@ def take(place: str) -> int:
     with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
         fetch(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
         for item in result["files"]:
-            if described(Path(folder, item["name"])) | {"name": item["name"]} != item:
+            if file_record(Path(folder, item["name"])) | {"name": item["name"]} != item:
                 raise SubmitError(f"{result['outputs']}/{item['name']}: not what the job wrote")
         for stage in submitted:
             for output in stage.outputs:

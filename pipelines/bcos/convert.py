@@ -38,11 +38,12 @@ from pipelines.bcos.explanation import Explainable, Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
+from pipelines.errors import UserError
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError, ValueError):
     """A network that cannot be converted: one line that names the module and what to do."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Subject:
 
 
 def load_subject(
-    directory: str, posthoc: Iterable[str], device: torch.device, guided: Mapping[str, Any] | None = None
+    directory: str | Path, posthoc: Iterable[str], device: torch.device, guided: Mapping[str, Any] | None = None
 ) -> Subject:
     """The model in `directory` with its own explanation (B-cos) or those of `posthoc` that it has (conventional), and `guided`.
 

@@ -20,7 +20,7 @@ ROWS = 4  # images a file
 
 def draw_gallery(
     folder: Path,
-    directories: Mapping[str, str],
+    directories: Mapping[str, str | Path],
     right: Mapping[str, bool],
     shards: str,
     data: DataParams,

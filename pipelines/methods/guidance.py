@@ -78,7 +78,7 @@ class Guidance(ObjectClassification):
         annotated: keys of the training images whose boxes are used; none: all of them.
     """
 
-    fields = ("boxes",)
+    fields: tuple[str, ...] = ("boxes",)
 
     def __init__(
         self, module: nn.Module, task: str, num_classes: int, params: GuidanceParams, annotated: Iterable[str] | None = None

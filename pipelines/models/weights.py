@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pipelines.errors import UserError
+
 StateDict = dict[str, Tensor]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A weights file that is missing, altered, unsafe or not of this network."""
 
 

@@ -12,6 +12,7 @@ import timm
 import torchvision
 from torch import nn
 
+from pipelines.errors import UserError
 from pipelines.models.cifar import CifarResNet
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
 from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
@@ -20,7 +21,7 @@ from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 log = logging.getLogger(__name__)
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """An architecture that does not exist, or does not take the options given."""
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.errors import UserError
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -21,7 +23,7 @@ def odd(value: int) -> int:
     return value
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError, ValueError):
     """A bad key, type or value in the params: one line that names it and what is allowed; `keys` are those it is about."""
 
     def __init__(self, message: str, keys: Sequence[str] = ()) -> None:

@@ -115,7 +115,7 @@ class DistillParams(Strict):
 
     runs: Annotated[list[Literal["kd", "e2kd"]], Field(min_length=1)]
     teacher: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str = "models/bcosify"  # what DVC makes, and watches, before the teacher is taken: a path
+    after: str  # what DVC makes, and watches, before the teacher is taken: a path
     student: StudentParams
     shots: PositiveInt | None = None  # training images a class; none: all of them
     shots_seed: int = 0  # draws which ones
@@ -164,7 +164,7 @@ class GuideParams(Strict):
     dataset: str  # of `datasets`; it needs boxes
     data: DataParams
     backbone: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str = "models/bcosify"  # what DVC makes, and watches, before the backbone is taken: a path
+    after: str  # what DVC makes, and watches, before the backbone is taken: a path
     splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]  # that both classifiers are evaluated on
     classify: OptimiserParams
     guided: GuidanceParams

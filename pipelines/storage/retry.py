@@ -13,6 +13,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import fsspec
 
+from pipelines.errors import UserError
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -25,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """A storage does not answer, or not to us: one line that names it and the cause."""
 
 

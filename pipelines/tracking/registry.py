@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipelines
+from pipelines.errors import UserError
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import git_tags, version_tags
 from pipelines.tracking.runs import describe_dataset, flatten
@@ -35,7 +36,7 @@ DIGEST, EVIDENCE = "content.sha256", "evidence.sha256"  # tags of a version
 REQUIREMENTS = ("mlflow", "numpy", "pydantic", "safetensors", "timm", "torch", "torchvision")
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError, RuntimeError):
     """The registry cannot do it: one line that names the registry and the cause."""
 
 

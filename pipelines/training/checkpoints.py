@@ -121,6 +121,17 @@ def newest(directory: str) -> dict[str, Any] | None:
     return None
 
 
+def copy(source: str, target: str) -> None:
+    """Copies the complete checkpoints of the run in `source` to the run in `target`, the oldest first."""
+    filesystem, root = _open(source)
+    there, other = _open(target)
+    for step in reversed(_steps(filesystem, root)):
+        folder, names = f"checkpoints/step-{step:08d}", ("state.pt", "complete.json")
+        if filesystem.exists(f"{root}/{folder}/complete.json"):
+            for name in names:
+                _write(there, f"{other}/{folder}/{name}", filesystem.cat_file(f"{root}/{folder}/{name}"))
+
+
 @patient
 def load(directory: str, step: int) -> dict[str, Any]:
     """The state of the checkpoint of `step`, on the CPU."""

@@ -18,10 +18,12 @@ import fsspec
 import torch
 
 import pipelines
-from pipelines.distributed import Context, cpu_count, use_threads
+from pipelines.distributed import Context, use_threads
 from pipelines.params import TrainingParams
+from pipelines.process import OPENMP, cpu_count
+from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
-from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished, kept_records
+from pipelines.training.job import Job, Result, TrainingError, best_record, is_finished, kept_records
 from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
@@ -34,7 +36,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
-    **pipelines.OPENMP,  # workers import torch before this project
+    **OPENMP,  # workers import torch before this project
 }
 # Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
 # as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.

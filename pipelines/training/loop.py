@@ -29,7 +29,7 @@ from pipelines.params import TrainingParams
 from pipelines.progress import EpochProgress, epoch_line
 from pipelines.training import checkpoints
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
-from pipelines.training.objective import build_objective
+from pipelines.training.objective import build_objective, memory_format
 from pipelines.training.optim import clip_gradients, lay_out, optimiser, set_rate
 from pipelines.training.validation import evaluate_split
 
@@ -246,7 +246,7 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """
     training, device = run.job.training, run.context.device
     wanted = accumulated(training, run.job.optim.batch_size, run.context.world_size)
-    batch = {name: laid_out(value, training.memory_format) for name, value in batch.items()}
+    batch = {name: laid_out(value, memory_format(training)) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
     pieces = {name: value.tensor_split(min(wanted, count)) for name, value in batch.items()}
     parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
@@ -283,9 +283,9 @@ def compiler_explained() -> Iterator[None]:
         raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
 
 
-def laid_out(value: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+def laid_out(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
     """`value`, where it is images in this memory format."""
-    return value.contiguous(memory_format=memory_format) if value.ndim == 4 else value
+    return value.contiguous(memory_format=layout) if value.ndim == 4 else value
 
 
 def stop_if_bad(run: Run) -> None:

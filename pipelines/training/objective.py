@@ -48,7 +48,7 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
     """
     objective = Objective(method)
     for module in (objective, *method.fixed):
-        module.to(memory_format=training.memory_format)
+        module.to(memory_format=memory_format(training))
     if training.checkpoint_activations:
         checkpoint_blocks(method.module)
     if training.compile:
@@ -56,6 +56,11 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
         for module in method.fixed:
             module.compile(dynamic=False)
     return objective
+
+
+def memory_format(training: TrainingParams) -> torch.memory_format:
+    """The memory format of images and convolutions. The compiler's convolutions have channels last, and copy other formats."""
+    return torch.channels_last if training.channels_last or training.compile else torch.contiguous_format
 
 
 def compile_objective(objective: Objective) -> None:
