@@ -29,7 +29,7 @@ from pipelines.bcos import bcosify
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
-from pipelines.training.loop import laid_out
+from pipelines.training.loop import in_memory_format
 from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = tuple(map(str, range(20)))
@@ -99,7 +99,7 @@ def stepper(
             method.module.zero_grad(set_to_none=True)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 prepared = method.prepare({**batch, "step": number}).items()
-                loss = objective({name: laid_out(value, layout) for name, value in prepared})["loss"]
+                loss = objective({name: in_memory_format(value, layout) for name, value in prepared})["loss"]
             loss.backward()
 
     return run

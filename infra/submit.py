@@ -35,7 +35,7 @@ from pipelines.storage.publish import fetch, publish
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training import checkpoints
-from pipelines.training.launch import ray_environment, scaled
+from pipelines.training.launch import is_autoscaled, ray_environment
 from pipelines.workflow.orders import file_record, publish_input, write_order
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def check_workers(client: JobSubmissionClient | None, least: int, gpus: float) -
 def autoscales(client: JobSubmissionClient) -> bool:
     """Whether the cluster may get more nodes by itself."""
     status = ask(client, "/api/cluster_status")["clusterStatus"]
-    return scaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
+    return is_autoscaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
 
 
 def ask(client: JobSubmissionClient, path: str) -> Any:

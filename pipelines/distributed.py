@@ -76,7 +76,7 @@ def wrap(objective: nn.Module, context: Context) -> nn.Module:
     return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
-def exchanging(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+def gradient_sync(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
     return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
 
@@ -106,7 +106,7 @@ def broadcast_buffers(module: nn.Module, context: Context) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def least(value: torch.Tensor, context: Context) -> float:
+def all_reduce_min(value: torch.Tensor, context: Context) -> float:
     """The least of all ranks' `value` (a scalar)."""
     if context.world_size > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch import nn
 from pipelines.errors import UserError
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import checkpoints, pareto
+
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
 
 
 class TrainingError(UserError, RuntimeError):
@@ -96,7 +99,7 @@ class Job:
         explanations: root of stored explanations of the training samples, which then come with them.
     """
 
-    build: Callable[[], Any]
+    build: Callable[[], Method]
     shards: str
     data: DataParams
     optim: OptimiserParams

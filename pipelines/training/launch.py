@@ -287,10 +287,10 @@ def _autoscales() -> bool:
     if not os.environ.get("RAY_ADDRESS"):
         return False
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    return scaled(status.get("autoscaler_report", {}).get("node_type_mapping"))
+    return is_autoscaled(status.get("autoscaler_report", {}).get("node_type_mapping"))
 
 
-def scaled(types: Mapping[str, str] | None) -> bool:
+def is_autoscaled(types: Mapping[str, str] | None) -> bool:
     """Whether the nodes of a cluster, address -> type, come from an autoscaler, as far as is known."""
     return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
 

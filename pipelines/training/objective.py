@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from pipelines.bcos.compiler import set_up_compiler
 from pipelines.bcos.explanation import Explanation, explaining, hold_states
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
+
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
 
 # Code compiled for this run is this run's alone, where torch can do so (from 2.13 on).
 ISOLATED: dict[str, Any] = (
@@ -30,7 +33,7 @@ class Objective(nn.Module):
     So a method's `loss` always has the module itself, never a wrapped one.
     """
 
-    def __init__(self, method: Any) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         self.module = method.module
         self.method = method
@@ -40,7 +43,7 @@ class Objective(nn.Module):
         return self.method.loss(self.module, batch)
 
 
-def build_objective(method: Any, training: TrainingParams) -> Objective:
+def build_objective(method: Method, training: TrainingParams) -> Objective:
     """The objective of `method`, laid out, checkpointed and compiled as `training` says; its module keeps its parameters' names.
 
     Raises:

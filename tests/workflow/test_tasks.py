@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.data.shards.manifest import MANIFEST, Manifest
 from pipelines.data.shards.sample import DataError
-from stages.guide import check_boxes
+from pipelines.workflow.tasks import check_boxes
 
 
 def shards(folder, **fields):

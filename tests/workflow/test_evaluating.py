@@ -8,7 +8,7 @@ from pipelines.evaluation import load_subject
 from pipelines.models import ModelError
 from pipelines.models.published import published_spec
 from pipelines.params import ParamsError
-from stages.evaluate import published_models
+from pipelines.workflow.evaluating import published_models
 
 CLASSES = tuple(f"n{index:08}" for index in range(1000))
 
