@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from pipelines.params import check_space
-from pipelines.search.records import as_it_is
+from pipelines.search.records import values_of_params
 from pipelines.search.tune import search
 from pipelines.workflow.identity import of_search
 from pipelines.workflow.orders import place_of_inputs
@@ -24,7 +24,7 @@ def main() -> None:
         settings = of_search(params, task)
         with stage_run(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
             work = partial(run_trial, params, place_of_inputs(params.storage.root, folders))
-            first, on_trial = as_it_is(params), partial(track_trial, params, run, directory)
+            first, on_trial = values_of_params(params), partial(track_trial, params, run, directory)
             start = [] if first is None else [first]
             found = search(work, params.search, params.training, directory, first=start, on_trial=on_trial)
             report_search(run, found, params.search.metrics)

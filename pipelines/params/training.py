@@ -81,15 +81,15 @@ class OptimiserParams(Strict):
 
     @property
     def settled(self) -> int:
-        """Epochs after which the network is the one that is wanted: none before counts as the best."""
+        """Warm-up epochs (while B is scheduled); earlier epochs are never selected as best."""
         return 0
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The metrics that decide which epochs are kept: one has a best epoch, several a Pareto front."""
+        """Metrics by which epochs are kept: the best epoch of one metric, the Pareto front of several."""
         return (self.select,)
 
     @property
     def floors(self) -> dict[str, float]:
-        """Metrics that must not fall below a value: training stops there, and such an epoch is not the best."""
+        """Metric -> floor; training stops below a floor, and such an epoch is not selected."""
         return {}

@@ -64,10 +64,10 @@ def register(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Registered:
-    """Sees to it that the registry has a version with this very model and evidence, under `alias`. Safe to repeat.
+    """Registers the model under `alias` unless this exact version is registered already. Idempotent.
 
-    A version is the same where `model.safetensors` and `model.json` are; one whose artifacts are gone is not counted. New
-    metrics or pictures of a model that is there go to its version.
+    Two versions are the same if their `model.safetensors` and `model.json` are. A version whose artifacts are gone does not count.
+    New metrics or pictures of a registered model go to its version.
 
     Args:
         model_directory: as `pipelines.models.save` writes it.

@@ -251,10 +251,8 @@ def _connect(address: str) -> None:
     if address.startswith("http"):
         raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
     host, _, port = address.rpartition("/")[2].rpartition(":")
-    code = Path(pipelines.__file__).parents[1]
-    parts = (code / name for name in ("pipelines", "stages", "infra"))  # trials of a search are stages
-    modules = [str(part) for part in parts if part.is_dir()]
-    workers_have = None if SUBMITTED in os.environ else {"py_modules": modules, "env_vars": ray_environment()}
+    code = str(Path(pipelines.__file__).parent)
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": [code], "env_vars": ray_environment()}
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes

@@ -93,7 +93,7 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
 
 
 def set_up(context: Context, job: Job) -> Run:
-    """The run as it was when its newest checkpoint was written, or a new one."""
+    """A new run, or the run as it was when its newest checkpoint was written."""
     if job.optim.batch_size % context.world_size:
         raise TrainingError(f"batch_size {job.optim.batch_size} cannot be shared by {context.world_size} workers")
     seed_rank(job.seed, 0)  # the same initial weights on every rank
@@ -184,16 +184,16 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 
 def read(run: Run, split: str, **place: Any) -> Any:
-    """This rank's batches of a split, with what the method reads."""
+    """This rank's batches of a split, with the fields that the method reads."""
     rank, world_size, device = run.context.rank, run.context.world_size, run.context.device
     fields = run.method.fields
     return run.job.batches(run.job, split, rank=rank, world_size=world_size, fields=fields, device=device, **place)
 
 
 def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`batches`, made without moving the generators that training draws from.
+    """Iterates `batches`, restoring the RNG state after each fetch.
 
-    A loader draws seeds when it starts; a resumed epoch starts it once more than one never interrupted.
+    A loader draws seeds when it starts, and a resumed epoch starts it once more often than an uninterrupted epoch.
     """
     cpu = torch.device("cpu")
     states = rng_states(cpu)
@@ -208,7 +208,7 @@ def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def preemption_noticed(run: Run) -> bool:
-    """Whether a node's preemption is noticed now: a checkpoint is due, and training goes on. Asked every `log_every` steps."""
+    """Whether the preemption of a node is noticed now, asked every `log_every` steps: then a checkpoint is due."""
     if run.context.preempted is None or run.preempted or run.step % run.job.training.log_every:
         return False
     run.preempted = run.context.preempted()
@@ -235,17 +235,17 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
 
 
 def prepare_batch(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the method makes of a batch of the loader."""
+    """The batch of the loader as the method prepares it for its loss."""
     device, precision = run.context.device, run.job.training.precision
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         return run.method.prepare({**to_device(batch, device), "step": run.step})
 
 
 def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The losses of a prepared batch, without graph, once their gradients are in the parameters.
+    """Computes the gradients of a prepared batch, and returns its losses without their graph.
 
-    A batch is taken in parts, each with the weight of its share: the gradient is that of the whole but for what a module
-    computes over a batch (BatchNorm's statistics are those of a part).
+    The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
+    module computes over a batch (BatchNorm's statistics are those of a part).
     """
     training, device = run.job.training, run.context.device
     wanted = parts_per_worker(training, run.job.optim.batch_size, run.context.world_size)
@@ -266,10 +266,10 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int) -> int:
-    """In how many equal parts each of `world_size` workers takes its share of an effective batch.
+    """The number of equal parts in which each of `world_size` workers takes its share of an effective batch.
 
-    With as many workers as there may be in `training.accumulate`; with fewer in so many more that no part is larger: what fits
-    into the memory of all workers fits into that of few, and the effective batch, with it the learning rate, stays.
+    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, none larger, so that they need
+    no more memory, and the effective batch stays the same.
     """
     share, most = batch_size // world_size, training.most_workers
     least = -(-training.accumulate * most // world_size)
@@ -287,12 +287,12 @@ def compiler_errors_in_one_line() -> Iterator[None]:
 
 
 def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
-    """`value`, where it is images in this memory format."""
+    """`value` in this memory format if it is a batch of images."""
     return value.contiguous(memory_format=layout) if value.ndim == 4 else value
 
 
 def stop_if_not_finite(run: Run) -> None:
-    """Raises `TrainingError` on all ranks once any rank's loss was not finite."""
+    """Raises `TrainingError` on all ranks if the loss of any rank was not finite."""
     step = all_reduce_min(run.first_bad, run.context)
     if math.isfinite(step):
         stop(run, f"the loss of step {step:.0f} (epoch {run.epoch + 1}) is not a finite number")

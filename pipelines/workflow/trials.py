@@ -19,7 +19,7 @@ from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.pictures import draw_front
 from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, replaced
-from pipelines.search.records import Trial, folder
+from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.training import EpochRecord, Result, launch, train
 from pipelines.workflow.orders import enter_inputs
@@ -106,7 +106,7 @@ def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: T
         "search trial",
         experiment=params.tracking.experiment,
         params=trial["values"],
-        directory=folder(directory, trial["values"]),
+        directory=trial_directory(directory, trial["values"]),
         history=trial["history"],
         metrics=trial["metrics"],
         status=STATUS[trial["status"]],
