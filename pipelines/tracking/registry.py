@@ -66,7 +66,7 @@ def register(
 ) -> Registered:
     """Registers the model under `alias` unless this exact version is registered already. Idempotent.
 
-    Two versions are the same if their `model.safetensors` and `model.json` are. A version whose artifacts are gone does not count.
+    Two versions are the same if their `model.safetensors` and `model.json` are. A version without its artifacts does not count.
     New metrics or pictures of a registered model go to its version.
 
     Args:
