@@ -1,8 +1,10 @@
 """Stage `evaluate_guidance`: the classifier before and after guidance; figures and pictures in `reports/evaluate_guidance`."""
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from pipelines.attribution import Attribution
 from pipelines.evaluation import evaluate_and_judge
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.training import launch
@@ -21,8 +23,8 @@ def main() -> None:
             "training": params.training.model_copy(update={"workers": params.evaluate.workers}),
             "storage": params.storage.root,
         }
-        guided = {"method": params.guide.guided.attribution, "layer": params.guide.guided.layer}
-        settings = (params.data, params.evaluate, params.guide.splits, guided)
+        guided = Attribution(params.guide.guided.attribution, params.guide.guided.layer)
+        settings = (params.data, params.evaluate, params.guide.splits, asdict(guided))
         both = tuple(directories.values())
         with stage_run(params, "evaluate_guidance", *settings, upstream=both, context="evaluation") as (run, _):
             models = models_for_all(params, directories)

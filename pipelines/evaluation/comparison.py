@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipelines.attribution import Attribution
 from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import NO_GROUP
 from pipelines.data.shards.manifest import read_manifest
@@ -34,13 +35,13 @@ def evaluate(
     params: EvaluateParams,
     split: str = "test",
     teacher: str | None = None,
-    guided: Mapping[str, Any] | None = None,
+    guided: Attribution | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
 
     Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
-    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models; these
-    were trained to decide on each class for itself, and F1 and the like are measured where images have one label, too.
+    latter of the class that the teacher predicts. `guided` is one more explanation of all models; these were trained to decide on
+    each class for itself, and F1, precision, recall and mean average precision are measured where images have one label, too.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,

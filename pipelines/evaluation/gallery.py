@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.attribution import attribute
+from pipelines.attribution import Attribution, explain
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import OWN, Subject, examples_by_key, load_subject, split_batches
+from pipelines.evaluation import Subject, examples_by_key, load_subject, split_batches
 from pipelines.evaluation.pictures import choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
@@ -26,7 +25,7 @@ def draw_gallery(
     data: DataParams,
     params: EvaluateParams,
     split: str = "test",
-    guided: Mapping[str, Any] | None = None,
+    guided: Attribution | None = None,
 ) -> list[Path]:
     """Writes panels of `params.pictures` images to `folder` and returns their paths.
 
@@ -70,5 +69,7 @@ def _explained(subject: Subject, images: Tensor, smooth: int) -> tuple[list[str]
     if subject.spec.kind == "bcos":
         _, weights = dynamic_weights(subject.model, images, targets)
         panels = {"weights": rgba(images, weights, smooth), "contributions": contribution_map(images, weights)}
-    others = {name: options for name, options in subject.explanations.items() if options != OWN}
-    return predicted, panels | {name: attribute(subject.model, images, targets, **options) for name, options in others.items()}
+    for name, attribution in subject.explanations.items():
+        if not attribution.of_dynamic_weights:
+            panels[name] = explain(subject.model, images, targets, attribution)[1]
+    return predicted, panels

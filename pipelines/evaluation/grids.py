@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.attribution import attribute_many
+from pipelines.attribution import Attribution, attribute
 from pipelines.bcos import add_inverse
 from pipelines.distributed import Context
 from pipelines.evaluation.batches import examples_by_key
@@ -53,8 +53,8 @@ def play(
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, subject in subjects.items():
         scores[name] = {explanation: {} for explanation in subject.explanations}
-        for explanation, options in subject.explanations.items():
-            explain_many = grid_explainer(subject, options)
+        for explanation, attribution in subject.explanations.items():
+            explain_many = grid_explainer(subject, attribution)
             for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
                 metric = LocalisationMetric().to(context.device)
                 for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
@@ -70,9 +70,9 @@ def grid_windows(subject: Subject, params: EvaluateParams) -> int:
     return (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
 
 
-def grid_explainer(subject: Subject, options: dict[str, Any]) -> Any:
-    """What gives the maps of grids (G, 6, H, W) for classes (G, T): of ViTs in windows of their own image size."""
-    explain_many = partial(attribute_many, subject.model, **options)
+def grid_explainer(subject: Subject, attribution: Attribution) -> Any:
+    """A function of grids (G, 6, H, W) and classes (G, T) that gives maps; of ViTs in windows of their own image size."""
+    explain_many = partial(attribute, subject.model, method=attribution.method, layer=attribution.layer)
     return in_windows(explain_many, subject.spec.image_size) if knows_positions(subject.model) else explain_many
 
 

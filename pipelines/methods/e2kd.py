@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from pipelines import models
-from pipelines.attribution import Explainer, explainers
+from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse, check_held
 from pipelines.losses import binary_distillation_loss, distillation_loss, explanation_loss, uniform_off_label_bce
 from pipelines.methods.method import Batch, Classification
@@ -37,7 +37,7 @@ class E2KD(Classification):
         spec: of the student.
         teacher: of the same classes; it is put into evaluation mode, never trained, and no part of the module's state.
         params: τ, λ, α, and on which steps explanations are matched.
-        explain: how student and teacher are explained, see `explainers`; none where λ = 0.
+        explain: how student and teacher are explained, see `comparable_explainers`; `None` where λ = 0.
         labelled: whether batches have labels; without, α is 0 and agreement is the only metric.
     """
 
@@ -179,4 +179,5 @@ def build_e2kd(
     if spec.kind == "bcos":
         check_held(module, probe)
     held = spec.kind == teacher_spec.kind == "bcos"
-    return E2KD(module, spec, loaded, params, explainers(module, loaded, probe, held=held) if explained else None, labelled)
+    explain = comparable_explainers(module, loaded, probe, held=held) if explained else None
+    return E2KD(module, spec, loaded, params, explain, labelled)

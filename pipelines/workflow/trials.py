@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from infra.job import bring
+from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate
@@ -86,11 +87,11 @@ def judge(context: Context, task: Task, shards: str, result: Result, params: Eva
     """How well the best epoch's explanations, of a guided model those guided, find what is in the validation split's images."""
     optim, guided = task.optim, None
     if isinstance(optim, GuidanceParams):
-        guided = {"method": optim.attribution, "layer": optim.layer}
+        guided = Attribution(optim.attribution, optim.layer)
     with TemporaryDirectory() as folder:
         save_best(task, result, Path(folder))
         found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val", guided=guided)
     explanations: dict[str, dict[str, float]] = found["models"]["trial"]["explanations"]
-    names = ("guided", guided["method"]) if guided else tuple(explanations)
+    names = ("guided", guided.method) if guided else tuple(explanations)
     scores = next((explanations[name] for name in names if name in explanations), {})
     return {f"val/{name}": value for name, value in scores.items()}

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines import models
-from pipelines.attribution import attribute
+from pipelines.attribution import Attribution, attribute
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import eval_transform
@@ -151,18 +151,18 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
 
 
 def test_what_was_guided_is_evaluated_too(trained, shards):
-    layer = {"method": "bcos", "layer": "body.layer2"}
+    layer = Attribution("bcos", "body.layer2")
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
     (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
     model, _ = models.load(trained["bcos"])
-    maps = attribute(model, add_inverse(batch["image"]), batch["label"], **layer)
+    maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=layer.method, layer=layer.layer)
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
     assert found["explanations"]["guided"]["epg"] == pytest.approx(expected.item(), abs=1e-5)
-    for same in ({"method": "bcos", "layer": None}, {"method": "gradcam", "layer": None}):
+    for same in (Attribution("bcos"), Attribution("gradcam")):
         posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[0]["models"]["model"]
-        assert ("guided" in posthoc["explanations"]) == (same["method"] == "bcos")
+        assert ("guided" in posthoc["explanations"]) == (same.method == "bcos")
 
 
 def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, shards, tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, sh
 
 
 def test_pictures_show_what_was_guided(trained):
-    subject = load_subject(trained["bcos"], (), torch.device("cpu"), {"method": "bcos", "layer": "body.layer2"})
+    subject = load_subject(trained["bcos"], (), torch.device("cpu"), Attribution("bcos", "body.layer2"))
     _, panels = _explained(subject, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
     assert list(panels) == ["weights", "contributions", "guided"]
 
@@ -214,7 +214,7 @@ def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():
     spec = ModelSpec("timm:test_vit", tuple("abcd"), 32, "bcos", options={"img_size": 32, "patch_size": 8})
     subject, seen = Subject(models.assemble(spec).eval(), spec, {}), []
     subject.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    maps = grid_explainer(subject, {"method": "bcos"})(images, classes)
+    maps = grid_explainer(subject, Attribution("bcos"))(images, classes)
     assert maps.shape == (2, 4, 64, 64)
     assert (maps.abs().amax((2, 3)) > 0).all()
     assert set(seen) == {(6, 32, 32)}

@@ -302,4 +302,4 @@ def test_what_cannot_be_guided_is_said_before_training(tmp_path):
         build_guidance(conventional, params())
     with pytest.raises(ModelError, match=r"guide.guided.layer: .* not \(N, C, h, w\)"):
         build_guidance(bcos, params(layer="body.linear"))
-    assert build_guidance(conventional, params(attribution="gradcam")).attribution["layer"].startswith("network.layer3")
+    assert build_guidance(conventional, params(attribution="gradcam")).attribution.layer.startswith("network.layer3")
