@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.evaluation import evaluate_and_judge
+from pipelines.evaluation import evaluate_with_correctness
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError
@@ -34,7 +34,7 @@ def main() -> None:
         where = params.training.model_copy(update={"workers": params.evaluate.workers})
         both = (*directories.values(), *students.values())
         with stage_run(params, "evaluate", params.data, params.evaluate, upstream=both, context="evaluation") as (run, _):
-            judge = partial(launch, evaluate_and_judge, training=where, storage=params.storage.root)
+            judge = partial(launch, evaluate_with_correctness, training=where, storage=params.storage.root)
             metrics, right = judge(models_for_all(params, directories), shards, params.data, params.evaluate)
             student_models = models_for_all(params, students)
             of_students, students_right = judge(student_models, shards, params.data, params.evaluate, "test", "teacher")

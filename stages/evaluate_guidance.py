@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.attribution import Attribution
-from pipelines.evaluation import evaluate_and_judge
+from pipelines.evaluation import evaluate_with_correctness
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.training import launch
 from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run, write_json
@@ -28,7 +28,7 @@ def main() -> None:
         both = tuple(directories.values())
         with stage_run(params, "evaluate_guidance", *settings, upstream=both, context="evaluation") as (run, _):
             models = models_for_all(params, directories)
-            judge = partial(launch, evaluate_and_judge, models, shards, params.data, params.evaluate, **where)
+            judge = partial(launch, evaluate_with_correctness, models, shards, params.data, params.evaluate, **where)
             found = {split: judge(split, None, guided) for split in params.guide.splits}
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)

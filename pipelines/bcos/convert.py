@@ -5,11 +5,11 @@ the design choices of Arya et al., B-cosification, NeurIPS 2024. Rules say what 
 adds one:
 
     @register_conversion(MyBlock)
-    def _(module, context):
-        return MyBcosBlock(context.child(module.conv, "conv"), ...)
+    def _(module, conversion):
+        return MyBcosBlock(conversion.child(module.conv, "conv"), ...)
 
 A rule returns the module that stands in the converted network. What it keeps of the original's children goes through
-`context.child`, or all of them at once through `context.children`.
+`conversion.child`, or all of them at once through `conversion.children`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ConversionError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
-    """Where in the network a rule is at work, and under which choices."""
+class Conversion:
+    """The place in the network that a rule converts, and the choices that hold for the whole conversion."""
 
     path: str = ""
     norm: NormMode = "uncentered"
@@ -74,13 +74,13 @@ class Context:
         return module
 
 
-Rule = Callable[[nn.Module, Context], nn.Module]
+Rule = Callable[[nn.Module, Conversion], nn.Module]
 RuleT = TypeVar("RuleT", bound=Callable[..., nn.Module])
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Makes the decorated function (module, context) -> module the rule of these types (exactly them, not their subclasses)."""
+    """Makes the decorated function (module, conversion) -> module the rule of these types, but not of their subclasses."""
 
     def register(rule: RuleT) -> RuleT:
         for module_type in types:
@@ -90,14 +90,14 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     return register
 
 
-def _convert(module: nn.Module, context: Context) -> nn.Module:
-    if module not in context.done:
+def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
+    if module not in conversion.done:
         rule = _RULES.get(type(module), _walk)
-        context.done[module] = rule(module, context)
-    return context.done[module]
+        conversion.done[module] = rule(module, conversion)
+    return conversion.done[module]
 
 
-def _walk(module: nn.Module, context: Context) -> nn.Module:
+def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
     """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
     of_torch = type(module).__module__.startswith("torch.nn.")
     owns = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
@@ -105,10 +105,10 @@ def _walk(module: nn.Module, context: Context) -> nn.Module:
     if of_torch or owns or leaf:
         reason = f"it owns {', '.join(owns)}" if owns and not of_torch else "its output may depend on the input non-linearly"
         raise ConversionError(
-            f"no conversion rule for {type(module).__name__} at {context.path or 'the top'!r} ({reason}): write one with "
+            f"no conversion rule for {type(module).__name__} at {conversion.path or 'the top'!r} ({reason}): write one with "
             f"@register_conversion({type(module).__name__})"
         )
-    return context.children(module)
+    return conversion.children(module)
 
 
 # Rules of torch's own modules -----------------------------------------------------------------------------------------
@@ -122,18 +122,18 @@ def _walk(module: nn.Module, context: Context) -> nn.Module:
     GatedMish, GatedTanh, GatedReLU6, BcosReLU, BcosAvgPool2d,
     LocationsToBatch,
 )  # fmt: skip
-def _dynamic_linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
+def _dynamic_linear_as_it_is(module: nn.Module, conversion: Conversion) -> nn.Module:
     return module
 
 
 @register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)
-def _container(module: nn.Module, context: Context) -> nn.Module:
-    return context.children(module)
+def _container(module: nn.Module, conversion: Conversion) -> nn.Module:
+    return conversion.children(module)
 
 
 @register_conversion(nn.Conv2d)
-def _conv(module: nn.Conv2d, context: Context) -> nn.Module:
-    of_image = module is context.image_layer
+def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
+    of_image = module is conversion.image_layer
     layer = BcosConv2d(
         module.in_channels * (2 if of_image else 1),
         module.out_channels,
@@ -153,16 +153,16 @@ def _conv(module: nn.Conv2d, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.Linear)
-def _linear(module: nn.Linear, context: Context) -> nn.Module:
+def _linear(module: nn.Linear, conversion: Conversion) -> nn.Module:
     layer = BcosLinear(module.in_features, module.out_features, module.bias is not None, b=1.0)
     return _with_parameters(layer, module.weight.detach(), module.bias)
 
 
 @register_conversion(nn.BatchNorm2d, nn.BatchNorm1d)
-def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
+def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
     if module.running_mean is None or module.running_var is None:
-        raise ConversionError(f"{context.path!r}: a BatchNorm without running statistics cannot be converted")
-    centered = context.norm == "centered"
+        raise ConversionError(f"{conversion.path!r}: a BatchNorm without running statistics cannot be converted")
+    centered = conversion.norm == "centered"
     layer = BcosBatchNorm(
         module.num_features,
         module.eps,
@@ -174,7 +174,7 @@ def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
     weight: torch.Tensor | None = module.weight
     bias: torch.Tensor | None = module.bias
     mean, var = module.running_mean, module.running_var
-    if context.norm == "uncentered":  # the mean's part moves into the bias
+    if conversion.norm == "uncentered":  # the mean's part moves into the bias
         shift = -mean * torch.rsqrt(var + module.eps)
         bias = shift if weight is None or bias is None else bias + weight * shift
     layer = _with_parameters(layer, weight, bias)
@@ -185,7 +185,7 @@ def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.LayerNorm)
-def _layer_norm(module: nn.LayerNorm, context: Context) -> nn.Module:
+def _layer_norm(module: nn.LayerNorm, conversion: Conversion) -> nn.Module:
     layer = BcosLayerNorm(
         module.normalized_shape,
         module.eps,
@@ -196,13 +196,13 @@ def _layer_norm(module: nn.LayerNorm, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.GroupNorm)
-def _group_norm(module: nn.GroupNorm, context: Context) -> nn.Module:
+def _group_norm(module: nn.GroupNorm, conversion: Conversion) -> nn.Module:
     layer = BcosGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
     return _with_parameters(layer, module.weight, module.bias)
 
 
 @register_conversion(nn.GELU)
-def _gelu(module: nn.GELU, context: Context) -> nn.Module:
+def _gelu(module: nn.GELU, conversion: Conversion) -> nn.Module:
     return GatedGELU(module.approximate)
 
 
@@ -213,10 +213,10 @@ for plain, gated in (
     (nn.Tanh, GatedTanh),
     (nn.ReLU6, GatedReLU6),
 ):
-    register_conversion(plain)(lambda module, context, gated=gated: gated())
+    register_conversion(plain)(lambda module, conversion, gated=gated: gated())
 
-register_conversion(nn.ReLU)(lambda module, context: context.recast(module, BcosReLU))
-register_conversion(nn.AvgPool2d)(lambda module, context: context.recast(module, BcosAvgPool2d))
+register_conversion(nn.ReLU)(lambda module, conversion: conversion.recast(module, BcosReLU))
+register_conversion(nn.AvgPool2d)(lambda module, conversion: conversion.recast(module, BcosAvgPool2d))
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -259,7 +259,7 @@ def convert(
         ConversionError: a module without a rule, or no layer that takes three channels.
     """
     body = copy.deepcopy(model)
-    body = _convert(body, Context(norm=norm, image_layer=_image_layer(body)))
+    body = _convert(body, Conversion(norm=norm, image_layer=_image_layer(body)))
     return BcosNetwork(body, mean, std).train(model.training)
 
 

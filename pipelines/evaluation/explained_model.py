@@ -15,7 +15,7 @@ from pipelines.models import ModelError, ModelSpec
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExplainedModel:
     """A model under evaluation, and the attributions that explain it, by name."""
 
     model: nn.Module
@@ -23,7 +23,9 @@ class Subject:
     explanations: dict[str, Attribution]
 
 
-def load_subject(directory: str, posthoc: Iterable[str], device: torch.device, guided: Attribution | None = None) -> Subject:
+def load_explained_model(
+    directory: str, posthoc: Iterable[str], device: torch.device, guided: Attribution | None = None
+) -> ExplainedModel:
     """The model in `directory` with its own explanation (B-cos) or those of `posthoc` that it has (conventional), and `guided`.
 
     A network without convolutional features has no GradCAM.
@@ -40,7 +42,7 @@ def load_subject(directory: str, posthoc: Iterable[str], device: torch.device, g
             explanations[name] = attribution.resolved(model, probe)
         except ModelError as error:
             print(f"{directory}: {error}; evaluated without")
-    return Subject(model, spec, explanations)
+    return ExplainedModel(model, spec, explanations)
 
 
 def knows_positions(model: nn.Module) -> bool:
