@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.methods import build_classifier, check_guidable, classifier_spec
+from pipelines.params import keyed
 from pipelines.workflow.running import Task, model_for_all, shards_of, stage, train_stage
 from stages.guide import check_boxes
 
@@ -17,7 +18,8 @@ def main() -> None:
         spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
         build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
         check_boxes(shards_of(params.dataset))  # what `guide` needs: now, not after this training
-        check_guidable(build().module, spec, params.guide.guided)
+        with keyed("guide.guided", params.guide.guided):
+            check_guidable(build().module, spec, params.guide.guided)
         train_stage(Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,)))
 
 

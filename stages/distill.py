@@ -9,7 +9,7 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.stored_explanations import check_origin
 from pipelines.methods import build_e2kd, check_pair
 from pipelines.models import read_spec
-from pipelines.params import Params, ParamsError
+from pipelines.params import Params, ParamsError, keyed
 from pipelines.workflow.running import Task, located, model_for_all, shards_for_all, shards_of, stage, student_spec, train_stage
 from stages import explain
 
@@ -20,7 +20,8 @@ def task(params: Params, name: str) -> Task:
     shards, teacher = shards_of(params.dataset), Path("models/teacher").absolute()
     manifest, of_teacher = read_manifest(shards), read_spec(teacher)
     spec = student_spec(params, manifest, of_teacher)
-    check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
+    with keyed("distill", params.distill):
+        check_pair(spec, of_teacher, explained=optim.explanation_weight > 0)
     if optim.label_weight > 0 and not manifest.labelled:
         raise ParamsError(f"distill.{name}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}")
     shots, frozen, subset, notes = params.distill.shots, optim.explanations == "frozen", None, {}

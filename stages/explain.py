@@ -9,7 +9,7 @@ from pipelines.data.shards.stored_explanations import INDEX, Origin, read_index
 from pipelines.methods import check_pair
 from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.models import read_spec
-from pipelines.params import Params
+from pipelines.params import Params, keyed
 from pipelines.storage.publish import fetch
 from pipelines.training import checkpoints, launch
 from pipelines.workflow.running import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
@@ -25,7 +25,8 @@ def main() -> None:
             (OUT / "none.txt").write_text("no run of distill.runs has frozen explanations\n")
             return
         of_teacher = read_spec("models/teacher")
-        check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), of_teacher), of_teacher, explained=True)
+        with keyed("distill", params.distill):
+            check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), of_teacher), of_teacher, explained=True)
         shards, teacher, shots = shards_for_all(params), str(Path("models/teacher").absolute()), params.distill.shots
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
         of_all = (model_for_all(params, Path(teacher)), shards, params.data, origin(params, teacher))

@@ -124,27 +124,26 @@ def _single(values: Tensor) -> Tensor:
 
 
 def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
-    """Raises `ModelError`, one line, unless a student of this spec can learn from a teacher of that one.
+    """Raises `ModelError`, one line, if a student of this spec cannot learn from a teacher of that one.
 
     Args:
         student: its classes and image size are those of the data.
         teacher: of the model that teaches.
-        explained: whether the student learns its explanations too.
+        explained: whether the student learns the teacher's explanations too.
     """
     if teacher.classes != student.classes:
-        raise ModelError(f"distill.teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
+        raise ModelError(f"teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
     if teacher.task != student.task:
-        raise ModelError(f"distill.teacher: it was trained for the task {teacher.task}; the data has the task {student.task}")
+        raise ModelError(f"teacher: it was trained for the task {teacher.task}; the data has the task {student.task}")
     if teacher.image_size != student.image_size:
         raise ModelError(
-            f"distill.teacher: it was trained at {teacher.image_size} px; data.image_size must be the same, not "
-            f"{student.image_size}"
+            f"teacher: it was trained at {teacher.image_size} px; image_size must be the same, not {student.image_size}"
         )
     if explained and student.kind == "bcos" and teacher.kind == "conventional":
         raise ModelError(
-            "distill.teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: take a B-cos "
-            "teacher (its B-cosified version), a conventional student (distill.student.kind: both are then explained by "
-            "GradCAM), or plain distillation (explanation_weight: 0)"
+            "teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: take a B-cos teacher (its "
+            "B-cosified version), a student of the kind conventional (both are then explained by GradCAM), or plain distillation "
+            "(explanation_weight: 0)"
         )
 
 

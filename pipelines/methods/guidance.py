@@ -196,8 +196,7 @@ def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -
     """
     if spec.kind == "conventional" and params.attribution == "bcos":
         raise ModelError(
-            "guide.guided.attribution: a conventional network has no dynamic weights: choose input_x_gradient, "
-            "integrated_gradients or gradcam"
+            "attribution: a conventional network has no dynamic weights: choose input_x_gradient, integrated_gradients or gradcam"
         )
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":
@@ -206,5 +205,5 @@ def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -
         attribution = Attribution(params.attribution, params.layer).resolved(module, probe)
         explain(module, probe, torch.zeros(2, dtype=torch.long), attribution)
     except ValueError as error:
-        raise ModelError(f"guide.guided.layer: {error}") from None
+        raise ModelError(f"layer: {error}") from None
     return attribution

@@ -20,10 +20,10 @@ import torchvision
 from torch import nn
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.store import ModelSpec, assemble
 from pipelines.models.vit import SIMPLE_VITS, VITCS
-from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
-from pipelines.models.zoo import ModelError
+from pipelines.models.weights import StateDict, load_strictly, read_state_dict
 
 CLASSES, IMAGE_SIZE = 1000, 224
 CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}  # of a block, past the permutation and the activation

@@ -13,15 +13,12 @@ import torchvision
 from torch import nn
 
 from pipelines.models.cifar import CifarResNet
+from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
-from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
+from pipelines.models.weights import StateDict, load_strictly, read_state_dict
 from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(ValueError):
-    """An architecture that does not exist, or does not take the options given."""
 
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)

@@ -22,7 +22,7 @@ from pipelines.data.shards.sample import DataError
 from pipelines.data.shards.stored_explanations import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.models.store import CONFIG, WEIGHTS
-from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
+from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed, load
 from pipelines.storage.publish import publish, publish_explanations, publish_shards
 from pipelines.storage.retry import StorageError
 from pipelines.training import Job, Result, TrainingError, checkpoints, run_directory, train
@@ -211,6 +211,11 @@ class Task:
     explanations: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def section(self) -> str:
+        """Where `optim` stands in params.yaml."""
+        return {"classify": "guide.classify", "guide": "guide.guided"}.get(self.name, self.name.replace("/", "."))
+
     def all_notes(self) -> dict[str, Any]:
         """`notes`, and the subset."""
         return dict(self.notes) | ({} if self.subset is None else {"subset.json": self.subset.to_json()})
@@ -245,7 +250,8 @@ def train_stage(task: Task) -> None:
     """Trains the task and leaves the best epoch's model in `models/<name>`, its figures in `reports/<name>`."""
     name = task.name
     with stage_run(task.params, name, *task.settings(), upstream=task.upstream) as (run, directory):
-        result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
+        with keyed(task.section, task.optim):
+            result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
         save_best(task, result, Path("models", name))
         report(name, result, task.optim.objectives)
         for file, content in task.all_notes().items():

@@ -16,7 +16,7 @@ from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate
-from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, replaced
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
 from pipelines.training import Context, EpochRecord, Result, launch, train
 from pipelines.workflow.running import Task, save_best, shards_for_all
 from stages import bcosify, distill, guide
@@ -64,7 +64,8 @@ def run_trial(
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
-    result = train(job, sharing)
+    with keyed(task.section, task.optim):
+        result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
     if missing:

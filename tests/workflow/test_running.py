@@ -1,5 +1,6 @@
 import shutil
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 import pipelines
 from pipelines.data.shards.manifest import MANIFEST
 from pipelines.data.shards.sample import DataError
-from pipelines.params import ModelParams, load
+from pipelines.params import ModelParams, keyed, load
+from pipelines.training import TrainingError
 from pipelines.workflow import running
 
 
@@ -42,6 +44,18 @@ def test_what_is_the_users_to_mend_ends_a_stage_with_its_line_alone(tmp_path, mo
     monkeypatch.setattr(running, "load", lambda: None)
     with pytest.raises(SystemExit, match="a broken shard"), running.stage():
         raise DataError("a broken shard")
+
+
+@pytest.mark.parametrize("section", ["pretrain", "bcosify.scratch", "distill.e2kd", "guide.classify", "guide.guided"])
+def test_errors_about_training_params_name_their_key(section):
+    name = {"guide.classify": "classify", "guide.guided": "guide"}.get(section, section.replace(".", "/"))
+    params = load()
+    task = running.Task(params, name, attrgetter(section)(params), build=lambda: None, spec=None)
+    assert task.section == section
+    with pytest.raises(TrainingError, match=rf"^{section}\.select: no metric$"), keyed(task.section, task.optim):
+        raise TrainingError("select: no metric")
+    with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
+        raise TrainingError("the loss is NaN: 3")
 
 
 def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_path, monkeypatch):

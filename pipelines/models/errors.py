@@ -1,0 +1,9 @@
+"""Errors about models, for the user to mend: one line each."""
+
+
+class ModelError(ValueError):
+    """An architecture that does not exist, does not take the options given, or does not fit its use."""
+
+
+class WeightsError(ValueError):
+    """A weights file that is missing, altered, unsafe or not of this network."""
