@@ -118,13 +118,10 @@ def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _multihead_attention(module: nn.MultiheadAttention, conversion: Conversion) -> nn.Module:
     if module.bias_k is not None or module.add_zero_attn:
         raise ConversionError(f"{conversion.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted")
-    module.out_proj = conversion.child(module.out_proj, "out_proj")  # type: ignore[assignment]
-    return conversion.recast(module, BcosMultiheadAttention)
+    return conversion.recast(conversion.children(module, ["out_proj"]), BcosMultiheadAttention)
 
 
-@register_conversion(NonDynamicallyQuantizableLinear)
-def _linear(module: NonDynamicallyQuantizableLinear, conversion: Conversion) -> nn.Module:
-    return conversion.child(conversion.recast(module, nn.Linear), "")
+register_conversion(NonDynamicallyQuantizableLinear)(lambda module, conversion: conversion.by_rule_of(nn.Linear, module))
 
 
 class _EncoderLayer(nn.TransformerEncoderLayer):

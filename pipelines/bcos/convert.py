@@ -8,8 +8,8 @@ adds one:
     def _(module, conversion):
         return MyBcosBlock(conversion.child(module.conv, "conv"), ...)
 
-A rule returns the module that stands in the converted network. What it keeps of the original's children goes through
-`conversion.child`, or all of them at once through `conversion.children`.
+A rule returns the module that stands in the converted network. It converts those of the original's children that it keeps by
+`conversion.child`, or several or all of them by `conversion.children`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
 import torch
@@ -59,12 +59,19 @@ class Conversion:
         """The converted `module`, which is `name` in the module whose rule this is."""
         return _convert(module, dataclasses.replace(self, path=f"{self.path}.{name}".lstrip(".")))
 
-    def children(self, module: nn.Module) -> nn.Module:
-        """`module` itself with its children converted in place."""
-        for name, child in list(module._modules.items()):  # `named_children` would name a shared one once
+    def children(self, module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+        """`module` itself with its children converted in place; of `names` (dotted: of its descendants) those that exist."""
+        for name in list(module._modules) if names is None else names:  # `named_children` would name a shared child once
+            path, _, attribute = name.rpartition(".")
+            parent = module.get_submodule(path)
+            child = getattr(parent, attribute, None)
             if child is not None:
-                setattr(module, name, self.child(child, name))
+                setattr(parent, attribute, self.child(child, name))
         return module
+
+    def by_rule_of(self, base: type[nn.Module], module: nn.Module) -> nn.Module:
+        """`module`, whose type only renames or extends `base`, converted by the rule of `base`."""
+        return _convert(self.recast(module, base), self)
 
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
         """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
@@ -88,6 +95,21 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
         return rule
 
     return register
+
+
+def keep(module: nn.Module, conversion: Conversion) -> nn.Module:
+    """The rule of a module that is linear, or can be explained, as it is."""
+    return module
+
+
+def convert_children(module: nn.Module, conversion: Conversion) -> nn.Module:
+    """The rule of a module whose forward pass is linear but for its children."""
+    return conversion.children(module)
+
+
+def recast_to(to: type[nn.Module]) -> Rule:
+    """The rule of a module that becomes an instance of `to`, see `Conversion.recast`."""
+    return lambda module, conversion: conversion.recast(module, to)
 
 
 def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
@@ -114,21 +136,17 @@ def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
 # Rules of torch's own modules -----------------------------------------------------------------------------------------
 
 
-@register_conversion(
+register_conversion(
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.LeakyReLU, nn.PReLU,
     nn.AvgPool1d, nn.Unfold,
     nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
     BcosConv2d, BcosLinear, BcosBatchNorm, BcosLayerNorm, BcosGroupNorm, GatedGELU, GatedSiLU, GatedHardswish,
     GatedMish, GatedTanh, GatedReLU6, BcosReLU, BcosAvgPool2d,
     LocationsToBatch,
-)  # fmt: skip
-def _dynamic_linear_as_it_is(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return module
-
-
-@register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)
-def _container(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return conversion.children(module)
+)(keep)  # fmt: skip
+register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)(convert_children)
+register_conversion(nn.ReLU)(recast_to(BcosReLU))
+register_conversion(nn.AvgPool2d)(recast_to(BcosAvgPool2d))
 
 
 @register_conversion(nn.Conv2d)
@@ -214,9 +232,6 @@ for plain, gated in (
     (nn.ReLU6, GatedReLU6),
 ):
     register_conversion(plain)(lambda module, conversion, gated=gated: gated())
-
-register_conversion(nn.ReLU)(lambda module, conversion: conversion.recast(module, BcosReLU))
-register_conversion(nn.AvgPool2d)(lambda module, conversion: conversion.recast(module, BcosAvgPool2d))
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -315,13 +330,13 @@ def bcosify(
             for name in [name for name in module._parameters if is_bias(name)]:
                 module.register_parameter(name, None)
     if stem_pool == "average":
-        _replace_first(network.body, _is_stem_pool, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
+        _replace(network.body, _is_stem_pool, 0, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
     if gap_reorder:
-        _replace_last(network.body, _is_global_pool, LocationsToBatch())
+        _replace(network.body, _is_global_pool, -1, LocationsToBatch())
     if activation == "remove":
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.ReLU | Gate) and not _is_in_a_factor(network, name):
-                _set(network, name, nn.Identity())
+                network.set_submodule(name, nn.Identity())
     network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
@@ -370,18 +385,8 @@ def _is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-def _replace_first(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
-    name = next((name for name, module in model.named_modules() if wanted(module)), None)
-    if name is not None:
-        _set(model, name, new)
-
-
-def _replace_last(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
+def _replace(model: nn.Module, wanted: Callable[[nn.Module], bool], index: int, new: nn.Module) -> None:
+    """Puts `new` in place of one of the `wanted` modules: the first (index 0) or the last (-1), in the order of definition."""
     names = [name for name, module in model.named_modules() if wanted(module)]
     if names:
-        _set(model, names[-1], new)
-
-
-def _set(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, new)
+        model.set_submodule(names[index], new)

@@ -95,6 +95,14 @@ class BcosLayerNorm(Holdable, nn.LayerNorm):
         return (x if self.bias is None else x + self.bias).to(dtype)
 
 
+class BcosLayerNorm2d(BcosLayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class BcosGroupNorm(Holdable, nn.GroupNorm):
     """`nn.GroupNorm` of (N, C, ...), with a variance that can be held."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipelines.bcos import Conversion, Holdable, register_conversion
 from pipelines.bcos.attention import attend
+from pipelines.bcos.convert import keep
 
 HEAD_FEATURES = 64
 SIZES = {  # features, blocks
@@ -200,9 +201,8 @@ def simple_vit(name: str, num_classes: int = 1000, **options: object) -> SimpleV
 # Conversion -----------------------------------------------------------------------------------------------------------
 
 
-@register_conversion(Patches, SineCosinePositions)
-def _linear_as_it_is(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return module
+register_conversion(Patches, SineCosinePositions)(keep)
+register_conversion(Attention)(lambda module, conversion: conversion.children(module, ["norm", "to_out"]))
 
 
 @register_conversion(PatchLinear)
@@ -215,10 +215,3 @@ def _patch_linear(module: PatchLinear, conversion: Conversion) -> nn.Module:
     state = {"weight": weight} if module.bias is None else {"weight": weight, "bias": module.bias}
     plain.load_state_dict(state)
     return conversion.child(plain, "linear")
-
-
-@register_conversion(Attention)
-def _attention(module: Attention, conversion: Conversion) -> nn.Module:
-    module.norm = conversion.child(module.norm, "norm")  # type: ignore[assignment]
-    module.to_out = conversion.child(module.to_out, "to_out")  # type: ignore[assignment]
-    return module

@@ -20,17 +20,18 @@ from timm.layers.activations_me import HardMishMe, HardSwishMe, MishMe, SwishMe
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
-from pipelines.bcos import BcosConv2d, BcosLayerNorm, Conversion, ConversionError, Holdable, register_conversion
+from pipelines.bcos import BcosConv2d, Conversion, ConversionError, Holdable, register_conversion
 from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
 from pipelines.bcos.attention import attend
-from pipelines.bcos.convert import Rule
+from pipelines.bcos.convert import Rule, convert_children, keep, recast_to
+from pipelines.bcos.norms import BcosLayerNorm2d
 
 layers, models = timm.layers, timm.models
 
 # Linear as they are ---------------------------------------------------------------------------------------------------
 
 
-@register_conversion(
+register_conversion(
     layers.DropPath, layers.DropBlock2d, layers.PatchDropout, layers.PatchDropoutWithIndices, layers.LayerScale,
     layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
     layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
@@ -38,22 +39,15 @@ layers, models = timm.layers, timm.models
     layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU,
     models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
     models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
-)  # fmt: skip
-def _linear_as_it_is(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return module
-
-
-@register_conversion(
+)(keep)  # fmt: skip
+# Positions do not depend on the image: their layers stay ordinary.
+register_conversion(
     layers.RelPosBias, layers.RelPosMlp, layers.RelPosBiasTf, layers.RotaryEmbedding, layers.RotaryEmbeddingCat,
     layers.RotaryEmbeddingMixed, layers.RotaryEmbeddingDinoV3, layers.FourierEmbed, models.beit.RelativePositionBias,
     models.xcit.PositionalEncodingFourier, models.edgenext.PositionalEncodingFourier,
-)  # fmt: skip
-def _position(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """Positions do not depend on the image: their layers stay ordinary."""
-    return module
-
-
-@register_conversion(
+)(keep)  # fmt: skip
+# Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor.
+register_conversion(
     models.vision_transformer.VisionTransformer, models.deit.VisionTransformerDistilled, models.beit.Beit, models.beit.Block,
     models.eva.Eva, models.eva.EvaBlock, models.eva.EvaBlockPostNorm, models.cait.Cait, models.cait.LayerScaleBlock,
     models.cait.LayerScaleBlockClassAttn, models.xcit.Xcit, models.xcit.XCABlock, models.xcit.ClassAttentionBlock,
@@ -63,10 +57,7 @@ def _position(module: nn.Module, conversion: Conversion) -> nn.Module:
     models.mlp_mixer.ResBlock, models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
     models.nfnet.NormFreeBlock, models.volo.VOLO, models.vision_transformer_relpos.VisionTransformerRelPos,
     models.convit.ConVit, models.tnt.TNT, models.vision_transformer_sam.VisionTransformerSAM,
-)  # fmt: skip
-def _owner_of_constants(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor."""
-    return conversion.children(module)
+)(convert_children)  # fmt: skip
 
 
 @register_conversion(
@@ -82,19 +73,6 @@ def _branches(module: nn.Module, conversion: Conversion) -> nn.Module:
 
 
 # Layers and norms that are torch's own under another name -------------------------------------------------------------
-
-
-def _as(module: nn.Module, base: type[nn.Module], conversion: Conversion) -> nn.Module:
-    """What the rule of `base` makes of `module`."""
-    return conversion.child(conversion.recast(module, base), base.__name__)
-
-
-class LayerNorm2d(BcosLayerNorm):
-    """LayerNorm over the channels of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HeldRmsNorm(Holdable, layers.RmsNorm):
@@ -119,17 +97,19 @@ class HeldRmsNorm2d(HeldRmsNorm):
     channels_first = True
 
 
-def _to_layer_norm_2d(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return conversion.recast(_as(module, nn.LayerNorm, conversion), LayerNorm2d)
+def _by_rule_of(base: type[nn.Module]) -> Rule:
+    return lambda module, conversion: conversion.by_rule_of(base, module)
 
 
 _NORMS: dict[type[nn.Module], Rule] = {
-    nn.BatchNorm2d: lambda module, conversion: _as(module, nn.BatchNorm2d, conversion),
-    nn.LayerNorm: lambda module, conversion: _as(module, nn.LayerNorm, conversion),
-    nn.GroupNorm: lambda module, conversion: _as(module, nn.GroupNorm, conversion),
-    layers.LayerNorm2d: _to_layer_norm_2d,
-    layers.RmsNorm: lambda module, conversion: conversion.recast(module, HeldRmsNorm),
-    layers.RmsNorm2d: lambda module, conversion: conversion.recast(module, HeldRmsNorm2d),
+    nn.BatchNorm2d: _by_rule_of(nn.BatchNorm2d),
+    nn.LayerNorm: _by_rule_of(nn.LayerNorm),
+    nn.GroupNorm: _by_rule_of(nn.GroupNorm),
+    layers.LayerNorm2d: lambda module, conversion: conversion.recast(
+        conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d
+    ),
+    layers.RmsNorm: recast_to(HeldRmsNorm),
+    layers.RmsNorm2d: recast_to(HeldRmsNorm2d),
 }
 
 for _type, _base in {
@@ -187,27 +167,12 @@ class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
         return x if self.bias is None else x + self.bias.view(self.wb_shape)
 
 
-@register_conversion(layers.grn.GlobalResponseNorm)
-def _global_response_norm(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return conversion.recast(module, HeldGlobalResponseNorm)
-
-
 class LearnableAffine(models.hgnet.LearnableAffineBlock):
     """s·x + b, where the bias may have been removed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
         return self.scale * x if self.bias is None else self.scale * x + self.bias
-
-
-@register_conversion(models.hgnet.LearnableAffineBlock)
-def _learnable_affine(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return conversion.recast(module, LearnableAffine)
-
-
-@register_conversion(layers.Linear)
-def _linear(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return _as(module, nn.Linear, conversion)
 
 
 class BcosConv2dSame(BcosConv2d):
@@ -218,9 +183,14 @@ class BcosConv2dSame(BcosConv2d):
         return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
 
 
+register_conversion(layers.grn.GlobalResponseNorm)(recast_to(HeldGlobalResponseNorm))
+register_conversion(models.hgnet.LearnableAffineBlock)(recast_to(LearnableAffine))
+register_conversion(layers.Linear)(_by_rule_of(nn.Linear))
+
+
 @register_conversion(layers.Conv2dSame)
 def _conv_same(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return conversion.recast(_as(module, nn.Conv2d, conversion), BcosConv2dSame)
+    return conversion.recast(conversion.by_rule_of(nn.Conv2d, module), BcosConv2dSame)
 
 
 @register_conversion(layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame)
@@ -234,7 +204,7 @@ def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -
     module.weight = nn.Parameter(rows.view_as(module.weight))
     if getattr(module, "same_pad", False):
         return _conv_same(module, conversion)
-    return _as(module, nn.Conv2d, conversion)
+    return conversion.by_rule_of(nn.Conv2d, module)
 
 
 @register_conversion(layers.adaptive_avgmax_pool.FastAdaptiveAvgPool)
@@ -311,8 +281,8 @@ class HeldSquaredReLU(Holdable, models.metaformer.SquaredReLU):
         return x * self.hold(x)
 
 
-register_conversion(models.metaformer.StarReLU)(lambda module, conversion: conversion.recast(module, HeldStarReLU))
-register_conversion(models.metaformer.SquaredReLU)(lambda module, conversion: conversion.recast(module, HeldSquaredReLU))
+register_conversion(models.metaformer.StarReLU)(recast_to(HeldStarReLU))
+register_conversion(models.metaformer.SquaredReLU)(recast_to(HeldSquaredReLU))
 
 
 # Gates: what they multiply is on the way of the image, what computes them is not, and stays ordinary ------------------
@@ -335,20 +305,9 @@ def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
 
     def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         setattr(module, name, Factor(getattr(module, name)))
-        return _convert_children(module, converted, conversion)
+        return conversion.children(module, converted)
 
     return rule
-
-
-def _convert_children(module: nn.Module, names: tuple[str, ...], conversion: Conversion) -> nn.Module:
-    """`module` with those children (or theirs, by dotted names) converted that it has."""
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        parent = module.get_submodule(path)
-        child = getattr(parent, attribute, None)
-        if child is not None:
-            setattr(parent, attribute, conversion.child(child, name))
-    return module
 
 
 register_conversion(
@@ -395,7 +354,7 @@ def _attention(original: type[nn.Module], *converted: str, through: str = "attn_
         gate = getattr(module, "gate", None)
         if gate is not None:
             module.gate = Factor(gate)
-        _convert_children(module, ("proj", "proj_drop", *converted), conversion)
+        conversion.children(module, ("proj", "proj_drop", *converted))
         return conversion.recast(module, held) if getattr(module, "fused_attn", False) else module
 
 
@@ -536,7 +495,7 @@ class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
 # attention that is overridden: what becomes of it, and which of its children are on the image's way (q, k, v are linear, up to
 # the norms between them)
 def _overridden(held: type[nn.Module], converted: tuple[str, ...]) -> Rule:
-    return lambda module, conversion: conversion.recast(_convert_children(module, converted, conversion), held)
+    return lambda module, conversion: conversion.recast(conversion.children(module, converted), held)
 
 
 for _type, _held, _names in (

@@ -17,22 +17,17 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv
 from torchvision.models.inception import BasicConv2d as InceptionConv
 from torchvision.ops import SqueezeExcitation
 
-from pipelines.bcos import BcosLayerNorm, Conversion, Holdable, attend, register_conversion
+from pipelines.bcos import Conversion, Holdable, attend, register_conversion
+from pipelines.bcos.convert import convert_children, keep
+from pipelines.bcos.norms import BcosLayerNorm2d
 from pipelines.models.cifar import PadShortcut
 
-
-@register_conversion(
+register_conversion(
     PadShortcut, torchvision.ops.Permute, torchvision.ops.StochasticDepth,
     maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
-)  # fmt: skip
-def _linear_as_it_is(module: nn.Module, conversion: Conversion) -> nn.Module:
-    return module
-
-
-@register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)
-def _own_parameters_are_linear(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """A layer scale multiplies; a class token and position embeddings are constants beside or on top of the features."""
-    return conversion.children(module)
+)(keep)  # fmt: skip
+# Their own parameters are linear: a layer scale multiplies; a class token and position embeddings are constants.
+register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)(convert_children)
 
 
 # Networks whose pools and activations are functions: here they are modules, under the names of the originals -----------
@@ -138,16 +133,9 @@ def _squeeze_excitation(module: SqueezeExcitation, conversion: Conversion) -> nn
     return conversion.recast(module, _SqueezeExcitation)
 
 
-class _LayerNorm2d(BcosLayerNorm):
-    """Over the channels of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 @register_conversion(convnext.LayerNorm2d)
 def _layer_norm_2d(module: convnext.LayerNorm2d, conversion: Conversion) -> nn.Module:
-    return conversion.recast(conversion.child(conversion.recast(module, nn.LayerNorm), ""), _LayerNorm2d)
+    return conversion.recast(conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d)
 
 
 # Attention in windows --------------------------------------------------------------------------------------------------
@@ -233,9 +221,8 @@ class _ShiftedWindowAttentionV2(_ShiftedWindows, swin_transformer.ShiftedWindowA
 
 @register_conversion(swin_transformer.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttentionV2)
 def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, conversion: Conversion) -> nn.Module:
-    module.proj = conversion.child(module.proj, "proj")
     v2 = isinstance(module, swin_transformer.ShiftedWindowAttentionV2)
-    return conversion.recast(module, _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
+    return conversion.recast(conversion.children(module, ["proj"]), _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
 
 
 class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
@@ -254,5 +241,4 @@ class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
 
 @register_conversion(maxvit.RelativePositionalMultiHeadAttention)
 def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, conversion: Conversion) -> nn.Module:
-    module.merge = conversion.child(module.merge, "merge")
-    return conversion.recast(module, _RelativeAttention)
+    return conversion.recast(conversion.children(module, ["merge"]), _RelativeAttention)
