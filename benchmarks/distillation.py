@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
 from benchmarks.step import keep_small_features
-from pipelines.attribution import explainers
+from pipelines.attribution import comparable_explainers
 from pipelines.bcos import bcosify
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec, build
@@ -73,7 +73,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
             epochs=1, batch_size=case.batch, lr=0.1, explanation_weight=weight, explain_every=every, explanations=source
         )
         probe = torch.full((1, 6, case.size, case.size), 0.5, device=device)
-        explain = explainers(student, teacher, probe, held=True) if weight else None
+        explain = comparable_explainers(student, teacher, probe, held=True) if weight else None
         method = E2KD(student, spec, teacher, params, explain)
         objective = build_objective(method, training)
         stored = live_maps(method, batch) if name == "frozen" else {}

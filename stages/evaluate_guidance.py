@@ -1,5 +1,8 @@
 """Stage `evaluate_guidance`: the classifier before and after guidance; figures and pictures in `reports/evaluate_guidance`."""
 
+from dataclasses import asdict
+
+from pipelines.attribution import Attribution
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.workflow.evaluating import CODE, evaluate_models
 from pipelines.workflow.identity import of_data
@@ -15,8 +18,8 @@ def main() -> None:
     """Evaluates both on the splits of the params, also by the attribution that was guided; pictures are of the last split."""
     with stage() as whole:
         params, models = whole.for_guide(), {"unguided": model_folder("classify"), "guided": model_folder("guide")}
-        guided = {"method": params.guide.guided.attribution, "layer": params.guide.guided.layer}
-        settings = (of_data(params.data), params.evaluate, params.guide.splits, guided)
+        guided = Attribution(params.guide.guided.attribution, params.guide.guided.layer)
+        settings = (of_data(params.data), params.evaluate, params.guide.splits, asdict(guided))
         upstream = tuple(models.values())
         with stage_run(params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
             found = {split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits}

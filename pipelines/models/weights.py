@@ -12,13 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipelines.errors import UserError
+from pipelines.models.errors import WeightsError
 
 StateDict = dict[str, Tensor]
-
-
-class WeightsError(UserError, ValueError):
-    """A weights file that is missing, altered, unsafe or not of this network."""
 
 
 def read_state_dict(source: str, sha256: str | None = None) -> StateDict:

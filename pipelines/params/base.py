@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,3 +36,17 @@ class Strict(BaseModel):
     """A group of params: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+@contextmanager
+def keyed(section: str, group: Strict) -> Iterator[None]:
+    """Puts `section` before an error in the block that begins with a field of `group`: `a.b.select: ...` for `select: ...`.
+
+    The type of the error stays. Library code knows the fields of a group, but not where the group stands in params.yaml.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if str(error).partition(":")[0] not in type(group).model_fields:
+            raise
+        raise type(error)(f"{section}.{error}") from error

@@ -174,7 +174,7 @@ def _point(record: EpochRecord, names: Sequence[str]) -> tuple[float, ...]:
     metrics = record["metrics"]
     for name in names:
         if name not in metrics:
-            raise TrainingError(f"optim.select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
+            raise TrainingError(f"select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
     values = (-metrics[name] if "loss" in name else metrics[name] for name in names)
     return tuple(-math.inf if math.isnan(value) else value for value in values)
 

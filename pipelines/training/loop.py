@@ -122,7 +122,7 @@ def check_selection(job: Job, method: Method) -> None:
     names = [f"val/{name}" for name in method.metrics()] + ["train/loss"]
     for objective in job.optim.objectives:
         if objective not in names and not objective.startswith("train/"):
-            raise TrainingError(f"optim.select: no metric {objective!r}; there are {', '.join(names)}")
+            raise TrainingError(f"select: no metric {objective!r}; there are {', '.join(names)}")
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:

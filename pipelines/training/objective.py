@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipelines.bcos.compiler import set_up_compiler
 from pipelines.bcos.explanation import Explanation, explaining, hold_states
+from pipelines.bcos.fused import set_up_compiler
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import evaluate_and_judge
+from pipelines.evaluation import evaluate_with_correctness
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError
 from pipelines.training import launch
@@ -42,7 +42,7 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
 
 
 def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any) -> tuple[dict[str, Any], dict[str, bool]]:
-    """`evaluate_and_judge` of the models in `folders`, on the workers of `evaluate.workers`; `arguments` follow the params."""
+    """`evaluate_with_correctness` of the models in `folders` on `evaluate.workers`; `arguments` follow the params."""
     training = params.training.model_copy(update={"workers": params.evaluate.workers})
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
-    return launch(evaluate_and_judge, *where, *arguments, training=training, storage=params.storage.root)
+    return launch(evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root)

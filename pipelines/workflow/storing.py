@@ -11,7 +11,7 @@ from pipelines.data.shards.stored_explanations import INDEX, read_index
 from pipelines.methods import check_pair
 from pipelines.methods.stored_explanations import store_explanations
 from pipelines.models import read_spec
-from pipelines.params import Params
+from pipelines.params import Params, keyed
 from pipelines.storage.publish import fetch
 from pipelines.training import checkpoints, launch
 from pipelines.workflow.places import is_shared, model_folder, model_for_all, shards_for_all, shards_of
@@ -22,7 +22,8 @@ def store(params: Params, out: Path) -> None:
     """Stores the explanations of the teacher in `models/teacher` in the folder `out`, computed on the workers of the params."""
     teacher, shots = model_folder("teacher"), params.distill.shots
     spec = read_spec(teacher)
-    check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), spec), spec, explained=True)
+    with keyed("distill", params.distill):
+        check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), spec), spec, explained=True)
     shards, shared = shards_for_all(params), is_shared(params)
     subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
     place = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if shared else str(out.absolute())

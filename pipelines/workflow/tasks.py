@@ -24,7 +24,7 @@ from pipelines.methods import (
 )
 from pipelines.methods.stored_explanations import origin_of
 from pipelines.models import ModelSpec, read_spec
-from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError
+from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed
 from pipelines.training import Job
 from pipelines.workflow.places import (
     STORED_EXPLANATIONS,
@@ -67,6 +67,11 @@ class Task:
     subset: Subset | None = None
     explanations: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def section(self) -> str:
+        """The key of `optim` in params.yaml."""
+        return {"classify": "guide.classify", "guide": "guide.guided"}.get(self.name, self.name.replace("/", "."))
 
     def all_notes(self) -> dict[str, Any]:
         """`notes`, and the subset."""
@@ -119,7 +124,8 @@ def distill(params: Params, run: str) -> Task:
     optim, teacher = getattr(params.distill, run), model_folder("teacher")
     manifest, teacher_spec = read_manifest(shards_of(params.dataset)), read_spec(teacher)
     spec = student_spec(params, manifest, teacher_spec)
-    check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
+    with keyed("distill", params.distill):
+        check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
     if optim.label_weight > 0 and not manifest.labelled:
         raise ParamsError(f"distill.{run}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}")
     subset, notes, explanations = None, {}, None
@@ -153,7 +159,8 @@ def classify(whole: Params) -> Task:
     spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
     build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
     check_boxes(shards_of(params.dataset))  # the stage `guide` needs them: better now than after this training
-    check_guidable(build().module, spec, params.guide.guided)
+    with keyed("guide.guided", params.guide.guided):
+        check_guidable(build().module, spec, params.guide.guided)
     return Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines import models, tracking
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.params import Params, ParamsError
+from pipelines.params import Params, ParamsError, keyed
 from pipelines.storage.paths import absolute, run_directory
 from pipelines.training import Result, checkpoints, train
 from pipelines.workflow import identity
@@ -70,7 +70,8 @@ def train_stage(task: Task) -> None:
     name, folder = task.name, Path("models", task.name)
     with stage_run(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
         resume(task, run, directory)
-        result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
+        with keyed(task.section, task.optim):
+            result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
         save_best(task, result, folder)
         report_training(name, result, task.optim.objectives)
         for file, content in task.all_notes().items():

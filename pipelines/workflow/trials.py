@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from pipelines import tracking
+from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.pictures import draw_front
-from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, replaced
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
 from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.training import EpochRecord, Result, launch, train
@@ -72,7 +73,8 @@ def run_trial(
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
-    result = train(job, sharing)
+    with keyed(task.section, task.optim):
+        result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
     if missing:
@@ -86,12 +88,12 @@ def judge(context: Context, task: Task, shards: str, result: Result, params: Eva
     """Localisation scores on the validation split of the best epoch's explanations (of a guided model, those guided)."""
     optim, guided = task.optim, None
     if isinstance(optim, GuidanceParams):
-        guided = {"method": optim.attribution, "layer": optim.layer}
+        guided = Attribution(optim.attribution, optim.layer)
     with TemporaryDirectory() as model:
         save_best(task, result, Path(model))
         found, _ = evaluate(context, {"trial": model}, shards, task.params.data, params, "val", guided=guided)
     explanations: dict[str, dict[str, float]] = found["models"]["trial"]["explanations"]
-    names = ("guided", guided["method"]) if guided else tuple(explanations)
+    names = ("guided", guided.method) if guided else tuple(explanations)
     scores = next((explanations[name] for name in names if name in explanations), {})
     return {f"val/{name}": value for name, value in scores.items()}
 
