@@ -1,3 +1,3 @@
 """The library: everything that is computed."""
 
-from pipelines import process as _process  # noqa: F401  (sets up threads and memory before torch is imported)
+from pipelines import process  # sets up threads and memory before torch is imported

@@ -11,15 +11,3 @@ from pipelines.attribution.explain import (
 )
 from pipelines.attribution.gradcam import last_features
 from pipelines.bcos import dynamic_weights
-
-__all__ = [
-    "METHODS",
-    "Attribution",
-    "Explainer",
-    "attribute",
-    "comparable_explainers",
-    "dynamic_weights",
-    "explain",
-    "explain_pairs",
-    "last_features",
-]

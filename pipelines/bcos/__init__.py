@@ -9,37 +9,3 @@ from pipelines.bcos.explanation import Holdable, explanation_mode
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, clamp_b, layer_b, set_b
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch, add_inverse
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BcosBatchNorm",
-    "BcosConv2d",
-    "BcosGroupNorm",
-    "BcosLayerNorm",
-    "BcosLinear",
-    "BcosNetwork",
-    "Conversion",
-    "ConversionError",
-    "Finding",
-    "GatedGELU",
-    "GatedHardswish",
-    "GatedSiLU",
-    "Holdable",
-    "LocationsToBatch",
-    "add_inverse",
-    "attend",
-    "audit",
-    "bcosify",
-    "check_held",
-    "clamp_b",
-    "contribution_map",
-    "convert",
-    "dynamic_weights",
-    "explanation_mode",
-    "is_bias",
-    "layer_b",
-    "register_conversion",
-    "rgba",
-    "set_b",
-]

@@ -6,17 +6,3 @@ from pipelines.evaluation.explained_model import ExplainedModel, knows_positions
 from pipelines.evaluation.grids import grid_explainer
 from pipelines.evaluation.predictions import Predictions
 from pipelines.evaluation.scores import BOX_SIZES, Scores
-
-__all__ = [
-    "BOX_SIZES",
-    "ExplainedModel",
-    "Predictions",
-    "Scores",
-    "evaluate",
-    "evaluate_with_correctness",
-    "examples_by_key",
-    "grid_explainer",
-    "knows_positions",
-    "load_explained_model",
-    "split_batches",
-]

@@ -12,22 +12,3 @@ from pipelines.methods.guidance import (
 )
 from pipelines.methods.method import Batch, Classification, Method
 from pipelines.methods.pretrain import Pretrain, build_pretrain
-
-__all__ = [
-    "E2KD",
-    "Batch",
-    "Bcosification",
-    "Classification",
-    "Guidance",
-    "Method",
-    "ObjectClassification",
-    "Pretrain",
-    "build_bcosification",
-    "build_classifier",
-    "build_e2kd",
-    "build_guidance",
-    "build_pretrain",
-    "check_guidable",
-    "check_pair",
-    "classifier_spec",
-]

@@ -4,18 +4,3 @@ from pipelines.tracking.provenance import lock_hash
 from pipelines.tracking.registry import Registered, TrackingError, load, register
 from pipelines.tracking.runs import EpochLogger, StageRun, child_run, stage_run
 from pipelines.tracking.server import project_root, tracking_uri, where_to_look
-
-__all__ = [
-    "EpochLogger",
-    "Registered",
-    "StageRun",
-    "TrackingError",
-    "child_run",
-    "load",
-    "lock_hash",
-    "project_root",
-    "register",
-    "stage_run",
-    "tracking_uri",
-    "where_to_look",
-]

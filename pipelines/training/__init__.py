@@ -11,17 +11,3 @@ from pipelines.training.job import (
 )
 from pipelines.training.launch import cluster, launch, train
 from pipelines.training.validation import evaluate_split
-
-__all__ = [
-    "Context",
-    "EpochRecord",
-    "Job",
-    "Result",
-    "TrainingError",
-    "best_record",
-    "cluster",
-    "evaluate_split",
-    "launch",
-    "shard_batches",
-    "train",
-]

@@ -24,8 +24,6 @@ from pipelines.params import (
     WaterbirdsParams,
 )
 
-__all__ = ["Source", "get"]
-
 
 class Source(Protocol):
     """A data set that can be brought here and read sample by sample. Sources pickle, and so do their references."""
