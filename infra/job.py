@@ -7,7 +7,6 @@ PLACE/result.json   written last: which of these folders, and name, bytes and sh
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pipelines.data.shards.sample import DataError
-from pipelines.storage.publish import fetch, publish
-from pipelines.training import checkpoints
+from pipelines.storage import files
+from pipelines.storage.errors import one_line
+from pipelines.storage.publish import publish, pull
 
 PLACE = "SUBMITTED_PLACE"  # tells a stage that it is a job's, and of which
 
@@ -42,9 +42,9 @@ class Order(TypedDict):
 def main(place: str) -> int:
     """Brings the inputs, runs the stages, puts their outputs to `place`; returns the exit status of the first that failed."""
     try:
-        order = bring(place, Path())
+        order = pull_inputs(place, Path())
     except OSError as error:
-        sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
+        sys.exit(f"the cluster cannot read {place}: {one_line(error)}")
     told = os.environ | order["environment"] | {PLACE: place}
     for stage in order["stages"]:
         print(f"stage {stage['name']}: {stage['command']}", flush=True)
@@ -54,25 +54,25 @@ def main(place: str) -> int:
         tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
         deliver(place, [*(path for stage in order["stages"] for path in stage["outputs"]), *tracked])
     except (OSError, DataError) as error:
-        sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
+        sys.exit(f"the outputs do not get to {place}: {one_line(error)}")
     return 0
 
 
-def bring(place: str, folder: Path) -> Order:
+def pull_inputs(place: str, folder: Path) -> Order:
     """Leaves the inputs of the job at `place` in a folder, as stages find them in their working directory; returns its order."""
-    order: Order | None = checkpoints.read_json(place, "order.json")
+    order: Order | None = files.read_json(f"{place}/order.json")
     if order is None:
         sys.exit(f"{place}: no order.json: nothing was submitted there")
     for item in order["inputs"]:
-        fetch(item["url"], folder / item["folder"], item["names"])
+        pull(item["url"], folder / item["folder"], item["names"])
     return order
 
 
 def deliver(place: str, outputs: Iterable[str]) -> None:
     """Puts files and folders of the working directory to `place`."""
-    files = [path.as_posix() for output in outputs for path in files_in(Path(output))]
-    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", files)
-    checkpoints.write_json(place, "result.json", {"outputs": url, "files": [described(Path(name)) for name in files]})
+    names = [path.as_posix() for output in outputs for path in files_in(Path(output))]
+    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", names)
+    files.write_json(f"{place}/result.json", {"outputs": url, "files": [described(Path(name)) for name in names]})
 
 
 def files_in(path: Path) -> list[Path]:
@@ -82,8 +82,7 @@ def files_in(path: Path) -> list[Path]:
 
 def described(path: Path) -> dict[str, Any]:
     """Name, bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": files.file_digest(path)}
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pipelines.evaluation import evaluate_and_judge
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError
+from pipelines.storage.files import write_json
 from pipelines.training import launch
-from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, shards_of, stage, stage_run, write_json
+from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, shards_of, stage, stage_run
 
 OUT = REPORTS / "evaluate"
 NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}  # of the B-cos networks, in reports

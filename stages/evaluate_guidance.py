@@ -5,8 +5,9 @@ from typing import Any
 
 from pipelines.evaluation import evaluate_and_judge
 from pipelines.evaluation.gallery import draw_gallery
+from pipelines.storage.files import write_json
 from pipelines.training import launch
-from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run, write_json
+from pipelines.workflow.running import REPORTS, flat, models_for_all, shards_for_all, stage, stage_run
 from stages.evaluate import in_models
 
 OUT = REPORTS / "evaluate_guidance"

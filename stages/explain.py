@@ -10,8 +10,9 @@ from pipelines.methods import check_pair
 from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.models import read_spec
 from pipelines.params import Params
-from pipelines.storage.publish import fetch
-from pipelines.training import checkpoints, launch
+from pipelines.storage import files
+from pipelines.storage.publish import pull
+from pipelines.training import launch
 from pipelines.workflow.running import model_for_all, seen_by_all, shards_for_all, shards_of, stage, student_spec
 
 OUT = Path("data/explanations")
@@ -39,8 +40,8 @@ def main() -> None:
 
 def take(url: str, folder: Path) -> None:
     """Moves the stored explanations at a URL to a folder here."""
-    fetch(url, folder, (*(shard["name"] for shard in read_index(url)["shards"]), INDEX))
-    checkpoints.remove(url)
+    pull(url, folder, (*(shard["name"] for shard in read_index(url)["shards"]), INDEX))
+    files.remove(url)
 
 
 def origin(params: Params, teacher: str) -> Origin:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.workflow.running import REPORTS, flat, shards_of, stage, write_json
+from pipelines.storage.files import write_json
+from pipelines.workflow.running import REPORTS, flat, shards_of, stage
 from stages.evaluate import NAMES
 
 

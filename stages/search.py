@@ -18,8 +18,8 @@ from pipelines.evaluation.pictures import draw_front
 from pipelines.params import Params, check_space, leaves
 from pipelines.search.records import Trial, as_it_is, folder
 from pipelines.search.tune import front, search
-from pipelines.training import checkpoints
-from pipelines.workflow.running import COMPUTATION, REPORTS, Task, code_digest, seen_by_all, stage, stage_run, write_json
+from pipelines.storage.files import write_json
+from pipelines.workflow.running import COMPUTATION, REPORTS, Task, code_digest, seen_by_all, stage, stage_run
 from pipelines.workflow.trials import check_metrics, run_trial, task_of
 from stages import explain
 from stages.tools.summary import searched
@@ -77,7 +77,7 @@ def place_of_inputs(params: Params, task: Task) -> str | None:
     inputs = [item for folder in folders if (item := put(folder, storage))["names"]]
     order: Order = {"stages": [], "inputs": inputs, "environment": {}}
     place = f"{storage}/jobs/search-{uuid.uuid4().hex[:8]}"
-    checkpoints.write_json(place, "order.json", order)
+    write_json(f"{place}/order.json", order)
     return place
 
 

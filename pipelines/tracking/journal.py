@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pipelines.storage import files
+
 
 class MetricRow(TypedDict):
     """One value of one metric; `timestamp` in milliseconds."""
@@ -59,16 +61,16 @@ class Journal:
             "tags": dict(tags),
             "datasets": [],
         }
-        self._write(head)
+        files.write_json(self.root / "run.json", head)
 
     @property
     def head(self) -> dict[str, Any]:
         """Everything but metrics and artifacts."""
-        return json.loads((self.root / "run.json").read_text())
+        return files.read_json(self.root / "run.json")
 
     def update(self, **values: Any) -> None:
         """Replaces values of the head."""
-        self._write({**self.head, **values})
+        files.write_json(self.root / "run.json", {**self.head, **values})
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends what is not there yet: a metric has one value a step, the first."""
@@ -104,11 +106,6 @@ class Journal:
         head = self.head
         if dict(dataset) not in head["datasets"]:
             self.update(datasets=[*head["datasets"], dict(dataset)])
-
-    def _write(self, head: Mapping[str, Any]) -> None:
-        partial = self.root / f"run.json.{os.getpid()}"
-        partial.write_text(json.dumps(head, indent=1) + "\n")
-        os.replace(partial, self.root / "run.json")
 
 
 def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -18,14 +17,16 @@ from pipelines import models, tracking
 from pipelines.bcos import ConversionError
 from pipelines.data.loading.subsets import Subset
 from pipelines.data.shards.manifest import Manifest, read_manifest
+from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.data.shards.sample import DataError
 from pipelines.data.shards.stored_explanations import INDEX
 from pipelines.models import ModelError, ModelSpec, WeightsError
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, load
-from pipelines.storage.publish import publish, publish_explanations, publish_shards
-from pipelines.storage.retry import StorageError
-from pipelines.training import Job, Result, TrainingError, checkpoints, run_directory, train
+from pipelines.storage import files
+from pipelines.storage.errors import StorageError
+from pipelines.storage.publish import publish
+from pipelines.training import Job, Result, TrainingError, run_directory, train
 
 REPORTS = Path("reports")
 UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the run that goes on with them
@@ -97,12 +98,6 @@ def bring(source: str, out: Path) -> None:
     models.save(out, *tracking.load(source))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON with a stable order of keys as given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def spec_of(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
     """The spec of a model of this run's architecture for this run's data; raises `DataError` where that has no classes."""
     if not manifest.labelled:
@@ -139,9 +134,8 @@ def located(model: ModelParams) -> ModelParams:
     """`model` with a local weights file by its absolute path, as workers may run elsewhere, and its sha256."""
     if not Path(model.weights).is_file():
         return model
-    with open(model.weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return model.model_copy(update={"weights": os.path.abspath(model.weights), "sha256": model.sha256 or digest})
+    digest = model.sha256 or files.file_digest(model.weights)
+    return model.model_copy(update={"weights": os.path.abspath(model.weights), "sha256": digest})
 
 
 @contextmanager
@@ -168,15 +162,15 @@ def stage_run(
         params=params.model_dump(mode="json"),
         directory=directory,
         inputs={"shards": shards, **{Path(path).name: str(path) for path in upstream}},
-        key=checkpoints.read_json(directory, UNFINISHED) if outlives else None,
+        key=files.read_json(f"{directory}/{UNFINISHED}") if outlives else None,
     ) as run:
         if outlives:
-            checkpoints.write_json(directory, UNFINISHED, run.key)
+            files.write_json(f"{directory}/{UNFINISHED}", run.key)
         run.dataset(manifest.to_json(), name=params.dataset, context=context)
         yield run, directory
     if outlives:
         try:
-            checkpoints.write_json(directory, UNFINISHED, None)
+            files.write_json(f"{directory}/{UNFINISHED}", None)
         except OSError as error:  # the stage is done
             print(
                 f"{directory}/{UNFINISHED} stays: {error}; run again, the stage would go on with this MLflow run", file=sys.stderr
@@ -249,7 +243,7 @@ def train_stage(task: Task) -> None:
         save_best(task, result, Path("models", name))
         report(name, result, task.optim.objectives)
         for file, content in task.all_notes().items():
-            write_json(Path("models", name, file), content)
+            files.write_json(Path("models", name, file), content)
             run.artifact(Path("models", name, file), "model")
         run.history(result.history)
         run.model(Path("models", name))
@@ -268,13 +262,13 @@ def report(name: str, result: Result, objectives: Sequence[str]) -> None:
     Of several objectives, `front.json` lists the epochs of their Pareto front, where their checkpoints are, and which was chosen.
     """
     best, folder = result.best, REPORTS / name
-    write_json(folder / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
-    write_json(folder / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in result.history])
+    files.write_json(folder / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
+    files.write_json(folder / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in result.history])
     if len(objectives) > 1:
         of = {row["epoch"]: {objective: row["metrics"][objective] for objective in objectives} for row in result.kept}
         steps = {row["epoch"]: f"{result.directory}/checkpoints/step-{row['step']:08d}" for row in result.kept}
         front = [{"epoch": epoch, **of[epoch], "checkpoint": steps[epoch], "chosen": epoch == best["epoch"]} for epoch in of]
-        write_json(folder / "front.json", front)
+        files.write_json(folder / "front.json", front)
 
 
 def code_digest(names: Sequence[str] = TRAINING_CODE) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from infra.job import bring
+from infra.job import pull_inputs
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate
@@ -78,7 +78,7 @@ def run_trial(
 def inputs_of(place: str) -> TemporaryDirectory[str]:
     """A folder of this process with what the stages before made."""
     folder = TemporaryDirectory(prefix="inputs-")
-    bring(place, Path(folder.name))
+    pull_inputs(place, Path(folder.name))
     return folder
 
 

@@ -9,6 +9,7 @@ import pipelines
 from pipelines.data.shards.manifest import MANIFEST
 from pipelines.data.shards.sample import DataError
 from pipelines.params import ModelParams, load
+from pipelines.storage.files import write_json
 from pipelines.workflow import running
 
 
@@ -52,7 +53,7 @@ def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_pat
     splits = {"train": [{"name": "train-000000.tar", "bytes": 1, "sha256": "00" * 32, "count": 1}]}
     manifest = {"classes": ["a", "b"], "task": "multiclass", "source": "objects", "checksum": "ab" * 32, "splits": splits}
     manifest |= {"fields": {}}
-    running.write_json(Path(running.shards_of(params.dataset), MANIFEST), manifest)
+    write_json(Path(running.shards_of(params.dataset), MANIFEST), manifest)
     keys = []
 
     def execute(lost):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import posixpath
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ import fsspec
 from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
+from pipelines.storage.files import staged
 
 _BLOCK = 1 << 20  # bytes
 WHOLE_FILE = -1  # the offset of a member that is a file of its own
@@ -112,16 +112,13 @@ def to_tar(path: Path, destination: Path, progress: bool) -> None:
     Raises:
         DataError: the archive is damaged, cut short or encrypted.
     """
-    partial = destination.with_name(destination.name + ".part")
     with path.open("rb") as file:
         unpack = _gunzip if file.read(2) == b"\x1f\x8b" else _zip_to_tar
-    try:
-        with partial.open("wb") as output:
+    with staged(destination) as unpacked, unpacked.open("wb") as output:
+        try:
             unpack(path, output, progress)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
-        partial.unlink()
-        raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
-    os.replace(partial, destination)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
+            raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
 
 
 def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
@@ -198,13 +195,6 @@ def folder_with(contents: Contents, marker: str, source: str) -> str:
         top = sorted({name.partition("/")[0] for name in visible(contents.files)})
         raise DataError(f"{source}: {marker} is missing; there is: {', '.join(top[:10]) or 'nothing'}")
     return min((name.removesuffix(marker) for name in names), key=lambda folder: (folder.count("/"), folder))
-
-
-def copy(path: Path, destination: Path) -> None:
-    """Copies a file, atomically."""
-    partial = destination.with_name(destination.name + ".part")
-    shutil.copyfile(path, partial)
-    os.replace(partial, destination)
 
 
 def visible(names: Iterable[str]) -> Iterator[str]:

@@ -6,10 +6,8 @@ is part of. The final name appears by rename, after length and digest are right.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import io
-import json
 import os
 import time
 import urllib.error
@@ -20,9 +18,9 @@ from typing import Any
 
 import fsspec
 
-from pipelines.data.raw.listing import write_atomically
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
+from pipelines.storage.files import file_digest, read_json, write_json
 
 _BLOCK = 1 << 18  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
@@ -85,7 +83,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
     another file: then it starts anew.
     """
     note = partial.with_name(partial.name + ".json")
-    known = json.loads(note.read_text()) if note.exists() and partial.exists() else {}
+    known = (read_json(note) if partial.exists() else None) or {}
     version = known.get("version") if known.get("url") == url else None
     resumable = known.get("url") == url and (version is not None or trusted)
     stream = _open(url, _size(partial) if resumable else 0, version)
@@ -93,7 +91,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
         if stream.total is None and not trusted:
             raise DataError(f"{url}: the server does not tell the length: give a sha256 so that the end can be known")
         with partial.open("r+b" if stream.offset else "wb") as file:
-            write_atomically(note, json.dumps({"url": url, "version": stream.version}))
+            write_json(note, {"url": url, "version": stream.version})
             file.truncate(stream.offset)
             file.seek(stream.offset)
             with bar("downloading", stream.total, unit="bytes", done=stream.offset, show=progress) as advance:
@@ -170,8 +168,7 @@ def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> N
 def _digest_of(path: Path, like: str) -> str:
     """The digest of a file, by the algorithm that `like` names before its colon."""
     algorithm = like.partition(":")[0]
-    with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+    return f"{algorithm}:{file_digest(path, algorithm)}"
 
 
 def _size(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from typing import NamedTuple
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Contents
 from pipelines.data.formats.download import download
-from pipelines.data.raw import listing
 from pipelines.data.shards.sample import DataError
+from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 _UNPACKED = "images.tar"
@@ -42,10 +43,10 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
         if sha256 is not None:
             raise DataError(f"{root}: sha256 is of a file, and this is a folder: leave sha256 out")
         contents = archive.list_folder(root if remote else str(path))
-        return contents, listing.combined_sha256({name: str(item.size) for name, item in contents.files.items()})
+        return contents, combined_sha256({name: str(item.size) for name, item in contents.files.items()})
     elif not path.is_file():
         raise DataError(f"{root}: no such file or folder")
-    found = listing.sha256_of(path)
+    found = file_digest(path)
     if sha256 is not None and found != sha256:
         raise DataError(f"{root}: has sha256 {found}, where {sha256} was expected")
     if not remote and archive.is_plain_tar(path):
@@ -66,17 +67,18 @@ def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, 
     for name, (url, digest) in archives.items():
         packed = cache / posixpath.basename(url)
         download(url, packed, digest=digest, progress=progress)
-        sums[name] = digest or f"sha256:{listing.sha256_of(packed)}"
+        sums[name] = digest or f"sha256:{file_digest(packed)}"
         contents = _unpacked(packed, raw, f"{name}.tar", progress)
         files |= contents.files
         folders |= contents.folders
-    return Contents(files, frozenset(folders)), listing.combined_sha256(sums)
+    return Contents(files, frozenset(folders)), combined_sha256(sums)
 
 
 def _unpacked(path: Path, raw: Path, name: str, progress: bool) -> Contents:
     """The contents of an archive, left in `raw` as the plain tar `name`."""
     if archive.is_plain_tar(path):
-        archive.copy(path, raw / name)
+        with staged(raw / name) as copy:
+            shutil.copyfile(path, copy)
     else:
         archive.to_tar(path, raw / name, progress)
     return archive.list_tar(raw / name, name, str(path))

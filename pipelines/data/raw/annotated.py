@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipelines.data.raw.holdout import shuffled
 from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import Box, DataError, Description, Sample
 from pipelines.params import DatasetParams
+from pipelines.storage.files import combined_sha256, file_digest, staged
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +94,12 @@ class AnnotatedImages:
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
     """Leaves the images and annotations of one split in `raw`, in their order, one at a time; returns how many they are."""
     path = annotations_path(raw, split)
-    partial = path.with_name(path.name + ".part")
     refs = []
-    with partial.open("wb") as file:
+    with staged(path) as unfinished, unfinished.open("wb") as file:
         for image, annotation in samples:
             line = (json.dumps(asdict(annotation), separators=(",", ":")) + "\n").encode()
             refs.append(AnnotatedRef(image, Ref(image.key, path.name, file.tell(), len(line))))
             file.write(line)
-    os.replace(partial, path)
     listing.write_index(raw, split, refs)
     return len(refs)
 
@@ -126,9 +124,9 @@ def write_description(raw: Path, description: Description, check: BoxCheck, othe
     if left_out:
         told = ", ".join(f"{count} {what}" for what, count in left_out.items())
         log.warning("%s: left out: %s", description.source, told)
-    sums = {split: listing.sha256_of(annotations_path(raw, split)) for split in SPLITS}
-    checksum = listing.combined_sha256({"files": description.checksum, **sums})
-    listing.write_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
+    sums = {split: file_digest(annotations_path(raw, split)) for split in SPLITS}
+    checksum = combined_sha256({"files": description.checksum, **sums})
+    listing.write_raw_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
 
 
 def annotations_path(raw: Path, split: str) -> Path:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipelines.data.shards.sample import DataError, Task
-from pipelines.storage.retry import with_patience
+from pipelines.storage.files import file_digest, read_json
 
 MANIFEST = "manifest.json"
 
@@ -28,6 +26,15 @@ class Shard:
     bytes: int
     sha256: str
     count: int  # samples
+
+    def check(self, path: Path, *, verify: bool = True) -> None:
+        """Raises `ShardError` unless the file at `path` has the size of this tar and, if `verify`, its sha256."""
+        size = path.stat().st_size
+        if size != self.bytes:
+            fault = "truncated" if size < self.bytes else "too long"
+            raise ShardError(f"{self.name}: {fault}: {size} bytes; the manifest says {self.bytes}")
+        if verify and (sha256 := file_digest(path)) != self.sha256:
+            raise ShardError(f"{self.name}: sha256 is {sha256}; the manifest says {self.sha256}")
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,13 @@ def read_manifest(root: str) -> Manifest:
     Raises:
         ShardError: there is none, or it is not one.
     """
-    filesystem, folder = fsspec.url_to_fs(str(root))
     try:
-        return parse_manifest(json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{MANIFEST}"), str(root))))
-    except FileNotFoundError:
-        raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end") from None
+        content = read_json(f"{root}/{MANIFEST}")
+        manifest = None if content is None else parse_manifest(content)
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardError(f"{root}/{MANIFEST}: not a manifest of shards ({error!r})") from None
+    if manifest is None:
+        raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end")
+    return manifest

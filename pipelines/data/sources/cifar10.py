@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pipelines.data.formats import archive
 from pipelines.data.formats.download import download
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.roots import open_root
-from pipelines.data.raw import listing
 from pipelines.data.shards.sample import DataError
 from pipelines.data.sources.imagefolder import StoredImages, leave
 from pipelines.params import Cifar10Params
 from pipelines.progress import bar
+from pipelines.storage.files import file_digest, staged
 
 _FOLDERS = {"train": "train", "val": "val", "test": "test"}
 _IMAGES = "images.tar"
@@ -46,7 +45,7 @@ class Cifar10(StoredImages):
         download(CIFAR10.url, packed, digest=digest, progress=progress)
         _write_images(cache, raw / _IMAGES, progress)
         contents = archive.list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url)
-        checksum = listing.sha256_of(packed)
+        checksum = file_digest(packed)
         leave(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
 
 
@@ -54,8 +53,7 @@ def _write_images(cache: Path, destination: Path, progress: bool) -> None:
     """Writes the tar `split/class/number.png` of the download in `cache`, whose MD5 sums torchvision checks."""
     from torchvision.datasets import CIFAR10
 
-    partial = destination.with_name(destination.name + ".part")
-    with tarfile.open(partial, "w:", format=tarfile.USTAR_FORMAT) as tar:
+    with staged(destination) as path, tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
         for split in ("train", "test"):
             try:
                 batch = CIFAR10(str(cache), train=split == "train", download=True)
@@ -71,4 +69,3 @@ def _write_images(cache: Path, destination: Path, progress: bool) -> None:
                     tar.addfile(member, io.BytesIO(content))
                     seen[name] += 1
                     advance(1)
-    os.replace(partial, destination)

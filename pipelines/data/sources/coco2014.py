@@ -17,10 +17,11 @@ from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated
 from pipelines.data.raw.annotated import AnnotatedImages, Annotation
 from pipelines.data.raw.holdout import held_out
-from pipelines.data.raw.listing import Ref, combined_sha256
+from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import Coco2014Params
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256
 
 # COCO publishes no sums; these are torchvision's (its prototype data sets), which others found as well.
 IMAGES = {

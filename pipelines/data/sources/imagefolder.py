@@ -100,7 +100,7 @@ def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, descrip
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
         listing.write_index(raw, split, listed)
-    listing.write_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
+    listing.write_raw_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
 
 
 def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str, str]) -> tuple[str, ...]:

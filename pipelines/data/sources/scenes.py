@@ -23,6 +23,7 @@ from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
@@ -48,8 +49,8 @@ class Scenes:
         for split in SPLITS:
             refs = _join(chunks, raw, split, self.params.counts.get(split, 0))
             listing.write_index(raw, split, refs)
-            checksums[split] = listing.sha256_of(raw / f"{split}.tar")
-        listing.write_manifest(raw, self._description(listing.combined_sha256(checksums)))
+            checksums[split] = file_digest(raw / f"{split}.tar")
+        listing.write_raw_manifest(raw, self._description(combined_sha256(checksums)))
         shutil.rmtree(chunks)
 
     def describe(self, raw: Path) -> Description:
@@ -131,11 +132,9 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
 def _draw_chunk(params: ScenesParams, chunks: Path, split: Split, start: int, count: int) -> int:
     """Draws one chunk into its file, whole or not at all, and returns its number of images."""
     path = _chunk_path(chunks, split, start, count)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    with partial.open("wb") as file:
+    with staged(path) as unfinished, unfinished.open("wb") as file:
         for index in range(start, start + count):
             file.write(_members(draw(params, split, index)))
-    os.replace(partial, path)
     return count
 
 
@@ -157,15 +156,13 @@ def _members(sample: Sample) -> bytes:
 def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
     """Puts the chunks of a split together as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
     name = f"{split}.tar"
-    partial = raw / f"{name}.part"
     refs: list[Ref] = []
-    with partial.open("wb") as file:
+    with staged(raw / name) as path, path.open("wb") as file:
         for span in _spans(count):
             content = _chunk_path(chunks, split, *span).read_bytes()
             refs += _locate(content, name, file.tell())
             file.write(content)
         file.write(_END)
-    os.replace(partial, raw / name)
     if len(refs) != count:
         raise DataError(f"{raw / name}: {len(refs)} samples where {count} were drawn; delete {chunks} and fetch again")
     return refs

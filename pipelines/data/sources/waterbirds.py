@@ -16,10 +16,11 @@ from pipelines.data.formats.encoded_image import DecodeError, image_size
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated, images
 from pipelines.data.raw.annotated import AnnotatedImages, Annotation
-from pipelines.data.raw.listing import Ref, combined_sha256
+from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import WaterbirdsParams
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256
 
 CLASSES = ("landbird", "waterbird")
 _RANGES = {"y": 2, "split": 3, "place": 2}  # columns of metadata.csv, and how many values each has
