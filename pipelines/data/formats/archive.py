@@ -11,11 +11,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import fsspec
 
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
 from pipelines.storage.files import staged
@@ -31,6 +30,20 @@ class Member:
     place: str
     offset: int
     size: int
+
+
+class Ref(NamedTuple):
+    """Where one sample lies: bytes `offset` to `offset + size` of the file `name`, or all of it at offset -1.
+
+    `path` is what the sample is called where it comes from, for images that have a name of their own.
+    """
+
+    key: str
+    name: str
+    offset: int
+    size: int
+    label: int | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,10 +186,10 @@ def read(raw: Path, ref: Ref) -> bytes:
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
     """The bytes of the file that `contents` has at `path`; raises `DataError`, naming `source`, where it has none."""
-    return read(raw, located(contents, path, path, source))
+    return read(raw, reference_to(contents, path, path, source))
 
 
-def located(contents: Contents, path: str, key: str, source: str) -> Ref:
+def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
     """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` where it has none."""
     member = contents.files.get(path)
     if member is None:

@@ -9,36 +9,24 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipelines.data.formats import archive
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.encoded_image import image_size
 from pipelines.data.raw import images, listing
 from pipelines.data.raw.holdout import shuffled
-from pipelines.data.raw.listing import Ref
-from pipelines.data.shards.sample import Box, DataError, Description, Sample
+from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import DatasetParams
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """What is known of one image. `mask` is whatever, in JSON, the source draws the sample's mask from."""
-
-    width: int  # stored pixels
-    height: int
-    boxes: tuple[Box, ...] = ()
-    label: int | None = None
-    labels: tuple[int, ...] | None = None
-    group: int | None = None
-    mask: Any = None
 
 
 class AnnotatedRef(NamedTuple):

@@ -14,9 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from pipelines.data.formats import archive
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.raw.holdout import held_out
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Sample
 
 log = logging.getLogger(__name__)

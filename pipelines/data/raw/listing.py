@@ -6,26 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from pipelines.data.formats.archive import Ref
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.storage import files
 
 MANIFEST = "manifest.json"
-
-
-class Ref(NamedTuple):
-    """Where one sample lies: bytes `offset` to `offset + size` of the file `name`, or all of it at offset -1.
-
-    `path` is what the sample is called where it comes from, for images that have a name of their own.
-    """
-
-    key: str
-    name: str
-    offset: int
-    size: int
-    label: int | None = None
-    path: str = ""
 
 
 def write_index(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:

@@ -35,7 +35,7 @@ def write_tar(root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes
     Raises:
         StorageError: the tar cannot be written.
     """
-    from webdataset import TarWriter  # imports torch, which reading shards does not need
+    from webdataset import TarWriter  # here, because machines that only read shards need not have it
 
     count = 0
     with staged(f"{root}/{name}") as path:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.data.shards.sample import Description, Sample
-from pipelines.data.sources.cifar10 import Cifar10
-from pipelines.data.sources.coco2014 import Coco2014
-from pipelines.data.sources.imagefolder import ImageFolder
-from pipelines.data.sources.imagenet import ImageNet
-from pipelines.data.sources.scenes import Scenes
-from pipelines.data.sources.voc2007 import Voc2007
-from pipelines.data.sources.waterbirds import Waterbirds
-from pipelines.params import (
-    Cifar10Params,
-    Coco2014Params,
-    Dataset,
-    ImageFolderParams,
-    ImageNetParams,
-    ScenesParams,
-    Voc2007Params,
-    WaterbirdsParams,
-)
+
+if TYPE_CHECKING:
+    from pipelines.params import Dataset
 
 __all__ = ["Source", "get"]
 
@@ -51,19 +38,6 @@ class Source(Protocol):
 
 
 def get(params: Dataset) -> Source:
-    """The source that `params` describes."""
-    match params:
-        case ScenesParams():
-            return Scenes(params)
-        case ImageFolderParams():
-            return ImageFolder(params)
-        case Cifar10Params():
-            return Cifar10(params)
-        case ImageNetParams():
-            return ImageNet(params)
-        case Voc2007Params():
-            return Voc2007(params)
-        case Coco2014Params():
-            return Coco2014(params)
-        case WaterbirdsParams():
-            return Waterbirds(params)
+    """The source that `params` describe: `SOURCE` of the module that `params.source` names, which alone is imported."""
+    source: Source = importlib.import_module(f"{__name__}.{params.source}").SOURCE(params)
+    return source

@@ -14,8 +14,8 @@ from pipelines.data.formats import archive
 from pipelines.data.formats.download import download
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.roots import open_root
+from pipelines.data.raw.image_folders import StoredImages, write_labelled
 from pipelines.data.shards.sample import DataError
-from pipelines.data.sources.imagefolder import StoredImages, leave
 from pipelines.params import Cifar10Params
 from pipelines.progress import bar
 from pipelines.storage.files import file_digest, staged
@@ -35,7 +35,7 @@ class Cifar10(StoredImages):
         params = self.params
         if params.root is not None:
             contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
-            leave(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
+            write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
             return
         from torchvision.datasets import CIFAR10
 
@@ -46,7 +46,10 @@ class Cifar10(StoredImages):
         _write_images(cache, raw / _IMAGES, progress)
         contents = archive.list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url)
         checksum = file_digest(packed)
-        leave(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
+        write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
+
+
+SOURCE = Cifar10
 
 
 def _write_images(cache: Path, destination: Path, progress: bool) -> None:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, coco_masks
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.coco_json import Instances
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.raw.holdout import held_out
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import Coco2014Params
 from pipelines.progress import bar
@@ -99,6 +99,9 @@ class Coco2014(AnnotatedImages):
         return None if annotation.mask is None else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
 
 
+SOURCE = Coco2014
+
+
 @dataclass(frozen=True)
 class _Files:
     """The files of the data set: images and annotations, which lie in archives of their own where they were downloaded."""
@@ -134,4 +137,4 @@ class _Files:
     def image(self, year: str, name: str) -> Ref:
         """A reference to one image."""
         key = re.sub(r"[^A-Za-z0-9_-]", "_", posixpath.splitext(name)[0])
-        return archive.located(self.images, f"{self.top}{year}/{name}", key, self.source)
+        return archive.reference_to(self.images, f"{self.top}{year}/{name}", key, self.source)

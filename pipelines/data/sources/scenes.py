@@ -18,8 +18,8 @@ from typing import Any
 
 from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
 from pipelines.data.formats import archive
+from pipelines.data.formats.archive import Ref
 from pipelines.data.raw import listing
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
 from pipelines.progress import bar
@@ -27,7 +27,6 @@ from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
-_CODE = ("formats/png.py", "drawing/shapes.py", "drawing/backgrounds.py", "drawing/scene.py", "sources/scenes.py")
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,14 @@ class Scenes:
         )
 
     def _identity(self) -> str:
-        """A name for the chunks of these params drawn by this code, so that no others are ever taken for them."""
+        """A hash of the params and of all code of `pipelines.data`, so that chunks drawn by other code are never taken."""
         digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
-        for name in _CODE:
-            digest.update((Path(__file__).parents[1] / name).read_bytes())
+        for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+            digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+SOURCE = Scenes
 
 
 def _chunk_path(chunks: Path, split: Split, start: int, count: int) -> Path:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, voc_masks
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.formats.voc_xml import CLASSES, VocAnnotation, parse
 from pipelines.data.raw import annotated, images
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
-from pipelines.data.raw.listing import Ref
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.shards.sample import Box, Description
 from pipelines.params import Voc2007Params
 from pipelines.progress import bar
@@ -63,6 +63,9 @@ class Voc2007(AnnotatedImages):
         return None if annotation.mask is None else voc_masks.draw(raw, annotation)
 
 
+SOURCE = Voc2007
+
+
 class _Reader:
     """Reads the annotations below the folder `top` of `contents`."""
 
@@ -80,7 +83,7 @@ class _Reader:
         keys = images.unique_keys({name: name for name in names})
         with bar(f"annotations of {split}", len(names), show=progress) as advance:
             for name in names:
-                image = archive.located(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
+                image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
                 yield image, self._annotation(name)
                 advance(1)
 
@@ -109,6 +112,6 @@ class _Reader:
         path = f"{self._top}SegmentationObject/{name}.png"
         if path not in self._contents.files:
             return None
-        mask = voc_masks.plan(self._raw, archive.located(self._contents, path, name, self._source), read, kept)
+        mask = voc_masks.plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
         self.left_out["masks that do not fit their objects"] += mask is None
         return mask

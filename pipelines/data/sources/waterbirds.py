@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.formats import archive, cub
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck, Corners
 from pipelines.data.formats.encoded_image import DecodeError, image_size
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated, images
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
-from pipelines.data.raw.listing import Ref
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import WaterbirdsParams
 from pipelines.progress import bar
@@ -77,6 +77,9 @@ class Waterbirds(AnnotatedImages):
         annotated.write_description(raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check, left_out)
 
 
+SOURCE = Waterbirds
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Gives the images below the folder `top` of `contents` the boxes of the same names."""
@@ -93,7 +96,7 @@ class _Reader:
         keys = images.unique_keys({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
         with bar(f"boxes of {split}", len(rows), show=progress) as advance:
             for row in rows:
-                image = archive.located(self.contents, self.top + row.name, keys[row.name], self.source)
+                image = archive.reference_to(self.contents, self.top + row.name, keys[row.name], self.source)
                 yield image, self._annotation(image, row)
                 advance(1)
 
