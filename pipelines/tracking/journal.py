@@ -1,4 +1,4 @@
-"""What a stage tracks, on disk: written first and always, so that no server is needed to keep it."""
+"""The journal of a stage's tracked run on disk, written before and without any server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricRow(TypedDict):
 class Journal:
     """One execution of a stage in `<directory>/tracking/`: `run.json`, `metrics.jsonl` and a tree of `artifacts`.
 
-    Nothing is held in memory: any process that sees the folder may read it, and the one that tracks may append.
+    Nothing is held in memory: any process may read the folder, and the one that tracks may append.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -36,7 +36,7 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether something was tracked here."""
+        """Whether an execution was tracked here."""
         return (self.root / "run.json").is_file()
 
     def begin(
@@ -73,7 +73,7 @@ class Journal:
         files.write_json(self.root / "run.json", {**self.head, **values})
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Appends what is not there yet: a metric has one value a step, the first."""
+        """Appends metrics that are not there yet: a metric keeps its first value per step."""
         known = {(row["key"], row["step"]) for row in self.metrics()}
         rows = [row for row in metric_rows(metrics, step) if (row["key"], row["step"]) not in known]
         with open(self.root / "metrics.jsonl", "a") as file:
@@ -82,7 +82,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[MetricRow]:
-        """All metrics, in the order they came. A last line cut by a kill is dropped, and the file with it mended."""
+        """All metrics in their order. A last line that was cut by a kill is dropped, from the file too."""
         path = self.root / "metrics.jsonl"
         if not path.is_file():
             return []
@@ -109,7 +109,7 @@ class Journal:
 
 
 def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:
-    """`metrics` as rows of now."""
+    """`metrics` as rows with the present time."""
     timestamp = now()
     return [{"key": key, "value": float(value), "step": step, "timestamp": timestamp} for key, value in metrics.items()]
 

@@ -33,9 +33,9 @@ class Member:
 
 
 class Ref(NamedTuple):
-    """Where one sample lies: bytes `offset` to `offset + size` of the file `name`, or all of it at offset -1.
+    """Where one sample lies: `size` bytes at `offset` of the file `name`, or the whole file if `offset` is `WHOLE_FILE`.
 
-    `path` is what the sample is called where it comes from, for images that have a name of their own.
+    `path` is the name of an image in its data set, if it has one.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """What an archive holds: members and folders by their path in it, with `/` between parts."""
+    """The files and folders of an archive by their path in it, with `/` between parts."""
 
     files: dict[str, Member]
     folders: frozenset[str]
@@ -83,10 +83,10 @@ def _list_remote(root: str) -> Contents:
 
 
 def list_tar(path: Path, place: str, source: str) -> Contents:
-    """The regular files in an uncompressed tar, which references are to call `place`.
+    """The regular files in the uncompressed tar at `path`, whose members get `place` as their file.
 
     Raises:
-        DataError: it is not a tar, or not a whole one; `source` tells where it is from.
+        DataError: the file is not a tar or was cut short; the error names `source`.
     """
     files, folders = {}, set()
     try:
@@ -135,7 +135,7 @@ def to_tar(path: Path, destination: Path, progress: bool) -> None:
 
 
 def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes what a gzip file holds."""
+    """Writes the content of a gzip file."""
     done, size = 0, path.stat().st_size
     with (
         path.open("rb") as packed,
@@ -169,7 +169,7 @@ def read(raw: Path, ref: Ref) -> bytes:
     """The bytes of one member; its place is relative to `raw`, absolute, or an fsspec URL.
 
     Raises:
-        DataError: it is gone, or has not the size it had when it was listed.
+        DataError: the file is gone, or the member no longer has the size that was listed.
     """
     start = max(ref.offset, 0)
     try:
@@ -185,12 +185,12 @@ def read(raw: Path, ref: Ref) -> bytes:
 
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
-    """The bytes of the file that `contents` has at `path`; raises `DataError`, naming `source`, where it has none."""
+    """The bytes of the file that `contents` has at `path`; raises `DataError`, which names `source`, if there is none."""
     return read(raw, reference_to(contents, path, path, source))
 
 
 def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
-    """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` where it has none."""
+    """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` if there is none."""
     member = contents.files.get(path)
     if member is None:
         raise DataError(f"{source}: {path} is missing")
@@ -198,10 +198,10 @@ def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
 
 
 def folder_with(contents: Contents, marker: str, source: str) -> str:
-    """The folder, `""` or ending in `/`, in which the file `marker` lies: the one nearest to the top, the first by name.
+    """The folder of the file `marker`, `""` or ending in `/`; of several the one nearest to the top, then the first by name.
 
     Raises:
-        DataError: there is no such file; names what there is.
+        DataError: there is no such file; the error names the top folders.
     """
     names = [name for name in visible(contents.files) if f"/{name}".endswith(f"/{marker}")]
     if not names:
@@ -211,5 +211,5 @@ def folder_with(contents: Contents, marker: str, source: str) -> str:
 
 
 def visible(names: Iterable[str]) -> Iterator[str]:
-    """Those names of which no part is hidden or a by-product of an operating system."""
+    """The names without those that have a part that is hidden or a by-product of an operating system."""
     return (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))

@@ -28,7 +28,7 @@ class Instances:
         """Reads `content`, the file at `path`.
 
         Raises:
-            DataError: it is not whole JSON, lacks what is needed, or an annotation is of no image or no category.
+            DataError: the content is not whole JSON, a field is missing, or an annotation is of no image or no category.
         """
         from pycocotools.coco import COCO
 
@@ -58,10 +58,10 @@ class Instances:
     def annotation(
         self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"], left_out: Counter[str]
     ) -> Annotation:
-        """What is known of one of `images`; see `Coco2014` for crowds and masks. Counts in `left_out` what is not taken.
+        """The annotation of one of `images`; `left_out` counts what is not taken. See `Coco2014` for crowds and masks.
 
         Raises:
-            DataError: a box or a segmentation makes no sense; names the annotation.
+            DataError: a box or a segmentation makes no sense; the error names the annotation.
         """
         width, height = image["width"], image["height"]
         labels: set[int] = set()
@@ -96,7 +96,7 @@ class Instances:
 
 
 def _image(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is needed of an image's entry."""
+    """The fields of an image's entry that are used."""
     return {
         "id": entry["id"],
         "file_name": str(entry["file_name"]),

@@ -15,10 +15,10 @@ _FARTHEST = 10  # sides of the image that a polygon may reach to: pycocotools dr
 
 
 def encode(segmentation: Any, height: int, width: int, where: str) -> str | None:
-    """The compressed run lengths of a segmentation; none where there is none, or no polygon of it has three corners.
+    """The compressed run lengths of a segmentation; None if it is empty or none of its polygons has three corners.
 
     Raises:
-        DataError: it is neither polygons nor run lengths of an image of height x width; names `where`.
+        DataError: the segmentation is neither polygons nor run lengths of height x width pixels; the error names `where`.
     """
     from pycocotools import mask
 
@@ -38,7 +38,7 @@ def encode(segmentation: Any, height: int, width: int, where: str) -> str | None
 
 
 def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> str:
-    """Run lengths, plain or compressed, as compressed ones; raises `ValueError` where they do not fill the image."""
+    """Run lengths, plain or compressed, as compressed ones; raises `ValueError` if they do not fill the image."""
     from pycocotools import mask
 
     counts = segmentation["counts"]
@@ -69,7 +69,7 @@ def _decompressed(counts: str) -> list[int]:
 
 
 def draw(shapes: Sequence[str], height: int, width: int) -> bytes:
-    """The PNG of instance ids of run lengths: i for `shapes[i - 1]`; where several lie, the smallest one's."""
+    """The PNG of instance ids of run lengths: i for `shapes[i - 1]`, the smallest shape on top."""
     from pycocotools import mask
 
     decoded = [mask.decode({"size": [height, width], "counts": counts.encode("ascii")}).astype(bool) for counts in shapes]

@@ -1,7 +1,7 @@
-"""Downloads that go on where they were cut off, and are never taken for whole before they are.
+"""Downloads that resume where they were cut off.
 
-What has arrived lies in `<destination>.part`; beside it `<destination>.part.json` tells which version of the file it
-is part of. The final name appears by rename, after length and digest are right.
+The bytes that have arrived lie in `<destination>.part`; beside them `<destination>.part.json` names the version of the remote
+file. The final name appears by rename, after length and digest are right.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Stream:
 def download(
     url: str, destination: Path, *, digest: str | None = None, progress: bool = True, attempts: int = 5, pause: float = 1.0
 ) -> None:
-    """Brings the file at `url` (http, https or any fsspec URL) to `destination`, resuming what an earlier call left.
+    """Downloads the file at `url` (http, https or any fsspec URL) to `destination`, and resumes an earlier call.
 
     Args:
         url: what to download.
@@ -50,8 +50,8 @@ def download(
         pause: seconds before trying again, doubled each time.
 
     Raises:
-        DataError: the file cannot be had, ends early, or has another digest. What has arrived of a file that ended
-            early is kept for the next call.
+        DataError: the file cannot be read, ends early, or has another digest. The bytes of a file that ended early are kept
+            for the next call.
     """
     if destination.exists() and (digest is None or _digest_of(destination, digest) == digest):
         return
@@ -77,10 +77,10 @@ def download(
 
 
 def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
-    """Adds to `partial` what the connection gives; returns whether the file is then complete.
+    """Appends the bytes of the connection to `partial`; returns whether the file is then complete.
 
-    Without a version from the server or a digest (`trusted`) to check the whole, what is there could belong to
-    another file: then it starts anew.
+    Without a version from the server or a digest (`trusted`) to check the whole, the bytes in `partial` could belong to
+    another file: the download then starts anew.
     """
     note = partial.with_name(partial.name + ".json")
     known = (read_json(note) if partial.exists() else None) or {}
@@ -102,7 +102,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
 
 
 def _read(reader: Any) -> bytes:
-    """The next bytes; none at the end, or where the connection broke: the length tells which it was."""
+    """The next bytes; empty at the end and if the connection broke, which the length of the file tells apart."""
     try:
         content: bytes = reader.read(_BLOCK)
     except http.client.IncompleteRead as error:
@@ -113,7 +113,7 @@ def _read(reader: Any) -> bytes:
 
 
 def _open(url: str, offset: int, version: str | None) -> _Stream:
-    """The remote file from byte `offset` on if it is still the `version` known, else from its start."""
+    """The remote file from byte `offset` on if it still has the known `version`, else from its start."""
     if url.startswith(("http://", "https://")):
         return _open_http(url, offset, version)
     filesystem, path = fsspec.core.url_to_fs(url)
@@ -129,7 +129,7 @@ def _open(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _open_http(url: str, offset: int, version: str | None) -> _Stream:
-    """An HTTP response, by range request (RFC 9110, section 14) where `offset` is not 0."""
+    """An HTTP response, of a range request (RFC 9110, section 14) if `offset` is not 0."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "bcos-pipelines"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -156,7 +156,7 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> None:
-    """Gives a complete download its final name, if its digest is right; else removes it."""
+    """Renames a complete download to its final name if its digest is right; deletes it otherwise."""
     found = None if digest is None else _digest_of(partial, digest)
     if found != digest:
         partial.unlink()

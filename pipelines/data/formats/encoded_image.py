@@ -1,4 +1,4 @@
-"""What Pillow tells of an encoded image without torch, so that processes that only write shards need not load it."""
+"""Encoded images as Pillow reads them, without torch: their size, and the instance ids of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASK_MODES = ("1", "L", "P", "I;16", "I")
 
 
 class DecodeError(DataError):
-    """An image that does not decode: the one error that `on_error: skip` passes over."""
+    """An image that does not decode: the one error that `on_error: skip` ignores."""
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: a root of the user's, `open_root`, or its official archives, `download_archives`."""
+"""The files of a data set: below the user's root (`open_root`) or in its official archives (`download_archives`)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _UNPACKED = "images.tar"
 
 
 class Official(NamedTuple):
-    """An archive as its publisher offers it; `digest` is `sha256:<hex>`, `md5:<hex>`, or none where none is published."""
+    """An archive as its publisher offers it; `digest` is `sha256:<hex>`, `md5:<hex>`, or None if none is published."""
 
     url: str
     digest: str | None
 
 
 def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """What lies at `root`, and its sha256 (of an archive: its bytes; of a folder: its sorted paths and sizes).
+    """The files at `root`, and their sha256: of an archive's bytes, or of a folder's sorted paths and sizes.
 
     Raises:
-        DataError: nothing is there, or not what `sha256` says.
+        DataError: nothing is there, or its sha256 is not `sha256`.
     """
     raw.mkdir(parents=True, exist_ok=True)
     path = Path(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
@@ -55,10 +55,10 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
 
 
 def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """What official archives (name -> where from) hold together, each left as a plain tar in `raw`; and one sha256 of them.
+    """The files of all official archives (by name), each of which becomes a plain tar in `raw`; and one sha256 of them.
 
     Raises:
-        DataError: one cannot be had, has another digest, or is damaged.
+        DataError: an archive cannot be downloaded, has another digest, or is damaged.
     """
     raw.mkdir(parents=True, exist_ok=True)
     files: dict[str, archive.Member] = {}
@@ -75,7 +75,7 @@ def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, 
 
 
 def _unpacked(path: Path, raw: Path, name: str, progress: bool) -> Contents:
-    """The contents of an archive, left in `raw` as the plain tar `name`."""
+    """Turns an archive into the plain tar `name` in `raw`; returns its contents."""
     if archive.is_plain_tar(path):
         with staged(raw / name) as copy:
             shutil.copyfile(path, copy)

@@ -1,4 +1,4 @@
-"""Images with boxes: how the sources that read annotation files leave them in `raw`, and load them again.
+"""Images with boxes: how sources that read annotation files write them to `raw`, and read them again.
 
 `<split>.annotations.jsonl` has one line an image, checked and in the project's own pixels; the index says where each line
 and each image lies, so that no process that writes shards parses the original annotations again.
@@ -30,14 +30,14 @@ SPLITS = ("train", "val", "test")
 
 
 class AnnotatedRef(NamedTuple):
-    """Where an image and its annotation lie."""
+    """References to an image and its annotation."""
 
     image: Ref
     annotation: Ref
 
 
 class AnnotatedImages:
-    """How images with boxes are read once they are fetched."""
+    """Reads the images with boxes that `write_split` has written."""
 
     params: DatasetParams
 
@@ -54,7 +54,7 @@ class AnnotatedImages:
         """The sample at `reference`.
 
         Raises:
-            DataError: a file is gone or changed, or has boxes and is not of the size that they were drawn on.
+            DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
         """
         annotation = _parse(archive.read(raw, reference.annotation))
         sample = images.load_image(raw, reference.image)
@@ -75,12 +75,12 @@ class AnnotatedImages:
         )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, where the source has masks and this image has one."""
+        """The PNG of instance ids; None if the source has no mask of this image."""
         return None
 
 
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
-    """Leaves the images and annotations of one split in `raw`, in their order, one at a time; returns how many they are."""
+    """Writes the index and annotations of one split to `raw`, one image at a time, in their order; returns their number."""
     path = annotations_path(raw, split)
     refs = []
     with staged(path) as unfinished, unfinished.open("wb") as file:
@@ -93,13 +93,13 @@ def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]
 
 
 def write_description(raw: Path, description: Description, check: BoxCheck, others: Mapping[str, int] | None = None) -> None:
-    """Leaves the manifest of the splits in `raw`; says there, and in the log, how much was left out of what.
+    """Writes the manifest of the splits to `raw`, with the numbers of boxes and other things left out, which are logged too.
 
     Args:
-        raw: has every split, left by `write_split`.
-        description: of the data set. The checksum that is left covers the annotations, as they were read, too.
-        check: that all boxes went through.
-        others: what else was left out, by what it is.
+        raw: has every split, as `write_split` wrote it.
+        description: of the data set; the manifest's checksum covers the annotations as well.
+        check: the one that all boxes went through.
+        others: numbers of other things left out, by their name.
 
     Raises:
         DataError: a split has no image.
@@ -123,7 +123,7 @@ def annotations_path(raw: Path, split: str) -> Path:
 
 
 def _parse(line: bytes) -> Annotation:
-    """The annotation that `write_split` left."""
+    """The annotation in a line that `write_split` wrote."""
     content = json.loads(line)
     boxes = tuple((int(label), *corners) for label, *corners in content.pop("boxes"))
     labels = content.pop("labels")

@@ -1,4 +1,4 @@
-"""From the files of an archive to classes, splits and samples: what the image-folder data sets have in common."""
+"""The images of an archive by class, references to them with unique keys, and the samples they are read as."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Classes = dict[str, list[str]]  # class -> paths of its images in the archive
 
 
 def classes_of(contents: Contents, folder: str, where: str) -> Classes:
-    """The images below `folder/<class>/`, by class, sorted; none where there is no such folder.
+    """The images below `folder/<class>/`, by class, sorted; empty if there is no such folder.
 
     Raises:
         DataError: a class folder is empty, or images lie outside of class folders.
@@ -85,7 +85,7 @@ def unlabelled(contents: Contents, folder: str) -> list[Ref]:
 
 
 def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Keys of images by their path, after the names wanted for them: safe in file names, and told apart by their path."""
+    """Keys by path: the wanted `names` made safe in file names, with a hash of the path where two would be equal."""
     safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
     taken = Counter(safe.values())
     return {
@@ -108,7 +108,7 @@ def load_image(raw: Path, ref: Ref) -> Sample:
     """The sample at `ref`: bytes of JPEG, PNG and WebP as they are, other formats as the PNG of their pixels.
 
     Raises:
-        DataError: the file is gone or changed; or it is of another format and does not decode.
+        DataError: the file is gone or changed, or is of another format and does not decode.
     """
     content = archive.read(raw, ref)
     suffix = posixpath.splitext(ref.path)[1].lower()
@@ -118,7 +118,7 @@ def load_image(raw: Path, ref: Ref) -> Sample:
 
 
 def _as_png(content: bytes, path: str) -> bytes:
-    """The PNG of an encoded image's first frame, pixel for pixel; upright, where EXIF says how."""
+    """The PNG of an encoded image's first frame, pixel for pixel, turned upright as EXIF says."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)

@@ -1,4 +1,4 @@
-"""What `fetch` leaves beside the data: one index a split, and `manifest.json`, written last."""
+"""The files that `fetch` writes beside the data: one index per split, and `manifest.json`, written last."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ MANIFEST = "manifest.json"
 
 
 def write_index(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
-    """Leaves the references of one split in `raw`, in their order."""
+    """Writes the references of one split to `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
     files.write(raw / f"{split}.index.jsonl", lines.encode())
 
 
 def read_index(raw: Path, split: str) -> list[Ref]:
-    """The references that `write_index` left; raises `DataError` for a split or a fetch that is not there."""
+    """The references that `write_index` wrote; raises `DataError` if the split or the whole fetch is missing."""
     return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
-    """What `write_index` left, as lists; raises `DataError` for a split or a fetch that is not there."""
+    """The references that `write_index` wrote, as lists; raises `DataError` if the split or the whole fetch is missing."""
     read_raw_manifest(raw)
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():
@@ -37,9 +37,9 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
 
 
 def write_raw_manifest(raw: Path, description: Description, **details: Any) -> None:
-    """Leaves `manifest.json`: the description, bytes and sha256 of each file in `raw`, and `details`."""
-    left = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != MANIFEST]
-    listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in left}
+    """Writes `manifest.json`: the description, the bytes and sha256 of each file in `raw`, and `details`."""
+    written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != MANIFEST]
+    listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
     files.write_json(raw / MANIFEST, {**asdict(description), **details, "files": listed})
 
 

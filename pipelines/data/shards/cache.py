@@ -1,4 +1,4 @@
-"""Remote shards on this machine: whole copies in a folder of bounded size, from which those used longest ago go first.
+"""Local copies of remote shards, in a folder of bounded size from which the least recently used are deleted first.
 
 The folder is `SHARD_CACHE` (by default one in the temporary folder), its size at most `SHARD_CACHE_GB` (by default 20): both
 belong to a machine, not to a run. All processes of a machine share it. A file in it is named by its sha256.
@@ -19,8 +19,8 @@ from pipelines.data.shards.manifest import Shard, ShardError
 from pipelines.storage.files import file_system, staged
 from pipelines.storage.retry import is_remote, retry
 
-DOWNLOADS = 3  # of a shard that does not come as it should be
-ABANDONED = 3600.0  # seconds without a byte after which a copy that is not whole is nobody's any more
+DOWNLOADS = 3  # attempts at a shard whose copies are damaged
+ABANDONED = 3600.0  # seconds without a new byte after which an unfinished copy may be deleted
 
 
 def local_copy(root: str, shard: Shard) -> Path:
@@ -28,10 +28,10 @@ def local_copy(root: str, shard: Shard) -> Path:
 
     Args:
         root: folder or fsspec URL of the shard.
-        shard: as its manifest describes it.
+        shard: its line of the manifest.
 
     Raises:
-        ShardError: it is missing, cannot be read, or is not what the manifest says; names it.
+        ShardError: the shard is missing, cannot be read, or is not what the manifest says; the error names it.
     """
     filesystem, folder = file_system(root)
     remote = f"{folder}/{shard.name}"
@@ -90,7 +90,7 @@ def cache_limit() -> int:
 
 
 def make_room(folder: Path, size: int, limit: int) -> None:
-    """Removes the copies that were used longest ago until `size` more bytes fit in; a process that has one open reads on."""
+    """Deletes the least recently used copies until `size` more bytes fit in; a process that has one open reads on."""
     files: list[tuple[float, int, Path]] = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process makes room, too

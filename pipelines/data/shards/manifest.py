@@ -1,4 +1,4 @@
-"""What a folder of shards holds: `manifest.json`, written last by `write_shards` and read first by the loader."""
+"""`manifest.json` of a folder of shards, written last by `write_shards` and read first by the loader."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Manifest:
     Attributes:
         classes: names, in the order of their labels.
         task: `multiclass`, `multilabel`, `caption` or `unlabelled`.
-        source: where the data set is from.
-        checksum: sha256 of what it was made of.
+        source: name or URL of the data set's source.
+        checksum: sha256 of the source.
         splits: the shards of each split, in order.
         fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
     """
@@ -58,11 +58,11 @@ class Manifest:
     fields: dict[str, tuple[str, ...]]
 
     def count(self, split: str) -> int:
-        """Samples of `split`; raises `ShardError` where there is no such split."""
+        """Samples of `split`; raises `ShardError` if there is no such split."""
         return sum(shard.count for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """Shards of `split`; raises `ShardError` where there is no such split."""
+        """Shards of `split`; raises `ShardError` if there is no such split."""
         if split not in self.splits:
             raise ShardError(f"split {split!r} is not in the shards (they have {', '.join(sorted(self.splits))})")
         return self.splits[split]
@@ -74,7 +74,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of the whole manifest: equal where every byte of every shard is."""
+        """sha256 of the whole manifest: equal if every byte of every shard is equal."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def read_manifest(root: str) -> Manifest:
     """The manifest of the shards at `root`, a folder or any fsspec URL.
 
     Raises:
-        ShardError: there is none, or it is not one.
+        ShardError: there is no manifest, or it is damaged.
     """
     try:
         content = read_json(f"{root}/{MANIFEST}")

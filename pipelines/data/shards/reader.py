@@ -1,4 +1,4 @@
-"""Samples out of shards by number, from this machine or any fsspec URL, still encoded.
+"""Reads samples from shards by number, still encoded, from a folder or any fsspec URL.
 
 A shard is scanned when its first sample is wanted, and each sample is then one read. Remote shards are copied to this machine
 as a whole, see `cache`.
@@ -31,7 +31,7 @@ class RawSample:
     Attributes:
         key: of the sample.
         shard: the shard's name.
-        files: content by suffix: `json`, one of `jpg`, `png`, `webp`, and perhaps `mask.png`.
+        files: content by suffix: `json`, one of `jpg`, `png` and `webp`, and optionally `mask.png`.
     """
 
     key: str
@@ -46,10 +46,10 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
         root: folder or fsspec URL of the shards.
         shards: of one split, in the manifest's order.
         numbers: each in [0, samples of the split).
-        verify: check each shard's sha256 before anything of it is read.
+        verify: check each shard's sha256 before its first sample is read.
 
     Raises:
-        ShardError: a shard is missing, truncated, or not what the manifest says; names it.
+        ShardError: a shard is missing, truncated, or not what the manifest says; the error names it.
     """
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
@@ -64,7 +64,7 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
             path, entries = scanned[index]
             try:
                 sample = _read(files, path, shard, entries[number - starts[index]])
-            except FileNotFoundError:  # had to make room in the cache
+            except FileNotFoundError:  # removed from the cache to make room
                 sample = _read(files, local_copy(root, shard), shard, entries[number - starts[index]])
             yield sample
             left[index] -= 1

@@ -1,9 +1,9 @@
 """Stored explanations: a teacher's logits and maps, in shards that lie beside the data's, sample by sample.
 
-    <root>/train-000000.tar   of each sample `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w)
-    <root>/explanations.json  written last: whose explanations they are, and of which images
+    <root>/train-000000.tar   `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
+    <root>/explanations.json  written last: the teacher, the images, and how the maps were made
 
-A map is stored divided by its largest absolute value, so that half precision holds it: what counts is its direction.
+A map is stored divided by its largest absolute value, so that it fits half precision: losses use its direction alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOGITS, MAP = "logits.npy", "map.npy"  # suffixes
 
 @dataclass(frozen=True)
 class Origin:
-    """What stored explanations depend on."""
+    """Everything that stored explanations depend on."""
 
     teacher: str  # digest of the model
     images: str  # digest of the data's manifest
@@ -56,13 +56,13 @@ def _npy(values: Tensor) -> bytes:
 
 
 def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
-    """Writes what makes the shards in `root` a whole."""
+    """Writes the index of the shards in `root`, which marks them as complete."""
     of_name = {shard.name: asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)}
     write_json(f"{root}/{INDEX}", {**asdict(origin), "shards": list(of_name.values())})
 
 
 def check_origin(root: str, wanted: Origin) -> None:
-    """Raises `ShardError`, one line, unless the explanations at `root` are of this origin."""
+    """Raises `ShardError` unless the stored explanations at `root` are of this origin."""
     found = read_index(root)
     for name, value in asdict(wanted).items():
         if found.get(name) != value:
@@ -70,7 +70,7 @@ def check_origin(root: str, wanted: Origin) -> None:
 
 
 def read_index(root: str) -> dict[str, Any]:
-    """What `write_index` wrote; raises `ShardError` where it did not."""
+    """The index that `write_index` wrote; raises `ShardError` if there is none."""
     try:
         content = read_json(f"{root}/{INDEX}")
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """A source as WebDataset tars: deterministic to the byte, each written whole or not at all.
 
-A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` where it has a mask.
+A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` if it has a mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.shards.check import check_sample
-from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard, ShardError, read_manifest
+from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.data.shards.tar import write_tar
 from pipelines.progress import bar
@@ -24,15 +24,13 @@ from pipelines.storage import files
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
 
-__all__ = ["Manifest", "Shard", "ShardError", "read_manifest", "write_shards"]
-
 FIELDS = ("boxes", "mask", "group", "caption")
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard, and what only its samples tell."""
+    """A shard, and the keys and fields of its samples."""
 
     shard: Shard
     keys: tuple[str, ...]
@@ -53,19 +51,19 @@ def write_shards(
 ) -> dict[str, Any]:
     """Writes every split of `source` to `out` and returns the content of `out/manifest.json`, which is written last.
 
-    The same source gives the same bytes, whatever the number of processes. An old manifest is taken away first, so that
-    an interrupted call never leaves one that passes for whole.
+    The same source gives the same bytes, whatever the number of processes. An old manifest is deleted first, so that shards
+    of an interrupted call never have one.
 
     Args:
-        source: what `raw` was fetched with. It and its references are pickled when `workers` > 0.
+        source: the one that fetched `raw`. It and its references are pickled when `workers` > 0.
         raw: the folder that `source.fetch` filled.
         out: a folder or any fsspec URL.
         shard_size: samples a shard; the last shard of a split may have fewer.
-        workers: at most so many processes, each on one shard at a time; few samples, or 0, are written in this one.
+        workers: the most processes that write, each one shard at a time. With 0, or few samples, this process writes.
         progress: show a bar with a rate and the time left.
 
     Raises:
-        DataError: a sample is not what it should be, or a key comes twice in a split; names the key.
+        DataError: a sample does not pass `check_sample`, or a key comes twice in a split; the error names the key.
         StorageError: no space left, or `out` cannot be written to; no part of a shard is left.
     """
     description = source.describe(raw)
@@ -101,7 +99,7 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_S
 
 
 def _mapped(write: Callable[[_ShardPlan], _Written], plans: Sequence[_ShardPlan], workers: int) -> Iterator[_Written]:
-    """`write` of each plan, in the order of the plans; on an error what was not begun is not begun."""
+    """`write` of each plan, in the order of the plans; after an error no further shard is begun."""
     processes = min(workers, len(plans), sum(len(plan.references) for plan in plans) // WORTH_A_PROCESS)
     if processes < 2:
         yield from map(write, plans)
@@ -147,7 +145,7 @@ def contents(sample: Sample) -> dict[str, bytes]:
 def _manifest(
     description: Description, splits: Iterable[str], plans: Sequence[_ShardPlan], written: Sequence[_Written]
 ) -> Manifest:
-    """The manifest of what was written; raises `DataError` where a key comes twice in a split."""
+    """The manifest of what was written; raises `DataError` if a key comes twice in a split."""
     of_split = {split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits}
     for split, results in of_split.items():
         shard_of: dict[str, str] = {}

@@ -15,20 +15,19 @@ __all__ = ["Source", "get"]
 
 
 class Source(Protocol):
-    """A data set that can be brought here and read sample by sample. Sources pickle, and so do their references."""
+    """A data set that can be fetched and then read sample by sample. Sources and their references can be pickled."""
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Download or generate, verify, and leave the data, or where it lies, in the folder `raw`.
+        """Downloads or generates the data, verifies it, and writes it, or references to it, to the folder `raw`.
 
-        What is incomplete lives in the folder `cache`, from which a later call goes on; `raw/manifest.json` is
-        written last.
+        Incomplete data lies in the folder `cache`, from which a later call resumes; `raw/manifest.json` is written last.
 
         Raises:
-            DataError: the data is not what the params say, or cannot be had.
+            DataError: the data is not what the params say, or cannot be read.
         """
 
     def describe(self, raw: Path) -> Description:
-        """The data set that `fetch` left in `raw`."""
+        """The data set that `fetch` wrote to `raw`."""
 
     def index(self, raw: Path, split: str) -> list[Any]:
         """A small picklable reference for each sample of `split` (train, val, test), in a fixed order."""

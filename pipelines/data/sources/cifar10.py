@@ -31,7 +31,7 @@ class Cifar10(StoredImages):
     params: Cifar10Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes the image folder at `root`, or downloads the data set where there is no `root`."""
+        """Reads the image folder at `root`, or downloads the data set if `root` is None."""
         params = self.params
         if params.root is not None:
             contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)

@@ -61,7 +61,7 @@ class Coco2014(AnnotatedImages):
     params: Coco2014Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root`, or the official archives, and reads both files of instances.
+        """Reads both files of instances at `root`, or in the official archives.
 
         Raises:
             DataError: a file is missing or not whole, an annotation has no image, or a box makes no sense.
@@ -95,7 +95,7 @@ class Coco2014(AnnotatedImages):
         annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check, left_out)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, where every box of the image has a segmentation."""
+        """The PNG of instance ids; None if a box of the image has no segmentation."""
         return None if annotation.mask is None else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
 
 
@@ -104,7 +104,7 @@ SOURCE = Coco2014
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of the data set: images and annotations, which lie in archives of their own where they were downloaded."""
+    """The images and annotations of the data set, which lie in archives of their own if they were downloaded."""
 
     raw: Path
     images: Contents

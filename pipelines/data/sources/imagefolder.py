@@ -17,7 +17,7 @@ class ImageFolder(StoredImages):
     params: ImageFolderParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Verifies what lies at `root`; leaves archives unpacked in `raw`, and folders and plain tars where they are."""
+        """Verifies the files at `root`; unpacks archives to `raw`, and reads folders and plain tars where they are."""
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
         folders = {split: params.splits.get(split, split) for split in ("train", "val", "test")}

@@ -61,7 +61,7 @@ class Scenes:
         return listing.read_index(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
-        """The sample at `reference`; raises `DataError` where its tar was changed or cut."""
+        """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
@@ -81,7 +81,7 @@ class Scenes:
         )
 
     def _description(self, checksum: str) -> Description:
-        """What was drawn."""
+        """The data set of these params."""
         params = self.params
         return Description(
             classes=CLASSES,

@@ -41,7 +41,7 @@ class Voc2007(AnnotatedImages):
     params: Voc2007Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root`, or the official archives, and reads every annotation of the three splits.
+        """Reads every annotation of the three splits at `root`, or in the official archives.
 
         Raises:
             DataError: a split, an annotation or an image is missing, an annotation is not whole, or a box makes no sense.
@@ -59,7 +59,7 @@ class Voc2007(AnnotatedImages):
         annotated.write_description(raw, description, reader.check, reader.left_out)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, for the images that VOC segments."""
+        """The PNG of instance ids; None if VOC does not segment the image."""
         return None if annotation.mask is None else voc_masks.draw(raw, annotation)
 
 
@@ -88,7 +88,7 @@ class _Reader:
                 advance(1)
 
     def _annotation(self, name: str) -> Annotation:
-        """What is known of one image."""
+        """The annotation of one image."""
         path = f"{self._top}Annotations/{name}.xml"
         read = parse(archive.read_file(self._raw, self._contents, path, self._source), path)
         labels: set[int] = set()
@@ -108,7 +108,7 @@ class _Reader:
         return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
 
     def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
-        """How the mask is drawn, where VOC segments the image and its ids are those of the objects."""
+        """The value from which the mask is drawn; None if VOC does not segment the image or its ids are not the objects'."""
         path = f"{self._top}SegmentationObject/{name}.png"
         if path not in self._contents.files:
             return None

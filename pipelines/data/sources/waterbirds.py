@@ -51,7 +51,7 @@ class Waterbirds(AnnotatedImages):
     params: WaterbirdsParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root` and `cub_root`, or the official archives, and gives every image its bird's box.
+        """Gives every image at `root`, or in the official archive, its bird's box from `cub_root` or CUB's archive.
 
         Raises:
             DataError: a file, a column or an image is missing, an image has no box, or its box makes no sense.
@@ -101,7 +101,7 @@ class _Reader:
                 advance(1)
 
     def _annotation(self, image: Ref, row: Row) -> Annotation:
-        """What is known of one image. Neither list tells its size: it is read from the image."""
+        """The annotation of one image. Its size, which neither list has, is read from the image."""
         if row.name not in self.boxes:
             raise DataError(f"{self.source}: {row.name} has no box in CUB-200-2011")
         try:
@@ -114,7 +114,7 @@ class _Reader:
 
 
 def _read_rows(content: bytes, where: str) -> list[Row]:
-    """The lines of `metadata.csv`; raises `DataError` for a column that is missing or a value that it cannot have."""
+    """The lines of `metadata.csv`; raises `DataError` if a column is missing or a value is not allowed."""
     reader = csv.DictReader(content.decode(errors="replace").splitlines())
     missing = [column for column in ("img_filename", *_RANGES) if column not in (reader.fieldnames or ())]
     if missing:

@@ -13,8 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipelines.data.shards.manifest import ShardError, read_manifest
 from pipelines.data.shards.sample import DataError
-from pipelines.data.shards.writer import ShardError, read_manifest, write_shards
+from pipelines.data.shards.writer import write_shards
 from pipelines.storage.errors import StorageError
 from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, rich
 
