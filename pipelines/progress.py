@@ -1,4 +1,4 @@
-"""Progress of long work: bars with a rate and the time left on standard error, or lines if there is no terminal."""
+"""Progress of long work: bars on standard error, or lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Rate(ProgressColumn):
 def bar(
     what: str, total: int | None, *, unit: Literal["bytes", "items"] = "items", done: int = 0, show: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Shows a bar; gives the function that advances it by a number of bytes or items. `done` of them were done before."""
+    """Shows a bar that starts at `done`; gives the function that advances it by bytes or items."""
     columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _Rate())
     with Progress(
         TextColumn(what), BarColumn(), *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show

@@ -1,4 +1,4 @@
-"""Files at a path or any fsspec URL: written whole or not at all, read, hashed, and read and written as JSON.
+"""Files at a path or any fsspec URL: written whole or not at all, read, hashed, as JSON.
 
 A file on this machine is written under a temporary name beside its own and then renamed; an object store gets it in one put.
 A remote storage that fails for a while is tried again; see `retry`.
@@ -39,7 +39,7 @@ def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
 
 @contextmanager
 def staged(place: str | Path) -> Iterator[Path]:
-    """Gives a temporary path; the file written there becomes `place` when the block ends, and is deleted on an error.
+    """Gives a temporary path, whose file becomes `place` when the block ends, and is deleted on an error.
 
     Raises:
         StorageError: the file cannot be written, with the `errno` of the cause.

@@ -1,4 +1,4 @@
-"""Retries of calls to remote storage, at any fsspec URL: again and again, ever later, while the error is transient."""
+"""Retries of calls to remote storage at any fsspec URL, ever later, while the error is transient."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ class MetricRow(TypedDict):
 
 
 class Journal:
-    """One execution of a stage in `<directory>/tracking/`: `run.json`, `metrics.jsonl` and a tree of `artifacts`.
+    """One execution of a stage in `<directory>/tracking/`.
 
+    The folder has `run.json`, `metrics.jsonl` and a tree of `artifacts`.
     Nothing is held in memory: any process may read the folder, and the one that tracks may append.
     """
 
@@ -42,7 +43,7 @@ class Journal:
     def begin(
         self, stage: str, experiment: str, params: Mapping[str, str], tags: Mapping[str, str], key: str | None = None
     ) -> None:
-        """Opens the journal of an execution: of the unfinished one found here, which then goes on, or of a new one.
+        """Opens the journal of the unfinished execution found here, which then goes on, or of a new one.
 
         The params of one that goes on stay those it started with; its tags become `tags`. `key` names one that began elsewhere.
         """

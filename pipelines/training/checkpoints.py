@@ -28,7 +28,7 @@ def folder_of(directory: str, step: int) -> str:
 
 @retried
 def save(directory: str, step: int, state: dict[str, Any], summary: dict[str, Any], keep: set[int], last: int) -> None:
-    """Writes the checkpoint of `step`, then deletes all but the `last` newest and those of the steps in `keep`.
+    """Writes the checkpoint of `step`; deletes all but the `last` newest and those of steps in `keep`.
 
     Args:
         directory: of the run.
@@ -61,7 +61,7 @@ def _steps(directory: str) -> list[int]:
 
 
 def _prune(directory: str, keep: set[int], last: int) -> None:
-    """Deletes checkpoints, each one's marker first, so that a kill in between leaves none that seems complete."""
+    """Deletes checkpoints, the marker first, so that a kill in between leaves none that seems complete."""
     complete = 0
     for step in _steps(directory):
         filesystem, folder = files.file_system(folder_of(directory, step))

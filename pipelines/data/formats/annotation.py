@@ -10,7 +10,7 @@ from pipelines.data.shards.sample import Box
 
 @dataclass(frozen=True)
 class Annotation:
-    """Size, labels and boxes of one image; `mask` is the JSON value from which the source draws the sample's mask."""
+    """Size, labels and boxes of one image; the source draws the mask from the JSON value `mask`."""
 
     width: int  # stored pixels
     height: int

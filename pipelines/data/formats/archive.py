@@ -1,4 +1,4 @@
-"""Folders, tars, tar.gz and zips as lists of files with random access: `list_folder`, `list_tar`, `to_tar`, `read`, ..."""
+"""Folders, tars, tar.gz and zips as lists of files with random access."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Member:
 
 
 class Ref(NamedTuple):
-    """Where one sample lies: `size` bytes at `offset` of the file `name`, or the whole file if `offset` is `WHOLE_FILE`.
+    """Where one sample lies: `size` bytes at `offset` of the file `name`.
 
-    `path` is the name of an image in its data set, if it has one.
+    The sample is the whole file if `offset` is `WHOLE_FILE`. `path` is the name of an image in its data set, if it has one.
     """
 
     key: str
@@ -185,12 +185,12 @@ def read(raw: Path, ref: Ref) -> bytes:
 
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
-    """The bytes of the file that `contents` has at `path`; raises `DataError`, which names `source`, if there is none."""
+    """The bytes of the file `path` of `contents`; raises `DataError`, which names `source`, if it is missing."""
     return read(raw, reference_to(contents, path, path, source))
 
 
 def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
-    """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` if there is none."""
+    """A reference, called `key`, to the file `path` of `contents`; raises `DataError` if it is missing."""
     member = contents.files.get(path)
     if member is None:
         raise DataError(f"{source}: {path} is missing")
@@ -198,7 +198,7 @@ def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
 
 
 def folder_with(contents: Contents, marker: str, source: str) -> str:
-    """The folder of the file `marker`, `""` or ending in `/`; of several the one nearest to the top, then the first by name.
+    """The folder of the file `marker`, `""` or ending in `/`: the highest one, then the first by name.
 
     Raises:
         DataError: there is no such file; the error names the top folders.

@@ -1,4 +1,4 @@
-"""Boxes as annotation files give them, held against their images: kept, dropped and counted, or refused."""
+"""Boxes of annotation files, checked against their images: kept, dropped and counted, or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DESCRIBED: dict[Fault, str] = {
 
 
 class BoxCheck:
-    """Checks boxes against their images: clips a small overhang, drops or refuses a box that makes no sense.
+    """Checks boxes against their images: clips a small overhang, drops or refuses boxes with a fault.
 
     Args:
         on_bad_box: `raise` ends with an error, `skip` drops the box; its class stays a label of the image.
@@ -40,7 +40,7 @@ class BoxCheck:
         self.clipped = 0
 
     def __call__(self, corners: Sequence[float], width: int, height: int, where: str) -> Corners | None:
-        """(xmin, ymin, xmax, ymax), half-open, within the image of width x height pixels; None if the box is dropped.
+        """The half-open corners within the image of width x height pixels; None if the box is dropped.
 
         Raises:
             DataError: the box has a fault that is not to be skipped, or a number that is not finite; the error names `where`.

@@ -1,4 +1,4 @@
-"""COCO's `instances_*.json`, indexed by pycocotools (Lin et al. 2014), checked, with its labels as ours."""
+"""COCO's `instances_*.json` (Lin et al. 2014), indexed by pycocotools and checked."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Instances:
     def annotation(
         self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"], left_out: Counter[str]
     ) -> Annotation:
-        """The annotation of one of `images`; `left_out` counts what is not taken. See `Coco2014` for crowds and masks.
+        """The annotation of one of `images`; adds to the counts of `left_out`. See `Coco2014` for crowds.
 
         Raises:
             DataError: a box or a segmentation makes no sense; the error names the annotation.
@@ -106,7 +106,7 @@ def _image(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _corners(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    """(xmin, ymin, xmax, ymax) of COCO's [x, y, width, height], whose pixels count from 0 and are half-open as ours are."""
+    """Half-open corners, counted from 0, of COCO's box [x, y, width, height]."""
     try:
         x, y, width, height = (float(value) for value in entry["bbox"])
     except (KeyError, TypeError, ValueError):

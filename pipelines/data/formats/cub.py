@@ -17,7 +17,7 @@ ARCHIVES = {
 
 
 def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str, Corners], str]:
-    """(xmin, ymin, xmax, ymax) by image name, as in `species/file.jpg`, and the checksum of the files they are read from.
+    """Corners of boxes by image name, such as `species/file.jpg`, and the checksum of their files.
 
     CUB gives x, y, width and height "in pixels" and no more. Boxes at x = 0 exist, and of the 5,794 boxes of its test split none
     has x + width above the image's last pixel: they are read as counted from 0 and half-open, [x, x + width), as the code
@@ -52,7 +52,7 @@ def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str,
 
 
 def _cells(contents: Contents, path: str, count: int, folder: Path, source: str) -> Iterator[list[str]]:
-    """The `count` cells of each line of a text file; raises `DataError` if a line has another number of cells."""
+    """The `count` cells of each line of a text file; raises `DataError` if a line has more or fewer."""
     for line in archive.read_file(folder, contents, path, source).decode(errors="replace").splitlines():
         cells = line.split()
         if len(cells) != count:

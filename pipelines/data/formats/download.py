@@ -39,7 +39,7 @@ class _Stream:
 def download(
     url: str, destination: Path, *, digest: str | None = None, progress: bool = True, attempts: int = 5, pause: float = 1.0
 ) -> None:
-    """Downloads the file at `url` (http, https or any fsspec URL) to `destination`, and resumes an earlier call.
+    """Downloads the file at `url` (http, https or any fsspec URL); resumes an earlier call.
 
     Args:
         url: what to download.
@@ -102,7 +102,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
 
 
 def _read(reader: Any) -> bytes:
-    """The next bytes; empty at the end and if the connection broke, which the length of the file tells apart."""
+    """The next bytes; empty at the end or if the connection broke, which the file's length tells apart."""
     try:
         content: bytes = reader.read(_BLOCK)
     except http.client.IncompleteRead as error:

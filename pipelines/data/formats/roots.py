@@ -1,4 +1,4 @@
-"""The files of a data set: below the user's root (`open_root`) or in its official archives (`download_archives`)."""
+"""The files of a data set, below the user's root or in its official archives."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _UNPACKED = "images.tar"
 
 
 class Official(NamedTuple):
-    """An archive as its publisher offers it; `digest` is `sha256:<hex>`, `md5:<hex>`, or None if none is published."""
+    """A published archive; `digest` is `sha256:<hex>`, `md5:<hex>`, or None if none is published."""
 
     url: str
     digest: str | None
 
 
 def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """The files at `root`, and their sha256: of an archive's bytes, or of a folder's sorted paths and sizes.
+    """The files at `root`, and the sha256 of an archive's bytes or of a folder's sorted paths and sizes.
 
     Raises:
         DataError: nothing is there, or its sha256 is not `sha256`.
@@ -55,7 +55,7 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
 
 
 def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """The files of all official archives (by name), each of which becomes a plain tar in `raw`; and one sha256 of them.
+    """The files of official archives, which become plain tars in `raw`, and one sha256 of all archives.
 
     Raises:
         DataError: an archive cannot be downloaded, has another digest, or is damaged.

@@ -23,10 +23,10 @@ VOID = 255
 
 
 def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -> dict[str, object] | None:
-    """The JSON value from which `draw` draws the mask; None if the segmentation's ids are not those of the annotated objects.
+    """The JSON value from which `draw` draws the mask; None if ids are not those of the objects.
 
-    They are those of the objects if the sizes agree, no id is above the number of objects, and every object that is seen has
-    most of its pixels in its box.
+    The segmentation's ids are those of the annotated objects if the sizes agree, no id is above the number of objects, and every
+    object that is seen has most of its pixels in its box.
 
     Args:
         raw: the folder that `ref` is relative to.
@@ -52,7 +52,7 @@ def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -
 
 
 def draw(raw: Path, annotation: Annotation) -> bytes:
-    """The PNG of instance ids by the value that `plan` returned; objects without a box and void borders are background."""
+    """The PNG of instance ids; objects without a box and void borders are background. See `plan`."""
     table = np.zeros(VOID + 1, np.uint8)
     numbers = annotation.mask["numbers"]
     table[1 : 1 + len(numbers)] = numbers

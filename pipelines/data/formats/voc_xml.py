@@ -34,7 +34,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class VocObject:
-    """One object; `corners` is (xmin, ymin, xmax, ymax), 0-based and half-open, not yet checked against the image."""
+    """One object; `corners` are 0-based and half-open, and not yet checked against the image."""
 
     label: int
     corners: Corners
@@ -43,7 +43,7 @@ class VocObject:
 
 @dataclass(frozen=True)
 class VocAnnotation:
-    """The size of an image in pixels, and its objects in the file's order, which is that of ids in segmentations."""
+    """The size of an image in pixels, and its objects in the order of their ids in segmentations."""
 
     width: int
     height: int

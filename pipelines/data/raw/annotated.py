@@ -80,7 +80,7 @@ class AnnotatedImages:
 
 
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
-    """Writes the index and annotations of one split to `raw`, one image at a time, in their order; returns their number."""
+    """Writes the index and annotations of one split to `raw`, in their order; returns their number."""
     path = annotations_path(raw, split)
     refs = []
     with staged(path) as unfinished, unfinished.open("wb") as file:
@@ -93,7 +93,7 @@ def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]
 
 
 def write_description(raw: Path, description: Description, check: BoxCheck, others: Mapping[str, int] | None = None) -> None:
-    """Writes the manifest of the splits to `raw`, with the numbers of boxes and other things left out, which are logged too.
+    """Writes the manifest of the splits to `raw`, with the numbers of things left out, and logs these.
 
     Args:
         raw: has every split, as `write_split` wrote it.

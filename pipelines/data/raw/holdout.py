@@ -1,4 +1,4 @@
-"""The validation split that is held out of a training set, and the order of the rest, both drawn by a seed."""
+"""The validation split held out of a training set, and the order of the rest, both drawn by a seed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class StoredImages:
         return listing.read_description(raw)
 
     def index(self, raw: Path, split: str) -> list[Ref]:
-        """References sorted by class, then by path; those of `train` shuffled, so that every shard has all classes."""
+        """References by class, then path; those of `train` shuffled, so that every shard has all classes."""
         refs = listing.read_index(raw, split)
         return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
@@ -44,9 +44,9 @@ def write_labelled(
     checksum: str,
     train_optional: bool = False,
 ) -> None:
-    """Writes the indexes and the manifest of a data set whose splits lie in `folders` (split -> folder), by class.
+    """Writes the indexes and the manifest of images in class folders below the folders of their splits.
 
-    If there is no folder for `val`, `params.val_count` images are held out of `train`.
+    `folders` is split -> folder. If there is no folder for `val`, `params.val_count` images are held out of `train`.
 
     Raises:
         DataError: a split is missing or empty, a class is empty, or a class is missing from `train`.
@@ -64,7 +64,9 @@ def write_labelled(
 def write_unlabelled(
     contents: Contents, folders: Mapping[str, str], raw: Path, params: DatasetParams, *, source: str, checksum: str
 ) -> None:
-    """Writes the indexes and the manifest of images anywhere below the folders of their splits; `test` may be missing.
+    """Writes the indexes and the manifest of images anywhere below the folders of their splits.
+
+    `test` may be missing.
 
     Raises:
         DataError: `train` is missing or empty.

@@ -1,4 +1,4 @@
-"""The images of an archive by class, references to them with unique keys, and the samples they are read as."""
+"""The images of an archive: by class, as references with unique keys, and read as samples."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def classes_of(contents: Contents, folder: str, where: str) -> Classes:
 
 
 def references(contents: Contents, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
-    """A reference for each image, class by class in label order, with keys that are unique and safe in file names."""
+    """A reference for each image, class by class in label order, with unique keys safe in file names."""
     listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
     keys = unique_keys({path: f"{name}_{_stem(path, name)}" for path, name, _ in listed})
     refs = []
@@ -85,7 +85,7 @@ def unlabelled(contents: Contents, folder: str) -> list[Ref]:
 
 
 def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Keys by path: the wanted `names` made safe in file names, with a hash of the path where two would be equal."""
+    """Keys by path: `names` made safe in file names, with a hash of the path where two would be equal."""
     safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
     taken = Counter(safe.values())
     return {
@@ -105,7 +105,7 @@ def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[R
 
 
 def load_image(raw: Path, ref: Ref) -> Sample:
-    """The sample at `ref`: bytes of JPEG, PNG and WebP as they are, other formats as the PNG of their pixels.
+    """The sample at `ref`: the bytes of JPEG, PNG and WebP, the PNG of the pixels of other formats.
 
     Raises:
         DataError: the file is gone or changed, or is of another format and does not decode.

@@ -1,4 +1,4 @@
-"""The files that `fetch` writes beside the data: one index per split, and `manifest.json`, written last."""
+"""Files that `fetch` writes beside the data: one index per split, and `manifest.json`, written last."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def write_index(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
 
 
 def read_index(raw: Path, split: str) -> list[Ref]:
-    """The references that `write_index` wrote; raises `DataError` if the split or the whole fetch is missing."""
+    """The references that `write_index` wrote; raises `DataError` if the split or the fetch is missing."""
     return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
-    """The references that `write_index` wrote, as lists; raises `DataError` if the split or the whole fetch is missing."""
+    """The lines that `write_index` wrote; raises `DataError` if the split or the fetch is missing."""
     read_raw_manifest(raw)
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Local copies of remote shards, in a folder of bounded size from which the least recently used are deleted first.
+"""Local copies of remote shards, in a folder of bounded size; the least recently used go first.
 
 The folder is `SHARD_CACHE` (by default one in the temporary folder), its size at most `SHARD_CACHE_GB` (by default 20): both
 belong to a machine, not to a run. All processes of a machine share it. A file in it is named by its sha256.
@@ -24,7 +24,7 @@ ABANDONED = 3600.0  # seconds without a new byte after which an unfinished copy 
 
 
 def local_copy(root: str, shard: Shard) -> Path:
-    """A local file with the shard's content: the shard itself, or its copy in the cache, whose size and sha256 are right.
+    """A local file with the shard's content: the shard itself, or its checked copy in the cache.
 
     Args:
         root: folder or fsspec URL of the shard.
@@ -47,7 +47,7 @@ def local_copy(root: str, shard: Shard) -> Path:
 
 
 def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, root: str) -> Path:
-    """The shard's copy in the cache, which is downloaded if it is not there, and marked as the one used last."""
+    """The shard's copy in the cache, downloaded if it is not there, and marked as the one used last."""
     folder = cache_folder()
     path = folder / f"{shard.sha256}.tar"
     with suppress(FileNotFoundError):
@@ -65,7 +65,7 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
 
 
 def download(filesystem: fsspec.AbstractFileSystem, remote: str, path: Path, shard: Shard, root: str) -> None:
-    """Copies a shard to `path`, at most `DOWNLOADS` times until the copy is right; raises `ShardError` if it never is."""
+    """Copies a shard to `path`, again if the copy is damaged; raises `ShardError` after `DOWNLOADS` times."""
     for left in reversed(range(DOWNLOADS)):
         retry(partial(filesystem.get_file, remote, str(path)), root)
         try:
@@ -90,7 +90,7 @@ def cache_limit() -> int:
 
 
 def make_room(folder: Path, size: int, limit: int) -> None:
-    """Deletes the least recently used copies until `size` more bytes fit in; a process that has one open reads on."""
+    """Deletes the least recently used copies until `size` more bytes fit; open files can be read on."""
     files: list[tuple[float, int, Path]] = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process makes room, too

@@ -1,4 +1,4 @@
-"""Shards and stored explanations in a storage that all machines see: named by their content, so that each is copied once."""
+"""Shards and stored explanations in a storage that all machines see, in folders named by content."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipelines.storage.publish import publish
 
 
 def publish_shards(folder: str, storage: str) -> str:
-    """Copies the shards whose manifest is in a local folder to `storage`, unless they are there; returns their root."""
+    """Copies the shards of a manifest in a local folder to `storage` if missing; returns their root."""
     manifest = read_manifest(folder)
     names = [shard.name for shards in manifest.splits.values() for shard in shards]
     return publish(folder, f"{storage.rstrip('/')}/shards/{manifest.digest[:16]}", [*names, MANIFEST])
 
 
 def publish_explanations(folder: str, storage: str) -> str:
-    """Copies the stored explanations whose index is in a local folder to `storage`, unless they are there; returns their root."""
+    """Copies the stored explanations of an index in a local folder to `storage` if missing; returns their root."""
     names = [shard["name"] for shard in read_index(folder)["shards"]]
     url = f"{storage.rstrip('/')}/explanations/{file_digest(Path(folder, INDEX))[:16]}"
     return publish(folder, url, [*names, INDEX])

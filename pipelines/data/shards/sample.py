@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Description:
-    """A data set as a whole: its classes in label order, its task, its source, and the number of samples per split."""
+    """A data set as a whole: classes in label order, task, source, number of samples per split."""
 
     classes: tuple[str, ...]
     task: Task

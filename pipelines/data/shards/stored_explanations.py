@@ -1,4 +1,4 @@
-"""Stored explanations: a teacher's logits and maps, in shards that lie beside the data's, sample by sample.
+"""Stored explanations: a teacher's logits and maps, sample by sample, in shards like the data's.
 
     <root>/train-000000.tar   `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
     <root>/explanations.json  written last: the teacher, the images, and how the maps were made

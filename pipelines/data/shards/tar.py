@@ -1,4 +1,4 @@
-"""Tars of shards: written with WebDataset's `TarWriter`, deterministic to the byte; and where each sample lies in one."""
+"""Tars of shards: written by WebDataset's `TarWriter`, deterministic to the byte; and scanned."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Entry:
 
 
 def write_tar(root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
-    """Writes the shard `name` at `root`, a folder or fsspec URL, whole or not at all; returns its line of the manifest.
+    """Writes the shard `name` at `root`, whole or not at all; returns its line of the manifest.
 
     The headers say nothing of when, where and by whom the tar was written.
 
     Args:
-        root: of the shards.
+        root: folder or fsspec URL of the shards.
         name: of the tar.
         samples: key, and content by suffix in the order of the tar.
 
@@ -49,7 +49,7 @@ def write_tar(root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes
 
 @lru_cache(SCANNED)
 def scan(path: Path, size: int, changed: int, suffixes: tuple[str, ...]) -> tuple[Entry, ...]:
-    """Where each sample of a tar lies, in the tar's order. A sample's files share the name up to the first dot.
+    """Where each sample of a tar lies, in order. A sample's files share the name up to the first dot.
 
     Args:
         path: of the tar.

@@ -49,10 +49,10 @@ class _ShardPlan:
 def write_shards(
     source: Source, raw: Path, out: str | Path, *, shard_size: int, workers: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`, which is written last.
+    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`.
 
-    The same source gives the same bytes, whatever the number of processes. An old manifest is deleted first, so that shards
-    of an interrupted call never have one.
+    The manifest is written last, and an old one is deleted first, so that shards of an interrupted call never have one. The same
+    source gives the same bytes, whatever the number of processes.
 
     Args:
         source: the one that fetched `raw`. It and its references are pickled when `workers` > 0.

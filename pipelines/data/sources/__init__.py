@@ -15,10 +15,10 @@ __all__ = ["Source", "get"]
 
 
 class Source(Protocol):
-    """A data set that can be fetched and then read sample by sample. Sources and their references can be pickled."""
+    """A data set that is fetched and then read sample by sample. It and its references can be pickled."""
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Downloads or generates the data, verifies it, and writes it, or references to it, to the folder `raw`.
+        """Downloads or generates the data, verifies it, and writes it or references to it to `raw`.
 
         Incomplete data lies in the folder `cache`, from which a later call resumes; `raw/manifest.json` is written last.
 
@@ -37,6 +37,6 @@ class Source(Protocol):
 
 
 def get(params: Dataset) -> Source:
-    """The source that `params` describe: `SOURCE` of the module that `params.source` names, which alone is imported."""
+    """The source of `params`: `SOURCE` of the module that `params.source` names, the only one imported."""
     source: Source = importlib.import_module(f"{__name__}.{params.source}").SOURCE(params)
     return source

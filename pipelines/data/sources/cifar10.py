@@ -53,7 +53,7 @@ SOURCE = Cifar10
 
 
 def _write_images(cache: Path, destination: Path, progress: bool) -> None:
-    """Writes the tar `split/class/number.png` of the download in `cache`, whose MD5 sums torchvision checks."""
+    """Writes the tar `split/class/number.png` of the download in `cache`, which torchvision checks."""
     from torchvision.datasets import CIFAR10
 
     with staged(destination) as path, tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:

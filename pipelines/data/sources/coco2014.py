@@ -1,4 +1,4 @@
-"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label: `train2014` gives train and val, `val2014` is read as test."""
+"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label; train and val of `train2014`, test of `val2014`."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ ANNOTATIONS = {
 
 @dataclass(frozen=True)
 class Coco2014(AnnotatedImages):
-    """The 80 categories by ascending id; an image's labels are the classes of its annotations, none where it has none.
+    """The 80 categories by ascending id; an image's labels are the classes of its annotations.
 
-    A crowd region (`iscrowd`) covers a group whose members nobody told apart. COCO's evaluation asks nothing of it: it is
-    neither to be found nor counted against what is found in it. So it gives no box and no instance of the mask; but the class
-    is in the picture, and stays a label. `crowd: ignore` takes that away too, and `crowd: box` takes the region for an object,
-    as the code published with model guidance does.
+    A crowd region (`iscrowd`) covers a group of objects that are not annotated one by one. COCO's evaluation neither expects it
+    to be found nor counts detections in it as errors. It gives no box and no instance of the mask, but its class stays a label
+    of the image. `crowd: ignore` removes the label too, and `crowd: box` takes the region for an object, as the code published
+    with model guidance does.
 
-    Boxes with a side below one pixel are known in COCO, and are left out and counted. An image has a mask where every box of
-    it has a segmentation: one that lacked an object would call it background.
+    Boxes with a side below one pixel are known in COCO; they are left out and counted. An image has a mask if every one of its
+    boxes has a segmentation, because a mask without an object would call it background.
 
-    As the test split is `val2014`, the one that papers report, `val_count` images are held out of `train2014`, drawn by
-    `split_seed` alike from all: with 80 classes, several of them in an image, there are no strata to draw from.
+    The test split is `val2014`, the one that papers report. `val_count` images are held out of `train2014`, drawn by
+    `split_seed` uniformly: with several of 80 classes in an image, there are no strata to draw from.
     """
 
     params: Coco2014Params
@@ -104,7 +104,7 @@ SOURCE = Coco2014
 
 @dataclass(frozen=True)
 class _Files:
-    """The images and annotations of the data set, which lie in archives of their own if they were downloaded."""
+    """The images and annotations of the data set, in archives of their own if they were downloaded."""
 
     raw: Path
     images: Contents

@@ -1,4 +1,4 @@
-"""`imagefolder`: `split/class/file` in a folder, tar, tar.gz or zip, on this machine or at any fsspec URL; unlabelled too."""
+"""`imagefolder`: `split/class/file` or unlabelled images, in a folder or archive, local or at a URL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ImageFolder(StoredImages):
     params: ImageFolderParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Verifies the files at `root`; unpacks archives to `raw`, and reads folders and plain tars where they are."""
+        """Verifies the files at `root`; unpacks archives to `raw`, leaves folders and plain tars in place."""
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
         folders = {split: params.splits.get(split, split) for split in ("train", "val", "test")}

@@ -1,4 +1,4 @@
-"""`imagenet`: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, read where they lie. The official `val` is our test."""
+"""`imagenet`: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`. The official `val` is our test split."""
 
 from __future__ import annotations
 

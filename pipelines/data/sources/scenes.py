@@ -1,4 +1,4 @@
-"""`scenes`: drawn, not downloaded. Coloured shapes on textured backgrounds, with boxes, masks and captions."""
+"""`scenes`: drawn coloured shapes on textured backgrounds, with boxes, masks and captions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
 
 @dataclass(frozen=True)
 class Scenes:
-    """The generator behind the source protocol: one tar a split, `<key>.png`, `<key>.json`, `<key>.mask.png`."""
+    """Drawn scenes as a source: one tar per split of `<key>.png`, `<key>.json` and `<key>.mask.png`."""
 
     params: ScenesParams
 
@@ -92,7 +92,7 @@ class Scenes:
         )
 
     def _identity(self) -> str:
-        """A hash of the params and of all code of `pipelines.data`, so that chunks drawn by other code are never taken."""
+        """A hash of the params and of all code of `pipelines.data`: chunks of other code are never taken."""
         digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
         for path in sorted(Path(__file__).parents[1].rglob("*.py")):
             digest.update(path.read_bytes())
@@ -156,7 +156,7 @@ def _members(sample: Sample) -> bytes:
 
 
 def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
-    """Puts the chunks of a split together as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
+    """Joins the chunks of a split as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
     name = f"{split}.tar"
     refs: list[Ref] = []
     with staged(raw / name) as path, path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own train, val and test splits; multi-label."""
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own three splits; multi-label."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class _Reader:
         return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
 
     def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
-        """The value from which the mask is drawn; None if VOC does not segment the image or its ids are not the objects'."""
+        """See `voc_masks.plan`; None also if VOC does not segment the image."""
         path = f"{self._top}SegmentationObject/{name}.png"
         if path not in self._contents.files:
             return None

@@ -1,4 +1,4 @@
-"""`waterbirds`: birds of CUB-200-2011 cut out and laid on land or water (Sagawa et al. 2020), with CUB's boxes."""
+"""`waterbirds`: birds of CUB-200-2011 on land or water (Sagawa et al. 2020), with CUB's boxes."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Waterbirds(AnnotatedImages):
-    """Landbirds and waterbirds, with groups 2·y + place: land on land, land on water, water on land, water on water.
+    """Landbirds and waterbirds, in groups 2·y + place.
+
+    Groups are land on land, land on water, water on land, and water on water.
 
     Variant 95 is the official data set, in whose training split 95 % of the birds are on their usual background. Variant 100
     leaves the others of the training split out; val and test, where places are drawn evenly, stay as they are. The Waterbirds-100
     of Petryk et al. (2022), `waterbird_1.0_forest2water2`, which model guidance was published on, was composed anew with other
     places and splits, and has no address that a program can download from: give its folder as `root`.
 
-    No digest of the official archive is published. Its length and the CRC of gzip are checked, and `sha256` where it is given.
+    No digest of the official archive is published. Its length and the CRC of gzip are checked, and `sha256` if it is given.
     """
 
     params: WaterbirdsParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Gives every image at `root`, or in the official archive, its bird's box from `cub_root` or CUB's archive.
+        """Gives every image of `root` or the official archive the box of its bird in CUB-200-2011.
 
         Raises:
             DataError: a file, a column or an image is missing, an image has no box, or its box makes no sense.
