@@ -5,18 +5,36 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError, one_line
+from tests.support import servers
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of an S3 server that refuses every fifth request."""
+    with servers.Storage() as storage, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        storage.share = 0.2
+        yield "s3://bucket"
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place that does not exist yet."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
     places = {"path": str(tmp_path / "a/b"), "file": f"file://{tmp_path}/a/b", "memory": f"memory://files/{tmp_path.name}"}
     return places[request.param]
 
@@ -34,6 +52,11 @@ def test_what_is_written_is_read(folder: str) -> None:
     files.remove(folder)
     files.remove(folder)
     assert files.folders(folder) == []
+
+
+def test_a_missing_bucket_is_named(bucket: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^s3://another/file: [^\n]*$"):
+        files.write("s3://another/file", b"")
 
 
 def fail_to_write(place: str) -> None:

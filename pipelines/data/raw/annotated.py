@@ -88,7 +88,7 @@ def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]
             line = (json.dumps(asdict(annotation), separators=(",", ":")) + "\n").encode()
             refs.append(AnnotatedRef(image, Ref(image.key, path.name, file.tell(), len(line))))
             file.write(line)
-    listing.write_index(raw, split, refs)
+    listing.write_references(raw, split, refs)
     return len(refs)
 
 

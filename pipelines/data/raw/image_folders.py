@@ -26,7 +26,7 @@ class StoredImages:
 
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References by class, then path; those of `train` shuffled, so that every shard has all classes."""
-        refs = listing.read_index(raw, split)
+        refs = listing.read_references(raw, split)
         return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
     def load(self, raw: Path, reference: Ref) -> Sample:
@@ -84,7 +84,7 @@ def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, descrip
             raise DataError(f"{description.source}: has no validation images: set val_count, how many to hold out of train")
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
-        listing.write_index(raw, split, listed)
+        listing.write_references(raw, split, listed)
     listing.write_raw_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
 
 

@@ -12,22 +12,22 @@ from pipelines.data.formats.archive import Ref
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.storage import files
 
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
 
 
-def write_index(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
+def write_references(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
     """Writes the references of one split to `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
     files.write(raw / f"{split}.index.jsonl", lines.encode())
 
 
-def read_index(raw: Path, split: str) -> list[Ref]:
-    """The references that `write_index` wrote; raises `DataError` if the split or the fetch is missing."""
+def read_references(raw: Path, split: str) -> list[Ref]:
+    """The references that `write_references` wrote; raises `DataError` if the split or the fetch is missing."""
     return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
-    """The lines that `write_index` wrote; raises `DataError` if the split or the fetch is missing."""
+    """The lines that `write_references` wrote; raises `DataError` if the split or the fetch is missing."""
     read_raw_manifest(raw)
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():
@@ -38,14 +38,14 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
 
 def write_raw_manifest(raw: Path, description: Description, **details: Any) -> None:
     """Writes `manifest.json`: the description, the bytes and sha256 of each file in `raw`, and `details`."""
-    written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != MANIFEST]
+    written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != _MANIFEST]
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
-    files.write_json(raw / MANIFEST, {**asdict(description), **details, "files": listed})
+    files.write_json(raw / _MANIFEST, {**asdict(description), **details, "files": listed})
 
 
 def read_raw_manifest(raw: Path) -> dict[str, Any]:
     """The manifest in `raw`; raises `DataError` if there is none or it is damaged."""
-    path = raw / MANIFEST
+    path = raw / _MANIFEST
     try:
         content: dict[str, Any] | None = files.read_json(path)
     except ValueError as error:

@@ -47,7 +47,7 @@ class Scenes:
         checksums: dict[str, str] = {}
         for split in SPLITS:
             refs = _join(chunks, raw, split, self.params.counts.get(split, 0))
-            listing.write_index(raw, split, refs)
+            listing.write_references(raw, split, refs)
             checksums[split] = file_digest(raw / f"{split}.tar")
         listing.write_raw_manifest(raw, self._description(combined_sha256(checksums)))
         shutil.rmtree(chunks)
@@ -58,7 +58,7 @@ class Scenes:
 
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References in the order of drawing; classes come in shuffled tens."""
-        return listing.read_index(raw, split)
+        return listing.read_references(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
