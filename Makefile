@@ -31,9 +31,11 @@ test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on 
 	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)
 	@$(BIN)/python -m pytest -m infra tests/infra
 
-lint: setup ## ruff: lint and format
+lint: setup ## ruff (lint, format), import-linter (who imports whom), deptry (what is declared)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/deptry .
 
 types: setup ## mypy
 	@$(BIN)/mypy

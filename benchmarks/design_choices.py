@@ -27,7 +27,8 @@ from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_bcosification
 from pipelines.params import BcosificationParams, Params, load
-from pipelines.training import Job, run_directory, train
+from pipelines.storage.paths import run_directory
+from pipelines.training import Job, train
 from pipelines.workflow.running import shards_of, spec_of
 
 CHOICES: dict[str, dict[str, Any]] = {

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
 from benchmarks.step import keep_small_features
-from pipelines.attribution import explainers
+from pipelines.attribution import comparable_explainers
 from pipelines.bcos import bcosify
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
-from pipelines.training.loop import laid_out
-from pipelines.training.objective import build_objective
+from pipelines.training.loop import in_memory_format
+from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = tuple(map(str, range(20)))
 EVERY = 16
@@ -73,11 +73,11 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
             epochs=1, batch_size=case.batch, lr=0.1, explanation_weight=weight, explain_every=every, explanations=source
         )
         probe = torch.full((1, 6, case.size, case.size), 0.5, device=device)
-        explain = explainers(student, teacher, probe, held=True) if weight else None
+        explain = comparable_explainers(student, teacher, probe, held=True) if weight else None
         method = E2KD(student, spec, teacher, params, explain)
         objective = build_objective(method, training)
         stored = live_maps(method, batch) if name == "frozen" else {}
-        found[name] = stepper(method, objective, batch | stored, device, training.memory_format, every)
+        found[name] = stepper(method, objective, batch | stored, device, memory_format(training), every)
     return found
 
 
@@ -99,7 +99,7 @@ def stepper(
             method.module.zero_grad(set_to_none=True)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 prepared = method.prepare({**batch, "step": number}).items()
-                loss = objective({name: laid_out(value, layout) for name, value in prepared})["loss"]
+                loss = objective({name: in_memory_format(value, layout) for name, value in prepared})["loss"]
             loss.backward()
 
     return run

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import clock
-from pipelines.attribution import attribute, attribute_many
+from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
 from pipelines.bcos.precision import exact_float32
 from pipelines.metrics import grid_pointing_game
@@ -124,7 +124,7 @@ def measure(name: str, method: str, rounds: int) -> dict[str, object]:
     side = case.n * case.size
     grids = pictures(case.batch, side)
     classes = torch.stack([torch.randperm(CLASSES)[: case.n**2] for _ in range(case.batch)]).to(DEVICE)
-    batched = partial(grid_pointing_game, partial(attribute_many, model, method=method), grids, classes, case.smooth)
+    batched = partial(grid_pointing_game, partial(attribute, model, method=method), grids, classes, case.smooth)
     plain = partial(loop, partial(plain_map, model, method), case)
     lean = partial(loop, partial(attribute, model, method=method), case)
     scores = batched()

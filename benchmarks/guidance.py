@@ -30,7 +30,7 @@ from pipelines.bcos.precision import exact_float32
 from pipelines.methods import Guidance
 from pipelines.models import build
 from pipelines.params import GuidanceParams, TrainingParams
-from pipelines.training.objective import build_objective
+from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = 20
 LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
@@ -65,7 +65,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
     for name, weight in (("plain", 0.0), ("guided", 0.01)):
         params = GuidanceParams(epochs=1, batch_size=case.batch, lr=0.1, localisation_weight=weight)
         method = Guidance(network(case, device).train(), "multilabel", CLASSES, params)
-        found[name] = stepper(method, build_objective(method, training), batch, device, training.memory_format, 1)
+        found[name] = stepper(method, build_objective(method, training), batch, device, memory_format(training), 1)
     return found
 
 

@@ -24,12 +24,14 @@ from typing import Any
 
 import pipelines  # noqa: F401  (first: it says how threads wait)
 from pipelines import models
+from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import annotated_images
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_classifier, build_guidance, classifier_spec
 from pipelines.params import GuidanceParams, OptimiserParams, Params, load
-from pipelines.training import Context, Job, Result, run_directory, train
+from pipelines.storage.paths import run_directory
+from pipelines.training import Context, Job, Result, train
 from pipelines.workflow.running import shards_of
 
 RESULTS = Path("reports/guided.jsonl")
@@ -93,7 +95,7 @@ def measure(params: Params, backbone: Path, run: str, annotated: float, dilation
     folder = Path(run_directory("models", "guided", models.digest(start), optim))
     models.save(folder, module, models.read_spec(start))
     judge = params.evaluate.model_copy(update={"posthoc": ("input_x_gradient", "gradcam")})
-    guided = {"method": optim.attribution, "layer": optim.layer}
+    guided = Attribution(optim.attribution, optim.layer)
     found = evaluate(Context(), {"model": str(folder)}, shards, params.data, judge, split, guided=guided)[0]
     of_model = found["models"]["model"]
     explanations = of_model.pop("explanations")

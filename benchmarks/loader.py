@@ -33,7 +33,7 @@ from pipelines.methods import build_bcosification
 from pipelines.params import Params, load
 from pipelines.training import Job
 from pipelines.training.job import shard_batches
-from pipelines.training.loop import Run, apart, read, set_up, train_step
+from pipelines.training.loop import Run, read, rng_isolated, set_up, train_step
 from pipelines.workflow.running import shards_of, spec_of
 
 
@@ -98,7 +98,7 @@ def main() -> None:
             "loader": round(rate(read(run, "train"), options.batches)),
             "loader_all_fields": round(rate(every, options.batches)),
             **steps,
-            "together": round(rate(stepped(run, apart(read(run, "train"))), options.batches)),
+            "together": round(rate(stepped(run, rng_isolated(read(run, "train"))), options.batches)),
         }
         by_step = round(found["loader"] / steps[f"step_channels_{options.layouts[-1]}"], 2)
         print(json.dumps({"loader_workers": workers, **found, "loader_by_step": by_step}), flush=True)

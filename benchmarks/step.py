@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import main, seconds
 from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
-from pipelines.bcos.compiler import set_up_compiler
+from pipelines.bcos.fused import set_up_compiler
 from pipelines.models import ConventionalNetwork, build
 
 CLASSES = 20

@@ -36,7 +36,8 @@ from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.metrics import agreement
 from pipelines.metrics.agreement import explanation_similarity
 from pipelines.params import DistillationParams, Params, load
-from pipelines.training import Context, Job, run_directory, train
+from pipelines.storage.paths import run_directory
+from pipelines.training import Context, Job, train
 from pipelines.workflow.running import shards_of, student_spec
 
 RESULTS = Path("reports/students.jsonl")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import UserError
 from pipelines.params import Params, load
 from pipelines.storage.errors import one_line
 
@@ -26,7 +27,7 @@ TRAINS = "training.workers"  # a stage with this param runs on workers
 ALSO = ("explain", "search")  # and these
 
 
-class SubmitError(RuntimeError):
+class SubmitError(UserError, RuntimeError):
     """A stage cannot be submitted, or did not come back: one line that names the cause."""
 
 

@@ -24,15 +24,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from infra import project
-from infra.job import Input, Order, described
 from infra.package import pack
 from infra.project import PARAMS, Stage, SubmitError
-from pipelines import models
-from pipelines.data.shards.manifest import MANIFEST
-from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.data.shards.sample import DataError
-from pipelines.data.shards.stored_explanations import INDEX
-from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import Params, ParamsError
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
@@ -40,7 +34,8 @@ from pipelines.storage.publish import publish, pull
 from pipelines.storage.retry import retry
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
-from pipelines.training.launch import ray_environment, scaled
+from pipelines.training.launch import is_autoscaled, ray_environment
+from pipelines.workflow.orders import file_record, publish_input, write_order
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -188,14 +183,9 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     needed = {path for stage in chosen for path in stage.inputs}
     if options.stage == "search":  # of `guide` too
         needed |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
-    inputs = [put(path, storage) for path in sorted(needed)]
+    inputs = [publish_input(path, storage) for path in sorted(needed)]
     told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
-    order: Order = {
-        "stages": [asdict(stage) for stage in chosen],
-        "inputs": [item for item in inputs if item["names"]],
-        "environment": told,
-    }
-    files.write_json(f"{place}/order.json", order)
+    write_order(place, {"stages": [asdict(stage) for stage in chosen], "inputs": inputs, "environment": told})
     return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
 
 
@@ -225,7 +215,7 @@ def check_workers(client: JobSubmissionClient | None, least: int, gpus: float) -
 def autoscales(client: JobSubmissionClient) -> bool:
     """Whether the cluster may get more nodes by itself."""
     status = ask(client, "/api/cluster_status")["clusterStatus"]
-    return scaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
+    return is_autoscaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
 
 
 def ask(client: JobSubmissionClient, path: str) -> Any:
@@ -250,19 +240,6 @@ def check_storage(storage: str, place: str) -> None:
         raise SubmitError(f"{storage}: these credentials may not write there ({one_line(error)})") from None
     except (ImportError, ValueError) as error:
         raise SubmitError(f"{storage}: {one_line(error)}") from None
-
-
-def put(path: str, storage: str) -> Input:
-    """Puts an input to the storage; of shards and stored explanations the job gets the list alone: workers read them there."""
-    if path.startswith("data/shards/"):
-        return {"folder": path, "url": publish_shards(path, storage), "names": [MANIFEST]}
-    if path == "data/explanations":
-        frozen = Path(path, INDEX).is_file()
-        return {"folder": path, "url": publish_explanations(path, storage) if frozen else "", "names": [INDEX] if frozen else []}
-    folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
-    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
-    content = hashlib.sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
-    return {"folder": path, "url": publish(path, f"{storage}/models/{content[:16]}", names), "names": names}
 
 
 def sent() -> dict[str, str]:
@@ -321,7 +298,7 @@ def take(place: str) -> int:
     with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
         pull(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
         for item in result["files"]:
-            if described(Path(folder, item["name"])) | {"name": item["name"]} != item:
+            if file_record(Path(folder, item["name"])) | {"name": item["name"]} != item:
                 raise SubmitError(f"{result['outputs']}/{item['name']}: not what the job wrote")
         for stage in submitted:
             for output in stage.outputs:

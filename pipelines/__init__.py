@@ -1,20 +1,3 @@
 """The library: everything that is computed."""
 
-import ctypes
-import os
-import sys
-
-# Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
-# slower by a third: let them spin for a moment, unless the user says how. Read when torch is first imported.
-_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-if not _OPENMP.keys() & os.environ.keys():
-    os.environ.update(_OPENMP)
-OPENMP = {name: os.environ[name] for name in _OPENMP if name in os.environ}
-
-# A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
-# which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.
-if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-    _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if _mallopt is not None:
-        for _parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; bytes
-            _mallopt(_parameter, 2**30)
+from pipelines import process as _process  # noqa: F401  (sets up threads and memory before torch is imported)

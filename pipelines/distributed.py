@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.process import cpu_count
+
 
 @dataclass(frozen=True)
 class Context:
@@ -25,11 +26,6 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
     preempted: Callable[[], bool] | None = None  # whether a node of the workers is about to be taken away; on all ranks
-
-
-def cpu_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(local_world_size: int) -> None:
@@ -80,7 +76,7 @@ def wrap(objective: nn.Module, context: Context) -> nn.Module:
     return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
-def exchanging(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+def gradient_sync(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
     return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
 
@@ -110,7 +106,7 @@ def broadcast_buffers(module: nn.Module, context: Context) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def least(value: torch.Tensor, context: Context) -> float:
+def all_reduce_min(value: torch.Tensor, context: Context) -> float:
     """The least of all ranks' `value` (a scalar)."""
     if context.world_size > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MIN)

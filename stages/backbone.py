@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from pipelines.workflow.running import bring, stage
+from pipelines.workflow.places import save_model_from
+from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Brings the backbone of the params; anew where an alias in the registry moved."""
+    """Saves the backbone of the params here, anew if its alias in the registry has moved."""
     with stage() as params:
-        bring(params.guide.backbone, Path("models/backbone"))
+        save_model_from(params.guide.backbone, Path("models/backbone"))
 
 
 if __name__ == "__main__":

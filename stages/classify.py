@@ -1,24 +1,14 @@
-"""Stage `classify`: a classifier of the data of `guide`, the backbone with a new head, not guided yet, in `models/classify`."""
+"""Stage `classify`: a classifier of the data of `guide`, the backbone with a new head, in `models/classify`."""
 
-from functools import partial
-from pathlib import Path
-
-from pipelines.data.shards.manifest import read_manifest
-from pipelines.methods import build_classifier, check_guidable, classifier_spec
-from pipelines.workflow.running import Task, model_for_all, shards_of, stage, train_stage
-from stages.guide import check_boxes
+from pipelines.workflow import tasks
+from pipelines.workflow.running import stage
+from pipelines.workflow.training import train_stage
 
 
 def main() -> None:
-    """Trains the classifier."""
-    with stage() as whole:
-        params, backbone = whole.for_guide(), Path("models/backbone").absolute()
-        manifest = read_manifest(shards_of(params.dataset))
-        spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
-        build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
-        check_boxes(shards_of(params.dataset))  # what `guide` needs: now, not after this training
-        check_guidable(build().module, spec, params.guide.guided)
-        train_stage(Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,)))
+    """Trains the classifier before its guidance."""
+    with stage() as params:
+        train_stage(tasks.classify(params))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from pipelines.data import sources
-from pipelines.training import run_directory
+from pipelines.storage.paths import run_directory
 from pipelines.workflow.running import stage
 
 

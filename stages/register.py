@@ -6,15 +6,17 @@ from pathlib import Path
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.storage.files import write_json
-from pipelines.workflow.running import REPORTS, flat, shards_of, stage
-from stages.evaluate import NAMES
+from pipelines.workflow.evaluating import BCOS_NAMES
+from pipelines.workflow.places import REPORTS, shards_of
+from pipelines.workflow.reports import flat
+from pipelines.workflow.running import stage
 
 
 def main() -> None:
     """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`."""
     with stage() as params:
         start = params.bcosify.starts[0]
-        metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())["models"][NAMES[start]]
+        metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())["models"][BCOS_NAMES[start]]
         version = tracking.register(
             Path("models/bcosify", start),
             experiment=params.tracking.experiment,

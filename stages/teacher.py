@@ -1,14 +1,15 @@
-"""Stage `teacher`: the model that students learn from, in `models/teacher`, wherever it is from."""
+"""Stage `teacher`: the model that students learn from, in `models/teacher`."""
 
 from pathlib import Path
 
-from pipelines.workflow.running import bring, stage
+from pipelines.workflow.places import save_model_from
+from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Brings the teacher of the params; anew where an alias in the registry moved."""
+    """Saves the teacher of the params here, anew if its alias in the registry has moved."""
     with stage() as params:
-        bring(params.distill.teacher, Path("models/teacher"))
+        save_model_from(params.distill.teacher, Path("models/teacher"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.backends import cudnn
 from benchmarks.step import keep_small_features
 from pipelines import models
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
-from pipelines.bcos.compiler import set_up_compiler
+from pipelines.bcos.fused import set_up_compiler
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import evaluate

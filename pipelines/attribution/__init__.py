@@ -2,24 +2,24 @@
 
 from pipelines.attribution.explain import (
     METHODS,
+    Attribution,
     Explainer,
     attribute,
-    attribute_many,
+    comparable_explainers,
     explain,
-    explain_one,
     explain_pairs,
-    explainers,
-    last_features,
 )
+from pipelines.attribution.gradcam import last_features
+from pipelines.bcos import dynamic_weights
 
 __all__ = [
     "METHODS",
+    "Attribution",
     "Explainer",
     "attribute",
-    "attribute_many",
+    "comparable_explainers",
+    "dynamic_weights",
     "explain",
-    "explain_one",
     "explain_pairs",
-    "explainers",
     "last_features",
 ]

@@ -1,8 +1,8 @@
 """Activations and the average pool in B-cos networks.
 
-Gated activations x·g(x) have a gate g that can be held. ReLU and the average pool have a gradient that is linear in what comes
-in, so nothing is held. Where a loss on W(x) differentiates that gradient, autograd would add zeros of the size of their input.
-These classes tell autograd that there is no gradient, which saves two passes over an activation each.
+Gated activations x·g(x) have a gate g that can be held. The gradient of ReLU and of the average pool is linear in the incoming
+gradient, so nothing is held. Where a loss on W(x) differentiates that gradient, autograd would add zeros of the size of the
+layer's input; `fused.relu` and `fused.average_pool` tell it that there is no such gradient.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.bcos import fused
 from pipelines.bcos.explanation import Explainable, Holdable
 
 
@@ -107,47 +107,12 @@ class GatedReLU6(Gate):
         return (x > 0) * (6 / x.clamp_min(6))
 
 
-class _ReLU(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.relu(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(gradient, output.detach(), 0)
-
-
-class _AveragePool(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x_NCHW: Tensor, options: tuple[Any, ...]) -> Tensor:
-        return F.avg_pool2d(x_NCHW, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[Any, ...]], output: Tensor) -> None:
-        x_NCHW, ctx.options = inputs
-        ctx.save_for_backward(x_NCHW)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x_NCHW,) = ctx.saved_tensors
-        return torch.ops.aten.avg_pool2d_backward(gradient, x_NCHW.detach(), *ctx.options), None
-
-
 class BcosReLU(Explainable, nn.ReLU):
     """`nn.ReLU`; in a B-cos network its gradient is cheap to differentiate."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
-        return super().forward(x) if self.explanation is None or not self.explanation.fused else _ReLU.apply(x)
+        return super().forward(x) if self.explanation is None or not self.explanation.fused else fused.relu(x)
 
 
 class BcosAvgPool2d(Explainable, nn.AvgPool2d):
@@ -160,4 +125,4 @@ class BcosAvgPool2d(Explainable, nn.AvgPool2d):
         kernel, stride, padding = (
             [value, value] if isinstance(value, int) else list(value) for value in (self.kernel_size, self.stride, self.padding)
         )
-        return _AveragePool.apply(x, (kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override))
+        return fused.average_pool(x, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pipelines.bcos.convert import Context, ConversionError, register_conversion
+from pipelines.bcos.convert import Conversion, ConversionError, register_conversion
 from pipelines.bcos.explanation import Holdable
 
 
@@ -115,16 +115,13 @@ def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @register_conversion(nn.MultiheadAttention)
-def _multihead_attention(module: nn.MultiheadAttention, context: Context) -> nn.Module:
+def _multihead_attention(module: nn.MultiheadAttention, conversion: Conversion) -> nn.Module:
     if module.bias_k is not None or module.add_zero_attn:
-        raise ConversionError(f"{context.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted")
-    module.out_proj = context.child(module.out_proj, "out_proj")  # type: ignore[assignment]
-    return context.recast(module, BcosMultiheadAttention)
+        raise ConversionError(f"{conversion.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted")
+    return conversion.recast(conversion.children(module, ["out_proj"]), BcosMultiheadAttention)
 
 
-@register_conversion(NonDynamicallyQuantizableLinear)
-def _linear(module: NonDynamicallyQuantizableLinear, context: Context) -> nn.Module:
-    return context.child(context.recast(module, nn.Linear), "")
+register_conversion(NonDynamicallyQuantizableLinear)(lambda module, conversion: conversion.by_rule_of(nn.Linear, module))
 
 
 class _EncoderLayer(nn.TransformerEncoderLayer):
@@ -161,17 +158,17 @@ class _Encoder(nn.TransformerEncoder):
 
 
 @register_conversion(nn.TransformerEncoderLayer)
-def _encoder_layer(module: nn.TransformerEncoderLayer, context: Context) -> nn.Module:
+def _encoder_layer(module: nn.TransformerEncoderLayer, conversion: Conversion) -> nn.Module:
     if not isinstance(module.activation, nn.Module):
         activations: dict[object, nn.Module] = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}
         if module.activation not in activations:
             raise ConversionError(
-                f"{context.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
+                f"{conversion.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
             )
         module.activation = activations[module.activation]
-    return context.recast(context.children(module), _EncoderLayer)
+    return conversion.recast(conversion.children(module), _EncoderLayer)
 
 
 @register_conversion(nn.TransformerEncoder)
-def _encoder(module: nn.TransformerEncoder, context: Context) -> nn.Module:
-    return context.recast(context.children(module), _Encoder)
+def _encoder(module: nn.TransformerEncoder, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.children(module), _Encoder)

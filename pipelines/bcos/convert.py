@@ -5,11 +5,11 @@ the design choices of Arya et al., B-cosification, NeurIPS 2024. Rules say what 
 adds one:
 
     @register_conversion(MyBlock)
-    def _(module, context):
-        return MyBcosBlock(context.child(module.conv, "conv"), ...)
+    def _(module, conversion):
+        return MyBcosBlock(conversion.child(module.conv, "conv"), ...)
 
-A rule returns the module that stands in the converted network. What it keeps of the original's children goes through
-`context.child`, or all of them at once through `context.children`.
+A rule returns the module that stands in the converted network. It converts those of the original's children that it keeps by
+`conversion.child`, or several or all of them by `conversion.children`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
 import torch
@@ -38,17 +38,18 @@ from pipelines.bcos.explanation import Explainable, Holdable, HoldState
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
+from pipelines.errors import UserError
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError, ValueError):
     """A network that cannot be converted: one line that names the module and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
-    """Where in the network a rule is at work, and under which choices."""
+class Conversion:
+    """The place in the network that a rule converts, and the choices that hold for the whole conversion."""
 
     path: str = ""
     norm: NormMode = "uncentered"
@@ -59,12 +60,19 @@ class Context:
         """The converted `module`, which is `name` in the module whose rule this is."""
         return _convert(module, dataclasses.replace(self, path=f"{self.path}.{name}".lstrip(".")))
 
-    def children(self, module: nn.Module) -> nn.Module:
-        """`module` itself with its children converted in place."""
-        for name, child in list(module._modules.items()):  # `named_children` would name a shared one once
+    def children(self, module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+        """`module` itself with its children converted in place; of `names` (dotted: of its descendants) those that exist."""
+        for name in list(module._modules) if names is None else names:  # `named_children` would name a shared child once
+            path, _, attribute = name.rpartition(".")
+            parent = module.get_submodule(path)
+            child = getattr(parent, attribute, None)
             if child is not None:
-                setattr(module, name, self.child(child, name))
+                setattr(parent, attribute, self.child(child, name))
         return module
+
+    def by_rule_of(self, base: type[nn.Module], module: nn.Module) -> nn.Module:
+        """`module`, whose type only renames or extends `base`, converted by the rule of `base`."""
+        return _convert(self.recast(module, base), self)
 
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
         """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
@@ -74,13 +82,13 @@ class Context:
         return module
 
 
-Rule = Callable[[nn.Module, Context], nn.Module]
+Rule = Callable[[nn.Module, Conversion], nn.Module]
 RuleT = TypeVar("RuleT", bound=Callable[..., nn.Module])
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Makes the decorated function (module, context) -> module the rule of these types (exactly them, not their subclasses)."""
+    """Makes the decorated function (module, conversion) -> module the rule of these types, but not of their subclasses."""
 
     def register(rule: RuleT) -> RuleT:
         for module_type in types:
@@ -90,14 +98,29 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     return register
 
 
-def _convert(module: nn.Module, context: Context) -> nn.Module:
-    if module not in context.done:
+def keep(module: nn.Module, conversion: Conversion) -> nn.Module:
+    """The rule of a module that is linear, or can be explained, as it is."""
+    return module
+
+
+def convert_children(module: nn.Module, conversion: Conversion) -> nn.Module:
+    """The rule of a module whose forward pass is linear but for its children."""
+    return conversion.children(module)
+
+
+def recast_to(to: type[nn.Module]) -> Rule:
+    """The rule of a module that becomes an instance of `to`, see `Conversion.recast`."""
+    return lambda module, conversion: conversion.recast(module, to)
+
+
+def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
+    if module not in conversion.done:
         rule = _RULES.get(type(module), _walk)
-        context.done[module] = rule(module, context)
-    return context.done[module]
+        conversion.done[module] = rule(module, conversion)
+    return conversion.done[module]
 
 
-def _walk(module: nn.Module, context: Context) -> nn.Module:
+def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
     """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
     of_torch = type(module).__module__.startswith("torch.nn.")
     owns = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
@@ -105,35 +128,31 @@ def _walk(module: nn.Module, context: Context) -> nn.Module:
     if of_torch or owns or leaf:
         reason = f"it owns {', '.join(owns)}" if owns and not of_torch else "its output may depend on the input non-linearly"
         raise ConversionError(
-            f"no conversion rule for {type(module).__name__} at {context.path or 'the top'!r} ({reason}): write one with "
+            f"no conversion rule for {type(module).__name__} at {conversion.path or 'the top'!r} ({reason}): write one with "
             f"@register_conversion({type(module).__name__})"
         )
-    return context.children(module)
+    return conversion.children(module)
 
 
 # Rules of torch's own modules -----------------------------------------------------------------------------------------
 
 
-@register_conversion(
+register_conversion(
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.LeakyReLU, nn.PReLU,
     nn.AvgPool1d, nn.Unfold,
     nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle,
     BcosConv2d, BcosLinear, BcosBatchNorm, BcosLayerNorm, BcosGroupNorm, GatedGELU, GatedSiLU, GatedHardswish,
     GatedMish, GatedTanh, GatedReLU6, BcosReLU, BcosAvgPool2d,
     LocationsToBatch,
-)  # fmt: skip
-def _dynamic_linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
-    return module
-
-
-@register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)
-def _container(module: nn.Module, context: Context) -> nn.Module:
-    return context.children(module)
+)(keep)  # fmt: skip
+register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)(convert_children)
+register_conversion(nn.ReLU)(recast_to(BcosReLU))
+register_conversion(nn.AvgPool2d)(recast_to(BcosAvgPool2d))
 
 
 @register_conversion(nn.Conv2d)
-def _conv(module: nn.Conv2d, context: Context) -> nn.Module:
-    of_image = module is context.image_layer
+def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
+    of_image = module is conversion.image_layer
     layer = BcosConv2d(
         module.in_channels * (2 if of_image else 1),
         module.out_channels,
@@ -153,16 +172,16 @@ def _conv(module: nn.Conv2d, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.Linear)
-def _linear(module: nn.Linear, context: Context) -> nn.Module:
+def _linear(module: nn.Linear, conversion: Conversion) -> nn.Module:
     layer = BcosLinear(module.in_features, module.out_features, module.bias is not None, b=1.0)
     return _with_parameters(layer, module.weight.detach(), module.bias)
 
 
 @register_conversion(nn.BatchNorm2d, nn.BatchNorm1d)
-def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
+def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
     if module.running_mean is None or module.running_var is None:
-        raise ConversionError(f"{context.path!r}: a BatchNorm without running statistics cannot be converted")
-    centered = context.norm == "centered"
+        raise ConversionError(f"{conversion.path!r}: a BatchNorm without running statistics cannot be converted")
+    centered = conversion.norm == "centered"
     layer = BcosBatchNorm(
         module.num_features,
         module.eps,
@@ -174,7 +193,7 @@ def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
     weight: torch.Tensor | None = module.weight
     bias: torch.Tensor | None = module.bias
     mean, var = module.running_mean, module.running_var
-    if context.norm == "uncentered":  # the mean's part moves into the bias
+    if conversion.norm == "uncentered":  # the mean's part moves into the bias
         shift = -mean * torch.rsqrt(var + module.eps)
         bias = shift if weight is None or bias is None else bias + weight * shift
     layer = _with_parameters(layer, weight, bias)
@@ -185,7 +204,7 @@ def _batch_norm(module: nn.BatchNorm2d, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.LayerNorm)
-def _layer_norm(module: nn.LayerNorm, context: Context) -> nn.Module:
+def _layer_norm(module: nn.LayerNorm, conversion: Conversion) -> nn.Module:
     layer = BcosLayerNorm(
         module.normalized_shape,
         module.eps,
@@ -196,13 +215,13 @@ def _layer_norm(module: nn.LayerNorm, context: Context) -> nn.Module:
 
 
 @register_conversion(nn.GroupNorm)
-def _group_norm(module: nn.GroupNorm, context: Context) -> nn.Module:
+def _group_norm(module: nn.GroupNorm, conversion: Conversion) -> nn.Module:
     layer = BcosGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
     return _with_parameters(layer, module.weight, module.bias)
 
 
 @register_conversion(nn.GELU)
-def _gelu(module: nn.GELU, context: Context) -> nn.Module:
+def _gelu(module: nn.GELU, conversion: Conversion) -> nn.Module:
     return GatedGELU(module.approximate)
 
 
@@ -213,10 +232,7 @@ for plain, gated in (
     (nn.Tanh, GatedTanh),
     (nn.ReLU6, GatedReLU6),
 ):
-    register_conversion(plain)(lambda module, context, gated=gated: gated())
-
-register_conversion(nn.ReLU)(lambda module, context: context.recast(module, BcosReLU))
-register_conversion(nn.AvgPool2d)(lambda module, context: context.recast(module, BcosAvgPool2d))
+    register_conversion(plain)(lambda module, conversion, gated=gated: gated())
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -259,7 +275,7 @@ def convert(
         ConversionError: a module without a rule, or no layer that takes three channels.
     """
     body = copy.deepcopy(model)
-    body = _convert(body, Context(norm=norm, image_layer=_image_layer(body)))
+    body = _convert(body, Conversion(norm=norm, image_layer=_image_layer(body)))
     return BcosNetwork(body, mean, std).train(model.training)
 
 
@@ -315,13 +331,13 @@ def bcosify(
             for name in [name for name in module._parameters if is_bias(name)]:
                 module.register_parameter(name, None)
     if stem_pool == "average":
-        _replace_first(network.body, _is_stem_pool, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
+        _replace(network.body, _is_stem_pool, 0, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
     if gap_reorder:
-        _replace_last(network.body, _is_global_pool, LocationsToBatch())
+        _replace(network.body, _is_global_pool, -1, LocationsToBatch())
     if activation == "remove":
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.ReLU | Gate) and not _is_in_a_factor(network, name):
-                _set(network, name, nn.Identity())
+                network.set_submodule(name, nn.Identity())
     network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
@@ -370,18 +386,8 @@ def _is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-def _replace_first(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
-    name = next((name for name, module in model.named_modules() if wanted(module)), None)
-    if name is not None:
-        _set(model, name, new)
-
-
-def _replace_last(model: nn.Module, wanted: Callable[[nn.Module], bool], new: nn.Module) -> None:
+def _replace(model: nn.Module, wanted: Callable[[nn.Module], bool], index: int, new: nn.Module) -> None:
+    """Puts `new` in place of one of the `wanted` modules: the first (index 0) or the last (-1), in the order of definition."""
     names = [name for name, module in model.named_modules() if wanted(module)]
     if names:
-        _set(model, names[-1], new)
-
-
-def _set(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, new)
+        model.set_submodule(names[index], new)

@@ -1,4 +1,4 @@
-"""Dynamic weights W(x), the one place where they are computed, and what is made of them."""
+"""Dynamic weights W(x), computed here alone, and their contributions and pictures."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pipelines.bcos.network import BcosNetwork
 
 TINY = 1e-12
 
-# Several classes are explained by several backward passes through one graph. A compiled one may by default be gone through once.
+# Several classes are explained by several backward passes through one graph; a compiled graph allows one by default.
 torch._functorch.config.donated_buffer = False
 
 
 def dynamic_weights(
     model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logits, and the rows of W(x) of one class or of several classes an image, all from one forward pass.
+    """Logits, and the rows of W(x) for one class or several classes of each image, from one forward pass.
 
     Args:
         model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not.
         images: (N, 6, H, W) in [0, 1].
-        targets: (N,) class indices, or (N, T) for T classes of each image: one backward pass for each of the T. None: the class
-            that the model predicts.
+        targets: (N,) class indices, or (N, T) for T classes of each image, which take one backward pass per class. `None`: the
+            class that the model predicts.
         create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
-            the parameters (factors are held, not detached). Where the network is to be compiled, compile the function that
-            computes the loss and calls this: compiled code has no second derivative of its own.
+            the parameters (factors are held, not detached). To compile the network, compile the function that computes the loss
+            and calls this one, because compiled code has no second derivative of its own.
 
     Returns:
         logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + what no pixel carries.
@@ -44,17 +44,17 @@ def dynamic_weights(
     if own:
         images = images.detach().requires_grad_()
     with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
-        with entry_noted(model, explanation) if create_graph and own else nullcontext():
+        with _entry_noted(model, explanation) if create_graph and own else nullcontext():
             logits = model(images)
         explanation.of_input = True
-        weights = input_gradients(logits, predicted(logits) if targets is None else targets, images, create_graph)
+        weights = input_gradients(logits, targets, images, create_graph)
     explanation.holding = explanation.of_input = False
     return (logits, weights) if create_graph else (logits.detach(), weights)
 
 
 @contextmanager
-def entry_noted(model: nn.Module, explanation: Explanation) -> Iterator[None]:
-    """In the block, `explanation` is told what the body of a B-cos network sees: no later backward pass needs to go beyond."""
+def _entry_noted(model: nn.Module, explanation: Explanation) -> Iterator[None]:
+    """In the block, `explanation.entry` is set to the input of a B-cos network's body: later backward passes can end there."""
 
     def note(body: nn.Module, inputs: tuple[Tensor]) -> None:
         explanation.entry = inputs[0]
@@ -72,11 +72,12 @@ def predicted(logits: Tensor) -> Tensor:
     return logits.detach().argmax(1)
 
 
-def input_gradients(logits: Tensor, targets: Tensor, point: Tensor, create_graph: bool = False) -> Tensor:
-    """∂logit_target/∂point for targets (N,): of the shape of `point` (N, ...); for targets (N, T): (N, T, ...).
+def input_gradients(logits: Tensor, targets: Tensor | None, point: Tensor, create_graph: bool = False) -> Tensor:
+    """∂logit_target/∂point (N, ...) for targets (N,); (N, T, ...) for targets (N, T); `None`: of the predicted class.
 
     Logits (N, K) were computed from `point`; each of the T targets takes one backward pass through their graph.
     """
+    targets = predicted(logits) if targets is None else targets
     if targets.ndim == 1:
         return input_gradients(logits, targets[:, None], point, create_graph)[:, 0]
     gradients: list[Tensor] = []
@@ -89,7 +90,7 @@ def input_gradients(logits: Tensor, targets: Tensor, point: Tensor, create_graph
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """In the block no parameter requires a gradient, so that nothing is kept for theirs: up to a third faster."""
+    """In the block no parameter requires a gradient, so that autograd keeps nothing for theirs: up to a third faster."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad = False
@@ -103,23 +104,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _traced(model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool) -> tuple[Tensor, Tensor]:
     """`dynamic_weights` in a form that a compiler can trace and differentiate again."""
     if targets is not None and targets.ndim == 2:
-        raise RuntimeError("compiled dynamic weights are those of one class an image: targets (N,)")
+        raise RuntimeError("compiled dynamic weights are those of one class per image: targets (N,)")
 
-    def explained(point: Tensor) -> tuple[Tensor, Tensor]:
+    def target_logits(point: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(point)
         columns = (predicted(logits) if targets is None else targets)[:, None]
         return logits.gather(1, columns).sum(), logits
 
     explanation = TracedExplanation(detach=not create_graph)
     with explaining(model, explanation):
-        weights, logits = torch.func.grad(explained, has_aux=True)(images)
+        weights, logits = torch.func.grad(target_logits, has_aux=True)(images)
     explanation.settle()
     return (logits, weights) if create_graph else (logits.detach(), weights.detach())
 
 
 def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
-    """Σ_c W_c(x)·x_c, what each pixel adds to the logit: images and weights (N, 6, H, W) -> (N, H, W), signed."""
-    return (images * weights).sum(1)
+    """Σ_c W_c(x)·x_c, what each pixel adds to the logit; signed. The same of features and their gradients.
+
+    Images (N, C, H, W) with weights (N, C, H, W) give (N, H, W), with weights (N, T, C, H, W) of T classes (N, T, H, W).
+    """
+    return ((images if weights.ndim == 4 else images.unsqueeze(1)) * weights).sum(-3)
 
 
 def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
@@ -128,7 +132,7 @@ def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 
     Args:
         images, weights: (N, 6, H, W), as `dynamic_weights` takes and gives them.
         smooth: side of the mean filter of the opacity, pixels; odd, so that the size is kept.
-        percentile: of an image's smoothed weight norms, which becomes fully opaque.
+        percentile: percentile of an image's smoothed weight norms at which pixels are fully opaque.
 
     Returns:
         (N, H, W, 4), red, green, blue, alpha in [0, 1].

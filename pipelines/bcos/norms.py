@@ -2,62 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.explanation import Explanation, Holdable
+from pipelines.bcos.explanation import Holdable
+from pipelines.bcos.fused import batch_statistics, uncentered_norm
 from pipelines.bcos.precision import widened
-
-
-def _batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over `axes`, kept; in two passes, which is many times faster than `torch.var_mean` on CPUs."""
-    x = widened(x)
-    mean = x.mean(axes, keepdim=True)
-    centred = x - mean
-    squares = centred.square() if torch.is_grad_enabled() else centred.square_()
-    return mean, squares.mean(axes, keepdim=True)
-
-
-class _UncenteredNorm(torch.autograd.Function):
-    """γ·x/sqrt(var + ε) of the batch, its mean and its variance, in as few passes over x as the gradient allows.
-
-    While `explanation` holds, the variance counts as constant. The gradient g·γ/sqrt(var + ε) is then a function of the output
-    `var`: where it is differentiated itself, both gradients that the variance has meet here and go through x once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, axes: list[int], explanation: Explanation | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _batch_statistics(x, axes)
-        ctx.eps, ctx.axes, ctx.explanation = eps, axes, explanation
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.set_materialize_grads(False)
-        return (x * (weight * torch.rsqrt(var + eps))).to(x.dtype), mean, var
-
-    @staticmethod
-    def backward(
-        ctx: Any, gradient: Tensor | None, d_mean: Tensor | None, d_var: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, weight, mean, var = ctx.saved_tensors
-        inverse, count = torch.rsqrt(var + ctx.eps), x.numel() // x.shape[1]
-        d_x = d_weight = None
-        if gradient is not None:
-            d_x = gradient * (weight * inverse)
-            if ctx.explanation is None or not ctx.explanation.holds():
-                d_scale = (widened(gradient) * x).sum(ctx.axes, keepdim=True)
-                of_var = -0.5 * weight * inverse**3 * d_scale
-                d_weight, d_var = d_scale * inverse, of_var if d_var is None else d_var + of_var
-        if d_var is not None:
-            centred, twice = x - mean, 2 / count * d_var  # products beat a broadcasting addcmul
-            of_x = centred * twice if torch.is_grad_enabled() else centred.mul_(twice)
-            d_x = of_x if d_x is None else d_x.add_(of_x) if not torch.is_grad_enabled() else d_x + of_x
-        if d_mean is not None:
-            d_x = (d_mean / count).expand_as(x) if d_x is None else d_x + d_mean / count
-        return None if d_x is None else d_x.to(x.dtype), d_weight, None, None, None
 
 
 class BcosBatchNorm(Holdable):
@@ -100,14 +51,14 @@ class BcosBatchNorm(Holdable):
         explanation = self.explanation
         fused = explanation is None or explanation.fused
         if self.training and fused and weight is not None and not self.centered:
-            y, mean, var = _UncenteredNorm.apply(x, weight, self.eps, axes, explanation)
+            y, mean, var = uncentered_norm(x, weight, self.eps, axes, explanation)
             self.observe(self._track, mean, var)
             return y if shift is None else (y + shift).to(x.dtype)
         if self.training:
-            mean, var = _batch_statistics(x, axes)
+            mean, var = batch_statistics(x, axes)
             self.observe(self._track, mean, var)
         else:
-            mean, var = self.running_mean, self.running_var.view(shape)
+            mean, var = self.running_mean, self.running_var.view(shape)  # type: ignore[assignment]
         scale = self.hold(torch.rsqrt(var + self.eps))
         scale = scale if weight is None else scale * weight
         if self.centered:
@@ -142,6 +93,14 @@ class BcosLayerNorm(Holdable, nn.LayerNorm):
         x = (wide - mean) * self.hold(torch.rsqrt(var + self.eps))
         x = x if self.weight is None else x * self.weight
         return (x if self.bias is None else x + self.bias).to(dtype)
+
+
+class BcosLayerNorm2d(BcosLayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class BcosGroupNorm(Holdable, nn.GroupNorm):

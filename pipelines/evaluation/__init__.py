@@ -1,23 +1,22 @@
 """Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids."""
 
 from pipelines.evaluation.batches import examples_by_key, split_batches
-from pipelines.evaluation.comparison import evaluate, evaluate_and_judge
-from pipelines.evaluation.explained_model import OWN, Subject, knows_positions, load_subject
+from pipelines.evaluation.comparison import evaluate, evaluate_with_correctness
+from pipelines.evaluation.explained_model import ExplainedModel, knows_positions, load_explained_model
 from pipelines.evaluation.grids import grid_explainer
 from pipelines.evaluation.predictions import Predictions
 from pipelines.evaluation.scores import BOX_SIZES, Scores
 
 __all__ = [
     "BOX_SIZES",
-    "OWN",
+    "ExplainedModel",
     "Predictions",
     "Scores",
-    "Subject",
     "evaluate",
-    "evaluate_and_judge",
+    "evaluate_with_correctness",
     "examples_by_key",
     "grid_explainer",
     "knows_positions",
-    "load_subject",
+    "load_explained_model",
     "split_batches",
 ]

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
+from pipelines.attribution import Attribution
 from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import NO_GROUP
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.batches import labels_of, split_batches
-from pipelines.evaluation.explained_model import load_subject
-from pipelines.evaluation.grids import grid_windows, play
+from pipelines.evaluation.explained_model import load_explained_model
+from pipelines.evaluation.grids import grid_windows, play_grid_pointing_game
 from pipelines.evaluation.predictions import Predictions, floats
-from pipelines.evaluation.scores import Following, Scores
+from pipelines.evaluation.scores import Scores, StudentScores
 from pipelines.metrics import multiclass_metrics
 from pipelines.params import DataParams, EvaluateParams
 
@@ -34,13 +35,13 @@ def evaluate(
     params: EvaluateParams,
     split: str = "test",
     teacher: str | None = None,
-    guided: Mapping[str, Any] | None = None,
+    guided: Attribution | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
 
     Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
-    latter of the class that the teacher predicts. `guided` (`method` and `layer`) is one more explanation of all models; these
-    were trained to decide on each class for itself, and F1 and the like are measured where images have one label, too.
+    latter of the class that the teacher predicts. `guided` is one more explanation of all models; these were trained to decide on
+    each class for itself, and F1, precision, recall and mean average precision are measured where images have one label, too.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
@@ -51,22 +52,22 @@ def evaluate(
     """
     if not read_manifest(shards).labelled:
         raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
-    subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
+    models = {name: load_explained_model(path, params.posthoc, context.device, guided) for name, path in directories.items()}
     batches = partial(split_batches, shards, split, data, params.batch_size)
-    single = [name for name, subject in subjects.items() if subject.spec.task == "multiclass"]
-    accuracy = {name: multiclass_metrics(len(subjects[name].spec.classes)).to(context.device) for name in single}
-    scores = {name: Scores(subject, context.device) for name, subject in subjects.items()}
-    students = [name for name in subjects if teacher is not None and name != teacher]
-    follows = {name: Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
+    single = [name for name, explained in models.items() if explained.spec.task == "multiclass"]
+    accuracy = {name: multiclass_metrics(len(models[name].spec.classes)).to(context.device) for name in single}
+    scores = {name: Scores(explained, context.device) for name, explained in models.items()}
+    students = [name for name in models if teacher is not None and name != teacher]
+    student_scores = {name: StudentScores(models[name], models[str(teacher)], context.device) for name in students}
     seen: list[Predictions] = []
     mine = batches(rank=context.rank, world_size=context.world_size, device=context.device)
     for batch in mine:
         batch = to_device(batch, context.device)
-        logits = {name: scores[name].update(batch) for name in subjects}
+        logits = {name: scores[name].update(batch) for name in models}
         for name in single:
             accuracy[name].update(logits[name], batch["label"])
-        for name, following in follows.items():
-            following.update(batch["image"], logits[name], logits[str(teacher)])
+        for name, of_student in student_scores.items():
+            of_student.update(batch["image"], logits[name], logits[str(teacher)])
         groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
         seen.append(
             Predictions(batch["key"], labels_of(batch).cpu(), {name: each.cpu() for name, each in logits.items()}, groups.cpu())
@@ -77,28 +78,28 @@ def evaluate(
             **(floats(accuracy[name].compute()) if name in single else {}),
             **(predictions.decisions(name) if name not in single or guided is not None else {}),
             **predictions.group_accuracies(name),
-            **(follows[name].compute() if name in follows else {}),
+            **(student_scores[name].compute() if name in student_scores else {}),
             "explanations": scores[name].compute(context),
         }
-        for name in subjects
+        for name in models
     }
     found: dict[str, Any] = {
         "models": results,
         "images": len(predictions.keys),
         "skipped": sum(gather(mine.skipped, context)),
     }
-    if len(single) == len(subjects):
-        found["grids"], of_grids = play(context, subjects, predictions, batches, params)
-        for name, subject in subjects.items():
-            results[name]["grid_windows"] = grid_windows(subject, params)
+    if len(single) == len(models):
+        found["grids"], of_grids = play_grid_pointing_game(context, models, predictions, batches, params)
+        for name, explained in models.items():
+            results[name]["grid_windows"] = grid_windows(explained, params)
             for explanation, values in of_grids[name].items():
                 results[name]["explanations"][explanation] |= values
     return found, predictions
 
 
-def evaluate_and_judge(
+def evaluate_with_correctness(
     context: Context, directories: Mapping[str, str], *arguments: Any
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """The metrics of `evaluate`, and for each image whether the last of the models is right: plain values, for `launch`."""
+    """Metrics of `evaluate`, and key -> whether the last model's prediction is correct, as plain values for `launch`."""
     found, predictions = evaluate(context, directories, *arguments)
-    return found, predictions.right(list(directories)[-1])
+    return found, predictions.correct(list(directories)[-1])

@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipelines import models
-from pipelines.attribution import last_features
+from pipelines.attribution import Attribution
 from pipelines.models import ModelError, ModelSpec
-
-OWN = {"method": "bcos"}  # what explains a B-cos network, in `Subject.explanations`
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model under evaluation, and its explanations: name -> keyword arguments of `attribute_many`."""
+class ExplainedModel:
+    """A model under evaluation, and the attributions that explain it, by name."""
 
     model: nn.Module
     spec: ModelSpec
-    explanations: dict[str, dict[str, Any]]
+    explanations: dict[str, Attribution]
 
 
-def load_subject(
-    directory: str, posthoc: Iterable[str], device: torch.device, guided: Mapping[str, Any] | None = None
-) -> Subject:
+def load_explained_model(
+    directory: str | Path, posthoc: Iterable[str], device: torch.device, guided: Attribution | None = None
+) -> ExplainedModel:
     """The model in `directory` with its own explanation (B-cos) or those of `posthoc` that it has (conventional), and `guided`.
 
     A network without convolutional features has no GradCAM.
     """
     model, spec = models.load(directory)
     model.to(device).requires_grad_(False)
-    methods = ["bcos"] if spec.kind == "bcos" else posthoc
-    explanations: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
-    if guided is not None and (guided["layer"] is not None or guided["method"] not in explanations):
-        explanations["guided"] = {key: value for key, value in guided.items() if value is not None}
-    for name, options in list(explanations.items()):
-        if options["method"] == "gradcam" and "layer" not in options:
-            try:
-                options["layer"] = last_features(model, torch.zeros(1, 6, spec.image_size, spec.image_size, device=device))
-            except ModelError as error:
-                print(f"{directory}: {error}; evaluated without")
-                del explanations[name]
-    return Subject(model, spec, explanations)
+    wanted = {method: Attribution(method) for method in (["bcos"] if spec.kind == "bcos" else posthoc)}
+    if guided is not None and guided not in wanted.values():
+        wanted["guided"] = guided
+    probe = torch.zeros(1, 6, spec.image_size, spec.image_size, device=device)
+    explanations: dict[str, Attribution] = {}
+    for name, attribution in wanted.items():
+        try:
+            explanations[name] = attribution.resolved(model, probe)
+        except ModelError as error:
+            print(f"{directory}: {error}; evaluated without")
+    return ExplainedModel(model, spec, explanations)
 
 
 def knows_positions(model: nn.Module) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.attribution import attribute
+from pipelines.attribution import Attribution, explain
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import OWN, Subject, examples_by_key, load_subject, split_batches
+from pipelines.evaluation import ExplainedModel, examples_by_key, load_explained_model, split_batches
 from pipelines.evaluation.pictures import choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
@@ -20,37 +19,37 @@ ROWS = 4  # images a file
 
 def draw_gallery(
     folder: Path,
-    directories: Mapping[str, str],
-    right: Mapping[str, bool],
+    directories: Mapping[str, str | Path],
+    correct: Mapping[str, bool],
     shards: str,
     data: DataParams,
     params: EvaluateParams,
     split: str = "test",
-    guided: Mapping[str, Any] | None = None,
+    guided: Attribution | None = None,
 ) -> list[Path]:
     """Writes panels of `params.pictures` images to `folder` and returns their paths.
 
     Args:
         folder: of the panels; it is made.
         directories: of the models, by name. Each one's explanations are those of the class that it predicts.
-        right: key -> whether the model is right, see `Predictions.right`. Half of the images are drawn from those where it is
-            not, as far as there are any, by `params.seed`.
+        correct: key -> whether the model's prediction is correct, see `Predictions.correct`. `params.seed` draws half of the
+            images from those where it is not, or as many as there are.
         shards, data, params, split, guided: as `evaluate` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    subjects = {name: load_subject(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
-    keys = list(right)
-    chosen = [keys[index] for index in choose(torch.tensor(list(right.values())), params.pictures, params.seed).tolist()]
+    models = {name: load_explained_model(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
+    keys = list(correct)
+    chosen = [keys[index] for index in choose(torch.tensor(list(correct.values())), params.pictures, params.seed).tolist()]
     examples = examples_by_key(split_batches(shards, split, data, params.batch_size), set(chosen))
-    names = next(iter(subjects.values())).spec.classes
+    names = next(iter(models.values())).spec.classes
     paths = []
     for start in range(0, len(chosen), ROWS):
         rows = {key: examples[key] for key in chosen[start : start + ROWS]}
         batch = add_inverse(torch.stack([row.image for row in rows.values()]) / 255)
         panels: dict[str, Tensor] = {}
         titles = [f"{key}\ntrue: {', '.join(names[label] for label in row.classes)}" for key, row in rows.items()]
-        for name, subject in subjects.items():
-            predicted, explanations = _explained(subject, batch, params.smooth)
+        for name, explained in models.items():
+            predicted, explanations = _explain_predicted(explained, batch, params.smooth)
             panels |= {f"{name}\n{title}": maps for title, maps in explanations.items()}
             titles = [f"{title}\n{name}: {guess}" for title, guess in zip(titles, predicted, strict=True)]
         paths.append(folder / f"panels-{start // ROWS:02d}.png")
@@ -58,17 +57,19 @@ def draw_gallery(
     return paths
 
 
-def _explained(subject: Subject, images: Tensor, smooth: int) -> tuple[list[str], dict[str, Tensor]]:
+def _explain_predicted(explained: ExplainedModel, images: Tensor, smooth: int) -> tuple[list[str], dict[str, Tensor]]:
     """The class that the model predicts for each image, with its confidence, and the explanations of this class."""
     with torch.no_grad():
-        logits = subject.model(images)
+        logits = explained.model(images)
     targets = logits.argmax(1)
-    shares = (logits.softmax(1) if subject.spec.task == "multiclass" else logits.sigmoid()).amax(1)
+    shares = (logits.softmax(1) if explained.spec.task == "multiclass" else logits.sigmoid()).amax(1)
     pairs = zip(targets.tolist(), shares.tolist(), strict=True)
-    predicted = [f"{subject.spec.classes[target]} ({share:.0%})" for target, share in pairs]
+    predicted = [f"{explained.spec.classes[target]} ({share:.0%})" for target, share in pairs]
     panels: dict[str, Tensor] = {}
-    if subject.spec.kind == "bcos":
-        _, weights = dynamic_weights(subject.model, images, targets)
+    if explained.spec.kind == "bcos":
+        _, weights = dynamic_weights(explained.model, images, targets)
         panels = {"weights": rgba(images, weights, smooth), "contributions": contribution_map(images, weights)}
-    others = {name: options for name, options in subject.explanations.items() if options != OWN}
-    return predicted, panels | {name: attribute(subject.model, images, targets, **options) for name, options in others.items()}
+    for name, attribution in explained.explanations.items():
+        if not attribution.of_dynamic_weights:
+            panels[name] = explain(explained.model, images, targets, attribution)[1]
+    return predicted, panels

@@ -1,4 +1,4 @@
-"""The grid pointing game, played by several models."""
+"""The grid pointing game of several models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.attribution import attribute_many
+from pipelines.attribution import Attribution, attribute
 from pipelines.bcos import add_inverse
 from pipelines.distributed import Context
 from pipelines.evaluation.batches import examples_by_key
-from pipelines.evaluation.explained_model import Subject, knows_positions
+from pipelines.evaluation.explained_model import ExplainedModel, knows_positions
 from pipelines.evaluation.predictions import Predictions
 from pipelines.metrics import (
     Grid,
@@ -28,9 +28,9 @@ from pipelines.metrics import (
 from pipelines.params import EvaluateParams
 
 
-def play(
+def play_grid_pointing_game(
     context: Context,
-    subjects: Mapping[str, Subject],
+    models: Mapping[str, ExplainedModel],
     predictions: Predictions,
     batches: Any,
     params: EvaluateParams,
@@ -41,8 +41,8 @@ def play(
     `gridpg_own_grids` on each model's own, as published. Where there is no grid there is no score.
     """
     draw = partial(_draw, predictions, params)
-    common = draw(list(subjects))
-    played = {name: (common, draw([name])) for name in subjects}
+    common = draw(list(models))
+    played = {name: (common, draw([name])) for name in models}
     wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
     found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
     table = {index: found[predictions.keys[index]].image for index in wanted}
@@ -51,10 +51,10 @@ def play(
         return add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255)
 
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for name, subject in subjects.items():
-        scores[name] = {explanation: {} for explanation in subject.explanations}
-        for explanation, options in subject.explanations.items():
-            explain_many = grid_explainer(subject, options)
+    for name, explained in models.items():
+        scores[name] = {explanation: {} for explanation in explained.explanations}
+        for explanation, attribution in explained.explanations.items():
+            explain_many = grid_explainer(explained, attribution)
             for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
                 metric = LocalisationMetric().to(context.device)
                 for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
@@ -65,15 +65,15 @@ def play(
     return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}, scores
 
 
-def grid_windows(subject: Subject, params: EvaluateParams) -> int:
+def grid_windows(explained: ExplainedModel, params: EvaluateParams) -> int:
     """How many windows a grid is explained in."""
-    return (2 * params.grid_size + 1) ** 2 if knows_positions(subject.model) else 1
+    return (2 * params.grid_size + 1) ** 2 if knows_positions(explained.model) else 1
 
 
-def grid_explainer(subject: Subject, options: dict[str, Any]) -> Any:
-    """What gives the maps of grids (G, 6, H, W) for classes (G, T): of ViTs in windows of their own image size."""
-    explain_many = partial(attribute_many, subject.model, **options)
-    return in_windows(explain_many, subject.spec.image_size) if knows_positions(subject.model) else explain_many
+def grid_explainer(explained: ExplainedModel, attribution: Attribution) -> Any:
+    """A function of grids (G, 6, H, W) and classes (G, T) that gives maps; of ViTs in windows of their own image size."""
+    explain_many = partial(attribute, explained.model, method=attribution.method, layer=attribution.layer)
+    return in_windows(explain_many, explained.spec.image_size) if knows_positions(explained.model) else explain_many
 
 
 def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:

@@ -1,4 +1,4 @@
-"""What models say of every image, and how right they are with it."""
+"""The predictions of models for every image, and their scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.metrics import GroupAccuracy, multilabel_metrics
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the models say of every image, of a batch or of the split (then sorted by key)."""
+    """Labels and the logits of each model, of the images of a batch or of the split (then sorted by key)."""
 
     keys: list[str]
     labels: Tensor  # (N,), or multi-hot (N, K)
@@ -39,8 +39,8 @@ class Predictions:
         labels, groups = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups"))
         return cls([keys[index] for index in order], labels, logits, groups)
 
-    def right(self, name: str) -> dict[str, bool]:
-        """Key -> whether the model called `name` is right, in all classes."""
+    def correct(self, name: str) -> dict[str, bool]:
+        """Key -> whether the prediction of the model called `name` is correct, in all classes."""
         logits = self.logits[name]
         hits = logits.argmax(1) == self.labels if self.labels.ndim == 1 else ((logits >= 0) == self.labels.bool()).all(1)
         return dict(zip(self.keys, hits.tolist(), strict=True))

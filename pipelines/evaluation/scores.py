@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from pipelines.attribution import Explainer, explain, explain_pairs, explainers
-from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.attribution import Attribution, Explainer, comparable_explainers, explain, explain_pairs
+from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
 from pipelines.distributed import Context, gather
 from pipelines.evaluation.batches import Batch, present
-from pipelines.evaluation.explained_model import OWN, Subject
+from pipelines.evaluation.explained_model import ExplainedModel
 from pipelines.metrics import (
     Agreement,
     LocalisationMetric,
@@ -37,14 +36,14 @@ BOX_SIZES = {"small": (0.0, 0.1), "medium": (0.1, 0.3), "large": (0.3, 1.0)}  # 
 class Scores:
     """Localisation and completeness of one model's explanations, for the classes that are in each image."""
 
-    def __init__(self, subject: Subject, device: torch.device) -> None:
-        self.subject = subject
-        self.metrics: dict[str, dict[str, Metric]] = {name: {} for name in subject.explanations}
+    def __init__(self, explained: ExplainedModel, device: torch.device) -> None:
+        self.explained = explained
+        self.metrics: dict[str, dict[str, Metric]] = {name: {} for name in explained.explanations}
         self.device = device
 
     def update(self, batch: Batch) -> Tensor:
         """Adds every (image, class) pair of a batch; returns the model's logits (N, K)."""
-        images, in_image = add_inverse(batch["image"]), present(batch, len(self.subject.spec.classes))
+        images, in_image = add_inverse(batch["image"]), present(batch, len(self.explained.spec.classes))
         rows, targets = in_image.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
         boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else []
@@ -52,13 +51,13 @@ class Scores:
         boxed = torch.tensor([len(each) > 0 for each in of_class])
         by_box = box_masks(of_class, targets, size) if boxes else None
         by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
-        if not self.subject.explanations:
+        if not self.explained.explanations:
             with torch.no_grad():
-                return self.subject.model(images)
-        for name, options in self.subject.explanations.items():
-            logits, maps, *sums = explain_pairs(partial(self._explain, options), images, in_image)
-            for key, each in zip(self._completeness(options), sums, strict=True):
-                bias = float(self.subject.model.logit_bias)  # type: ignore[arg-type]
+                return self.explained.model(images)
+        for name, attribution in self.explained.explanations.items():
+            logits, maps, *sums = explain_pairs(partial(self._explain, attribution), images, in_image)
+            for key, each in zip(self._completeness(attribution), sums, strict=True):
+                bias = float(self.explained.model.logit_bias)  # type: ignore[arg-type]
                 self._metric(name, key).update(logits[rows, targets], bias, each)
             if by_box is not None:
                 self._add_boxes(name, maps, by_box, boxed.to(maps.device))
@@ -88,23 +87,23 @@ class Scores:
                     found[name][key] = float(value)
         return found
 
-    def _explain(self, options: dict[str, Any], images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def _explain(self, attribution: Attribution, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, K), maps (n, T, H, W), and for each of `_completeness` the sum over its map's pixels (n, T)."""
-        model = self.subject.model
-        if options == OWN:
+        model = self.explained.model
+        if attribution.of_dynamic_weights:
             logits, weights_NTCHW = dynamic_weights(model, images, targets)
-            maps = (images[:, None] * weights_NTCHW).sum(2)
+            maps = contribution_map(images, weights_NTCHW)
             baseline = (model.mean[:, None, None] * weights_NTCHW).double().sum((2, 3, 4))  # type: ignore[index]
             whole = maps.double().sum((2, 3))
             return logits, maps, whole, whole - baseline
-        logits, maps = explain(model, images, targets, **options)
-        return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(options))
+        logits, maps = explain(model, images, targets, attribution)
+        return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(attribution))
 
-    def _completeness(self, options: dict[str, Any]) -> tuple[str, ...]:
-        """What is measured of how the map sums to the logit; of GradCAM, whose unit is another, and of layers nothing."""
-        if options == OWN:
+    def _completeness(self, attribution: Attribution) -> tuple[str, ...]:
+        """Scores of how the map sums to the logit; none for GradCAM, which has another unit, and for layers."""
+        if attribution.of_dynamic_weights:
             return ("unexplained_share_as_published", "unexplained_share")
-        return () if options["method"] == "gradcam" or "layer" in options else ("unexplained_share",)
+        return () if attribution.method == "gradcam" or attribution.layer is not None else ("unexplained_share",)
 
     def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
         """Scores of maps (P, H, W) against the boxes of the pairs that are `boxed` (P,): of those that cover a pixel."""
@@ -138,16 +137,16 @@ class Scores:
         return self.metrics[name][key]
 
 
-class Following:
-    """How far a student follows its teacher: in its answers, and where their explanations compare in those."""
+class StudentScores:
+    """Agreement of a student with its teacher, and the similarity of their explanations where these compare."""
 
-    def __init__(self, student: Subject, teacher: Subject, device: torch.device) -> None:
+    def __init__(self, student: ExplainedModel, teacher: ExplainedModel, device: torch.device) -> None:
         size, held = student.spec.image_size, student.spec.kind == teacher.spec.kind == "bcos"
         probe = torch.full((1, 6, size, size), 0.5, device=device)
         self.models = (student.model, teacher.model)
         self.explain: tuple[Explainer, Explainer] | None = None
         with suppress(ModelError):  # no GradCAM of one of the two
-            self.explain = explainers(*self.models, probe, held=held)
+            self.explain = comparable_explainers(*self.models, probe, held=held)
         self.agreement, self.similarity = Agreement().to(device), LocalisationMetric().to(device)
 
     def update(self, images: Tensor, logits: Tensor, teacher_logits: Tensor) -> None:

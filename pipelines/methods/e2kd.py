@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from pipelines import models
-from pipelines.attribution import Explainer, explainers
+from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse, check_held
 from pipelines.losses import binary_distillation_loss, distillation_loss, explanation_loss, uniform_off_label_bce
 from pipelines.methods.method import Batch, Classification
@@ -37,7 +37,7 @@ class E2KD(Classification):
         spec: of the student.
         teacher: of the same classes; it is put into evaluation mode, never trained, and no part of the module's state.
         params: τ, λ, α, and on which steps explanations are matched.
-        explain: how student and teacher are explained, see `explainers`; none where λ = 0.
+        explain: how student and teacher are explained, see `comparable_explainers`; `None` where λ = 0.
         labelled: whether batches have labels; without, α is 0 and agreement is the only metric.
     """
 
@@ -124,27 +124,26 @@ def _single(values: Tensor) -> Tensor:
 
 
 def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
-    """Raises `ModelError`, one line, unless a student of this spec can learn from a teacher of that one.
+    """Raises `ModelError`, one line, if a student of this spec cannot learn from a teacher of that one.
 
     Args:
         student: its classes and image size are those of the data.
         teacher: of the model that teaches.
-        explained: whether the student learns its explanations too.
+        explained: whether the student learns the teacher's explanations too.
     """
     if teacher.classes != student.classes:
-        raise ModelError(f"distill.teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
+        raise ModelError(f"teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
     if teacher.task != student.task:
-        raise ModelError(f"distill.teacher: it was trained for the task {teacher.task}; the data has the task {student.task}")
+        raise ModelError(f"teacher: it was trained for the task {teacher.task}; the data has the task {student.task}")
     if teacher.image_size != student.image_size:
         raise ModelError(
-            f"distill.teacher: it was trained at {teacher.image_size} px; data.image_size must be the same, not "
-            f"{student.image_size}"
+            f"teacher: it was trained at {teacher.image_size} px; image_size must be the same, not {student.image_size}"
         )
     if explained and student.kind == "bcos" and teacher.kind == "conventional":
         raise ModelError(
-            "distill.teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: take a B-cos "
-            "teacher (its B-cosified version), a conventional student (distill.student.kind: both are then explained by "
-            "GradCAM), or plain distillation (explanation_weight: 0)"
+            "teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: take a B-cos teacher (its "
+            "B-cosified version), a student of the kind conventional (both are then explained by GradCAM), or plain distillation "
+            "(explanation_weight: 0)"
         )
 
 
@@ -179,4 +178,5 @@ def build_e2kd(
     if spec.kind == "bcos":
         check_held(module, probe)
     held = spec.kind == teacher_spec.kind == "bcos"
-    return E2KD(module, spec, loaded, params, explainers(module, loaded, probe, held=held) if explained else None, labelled)
+    explain = comparable_explainers(module, loaded, probe, held=held) if explained else None
+    return E2KD(module, spec, loaded, params, explain, labelled)

@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipelines import models
-from pipelines.attribution import explain, explain_one, explain_pairs, last_features
+from pipelines.attribution import Attribution, explain, explain_pairs
 from pipelines.bcos import add_inverse, check_held
 from pipelines.bcos.precision import widened
 from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
@@ -78,7 +78,7 @@ class Guidance(ObjectClassification):
         annotated: keys of the training images whose boxes are used; none: all of them.
     """
 
-    fields = ("boxes",)
+    fields: tuple[str, ...] = ("boxes",)
 
     def __init__(
         self, module: nn.Module, task: str, num_classes: int, params: GuidanceParams, annotated: Iterable[str] | None = None
@@ -86,7 +86,7 @@ class Guidance(ObjectClassification):
         super().__init__(module, task, num_classes)
         self.params = params
         self.annotated = None if annotated is None else frozenset(annotated)
-        self.attribution: dict[str, Any] = {"method": params.attribution, "layer": params.layer}
+        self.attribution = Attribution(params.attribution, params.layer)
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """`image`, `target` (N, K); where an annotated image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
@@ -111,7 +111,7 @@ class Guidance(ObjectClassification):
             classification = super().loss(model, batch)["loss"]
             return {"loss": classification, "classification": classification}
         images, masks = batch["image"], batch["mask"]
-        logits, maps = explain_one(model, images, batch["class"], create_graph=True, resize=False, **self.attribution)
+        logits, maps = explain(model, images, batch["class"], self.attribution, create_graph=True, resize=False)
         each = LOCALISATION[self.params.loss](widened(maps), masks)
         localisation = torch.where(masks.flatten(1).any(1), each, 0.0).mean()
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
@@ -127,7 +127,7 @@ class Guidance(ObjectClassification):
         """Takes an evaluation batch into `metrics`."""
         targets = self.targets(batch)
         images, present = add_inverse(batch["image"]), targets.bool()
-        logits, maps = explain_pairs(partial(explain, model, **self.attribution), images, present)
+        logits, maps = explain_pairs(partial(explain, model, attribution=self.attribution), images, present)
         rows, classes = present.nonzero(as_tuple=True)
         of_image = (batch["boxes"][row] for row in rows.tolist())
         boxes = [each[each[:, 0] == target] for each, target in zip(of_image, classes.tolist(), strict=True)]
@@ -187,8 +187,8 @@ def build_guidance(classifier: str | Path, params: GuidanceParams, annotated: It
     return method
 
 
-def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -> dict[str, Any]:
-    """The attribution of `params` for the model that `spec` describes: keyword arguments of `explain`.
+def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -> Attribution:
+    """The attribution of `params` for the model that `spec` describes.
 
     Raises:
         ModelError: the attribution is not of this kind of model, or there is no such layer (the nearest names are given).
@@ -196,16 +196,14 @@ def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -
     """
     if spec.kind == "conventional" and params.attribution == "bcos":
         raise ModelError(
-            "guide.guided.attribution: a conventional network has no dynamic weights: choose input_x_gradient, "
-            "integrated_gradients or gradcam"
+            "attribution: a conventional network has no dynamic weights: choose input_x_gradient, integrated_gradients or gradcam"
         )
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":
         check_held(module, probe)
     try:
-        layer = last_features(module, probe) if params.attribution == "gradcam" and params.layer is None else params.layer
-        attribution: dict[str, Any] = {"method": params.attribution, "layer": layer}
-        explain_one(module, probe, torch.zeros(2, dtype=torch.long), **attribution)
+        attribution = Attribution(params.attribution, params.layer).resolved(module, probe)
+        explain(module, probe, torch.zeros(2, dtype=torch.long), attribution)
     except ValueError as error:
-        raise ModelError(f"guide.guided.layer: {error}") from None
+        raise ModelError(f"layer: {error}") from None
     return attribution

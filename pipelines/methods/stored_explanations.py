@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.attribution import Explainer, explainers
+from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse
 from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import loader
@@ -63,7 +63,7 @@ def store_explanations(
     model, spec = models.load(teacher)
     model.to(context.device).requires_grad_(False)
     probe = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=context.device)
-    explain, _ = explainers(model, model, probe, held=origin.maps == "dynamic_weights")
+    explain, _ = comparable_explainers(model, model, probe, held=origin.maps == "dynamic_weights")
     of_split = read_manifest(shards).shards(split)
     ends = list(accumulate(shard.count for shard in of_split))
     written: list[Shard] = []

@@ -101,7 +101,7 @@ def grid_pointing_game(explain: Explain, grids: Tensor, classes: Tensor, smooth:
 
     Args:
         explain: (grids (G, C, H, W), classes (G, n²)) -> signed maps (G, n², H, W), such as
-            `partial(attribute_many, model, method="bcos")`, which needs one forward pass for all classes of a grid.
+            `partial(attribute, model, method="bcos")`, which needs one forward pass for all classes of a grid.
         grids: (G, C, n·h, n·w).
         classes: (G, n²), of the cells row by row.
         smooth: side of the mean filter, pixels, odd: 15 at 224 px, 3 at 32 px.

@@ -1,10 +1,10 @@
 """Networks by name, their weights, and models on disk. Importing this registers the conversion rules of torchvision and timm."""
 
 from pipelines.models import rules as _rules  # noqa: F401  (registers)
+from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.published import load_published
 from pipelines.models.store import ConventionalNetwork, ModelSpec, assemble, digest, load, load_backbone, read_spec, save
-from pipelines.models.weights import WeightsError
-from pipelines.models.zoo import ModelError, build
+from pipelines.models.zoo import build
 
 __all__ = [
     "ConventionalNetwork",

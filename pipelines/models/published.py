@@ -20,10 +20,10 @@ import torchvision
 from torch import nn
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.store import ModelSpec, assemble
 from pipelines.models.vit import SIMPLE_VITS, VITCS
-from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
-from pipelines.models.zoo import ModelError
+from pipelines.models.weights import StateDict, load_strictly, read_state_dict
 
 CLASSES, IMAGE_SIZE = 1000, 224
 CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}  # of a block, past the permutation and the activation
@@ -34,7 +34,7 @@ DENSENET_PARTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class Publication:
     """What the checkpoints of one repository have in common."""
 
     architectures: tuple[str, ...]  # as `build` takes them
@@ -46,8 +46,8 @@ class Origin:
 
 _ALL = {"b": 2.0, "b_mode": "fixed", "bias": "remove", "norm": "uncentered", "stem_pool": "average", "max_out": 1}
 _LOGITS = {"logit_bias": -math.log(CLASSES - 1), "temperature": 1.0}
-ORIGINS = {
-    "b-cos-v2": Origin(
+PUBLICATIONS = {
+    "b-cos-v2": Publication(
         (
             *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
             "resnext50_32x4d",
@@ -62,7 +62,7 @@ ORIGINS = {
         (0.0,) * 6,
         (1.0,) * 6,
     ),
-    "b-cosification": Origin(
+    "b-cosification": Publication(
         ("resnet18", "resnet50", "densenet121", *SIMPLE_VITS, *VITCS),
         ("model.model.", "model."),  # the trainer's checkpoint, or its network alone
         {**_ALL, **_LOGITS, "activation": "keep", "normalize_weight": False, "gap_reorder": True},
@@ -98,7 +98,7 @@ def load_published(
 
 def published_spec(name: str, classes: tuple[str, ...] | None = None) -> ModelSpec:
     """How the published model `name` is built; arguments and errors as of `load_published`."""
-    origin, architecture = _origin(name)
+    publication, architecture = _publication(name)
     if classes is None:
         classes = tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
     if len(classes) != CLASSES:
@@ -109,9 +109,9 @@ def published_spec(name: str, classes: tuple[str, ...] | None = None) -> ModelSp
         classes=classes,
         image_size=IMAGE_SIZE,
         kind="bcos",
-        mean=origin.mean,
-        std=origin.std,
-        design={**reorder, **origin.design},
+        mean=publication.mean,
+        std=publication.std,
+        design={**reorder, **publication.design},
     )
 
 
@@ -123,10 +123,13 @@ def translated(name: str, state: StateDict, source: str) -> StateDict:
     Raises:
         WeightsError: keys of another repository.
     """
-    origin, architecture = _origin(name)
-    prefix = next((prefix for prefix in origin.prefixes if all(key.startswith(prefix) for key in state)), None)
+    publication, architecture = _publication(name)
+    prefix = next((prefix for prefix in publication.prefixes if all(key.startswith(prefix) for key in state)), None)
     if prefix is None:
-        wanted, found = " or ".join(map(repr, origin.prefixes)), next(key for key in state if not key.startswith(origin.prefixes))
+        wanted, found = (
+            " or ".join(map(repr, publication.prefixes)),
+            next(key for key in state if not key.startswith(publication.prefixes)),
+        )
         raise WeightsError(f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?")
     found_state = {}
     for key, value in state.items():
@@ -143,13 +146,15 @@ def translated(name: str, state: StateDict, source: str) -> StateDict:
     return found_state
 
 
-def _origin(name: str) -> tuple[Origin, str]:
+def _publication(name: str) -> tuple[Publication, str]:
     where, _, architecture = name.partition(":")
-    if where not in ORIGINS or architecture not in ORIGINS[where].architectures:
-        known = [f"{where}:{architecture}" for where, origin in ORIGINS.items() for architecture in origin.architectures]
+    if where not in PUBLICATIONS or architecture not in PUBLICATIONS[where].architectures:
+        known = [
+            f"{where}:{architecture}" for where, publication in PUBLICATIONS.items() for architecture in publication.architectures
+        ]
         near = ", ".join(difflib.get_close_matches(name, known, 5)) or ", ".join(known)
         raise ModelError(f"no published model {name!r}; near it: {near}")
-    return ORIGINS[where], architecture
+    return PUBLICATIONS[where], architecture
 
 
 def _is_pointwise(key: str) -> bool:

@@ -80,8 +80,8 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def here(directory: str | Path) -> Iterator[Path]:
-    """`directory`, or where that is a URL a temporary folder with the model that is there."""
+def local_folder(directory: str | Path) -> Iterator[Path]:
+    """The model's files in a local folder: `directory` itself, or for a URL a temporary folder with a copy."""
     if not is_remote(directory):
         yield Path(fsspec.core.strip_protocol(directory) if "://" in str(directory) else directory)
         return
@@ -97,7 +97,7 @@ def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
         FileNotFoundError: no model there.
         WeightsError: the weights are not of the model that its spec describes.
     """
-    with here(directory) as folder:
+    with local_folder(directory) as folder:
         spec = read_spec(folder)
         model = assemble(spec)
         load_strictly(model, read_state_dict(str(folder / WEIGHTS)), str(directory))
@@ -113,7 +113,7 @@ def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
         FileNotFoundError: no model there.
         WeightsError: the weights are not of such a model.
     """
-    with here(directory) as folder:
+    with local_folder(directory) as folder:
         read_spec(folder)
         state = read_state_dict(str(folder / WEIGHTS))
     model = assemble(spec)

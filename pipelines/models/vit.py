@@ -11,8 +11,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from pipelines.bcos import Context, Holdable, register_conversion
+from pipelines.bcos import Conversion, Holdable, register_conversion
 from pipelines.bcos.attention import attend
+from pipelines.bcos.convert import keep
 
 HEAD_FEATURES = 64
 SIZES = {  # features, blocks
@@ -200,25 +201,17 @@ def simple_vit(name: str, num_classes: int = 1000, **options: object) -> SimpleV
 # Conversion -----------------------------------------------------------------------------------------------------------
 
 
-@register_conversion(Patches, SineCosinePositions)
-def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
-    return module
+register_conversion(Patches, SineCosinePositions)(keep)
+register_conversion(Attention)(lambda module, conversion: conversion.children(module, ["norm", "to_out"]))
 
 
 @register_conversion(PatchLinear)
-def _patch_linear(module: PatchLinear, context: Context) -> nn.Module:
+def _patch_linear(module: PatchLinear, conversion: Conversion) -> nn.Module:
     weight = module.weight.detach()
-    if module is context.image_layer:  # channels come last: [W, -W]/2 for each pixel of the patch
+    if module is conversion.image_layer:  # channels come last: [W, -W]/2 for each pixel of the patch
         of_pixel = weight.unflatten(1, (-1, module.in_channels))
         weight = torch.cat([of_pixel, -of_pixel], dim=2).flatten(1) / 2
     plain = nn.Linear(weight.shape[1], len(weight), module.bias is not None).to(weight)
     state = {"weight": weight} if module.bias is None else {"weight": weight, "bias": module.bias}
     plain.load_state_dict(state)
-    return context.child(plain, "linear")
-
-
-@register_conversion(Attention)
-def _attention(module: Attention, context: Context) -> nn.Module:
-    module.norm = context.child(module.norm, "norm")  # type: ignore[assignment]
-    module.to_out = context.child(module.to_out, "to_out")  # type: ignore[assignment]
-    return module
+    return conversion.child(plain, "linear")

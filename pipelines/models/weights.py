@@ -12,14 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pipelines.models.errors import WeightsError
 from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest
 
 StateDict = dict[str, Tensor]
-
-
-class WeightsError(ValueError):
-    """A weights file that is missing, altered, unsafe or not of this network."""
 
 
 def read_state_dict(source: str, sha256: str | None = None) -> StateDict:

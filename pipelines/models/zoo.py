@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -13,18 +14,19 @@ import torchvision
 from torch import nn
 
 from pipelines.models.cifar import CifarResNet
+from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
-from pipelines.models.weights import StateDict, WeightsError, load_strictly, read_state_dict
+from pipelines.models.weights import StateDict, load_strictly, read_state_dict
 from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 
 log = logging.getLogger(__name__)
 
 
-class ModelError(ValueError):
-    """An architecture that does not exist, or does not take the options given."""
-
-
-CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+OWN: dict[str, Callable[..., nn.Module]] = {  # constructors of the networks that no library has
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{name: partial(simple_vit, name) for name in SIMPLE_VITS + VITCS},
+    **{name: partial(XFixupResNet, depth) for name, depth in XFIXUPS.items()},
+}
 
 
 def build(
@@ -83,33 +85,25 @@ def _from_file(construct: Constructor, weights: str, sha256: str | None, num_cla
 
 
 def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Callable[[str], nn.Module]]:
-    """How to make the network with a number of classes, and how to make it with a library's weights."""
+    """A function that makes the network with a number of classes, and one that makes it with a library's weights."""
+
+    def by_classes(make: Callable[..., nn.Module]) -> Constructor:
+        return lambda classes: make(**({} if classes is None else {"num_classes": classes}), **options)
+
     library, _, plain = name.rpartition(":")
-    cifar = re.fullmatch(r"(?:cifar_)?resnet(\d+)", plain)
-    if library == "" and cifar and int(cifar[1]) in CIFAR_DEPTHS:
-        depth = int(cifar[1])
-        return lambda classes: CifarResNet(depth, classes or 10, **options), _no_tags
-    if library == "" and plain in SIMPLE_VITS + VITCS:
-        return lambda classes: simple_vit(plain, classes or 1000, **options), _no_tags
-    if library == "" and plain in XFIXUPS:
-        return lambda classes: XFixupResNet(XFIXUPS[plain], classes or 1000, **options), _no_tags
+    own = plain.removeprefix("cifar_") if plain.startswith("cifar_resnet") else plain
+    if library == "" and own in OWN:
+        return by_classes(OWN[own]), _no_tags
     if library in ("", "torchvision") and plain in torchvision.models.list_models(module=torchvision.models):
         get = torchvision.models.get_model
-        return (
-            lambda classes: get(plain, weights=None, **({} if classes is None else {"num_classes": classes}), **options),
-            lambda tag: get(plain, weights=tag, **options),
-        )
+        return by_classes(lambda **more: get(plain, weights=None, **more)), lambda tag: get(plain, weights=tag, **options)
     if library in ("", "timm") and timm.is_model(plain):
+        create = timm.create_model
         return (
-            lambda classes: timm.create_model(plain, **({} if classes is None else {"num_classes": classes}), **options),
-            lambda tag: timm.create_model(plain if tag == "pretrained" else f"{plain}.{tag}", pretrained=True, **options),
+            by_classes(lambda **more: create(plain, **more)),
+            lambda tag: create(plain if tag == "pretrained" else f"{plain}.{tag}", pretrained=True, **options),
         )
-    known = (
-        [f"resnet{depth}" for depth in CIFAR_DEPTHS]
-        + [*SIMPLE_VITS, *VITCS, *XFIXUPS]
-        + torchvision.models.list_models()
-        + timm.list_models()
-    )
+    known = [*OWN, *torchvision.models.list_models(), *timm.list_models()]
     near = ", ".join(difflib.get_close_matches(plain, known, 5)) or "see torchvision.models and timm.list_models()"
     raise ModelError(f"unknown model {name!r}; near it: {near}")
 
@@ -118,29 +112,29 @@ def _no_tags(tag: str) -> nn.Module:
     raise ValueError("this network has no tagged weights: give a file or URL")
 
 
-def _head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of the classifier: the last linear layer."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no linear classifier that could be replaced")
-    return layers[-1]
+def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Names and modules of the linear layers, the last of which is the classifier."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _classes_of(state: StateDict, like: nn.Module) -> int | None:
-    """The number of classes that `state` was trained for, from the shape of its head."""
-    heads = [name for name, module in like.named_modules() if isinstance(module, nn.Linear)]
-    weight = state.get(f"{heads[-1]}.weight") if heads else None
+    """The number of classes that `state` was trained for, from the shape of its classifier."""
+    heads = _linear_layers(like)
+    weight = state.get(f"{heads[-1][0]}.weight") if heads else None
     return None if weight is None else len(weight)
 
 
 def _with_head(model: nn.Module, num_classes: int | None, weights: str) -> nn.Module:
+    """`model` with a classifier of `num_classes`: its own, or a new one if that has another number."""
     if num_classes is None:
         return model
-    name, old = _head(model)
+    heads = _linear_layers(model)
+    if not heads:
+        raise ModelError(f"{type(model).__name__} has no linear classifier that could be replaced")
+    name, old = heads[-1]
     if old.out_features == num_classes:
         log.info("%s: head %r kept, its %d classes taken to be those of the data", weights, name, num_classes)
         return model
     log.warning("%s: head %r has %d classes, replaced by a new one with %d", weights, name, old.out_features, num_classes)
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, nn.Linear(old.in_features, num_classes, old.bias is not None))
+    model.set_submodule(name, nn.Linear(old.in_features, num_classes, old.bias is not None))
     return model

@@ -1,6 +1,6 @@
 """Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
 
-from pipelines.params.base import ParamsError
+from pipelines.params.base import ParamsError, keyed
 from pipelines.params.data import (
     AnnotatedParams,
     Cifar10Params,
@@ -64,6 +64,7 @@ __all__ = [
     "Voc2007Params",
     "WaterbirdsParams",
     "check_space",
+    "keyed",
     "leaves",
     "load",
     "param",

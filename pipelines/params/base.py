@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -21,7 +24,7 @@ def odd(value: int) -> int:
     return value
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError, ValueError):
     """A bad key, type or value in the params: one line that names it and what is allowed; `keys` are those it is about."""
 
     def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
@@ -33,3 +36,17 @@ class Strict(BaseModel):
     """A group of params: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+@contextmanager
+def keyed(section: str, group: Strict) -> Iterator[None]:
+    """Puts `section` before an error in the block that begins with a field of `group`: `a.b.select: ...` for `select: ...`.
+
+    The type of the error stays. Library code knows the fields of a group, but not where the group stands in params.yaml.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if str(error).partition(":")[0] not in type(group).model_fields:
+            raise
+        raise type(error)(f"{section}.{error}") from error

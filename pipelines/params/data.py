@@ -12,7 +12,7 @@ from pipelines.params.base import Fraction, Sha256, Strict
 class DatasetParams(Strict):
     """What every data set has, whatever its source."""
 
-    shard_size: PositiveInt = 1000  # samples a shard
+    shard_size: PositiveInt = 500  # samples a shard
     val_count: PositiveInt | None = None  # images held out of `train` where the source has no `val` of its own
     split_seed: int = 0  # draws which ones
 

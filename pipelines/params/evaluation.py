@@ -23,9 +23,9 @@ class EvaluateParams(Strict):
     batch_size: PositiveInt = 128
     workers: Annotated[int, Field(ge=0)] = 0
     grid_size: Annotated[int, Field(ge=2)] = 2  # n of the n x n pointing game
-    grid_count: PositiveInt = 500
+    grid_count: PositiveInt
     grid_batch: PositiveInt = 16  # grids at once
-    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 3  # side of the mean filter of maps, pixels
+    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)]  # side of the mean filter of maps, pixels
     posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam", "input_x_gradient")
     pictures: Annotated[int, Field(ge=0)] = 16
     published: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PublishedParams] = {}  # evaluated too, by a name for reports

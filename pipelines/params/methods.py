@@ -23,10 +23,10 @@ class BcosificationParams(OptimiserParams):
     b: Exponent = 2.0  # in the end
     b_mode: Literal["fixed", "scheduled", "learned"] = "fixed"
     b_start: Exponent = 1.0  # where a schedule or learning starts
-    b_epochs: PositiveInt = 1  # over which a schedule goes from b_start to b, in equal parts a step
-    b_decay: NonNegativeFloat = 0.0  # weight decay that pulls a learned B towards 2
+    b_epochs: PositiveInt = 2  # over which a schedule goes from b_start to b, in equal parts a step
+    b_decay: NonNegativeFloat = 1.0  # weight decay that pulls a learned B towards 2
     bias: Literal["remove", "decay", "keep"] = "remove"
-    bias_decay: NonNegativeFloat = 0.0  # weight decay on biases (the norms' too), where they decay
+    bias_decay: NonNegativeFloat = 1.0  # weight decay on biases (the norms' too), where they decay
     norm: Literal["uncentered", "uncentered_unshifted", "centered"] = "uncentered"
     stem_pool: Literal["average", "keep"] = "average"
     gap_reorder: bool = True
@@ -115,7 +115,7 @@ class DistillParams(Strict):
 
     runs: Annotated[list[Literal["kd", "e2kd"]], Field(min_length=1)]
     teacher: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str = "models/bcosify"  # what DVC makes, and watches, before the teacher is taken: a path
+    after: str  # what DVC makes, and watches, before the teacher is taken: a path
     student: StudentParams
     shots: PositiveInt | None = None  # training images a class; none: all of them
     shots_seed: int = 0  # draws which ones
@@ -131,7 +131,7 @@ class GuidanceParams(OptimiserParams):
         "knee"  # of the Pareto front of these three on `val`, the best of one; or its knee
     )
     loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
-    localisation_weight: NonNegativeFloat = 1e-3  # λ, of the sum of the loss over the images of an effective batch
+    localisation_weight: NonNegativeFloat  # λ, of the sum of the loss over the images of an effective batch
     attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
     layer: str | None = None  # name of a module whose output is explained; none: the input, for gradcam the last features
     annotated: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # share of the training images whose boxes are used
@@ -164,7 +164,7 @@ class GuideParams(Strict):
     dataset: str  # of `datasets`; it needs boxes
     data: DataParams
     backbone: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str = "models/bcosify"  # what DVC makes, and watches, before the backbone is taken: a path
+    after: str  # what DVC makes, and watches, before the backbone is taken: a path
     splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]  # that both classifiers are evaluated on
     classify: OptimiserParams
     guided: GuidanceParams

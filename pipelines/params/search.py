@@ -63,7 +63,7 @@ class SearchParams(Strict):
     epochs: PositiveInt  # of a trial
     shots: PositiveInt | None = None  # training images a class that trials learn from; none: all
     asha: AshaParams | None = None  # none: every trial runs to its end
-    concurrency: PositiveInt = 1  # trials at once
+    concurrency: PositiveInt  # trials at once
     workers: Annotated[int, Field(ge=0)] = 0  # of a trial; 0: in the trial's own process
     seed: int = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.params.base import NonNegativeFloat, PositiveFloat, Sha256, Strict
@@ -43,16 +42,12 @@ class TrainingParams(Strict):
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
     resize_every: NonNegativeFloat = 60.0  # seconds after which elastic workers look for nodes that came
     log_every: PositiveInt = 20  # steps
+    resume: str | None = None  # directory of a stage's run whose code or params were others: its checkpoints are gone on with
 
     @property
     def most_workers(self) -> int:
         """How many workers there may be, this process counted as one."""
         return max(1, self.workers) if isinstance(self.workers, int) else self.workers[1]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of images and convolutions. The compiler's convolutions have channels last, and copy what comes otherwise."""
-        return torch.channels_last if self.channels_last or self.compile else torch.contiguous_format
 
     @model_validator(mode="after")
     def _least_and_most(self) -> TrainingParams:
@@ -86,15 +81,15 @@ class OptimiserParams(Strict):
 
     @property
     def settled(self) -> int:
-        """Epochs after which the network is the one that is wanted: none before counts as the best."""
+        """Warm-up epochs (while B is scheduled); earlier epochs are never selected as best."""
         return 0
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The metrics that decide which epochs are kept: one has a best epoch, several a Pareto front."""
+        """Metrics by which epochs are kept: the best epoch of one metric, the Pareto front of several."""
         return (self.select,)
 
     @property
     def floors(self) -> dict[str, float]:
-        """Metrics that must not fall below a value: training stops there, and such an epoch is not the best."""
+        """Metric -> floor; training stops below a floor, and such an epoch is not selected."""
         return {}

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.params import SearchedParams, SearchParams
-from pipelines.search.records import SETTLED, Trial, draw, folder, read, settle, start
+from pipelines.search.records import SETTLED, Trial, draw, read_trial, settle_trial, start_trial, trial_directory
 
 _ATTEMPTS = 100  # at values that no trial has had
 _STUDY = "search"
@@ -47,7 +47,7 @@ class Suggestions(OptunaSearch):
             values = super().suggest(name)
             if values is not None and all(values != had for _, had in self._asked.values()):
                 self._asked[trial_id] = name, values
-                start(folder(self._directory, values), values)
+                start_trial(trial_directory(self._directory, values), values)
                 return values
             super().on_trial_complete(name, error=True)
         return Searcher.FINISHED
@@ -55,11 +55,11 @@ class Suggestions(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Settles the record of a trial that was stopped or lost, and tells Optuna; what was not measured of it counts as 0."""
         name, values = self._asked[trial_id]
-        place = folder(self._directory, values)
-        trial = read(place)
+        place = trial_directory(self._directory, values)
+        trial = read_trial(place)
         if trial["status"] == "running":
             lost = "its process was lost, or could not be started" if error else ""
-            trial = settle(place, trial, "failed" if error else "stopped", error=lost)
+            trial = settle_trial(place, trial, "failed" if error else "stopped", error=lost)
         known = {metric: trial["metrics"].get(metric, 0.0) for metric in self.metric}
         super().on_trial_complete(name, known if trial["status"] in SETTLED else None, error=trial["status"] == "failed")
         self._on_trial(trial)

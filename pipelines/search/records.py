@@ -40,7 +40,7 @@ def draw(space: list[SearchedParams], suggest: Callable[[SearchedParams], Any]) 
     return values
 
 
-def as_it_is(params: Params) -> dict[str, Any] | None:
+def values_of_params(params: Params) -> dict[str, Any] | None:
     """The values that `params` themselves have in their search space; None where they lie outside of it."""
 
     def find(dimension: SearchedParams) -> Any:
@@ -57,19 +57,19 @@ def as_it_is(params: Params) -> dict[str, Any] | None:
         return None
 
 
-def folder(directory: str, values: Mapping[str, Any]) -> str:
+def trial_directory(directory: str, values: Mapping[str, Any]) -> str:
     """Where the trial with these values lives."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return f"{directory}/trials/{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
 
-def start(place: str, values: dict[str, Any]) -> Trial:
+def start_trial(place: str, values: dict[str, Any]) -> Trial:
     """The record of the trial at `place`, a new one where there is none; what is not settled is running from now on."""
     trial: Any = files.read_json(f"{place}/{RECORD}") or {"values": values, "started": time.time()}
-    return trial if trial.get("status") in SETTLED else settle(place, trial, "running")
+    return trial if trial.get("status") in SETTLED else settle_trial(place, trial, "running")
 
 
-def settle(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
+def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
     """Writes the record with this status, and returns it."""
     history: list[EpochRecord] = files.read_json(f"{place}/history.json") or []
     if metrics is None:
@@ -79,12 +79,12 @@ def settle(place: str, trial: Trial, status: str, metrics: Mapping[str, float] |
     return told
 
 
-def read(place: str) -> Trial:
+def read_trial(place: str) -> Trial:
     """The record at `place`."""
     return files.read_json(f"{place}/{RECORD}")
 
 
-def trials(directory: str) -> list[Trial]:
+def read_trials(directory: str) -> list[Trial]:
     """The records of a search, in the order in which the trials started: a trial's place in it is its number."""
     found = [files.read_json(f"{directory}/trials/{name}/{RECORD}") for name in files.folders(f"{directory}/trials")]
     return sorted(filter(None, found), key=lambda trial: (trial["started"], json.dumps(trial["values"])))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import fsspec
 
 from pipelines.params import SearchParams, TrainingParams
-from pipelines.search.records import SETTLED, Trial, folder, read, settle, trials
+from pipelines.search.records import SETTLED, Trial, read_trial, read_trials, settle_trial, trial_directory
 from pipelines.storage import files
 from pipelines.training import pareto
 from pipelines.training.job import EpochRecord, TrainingError
@@ -70,7 +70,7 @@ def search(
     Raises:
         TrainingError: no trial was finished, or Ray Tune lost some.
     """
-    known = trials(directory)
+    known = read_trials(directory)
     left = params.trials - sum(trial["status"] in SETTLED for trial in known)
     if left <= 0:
         found = [trial for trial in known if trial["status"] != "running"]  # enough without what a kill left half done
@@ -81,10 +81,10 @@ def search(
         queue = [*before, *(values for values in first if values not in before)][: max(params.trials, len(before))]
         with cluster(_together(params, training)):
             _tune(work, params, training, directory, queue, on_trial)
-        found = trials(directory)
+        found = read_trials(directory)
     for trial in found:
         if trial["status"] in SETTLED:
-            files.remove(f"{folder(directory, trial['values'])}/checkpoints")
+            files.remove(f"{trial_directory(directory, trial['values'])}/checkpoints")
     lost = sum(trial["status"] == "running" for trial in found)
     if lost:
         raise TrainingError(f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on")
@@ -164,8 +164,8 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
     if os.path.isdir(place):
         os.chdir(place)
-    here = folder(directory, config)
-    trial = read(here)
+    here = trial_directory(directory, config)
+    trial = read_trial(here)
 
     def report(record: EpochRecord) -> None:
         if metric in record["metrics"]:
@@ -183,14 +183,14 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
             raise  # Ray Tune starts the trial again
         if not known:
             traceback.print_exc()
-        settle(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
+        settle_trial(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
         return
-    settle(here, trial, "finished", found)
+    settle_trial(here, trial, "finished", found)
     files.remove(f"{here}/checkpoints")
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:
-    """Numbers of the finished trials that none beats: is better in one of `metrics` and at least as good in all; best first."""
+    """Indices of the Pareto-optimal finished trials, best first."""
     finished = [number for number, trial in enumerate(found) if trial["status"] == "finished"]
     points = [tuple(found[number]["metrics"][name] for name in metrics) for number in finished]
     best = pareto.front(points, width=1e-9)  # no bins: as measured

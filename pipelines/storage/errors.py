@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pipelines.errors import UserError
+
 _LONGEST = 300  # characters
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """A storage that cannot be reached, read or written: one line that names the place and the cause."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:

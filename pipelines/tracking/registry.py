@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipelines
+from pipelines.errors import UserError
 from pipelines.storage.files import file_digest
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import git_tags, version_tags
@@ -36,7 +37,7 @@ DIGEST, EVIDENCE = "content.sha256", "evidence.sha256"  # tags of a version
 REQUIREMENTS = ("mlflow", "numpy", "pydantic", "safetensors", "timm", "torch", "torchvision")
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError, RuntimeError):
     """The registry cannot do it: one line that names the registry and the cause."""
 
 
@@ -64,10 +65,10 @@ def register(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Registered:
-    """Sees to it that the registry has a version with this very model and evidence, under `alias`. Safe to repeat.
+    """Registers the model under `alias` unless this exact version is registered already. Idempotent.
 
-    A version is the same where `model.safetensors` and `model.json` are; one whose artifacts are gone is not counted. New
-    metrics or pictures of a model that is there go to its version.
+    Two versions are the same if their `model.safetensors` and `model.json` are. A version without its artifacts does not count.
+    New metrics or pictures of a registered model go to its version.
 
     Args:
         model_directory: as `pipelines.models.save` writes it.

@@ -133,6 +133,10 @@ class StageRun:
         """Where the journal lies; `python -m pipelines.tracking.relog` takes it."""
         return self._journal.directory
 
+    def tag(self, key: str, value: str) -> None:
+        """Sets a tag, which the server gets when the stage ends."""
+        self._journal.update(tags={**self._journal.head["tags"], key: value})
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs `values` (names like `val/accuracy`) at `step`. A metric keeps the first value it has at a step."""
         self._journal.add_metrics(values, step)

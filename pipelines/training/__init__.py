@@ -6,9 +6,7 @@ from pipelines.training.job import (
     Job,
     Result,
     TrainingError,
-    absolute,
     best_record,
-    run_directory,
     shard_batches,
 )
 from pipelines.training.launch import cluster, launch, train
@@ -20,12 +18,10 @@ __all__ = [
     "Job",
     "Result",
     "TrainingError",
-    "absolute",
     "best_record",
     "cluster",
     "evaluate_split",
     "launch",
-    "run_directory",
     "shard_batches",
     "train",
 ]

@@ -89,6 +89,15 @@ def newest(directory: str) -> dict[str, Any] | None:
     return None
 
 
+def copy(source: str, target: str) -> None:
+    """Copies the complete checkpoints of the run in `source` to the run in `target`, the oldest first."""
+    for step in reversed(_steps(source)):
+        summary = files.read_json(f"{folder_of(source, step)}/complete.json")
+        if summary is not None:
+            files.write(f"{folder_of(target, step)}/state.pt", files.read(f"{folder_of(source, step)}/state.pt"))
+            files.write_json(f"{folder_of(target, step)}/complete.json", summary)
+
+
 def load(directory: str, step: int) -> dict[str, Any]:
     """The state of the checkpoint of `step`, on the CPU."""
     content = files.read(f"{folder_of(directory, step)}/state.pt")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-import fsspec
 import torch
 from torch import nn
 
+from pipelines.errors import UserError
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import checkpoints, pareto
 
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
 
-class TrainingError(RuntimeError):
+
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on and would fail the same way again: one line that names the cause and what is kept."""
 
 
@@ -100,7 +99,7 @@ class Job:
         explanations: root of stored explanations of the training samples, which then come with them.
     """
 
-    build: Callable[[], Any]
+    build: Callable[[], Method]
     shards: str
     data: DataParams
     optim: OptimiserParams
@@ -175,7 +174,7 @@ def _point(record: EpochRecord, names: Sequence[str]) -> tuple[float, ...]:
     metrics = record["metrics"]
     for name in names:
         if name not in metrics:
-            raise TrainingError(f"optim.select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
+            raise TrainingError(f"select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
     values = (-metrics[name] if "loss" in name else metrics[name] for name in names)
     return tuple(-math.inf if math.isnan(value) else value for value in values)
 
@@ -192,25 +191,3 @@ def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
         return True
     best = best_record(history, optim)["epoch"]
     return optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
-
-
-def run_directory(storage: str | Path, stage: str, *inputs: Any) -> str:
-    """`<storage>/<stage>/<hash of inputs>`, absolute: the same inputs find the same run again, others never do.
-
-    Args:
-        storage: a folder (made absolute) or an fsspec URL.
-        stage: the stage's name.
-        inputs: JSON values or pydantic models: all that the run's outcome depends on.
-    """
-    values = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in inputs]
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    name = hashlib.sha256(canonical.encode()).hexdigest()[:12]
-    return f"{absolute(storage)}/{stage}/{name}"
-
-
-def absolute(path: str | Path) -> str:
-    """`path` as an absolute path or URL without a trailing slash, so that it means the same on every worker."""
-    text = str(path)
-    if fsspec.utils.get_protocol(text) != "file":
-        return text.rstrip("/")
-    return os.path.abspath(os.path.expanduser(text.removeprefix("file://")))

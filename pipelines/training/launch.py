@@ -18,12 +18,14 @@ import fsspec
 import torch
 
 import pipelines
-from pipelines.distributed import Context, cpu_count, use_threads
+from pipelines.distributed import Context, use_threads
 from pipelines.params import TrainingParams
+from pipelines.process import OPENMP, cpu_count
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
+from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
-from pipelines.training.job import Job, Result, TrainingError, absolute, best_record, is_finished, kept_records
+from pipelines.training.job import Job, Result, TrainingError, best_record, is_finished, kept_records
 from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
@@ -36,7 +38,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
-    **pipelines.OPENMP,  # workers import torch before this project
+    **OPENMP,  # workers import torch before this project
 }
 # Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
 # as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.
@@ -251,10 +253,8 @@ def _connect(address: str) -> None:
     if address.startswith("http"):
         raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
     host, _, port = address.rpartition("/")[2].rpartition(":")
-    code = Path(pipelines.__file__).parents[1]
-    parts = (code / name for name in ("pipelines", "stages", "infra"))  # trials of a search are stages
-    modules = [str(part) for part in parts if part.is_dir()]
-    workers_have = None if SUBMITTED in os.environ else {"py_modules": modules, "env_vars": ray_environment()}
+    code = str(Path(pipelines.__file__).parent)
+    workers_have = None if SUBMITTED in os.environ else {"py_modules": [code], "env_vars": ray_environment()}
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
@@ -287,10 +287,10 @@ def _autoscales() -> bool:
     if not os.environ.get("RAY_ADDRESS"):
         return False
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    return scaled(status.get("autoscaler_report", {}).get("node_type_mapping"))
+    return is_autoscaled(status.get("autoscaler_report", {}).get("node_type_mapping"))
 
 
-def scaled(types: Mapping[str, str] | None) -> bool:
+def is_autoscaled(types: Mapping[str, str] | None) -> bool:
     """Whether the nodes of a cluster, address -> type, come from an autoscaler, as far as is known."""
     return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
 

@@ -8,17 +8,17 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pipelines.distributed import (
     Context,
+    all_reduce_min,
     broadcast,
-    exchanging,
     gather,
-    least,
+    gradient_sync,
     restore_rng_states,
     rng_states,
     seed_rank,
@@ -31,9 +31,12 @@ from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.training import checkpoints
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
-from pipelines.training.objective import build_objective
-from pipelines.training.optim import clip_gradients, lay_out, optimiser, set_rate
+from pipelines.training.objective import build_objective, memory_format
+from pipelines.training.optim import clip_gradients, match_memory_formats, optimiser, set_learning_rate
 from pipelines.training.validation import evaluate_split
+
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Run:
 
     job: Job
     context: Context
-    method: Any
+    method: Method
     objective: nn.Module  # the method's losses: compiled where the params say so, in DDP where there are several workers
     optimiser: torch.optim.Optimizer
     steps_per_epoch: int
@@ -92,7 +95,7 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
 
 
 def set_up(context: Context, job: Job) -> Run:
-    """The run as it was when its newest checkpoint was written, or a new one."""
+    """A new run, or the run as it was when its newest checkpoint was written."""
     if job.optim.batch_size % context.world_size:
         raise TrainingError(f"batch_size {job.optim.batch_size} cannot be shared by {context.world_size} workers")
     seed_rank(job.seed, 0)  # the same initial weights on every rank
@@ -116,12 +119,12 @@ def set_up(context: Context, job: Job) -> Run:
     return run
 
 
-def check_selection(job: Job, method: Any) -> None:
+def check_selection(job: Job, method: Method) -> None:
     """Raises `TrainingError` where an objective is neither one of the training nor an evaluation metric of the method."""
     names = [f"val/{name}" for name in method.metrics()] + ["train/loss"]
     for objective in job.optim.objectives:
         if objective not in names and not objective.startswith("train/"):
-            raise TrainingError(f"optim.select: no metric {objective!r}; there are {', '.join(names)}")
+            raise TrainingError(f"select: no metric {objective!r}; there are {', '.join(names)}")
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:
@@ -129,7 +132,7 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
     state = checkpoints.load(run.job.directory, summary["step"])
     run.method.module.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])
-    lay_out(run.optimiser)
+    match_memory_formats(run.optimiser)
     run.step, run.epoch, run.batches = summary["step"], summary["epoch"], summary["batches"]
     run.history = summary["history"]
     run.earlier = [(workers, steps) for workers, steps in summary.get("earlier", [])]
@@ -157,18 +160,18 @@ def train_epoch(run: Run) -> dict[str, float]:
     rate, images, began = 0.0, 0, time.monotonic()
     shown = (run.epoch + 1, job.optim.epochs, run.steps_per_epoch, run.batches, context.rank == 0)
     with EpochProgress(*shown) as progress:
-        for batch in apart(batches):
+        for batch in rng_isolated(batches):
             loss, rate = train_step(run, batch)
             progress.step()
             images += len(batch["key"]) * context.world_size
             if run.step % check_every == 0:
-                stop_if_bad(run)
+                stop_if_not_finite(run)
             if run.step % job.training.log_every == 0:
                 progress.note(float(loss), images / (time.monotonic() - began))
-            due = run.step % job.training.checkpoint_every == 0 or first_notice(run)
+            due = run.step % job.training.checkpoint_every == 0 or preemption_noticed(run)
             if due and run.batches < run.steps_per_epoch:
                 save(run)
-    stop_if_bad(run)
+    stop_if_not_finite(run)
     seconds = time.monotonic() - began
     losses, counts, skipped = merge(gather(run.tally.state(), context))
     run.epoch, run.batches, run.earlier, run.tally = run.epoch + 1, 0, [], Tally()
@@ -183,16 +186,16 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 
 def read(run: Run, split: str, **place: Any) -> Any:
-    """This rank's batches of a split, with what the method reads."""
+    """This rank's batches of a split, with the fields that the method reads."""
     rank, world_size, device = run.context.rank, run.context.world_size, run.context.device
     fields = run.method.fields
     return run.job.batches(run.job, split, rank=rank, world_size=world_size, fields=fields, device=device, **place)
 
 
-def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`batches`, made without moving the generators that training draws from.
+def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Iterates `batches`, restoring the RNG state after each fetch.
 
-    A loader draws seeds when it starts; a resumed epoch starts it once more than one never interrupted.
+    A loader draws seeds when it starts, and a resumed epoch starts it once more often than an uninterrupted epoch.
     """
     cpu = torch.device("cpu")
     states = rng_states(cpu)
@@ -206,8 +209,8 @@ def apart(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         states = rng_states(cpu)
 
 
-def first_notice(run: Run) -> bool:
-    """Whether a node's preemption is noticed now: a checkpoint is due, and training goes on. Asked every `log_every` steps."""
+def preemption_noticed(run: Run) -> bool:
+    """Whether the preemption of a node is noticed now, asked every `log_every` steps: then a checkpoint is due."""
     if run.context.preempted is None or run.preempted or run.step % run.job.training.log_every:
         return False
     run.preempted = run.context.preempted()
@@ -219,11 +222,11 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     optim = run.job.optim
     run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
-    with compiler_explained():
-        losses = gradients(run, prepared(run, batch))
+    with compiler_errors_in_one_line():
+        losses = gradients(run, prepare_batch(run, batch))
     loss = losses["loss"]
     clip_gradients(run.method.module.parameters(), optim)
-    rate = set_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
+    rate = set_learning_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
     run.optimiser.step()
     run.step += 1
     run.batches += 1
@@ -233,29 +236,29 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
     return loss, rate
 
 
-def prepared(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the method makes of a batch of the loader."""
+def prepare_batch(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The batch of the loader as the method prepares it for its loss."""
     device, precision = run.context.device, run.job.training.precision
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         return run.method.prepare({**to_device(batch, device), "step": run.step})
 
 
 def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The losses of a prepared batch, without graph, once their gradients are in the parameters.
+    """Computes the gradients of a prepared batch, and returns its losses without their graph.
 
-    A batch is taken in parts, each with the weight of its share: the gradient is that of the whole but for what a module
-    computes over a batch (BatchNorm's statistics are those of a part).
+    The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
+    module computes over a batch (BatchNorm's statistics are those of a part).
     """
     training, device = run.job.training, run.context.device
-    wanted = accumulated(training, run.job.optim.batch_size, run.context.world_size)
-    batch = {name: laid_out(value, training.memory_format) for name, value in batch.items()}
+    wanted = parts_per_worker(training, run.job.optim.batch_size, run.context.world_size)
+    batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
     pieces = {name: value.tensor_split(min(wanted, count)) for name, value in batch.items()}
     parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
     total: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts, start=1):
         share = len(next(iter(part.values()))) / count
-        with exchanging(run.objective, number == len(parts)):
+        with gradient_sync(run.objective, number == len(parts)):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
                 losses = run.objective(part)
             (losses["loss"] * share).backward()
@@ -264,11 +267,11 @@ def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return total
 
 
-def accumulated(training: TrainingParams, batch_size: int, world_size: int) -> int:
-    """In how many equal parts each of `world_size` workers takes its share of an effective batch.
+def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int) -> int:
+    """The number of equal parts in which each of `world_size` workers takes its share of an effective batch.
 
-    With as many workers as there may be in `training.accumulate`; with fewer in so many more that no part is larger: what fits
-    into the memory of all workers fits into that of few, and the effective batch, with it the learning rate, stays.
+    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, none larger, so that they need
+    no more memory, and the effective batch stays the same.
     """
     share, most = batch_size // world_size, training.most_workers
     least = -(-training.accumulate * most // world_size)
@@ -276,7 +279,7 @@ def accumulated(training: TrainingParams, batch_size: int, world_size: int) -> i
 
 
 @contextmanager
-def compiler_explained() -> Iterator[None]:
+def compiler_errors_in_one_line() -> Iterator[None]:
     """Turns what the compiler raises into an error of one line, which no restart would cure."""
     try:
         yield
@@ -285,14 +288,14 @@ def compiler_explained() -> Iterator[None]:
         raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
 
 
-def laid_out(value: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """`value`, where it is images in this memory format."""
-    return value.contiguous(memory_format=memory_format) if value.ndim == 4 else value
+def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    """`value` in this memory format if it is a batch of images."""
+    return value.contiguous(memory_format=layout) if value.ndim == 4 else value
 
 
-def stop_if_bad(run: Run) -> None:
-    """Raises `TrainingError` on all ranks once any rank's loss was not finite."""
-    step = least(run.first_bad, run.context)
+def stop_if_not_finite(run: Run) -> None:
+    """Raises `TrainingError` on all ranks if the loss of any rank was not finite."""
+    step = all_reduce_min(run.first_bad, run.context)
     if math.isfinite(step):
         stop(run, f"the loss of step {step:.0f} (epoch {run.epoch + 1}) is not a finite number")
 
@@ -321,7 +324,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     values: dict[str, float] = {}
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
         batches = read(run, "val")
-        values = evaluate_split(run.method, run.method.module, apart(batches), context, job.training.precision)
+        values = evaluate_split(run.method, run.method.module, rng_isolated(batches), context, job.training.precision)
         values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
@@ -329,7 +332,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     save(run)
     if context.rank == 0:
         print(epoch_line(run.epoch, job.optim.epochs, metrics), flush=True)
-        with full_disk_explained(run):
+        with full_disk_in_one_line(run):
             files.write_json(f"{job.directory}/history.json", run.history)
             report(job, run.history)
     if context.report is not None:
@@ -338,7 +341,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
 
 def save(run: Run) -> None:
     """Writes a checkpoint; a bad state never becomes one."""
-    stop_if_bad(run)
+    stop_if_not_finite(run)
     model = run.method.module.state_dict()
     if not all(bool(torch.isfinite(value).all()) for value in model.values() if value.is_floating_point()):
         stop(run, f"a weight is not a finite number after step {run.step} (epoch {run.epoch + 1})")
@@ -349,12 +352,12 @@ def save(run: Run) -> None:
     keep = {record["step"] for record in kept_records(run.history, optim)} if run.history else set()
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
     summary = {"epoch": run.epoch, "batches": run.batches, "earlier": run.earlier, "history": run.history}
-    with full_disk_explained(run):
+    with full_disk_in_one_line(run):
         checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last)
 
 
 @contextmanager
-def full_disk_explained(run: Run) -> Iterator[None]:
+def full_disk_in_one_line(run: Run) -> Iterator[None]:
     """Turns the error of a full disk into one that says what is kept."""
     try:
         yield

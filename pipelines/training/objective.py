@@ -6,16 +6,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipelines.bcos.compiler import set_up_compiler
 from pipelines.bcos.explanation import Explanation, explaining, hold_states
+from pipelines.bcos.fused import set_up_compiler
 from pipelines.params import TrainingParams
 from pipelines.training.job import TrainingError
+
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
 
 # Code compiled for this run is this run's alone, where torch can do so (from 2.13 on).
 ISOLATED: dict[str, Any] = (
@@ -30,7 +33,7 @@ class Objective(nn.Module):
     So a method's `loss` always has the module itself, never a wrapped one.
     """
 
-    def __init__(self, method: Any) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         self.module = method.module
         self.method = method
@@ -40,7 +43,7 @@ class Objective(nn.Module):
         return self.method.loss(self.module, batch)
 
 
-def build_objective(method: Any, training: TrainingParams) -> Objective:
+def build_objective(method: Method, training: TrainingParams) -> Objective:
     """The objective of `method`, laid out, checkpointed and compiled as `training` says; its module keeps its parameters' names.
 
     Raises:
@@ -48,7 +51,7 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
     """
     objective = Objective(method)
     for module in (objective, *method.fixed):
-        module.to(memory_format=training.memory_format)
+        module.to(memory_format=memory_format(training))
     if training.checkpoint_activations:
         checkpoint_blocks(method.module)
     if training.compile:
@@ -56,6 +59,11 @@ def build_objective(method: Any, training: TrainingParams) -> Objective:
         for module in method.fixed:
             module.compile(dynamic=False)
     return objective
+
+
+def memory_format(training: TrainingParams) -> torch.memory_format:
+    """The memory format of images and convolutions. The compiler's convolutions have channels last, and copy other formats."""
+    return torch.channels_last if training.channels_last or training.compile else torch.contiguous_format
 
 
 def compile_objective(objective: Objective) -> None:

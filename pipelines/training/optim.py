@@ -30,7 +30,7 @@ def optimiser(groups: list[dict[str, Any]], params: OptimiserParams) -> torch.op
     return result
 
 
-def lay_out(optimiser: torch.optim.Optimizer) -> None:
+def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
     """Gives moments the memory format of their parameters, which may be another one than where they were saved.
 
     Fused steps on CPUs take both as they lie in memory.
@@ -41,7 +41,7 @@ def lay_out(optimiser: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, params: OptimiserParams, step: int, total: int) -> float:
+def set_learning_rate(optimiser: torch.optim.Optimizer, params: OptimiserParams, step: int, total: int) -> float:
     """Sets what the schedule says for step `step` (from 0) of `total`; returns the first group's learning rate.
 
     The schedule is a function of the step alone, so there is no state to save. `onecycle` moves the momentum

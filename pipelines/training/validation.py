@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pipelines.distributed import Context, broadcast_buffers, to_device
 
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
+
 
 @torch.no_grad()
 def evaluate_split(
-    method: Any, module: nn.Module, batches: Iterable[dict[str, Any]], context: Context, precision: str = "float32"
+    method: Method, module: nn.Module, batches: Iterable[dict[str, Any]], context: Context, precision: str = "float32"
 ) -> dict[str, float]:
     """The method's metrics of `module` (not wrapped by DDP) in evaluation mode over all ranks' batches.
 

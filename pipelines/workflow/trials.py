@@ -1,40 +1,52 @@
-"""A trial of the stage `search`: the searched stage's work with some params replaced."""
+"""The trials of the stage `search`: the searched stage's task with other values in its params, and how the search is told."""
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from infra.job import pull_inputs
+from rich.console import Console
+
+from pipelines import tracking
+from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
+from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
-from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, replaced
-from pipelines.training import Context, EpochRecord, Result, launch, train
-from pipelines.workflow.running import Task, save_best, shards_for_all
-from stages import bcosify, distill, guide
+from pipelines.evaluation.pictures import draw_front
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
+from pipelines.search.records import Trial, trial_directory
+from pipelines.search.tune import front
+from pipelines.storage.files import write_json
+from pipelines.training import EpochRecord, Result, launch, train
+from pipelines.workflow.orders import enter_inputs
+from pipelines.workflow.places import REPORTS, shards_for_all
+from pipelines.workflow.reports import trials_table
+from pipelines.workflow.tasks import TASKS, Task
+from pipelines.workflow.training import save_best
 
-TASKS: dict[str, Callable[..., Task]] = {"bcosify": bcosify.task, "distill": distill.task, "guide": guide.task}
+CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
+OUT = REPORTS / "search"
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
 
 
-def task_of(params: Params, values: dict[str, Any]) -> Task:
-    """The task of the searched stage with these `values` in its params, at the length and with the workers of a trial."""
+def task_of(params: Params, values: Mapping[str, Any]) -> Task:
+    """The task of the searched stage with `values` in its params, at the length and with the workers of a trial."""
     of_trials = {f"{params.search.section}.epochs": params.search.epochs, "training.workers": params.search.workers}
     stage, _, which = params.search.stage.partition("@")
-    task = TASKS[stage](replaced(params, of_trials | values, "search.space"), *([which] if which else []))
+    task = TASKS[stage](replaced(params, of_trials | dict(values), "search.space"), *([which] if which else []))
     if params.search.shots is None:
         return task
     return replace(task, subset=few_shot(shards_for_all(task.params), "train", params.search.shots, params.search.seed))
 
 
 def check_metrics(params: Params, task: Task) -> None:
-    """Raises `ParamsError` where a metric of the search is not one that trials have."""
+    """Raises `ParamsError` if a metric of the search is not one that trials have."""
     each_epoch = [f"val/{name}" for name in task.build().metrics()]
     boxes = "boxes" in read_manifest(task.job("").shards).fields.get("val", ())
     at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + ["val/epg", "val/size_corrected_epg", "val/iou"] * boxes
@@ -54,43 +66,76 @@ def run_trial(
     on_epoch: Callable[[EpochRecord], None],
     sharing: int,
 ) -> dict[str, float]:
-    """The metrics of the trial's best epoch on the validation split; trains it first, see `pipelines.search.tune.Work`.
+    """Trains with `values`; returns the metrics of the best epoch on the validation split. See `pipelines.search.tune.Work`.
 
-    `place` is where the inputs of the search are for trials on nodes that have the code alone.
+    `place` has the inputs of the search, for trials on nodes that have the code alone.
     """
-    if place is not None and not Path("data/shards").is_dir():
-        os.chdir(inputs_of(place).name)
+    enter_inputs(place)
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
-    result = train(job, sharing)
+    with keyed(task.section, task.optim):
+        result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
     if missing:
-        judged = launch(
-            judge, task, job.shards, result, params.evaluate, training=job.training, storage=directory, sharing=sharing
-        )
-        found |= {name: judged.get(name, 0.0) for name in missing}  # none where no image is classified well enough for a grid
+        arguments = (task, job.shards, result, params.evaluate)
+        judged = launch(judge, *arguments, training=job.training, storage=directory, sharing=sharing)
+        found |= {name: judged.get(name, 0.0) for name in missing}  # 0 if no image is classified well enough for a grid
     return found
 
 
-@cache
-def inputs_of(place: str) -> TemporaryDirectory[str]:
-    """A folder of this process with what the stages before made."""
-    folder = TemporaryDirectory(prefix="inputs-")
-    pull_inputs(place, Path(folder.name))
-    return folder
-
-
 def judge(context: Context, task: Task, shards: str, result: Result, params: EvaluateParams) -> dict[str, float]:
-    """How well the best epoch's explanations, of a guided model those guided, find what is in the validation split's images."""
+    """Localisation scores on the validation split of the best epoch's explanations (of a guided model, those guided)."""
     optim, guided = task.optim, None
     if isinstance(optim, GuidanceParams):
-        guided = {"method": optim.attribution, "layer": optim.layer}
-    with TemporaryDirectory() as folder:
-        save_best(task, result, Path(folder))
-        found, _ = evaluate(context, {"trial": folder}, shards, task.params.data, params, "val", guided=guided)
+        guided = Attribution(optim.attribution, optim.layer)
+    with TemporaryDirectory() as model:
+        save_best(task, result, Path(model))
+        found, _ = evaluate(context, {"trial": model}, shards, task.params.data, params, "val", guided=guided)
     explanations: dict[str, dict[str, float]] = found["models"]["trial"]["explanations"]
-    names = ("guided", guided["method"]) if guided else tuple(explanations)
+    names = ("guided", guided.method) if guided else tuple(explanations)
     scores = next((explanations[name] for name in names if name in explanations), {})
     return {f"val/{name}": value for name, value in scores.items()}
+
+
+def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: Trial) -> None:
+    """Prints how a trial ended, and logs it to MLflow as a child of the search's run."""
+    drawn = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in trial["values"].items())
+    figures = [f"{name} {trial['metrics'][name]:.3f}" for name in params.search.metrics if name in trial["metrics"]]
+    print(f"trial {trial['status']}: {', '.join(figures) or trial['error']} ({drawn})", flush=True)
+    tracking.child_run(
+        run,
+        "search trial",
+        experiment=params.tracking.experiment,
+        params=trial["values"],
+        directory=trial_directory(directory, trial["values"]),
+        history=trial["history"],
+        metrics=trial["metrics"],
+        status=STATUS[trial["status"]],
+    )
+
+
+def report_search(run: tracking.StageRun, found: Sequence[Trial], names: Sequence[str]) -> None:
+    """Reports the trials and their Pareto front in `reports/search`, in MLflow and on the console."""
+    best = front(found, names)
+    rows: list[dict[str, Any]] = [
+        {
+            "trial": number,
+            "on_front": number in best,
+            "epochs": trial["history"][-1]["epoch"] if trial["history"] else 0,
+            **{key: value for key, value in trial.items() if key in ("status", "values", "metrics", "error")},
+        }
+        for number, trial in enumerate(found)
+    ]
+    of_front = [rows[number] for number in best]
+    highest = {name: max(row["metrics"][name] for row in of_front) for name in names}
+    write_json(OUT / "trials.json", rows)
+    write_json(OUT / "front.json", of_front)
+    write_json(OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **highest})
+    points = {row["trial"]: [row["metrics"][name] for name in names] for row in rows if row["status"] == "finished"}
+    draw_front(OUT / "front.png", points, best, names)
+    Console(highlight=False).print(trials_table(names, of_front))
+    run.metrics(highest)
+    for name in ("trials.json", "front.json", "front.png"):
+        run.artifact(OUT / name)

@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from pipelines import params
-from pipelines.workflow.running import REPORTS, stage
+from pipelines.workflow.places import REPORTS
+from pipelines.workflow.running import stage
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from pipelines import tracking
 from pipelines.params import load
-from pipelines.workflow.running import REPORTS
+from pipelines.workflow.places import REPORTS
+from pipelines.workflow.reports import trials_table
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     console.print(followers(students["models"]))
     for split, found in guidance.items():
         console.print(guided(split, found["models"]))
-    console.print(searched(load().search.metrics, best))
+    console.print(trials_table(load().search.metrics, best))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
@@ -64,17 +64,6 @@ def guided(split: str, models: dict[str, Any]) -> Table:
             cells = [scores.get(key) for key in keys]
             right = found.get("f1", found.get("accuracy"))
             table.add_row(name, f"{right:.1%}", explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
-    return table
-
-
-def searched(names: Sequence[str], best: Sequence[dict[str, Any]]) -> Table:
-    """The trials that no other beats, with what was drawn for them; `stages.tools.search_apply` makes experiments of them."""
-    keys = dict.fromkeys(key for row in best for key in row["values"])
-    table = Table("trial on the front", *names, *(key.rpartition(".")[2] for key in keys))
-    for row in best:
-        values = (row["values"].get(key, "") for key in keys)
-        drawn = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        table.add_row(str(row["trial"]), *(f"{row['metrics'][name]:.3f}" for name in names), *drawn)
     return table
 
 

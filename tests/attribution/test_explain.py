@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipelines.attribution import METHODS, attribute, attribute_many, explain, last_features
+from pipelines.attribution import METHODS, Attribution, attribute, explain, last_features
 from pipelines.bcos import add_inverse, bcosify, contribution_map, dynamic_weights
 from pipelines.models import ConventionalNetwork, ModelError, build
 
@@ -162,10 +162,21 @@ def test_without_features_of_several_places_a_layer_is_asked_for(images):
 def test_many_targets_are_the_single_ones(images, kind, method):
     model = MODELS[kind]()
     targets = torch.tensor([[0, 1, 2], [4, 0, 4], [2, 3, 1]])
-    many = attribute_many(model, images, targets, method=method)
+    many = attribute(model, images, targets, method=method)
     single = torch.stack([attribute(model, images, column, method=method) for column in targets.unbind(1)], dim=1)
     torch.testing.assert_close(many, single)
     assert many.shape == (3, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_without_targets_the_predicted_class_is_explained(images, kind, method):
+    model = MODELS[kind]()
+    logits, maps = explain(model, images, attribution=Attribution(method))
+    torch.testing.assert_close(logits, model(images))
+    torch.testing.assert_close(maps, attribute(model, images, logits.argmax(1), method=method))
+    assert not logits.requires_grad
+    assert not maps.requires_grad
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -180,9 +191,9 @@ def test_maps_do_not_depend_on_the_batch(images, kind, method):
 def test_at_the_features_the_map_sums_to_the_logit(images, method):
     model = conventional() if method == "input_x_gradient" else bcos()
     layer = "network.stage" if method == "input_x_gradient" else "body.stage"
-    logits, maps = explain(model, images, TARGETS[:, None], method=method, layer=layer, resize=False)
-    assert maps.shape == (3, 1, SIZE // 2, SIZE // 2)
-    torch.testing.assert_close(maps.sum((1, 2, 3)) + model.logit_bias, logits.gather(1, TARGETS[:, None])[:, 0])
+    logits, maps = explain(model, images, TARGETS, Attribution(method, layer), resize=False)
+    assert maps.shape == (3, SIZE // 2, SIZE // 2)
+    torch.testing.assert_close(maps.sum((1, 2)) + model.logit_bias, logits.gather(1, TARGETS[:, None])[:, 0])
 
 
 def test_a_layer_before_an_in_place_activation_is_explained_by_its_own_output(images):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipelines.bcos import BcosLinear, Context, ConversionError, Holdable, explanation_mode
+from pipelines.bcos import BcosLinear, Conversion, ConversionError, Holdable, explanation_mode
 from pipelines.bcos.attention import BcosMultiheadAttention
 from pipelines.bcos.convert import _convert
 
@@ -22,7 +22,7 @@ def attention(**options):
 
 
 def converted(module):
-    return _convert(module, Context()).eval()
+    return _convert(module, Conversion()).eval()
 
 
 def sequence(*shape):
@@ -116,9 +116,9 @@ def test_encoders_of_torch_are_converted_without_their_fused_inference(options):
 def test_what_cannot_be_converted_is_refused_in_one_line():
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
         with pytest.raises(ConversionError, match="'encoder': a MultiheadAttention with add_bias_kv or add_zero_attn"):
-            _convert(attention(**options), Context(path="encoder"))
+            _convert(attention(**options), Conversion(path="encoder"))
     with pytest.raises(ConversionError, match="activation of this TransformerEncoderLayer is a function"):
-        _convert(nn.TransformerEncoderLayer(8, 2, activation=torch.tanh), Context())
+        _convert(nn.TransformerEncoderLayer(8, 2, activation=torch.tanh), Conversion())
     x = sequence(3, 5)
     with pytest.raises(ValueError, match="is_causal"):
         converted(attention())(x, x, x, is_causal=True)

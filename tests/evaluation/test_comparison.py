@@ -9,23 +9,23 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines import models
-from pipelines.attribution import attribute
+from pipelines.attribution import Attribution, attribute
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import (
     BOX_SIZES,
+    ExplainedModel,
     Scores,
-    Subject,
     evaluate,
-    evaluate_and_judge,
+    evaluate_with_correctness,
     examples_by_key,
     grid_explainer,
     knows_positions,
-    load_subject,
+    load_explained_model,
     split_batches,
 )
-from pipelines.evaluation.gallery import _explained, draw_gallery
+from pipelines.evaluation.gallery import _explain_predicted, draw_gallery
 from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
@@ -123,7 +123,7 @@ def test_the_worst_group_is_that_of_the_logits(trained, shards):
 
 
 def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
-    _, right = evaluate_and_judge(Context(), trained, shards, DATA, PARAMS)
+    _, right = evaluate_with_correctness(Context(), trained, shards, DATA, PARAMS)
     one = draw_gallery(tmp_path / "one", trained, right, shards, DATA, PARAMS)
     other = draw_gallery(tmp_path / "other", trained, right, shards, DATA, PARAMS)
     assert [path.name for path in one] == ["panels-00.png"]
@@ -135,7 +135,7 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     shards = drawn_shards(tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts)
     spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
     models.save(tmp_path / "model", models.assemble(spec), spec)
-    found, right = evaluate_and_judge(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
+    found, right = evaluate_with_correctness(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
     assert {"f1", "precision", "recall"} <= set(found["models"]["bcos"])
     assert "grids" not in found
     assert len(right) == 12
@@ -151,18 +151,18 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
 
 
 def test_what_was_guided_is_evaluated_too(trained, shards):
-    layer = {"method": "bcos", "layer": "body.layer2"}
+    layer = Attribution("bcos", "body.layer2")
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
     (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
     model, _ = models.load(trained["bcos"])
-    maps = attribute(model, add_inverse(batch["image"]), batch["label"], **layer)
+    maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=layer.method, layer=layer.layer)
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
     assert found["explanations"]["guided"]["epg"] == pytest.approx(expected.item(), abs=1e-5)
-    for same in ({"method": "bcos", "layer": None}, {"method": "gradcam", "layer": None}):
+    for same in (Attribution("bcos"), Attribution("gradcam")):
         posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[0]["models"]["model"]
-        assert ("guided" in posthoc["explanations"]) == (same["method"] == "bcos")
+        assert ("guided" in posthoc["explanations"]) == (same.method == "bcos")
 
 
 def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, shards, tmp_path, capsys):
@@ -181,14 +181,14 @@ def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, sh
 
 
 def test_pictures_show_what_was_guided(trained):
-    subject = load_subject(trained["bcos"], (), torch.device("cpu"), {"method": "bcos", "layer": "body.layer2"})
-    _, panels = _explained(subject, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
+    explained = load_explained_model(trained["bcos"], (), torch.device("cpu"), Attribution("bcos", "body.layer2"))
+    _, panels = _explain_predicted(explained, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
     assert list(panels) == ["weights", "contributions", "guided"]
 
 
 def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
     spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
-    scores = Scores(Subject(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
+    scores = Scores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     masks[0], masks[1, :4] = True, True
     scores.metrics["map"] = {}
@@ -212,9 +212,9 @@ def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():
     torch.manual_seed(0)
     images, classes = add_inverse(torch.rand(2, 3, 64, 64)), torch.tensor([[0, 1, 2, 3]] * 2)
     spec = ModelSpec("timm:test_vit", tuple("abcd"), 32, "bcos", options={"img_size": 32, "patch_size": 8})
-    subject, seen = Subject(models.assemble(spec).eval(), spec, {}), []
-    subject.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    maps = grid_explainer(subject, {"method": "bcos"})(images, classes)
+    explained, seen = ExplainedModel(models.assemble(spec).eval(), spec, {}), []
+    explained.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    maps = grid_explainer(explained, Attribution("bcos"))(images, classes)
     assert maps.shape == (2, 4, 64, 64)
     assert (maps.abs().amax((2, 3)) > 0).all()
     assert set(seen) == {(6, 32, 32)}

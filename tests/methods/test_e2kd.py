@@ -335,12 +335,12 @@ def test_a_run_in_parts_in_half_precision_and_channels_last_learns(teachers: dic
             False,
             r"knows 3 classes \(a, b, d\); the data has 3 .*\(a, b, c\)",
         ),
-        (ModelSpec("resnet8", CLASSES, 16, "bcos"), True, "trained at 16 px; data.image_size must be the same, not 8"),
+        (ModelSpec("resnet8", CLASSES, 16, "bcos"), True, "trained at 16 px; image_size must be the same, not 8"),
         (spec_of("bcos", task="multilabel"), True, "task multilabel; the data has the task multiclass"),
     ],
 )
 def test_a_pair_that_does_not_fit_is_one_line(teacher: ModelSpec, explained: bool, told: str) -> None:
-    with pytest.raises(ModelError, match=rf"^distill.teacher: [^\n]*{told}[^\n]*$"):
+    with pytest.raises(ModelError, match=rf"^teacher: [^\n]*{told}[^\n]*$"):
         check_pair(spec_of("bcos"), teacher, explained)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from pipelines.attribution import attribute, attribute_many
+from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, bcosify
 from pipelines.metrics import (
     confidence,
@@ -130,7 +130,7 @@ def test_batched_scores_are_those_of_a_loop_over_grids_and_classes(method, popul
     images = add_inverse(torch.rand(COUNT, 3, 16, 16))
     confidences, labels, keys, allowed = population
     grids = draw_grids(confidences, labels, keys, allowed, n=2, count=5, seed=0)
-    play = partial(grid_pointing_game, partial(attribute_many, model, method=method), smooth=3)
+    play = partial(grid_pointing_game, partial(attribute, model, method=method), smooth=3)
     batches = list(grid_batches(grids, lambda indices: images[list(indices)], batch_size=2))
     assert [len(classes) for _, classes in batches] == [2, 2, 1]
     scores = torch.cat([play(*batch) for batch in batches])
@@ -150,7 +150,7 @@ def test_all_classes_of_a_grid_cost_one_forward_pass():
     model = bcosify(CifarResNet(8, CLASSES, width=4)).eval()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    grid_pointing_game(partial(attribute_many, model), torch.rand(2, 6, 32, 32), torch.tensor([[0, 1, 2, 3]] * 2), smooth=3)
+    grid_pointing_game(partial(attribute, model), torch.rand(2, 6, 32, 32), torch.tensor([[0, 1, 2, 3]] * 2), smooth=3)
     assert len(calls) == 1
 
 
@@ -173,7 +173,7 @@ def test_windows_of_a_vit_are_those_of_a_loop():
     torch.manual_seed(0)
     model = bcosify(build("simple_vit_ti", num_classes=5, options={"dim": 24, "depth": 1, "heads": 2, "patch_size": 4})).eval()
     images, classes = add_inverse(torch.rand(2, 3, 32, 32)), torch.tensor([[0, 1, 4], [3, 2, 1]])
-    maps = in_windows(partial(attribute_many, model, method="bcos"), 16)(images, classes)
+    maps = in_windows(partial(attribute, model, method="bcos"), 16)(images, classes)
     expected = torch.zeros(2, 3, 48, 48)
     for image in range(2):
         padded = torch.nn.functional.pad(images[image], (8, 8, 8, 8))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from pipelines.bcos import add_inverse
 from pipelines.models import ModelError, WeightsError, assemble, build, load, load_published, save
-from pipelines.models.published import ORIGINS, published_spec, translated
+from pipelines.models.published import PUBLICATIONS, published_spec, translated
 
-NAMES = [f"{origin}:{architecture}" for origin, what in ORIGINS.items() for architecture in what.architectures]
+NAMES = [f"{publication}:{architecture}" for publication, what in PUBLICATIONS.items() for architecture in what.architectures]
 MEAN, STD = [0.485, 0.456, 0.406, 0.515, 0.544, 0.594], [0.229, 0.224, 0.225] * 2
 
 
@@ -214,9 +214,9 @@ VITS = {
 
 def published(name, images):
     """A state dict of the published names and shapes, and the logits (N, 1000) that it means."""
-    origin, architecture = name.split(":")
-    prefix = "model.model." if origin == "b-cosification" else "0." if architecture in VITS else ""
-    weights = Weights(origin == "b-cosification", prefix)
+    publication, architecture = name.split(":")
+    prefix = "model.model." if publication == "b-cosification" else "0." if architecture in VITS else ""
+    weights = Weights(publication == "b-cosification", prefix)
     (formula, sizes) = next(pair for pair in FAMILIES if architecture in pair[1])
     logits = formula(weights, images, *sizes[architecture]) - math.log(999)
     return dict(weights), logits
@@ -234,10 +234,10 @@ def resnet18(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("origin", ORIGINS)
-def test_every_published_key_of_every_model_finds_its_place(origin):
-    for architecture in ORIGINS[origin].architectures:
-        name = f"{origin}:{architecture}"
+@pytest.mark.parametrize("publication", PUBLICATIONS)
+def test_every_published_key_of_every_model_finds_its_place(publication):
+    for architecture in PUBLICATIONS[publication].architectures:
+        name = f"{publication}:{architecture}"
         with torch.device("meta"):
             state, _ = published(name, torch.rand(2, 6, 64, 64).double())
             own = assemble(published_spec(name)).state_dict()
@@ -249,7 +249,7 @@ def test_every_published_key_of_every_model_finds_its_place(origin):
     "name",
     [
         *(f"b-cos-v2:{architecture}" for architecture in ("resnet18", "resnext50_32x4d", "densenet121", "convnext_tiny")),
-        *(f"{origin}:{architecture}" for origin in ORIGINS for architecture in ("simple_vit_ti", "vitc_ti")),
+        *(f"{publication}:{architecture}" for publication in PUBLICATIONS for architecture in ("simple_vit_ti", "vitc_ti")),
         *(f"b-cosification:{architecture}" for architecture in ("resnet18", "densenet121")),
     ],
 )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from pipelines.attribution import attribute, explain, last_features
+from pipelines.attribution import Attribution, attribute, explain, last_features
 from pipelines.bcos import BcosConv2d, BcosLinear, add_inverse, bcosify
 from pipelines.losses import energy_loss
 from pipelines.models import ModelError, ModelSpec, WeightsError, assemble, build
@@ -167,7 +167,7 @@ def test_a_loss_on_the_map_reaches_every_parameter():
     model, images = model_of("xfixup_resnet18", SMALL), add_inverse(pictures(4, 32))
     masks = torch.zeros(4, 32, 32)
     masks[:, 8:24, 8:24] = 1
-    _, maps = explain(model, images, torch.tensor([[0], [1], [2], [4]]), method="input_x_gradient", create_graph=True)
+    _, maps = explain(model, images, torch.tensor([[0], [1], [2], [4]]), Attribution("input_x_gradient"), create_graph=True)
     energy_loss(maps[:, 0], masks).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)

@@ -17,7 +17,7 @@ import yaml
 
 from pipelines.params import AshaParams, Params, SearchedParams, SearchParams, TrainingParams, replaced, validate
 from pipelines.search.proposals import define_by_run
-from pipelines.search.records import Trial, as_it_is, draw, folder, settle, start, trials
+from pipelines.search.records import Trial, draw, read_trials, settle_trial, start_trial, trial_directory, values_of_params
 from pipelines.search.tune import front, search
 from pipelines.training import TrainingError
 from tests.support import toy
@@ -68,17 +68,17 @@ def test_a_condition_on_what_was_not_drawn_does_not_hold() -> None:
 
 def test_the_params_themselves_are_a_point_of_their_space_or_not() -> None:
     params = validate(yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text()))
-    values = as_it_is(params)
+    values = values_of_params(params)
     assert values is not None
     assert replaced(params, values) == params
     outside: Params = replaced(params, {"bcosify.pretrained.lr": 1.0})
-    assert as_it_is(outside) is None
-    assert as_it_is(replaced(params, {"bcosify.pretrained.b": 3})) is None
+    assert values_of_params(outside) is None
+    assert values_of_params(replaced(params, {"bcosify.pretrained.b": 3})) is None
     width = [{"key": "distill.student.options.width", "choice": [8, 16]}]
     of_options = params.model_dump(mode="json")
     of_options["search"] |= {"stage": "distill@e2kd", "space": width}
     of_options["distill"]["student"]["options"] = {"width": 16}
-    assert as_it_is(validate(of_options)) == {"distill.student.options.width": 16}
+    assert values_of_params(validate(of_options)) == {"distill.student.options.width": 16}
 
 
 def test_the_front_is_of_finished_trials_that_no_other_beats() -> None:
@@ -106,7 +106,7 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(t
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=240, check=False)
     assert process.returncode == -signal.SIGKILL
-    before = trials(str(tmp_path))
+    before = read_trials(str(tmp_path))
     assert [trial["status"] for trial in before] == ["finished", "finished", "running"]  # 18 steps each; killed in the third
 
     after = run(tmp_path)
@@ -115,7 +115,7 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(t
     assert [after[2][key] for key in ("values", "started")] == [before[2][key] for key in ("values", "started")]
     assert len({str(trial["values"]) for trial in after}) == 4
     steps = Counter((tmp_path / "steps").read_text().splitlines())
-    names = [Path(folder("", trial["values"])).name for trial in after]
+    names = [Path(trial_directory("", trial["values"])).name for trial in after]
     assert set(steps) == {f"{name} {step}" for name in names for step in range(18)}
     assert [step for step, times in steps.items() if times > 1] in ([], [f"{names[2]} 8"])  # the one that the kill cut
     assert not list(tmp_path.glob("trials/*/checkpoints"))
@@ -129,7 +129,8 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(t
 def test_with_enough_trials_those_that_a_kill_left_half_done_do_not_count(tmp_path: Path) -> None:
     for number, status in enumerate(("finished", "running", "stopped")):
         values = {"x.lr": 0.1 * number}
-        settle(folder(str(tmp_path), values), start(folder(str(tmp_path), values), values), status, {"val/accuracy": 0.5})
+        place = trial_directory(str(tmp_path), values)
+        settle_trial(place, start_trial(place, values), status, {"val/accuracy": 0.5})
     assert [trial["status"] for trial in run(tmp_path, trials=2)] == ["finished", "stopped"]
 
 
@@ -150,4 +151,4 @@ def test_where_nothing_finishes_the_search_ends_with_the_cause(tmp_path: Path, r
     space = [SPACE[0], SPACE[1], SearchedParams(key="x.lr", choice=[0.2])]
     with pytest.raises(TrainingError, match=r"^no trial of the search was finished; too fast$"):
         run(tmp_path, space=space, trials=9)
-    assert len(trials(str(tmp_path))) == 6  # the space has no more
+    assert len(read_trials(str(tmp_path))) == 6  # the space has no more

@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from pipelines.attribution import explainers
+from pipelines.attribution import comparable_explainers
 from pipelines.bcos import BcosBatchNorm, bcosify
 from pipelines.distributed import gather
 from pipelines.methods import E2KD
@@ -339,7 +339,7 @@ def toy_student() -> E2KD:
     student, teacher, probe = network(3), network(4), torch.full((1, 6, SIDE, SIDE), 0.5)
     spec = ModelSpec("toy", tuple("abc"), SIDE, "bcos")
     params = DistillationParams(epochs=3, batch_size=8, lr=0.02, explanation_weight=2.0)
-    return E2KD(student, spec, teacher, params, explainers(student, teacher, probe, held=True))
+    return E2KD(student, spec, teacher, params, comparable_explainers(student, teacher, probe, held=True))
 
 
 def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[float, float]]:

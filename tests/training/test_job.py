@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.params import DataParams
-from pipelines.training import run_directory
+from pipelines.storage.paths import run_directory
 
 
 def test_the_same_inputs_find_the_same_run_and_others_never_do() -> None:

@@ -116,7 +116,7 @@ def test_patience_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("select", ["val/f1", "accuracy"])
 def test_an_unknown_selection_is_named_before_any_step(tmp_path: Path, select: str) -> None:
     job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select=select)
-    with pytest.raises(TrainingError, match=rf"optim.select: no metric '{select}'; there are .*val/accuracy.*train/loss"):
+    with pytest.raises(TrainingError, match=rf"^select: no metric '{select}'; there are .*val/accuracy.*train/loss"):
         train(job)
 
 

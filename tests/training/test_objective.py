@@ -16,7 +16,7 @@ from pipelines.bcos import bcosify, dynamic_weights
 from pipelines.models import build
 from pipelines.params import TrainingParams
 from pipelines.training import Context, TrainingError, train
-from pipelines.training.loop import accumulated, gradients, set_up
+from pipelines.training.loop import gradients, parts_per_worker, set_up
 from pipelines.training.objective import ISOLATED, blocks, build_objective, checkpoint_blocks
 from tests.support.toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
 
@@ -55,7 +55,7 @@ def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:
     for most, parts, batch_size in itertools.product(range(1, 9), (1, 2, 4), (48, 840, 1680)):
         training = TrainingParams(workers=(1, most), accumulate=parts)
         for world_size in (count for count in range(1, most + 1) if batch_size % count == 0 and batch_size % (most * parts) == 0):
-            share, taken = batch_size // world_size, accumulated(training, batch_size, world_size)
+            share, taken = batch_size // world_size, parts_per_worker(training, batch_size, world_size)
             assert share % taken == 0
             assert share // taken <= batch_size // (most * parts)
             if world_size == most:
@@ -63,7 +63,7 @@ def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:
 
 
 def test_a_batch_is_one_part_where_the_workers_are_all_there() -> None:
-    assert [accumulated(TrainingParams(workers=workers), 12, max(1, workers)) for workers in (0, 1, 3)] == [1, 1, 1]
+    assert [parts_per_worker(TrainingParams(workers=workers), 12, max(1, workers)) for workers in (0, 1, 3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])

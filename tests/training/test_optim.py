@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.params import OptimiserParams
-from pipelines.training.optim import clip_gradients, optimiser, set_rate
+from pipelines.training.optim import clip_gradients, optimiser, set_learning_rate
 
 TOTAL = 40
 
@@ -20,7 +20,7 @@ def params(**values: Any) -> OptimiserParams:
 
 def rates(settings: OptimiserParams, total: int = TOTAL) -> list[float]:
     made = optimiser([{"params": [nn.Parameter(torch.ones(2))]}], settings)
-    return [set_rate(made, settings, step, total) for step in range(total)]
+    return [set_learning_rate(made, settings, step, total) for step in range(total)]
 
 
 def test_constant_stays_and_warm_up_rises_in_equal_steps_to_the_full_rate() -> None:
@@ -49,7 +49,7 @@ def test_onecycle_is_torchs(name: str, warmup: int) -> None:
     share = warmup / TOTAL if warmup else 0.3
     scheduler = torch.optim.lr_scheduler.OneCycleLR(reference, max_lr=0.5, total_steps=TOTAL, pct_start=share)
     for step in range(TOTAL):
-        set_rate(made, settings, step, TOTAL)
+        set_learning_rate(made, settings, step, TOTAL)
         mine, theirs = made.param_groups[0], reference.param_groups[0]
         assert mine["lr"] == pytest.approx(theirs["lr"])
         key = "momentum" if name == "sgd" else "betas"
@@ -73,7 +73,7 @@ def test_a_groups_own_rate_and_decay_win_and_are_scheduled_too() -> None:
     ]
     settings = params(schedule="constant", warmup_steps=2, weight_decay=0.3)
     made = optimiser(groups, settings)
-    set_rate(made, settings, 0, TOTAL)
+    set_learning_rate(made, settings, 0, TOTAL)
     assert [group["lr"] for group in made.param_groups] == pytest.approx([0.25, 0.05])
     assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
 

@@ -49,7 +49,7 @@ HISTORY += [record(5, 0.55, 0.3, 0.1)]
 
 
 def params(**changes):
-    return GuidanceParams(**{"epochs": 9, "batch_size": 8, "lr": 0.01, **changes})
+    return GuidanceParams(**{"epochs": 9, "batch_size": 8, "lr": 0.01, "localisation_weight": 0.1, **changes})
 
 
 @pytest.mark.parametrize(("select", "epoch"), [("f1", 1), ("epg", 4), ("iou", 3), ("knee", 2)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.errors import UserError
+
 Task = Literal["multiclass", "multilabel", "caption", "unlabelled"]
 Box = tuple[int, float, float, float, float]
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Bad data: one line that names the file or sample and says what would be right."""
 
 

@@ -20,17 +20,18 @@ from timm.layers.activations_me import HardMishMe, HardSwishMe, MishMe, SwishMe
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
-from pipelines.bcos import BcosConv2d, BcosLayerNorm, Context, ConversionError, Holdable, register_conversion
+from pipelines.bcos import BcosConv2d, Conversion, ConversionError, Holdable, register_conversion
 from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
 from pipelines.bcos.attention import attend
-from pipelines.bcos.convert import Rule
+from pipelines.bcos.convert import Rule, convert_children, keep, recast_to
+from pipelines.bcos.norms import BcosLayerNorm2d
 
 layers, models = timm.layers, timm.models
 
 # Linear as they are ---------------------------------------------------------------------------------------------------
 
 
-@register_conversion(
+register_conversion(
     layers.DropPath, layers.DropBlock2d, layers.PatchDropout, layers.PatchDropoutWithIndices, layers.LayerScale,
     layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
     layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
@@ -38,22 +39,15 @@ layers, models = timm.layers, timm.models
     layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU,
     models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
     models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
-)  # fmt: skip
-def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
-    return module
-
-
-@register_conversion(
+)(keep)  # fmt: skip
+# Positions do not depend on the image: their layers stay ordinary.
+register_conversion(
     layers.RelPosBias, layers.RelPosMlp, layers.RelPosBiasTf, layers.RotaryEmbedding, layers.RotaryEmbeddingCat,
     layers.RotaryEmbeddingMixed, layers.RotaryEmbeddingDinoV3, layers.FourierEmbed, models.beit.RelativePositionBias,
     models.xcit.PositionalEncodingFourier, models.edgenext.PositionalEncodingFourier,
-)  # fmt: skip
-def _position(module: nn.Module, context: Context) -> nn.Module:
-    """Positions do not depend on the image: their layers stay ordinary."""
-    return module
-
-
-@register_conversion(
+)(keep)  # fmt: skip
+# Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor.
+register_conversion(
     models.vision_transformer.VisionTransformer, models.deit.VisionTransformerDistilled, models.beit.Beit, models.beit.Block,
     models.eva.Eva, models.eva.EvaBlock, models.eva.EvaBlockPostNorm, models.cait.Cait, models.cait.LayerScaleBlock,
     models.cait.LayerScaleBlockClassAttn, models.xcit.Xcit, models.xcit.XCABlock, models.xcit.ClassAttentionBlock,
@@ -63,38 +57,22 @@ def _position(module: nn.Module, context: Context) -> nn.Module:
     models.mlp_mixer.ResBlock, models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
     models.nfnet.NormFreeBlock, models.volo.VOLO, models.vision_transformer_relpos.VisionTransformerRelPos,
     models.convit.ConVit, models.tnt.TNT, models.vision_transformer_sam.VisionTransformerSAM,
-)  # fmt: skip
-def _owner_of_constants(module: nn.Module, context: Context) -> nn.Module:
-    """Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor."""
-    return context.children(module)
+)(convert_children)  # fmt: skip
 
 
 @register_conversion(
     models.byobnet.RepVggBlock, models.byobnet.MobileOneBlock, models.fastvit.MobileOneBlock, models.crossvit.CrossVit,
 )  # fmt: skip
-def _branches(module: nn.Module, context: Context) -> nn.Module:
+def _branches(module: nn.Module, conversion: Conversion) -> nn.Module:
     """Several layers of these may take the image, not only the first."""
     layers_of_image = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
-    if any(layer is context.image_layer for layer in layers_of_image):
+    if any(layer is conversion.image_layer for layer in layers_of_image):
         for layer in layers_of_image:
-            dataclasses.replace(context, image_layer=layer).child(layer, "branch")
-    return context.children(module)
+            dataclasses.replace(conversion, image_layer=layer).child(layer, "branch")
+    return conversion.children(module)
 
 
 # Layers and norms that are torch's own under another name -------------------------------------------------------------
-
-
-def _as(module: nn.Module, base: type[nn.Module], context: Context) -> nn.Module:
-    """What the rule of `base` makes of `module`."""
-    return context.child(context.recast(module, base), base.__name__)
-
-
-class LayerNorm2d(BcosLayerNorm):
-    """LayerNorm over the channels of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HeldRmsNorm(Holdable, layers.RmsNorm):
@@ -119,17 +97,19 @@ class HeldRmsNorm2d(HeldRmsNorm):
     channels_first = True
 
 
-def _to_layer_norm_2d(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(_as(module, nn.LayerNorm, context), LayerNorm2d)
+def _by_rule_of(base: type[nn.Module]) -> Rule:
+    return lambda module, conversion: conversion.by_rule_of(base, module)
 
 
 _NORMS: dict[type[nn.Module], Rule] = {
-    nn.BatchNorm2d: lambda module, context: _as(module, nn.BatchNorm2d, context),
-    nn.LayerNorm: lambda module, context: _as(module, nn.LayerNorm, context),
-    nn.GroupNorm: lambda module, context: _as(module, nn.GroupNorm, context),
-    layers.LayerNorm2d: _to_layer_norm_2d,
-    layers.RmsNorm: lambda module, context: context.recast(module, HeldRmsNorm),
-    layers.RmsNorm2d: lambda module, context: context.recast(module, HeldRmsNorm2d),
+    nn.BatchNorm2d: _by_rule_of(nn.BatchNorm2d),
+    nn.LayerNorm: _by_rule_of(nn.LayerNorm),
+    nn.GroupNorm: _by_rule_of(nn.GroupNorm),
+    layers.LayerNorm2d: lambda module, conversion: conversion.recast(
+        conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d
+    ),
+    layers.RmsNorm: recast_to(HeldRmsNorm),
+    layers.RmsNorm2d: recast_to(HeldRmsNorm2d),
 }
 
 for _type, _base in {
@@ -152,10 +132,10 @@ for _type, _base in {
 
 
 def _norm_and_activation(base: type[nn.Module]) -> Rule:
-    def rule(module: nn.Module, context: Context) -> nn.Module:
+    def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         drop, act = module.get_submodule("drop"), module.get_submodule("act")
         del module.drop, module.act
-        return nn.Sequential(_NORMS[base](module, context), context.child(drop, "drop"), context.child(act, "act"))
+        return nn.Sequential(_NORMS[base](module, conversion), conversion.child(drop, "drop"), conversion.child(act, "act"))
 
     return rule
 
@@ -187,27 +167,12 @@ class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
         return x if self.bias is None else x + self.bias.view(self.wb_shape)
 
 
-@register_conversion(layers.grn.GlobalResponseNorm)
-def _global_response_norm(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(module, HeldGlobalResponseNorm)
-
-
 class LearnableAffine(models.hgnet.LearnableAffineBlock):
     """s·x + b, where the bias may have been removed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same."""
         return self.scale * x if self.bias is None else self.scale * x + self.bias
-
-
-@register_conversion(models.hgnet.LearnableAffineBlock)
-def _learnable_affine(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(module, LearnableAffine)
-
-
-@register_conversion(layers.Linear)
-def _linear(module: nn.Module, context: Context) -> nn.Module:
-    return _as(module, nn.Linear, context)
 
 
 class BcosConv2dSame(BcosConv2d):
@@ -218,13 +183,18 @@ class BcosConv2dSame(BcosConv2d):
         return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
 
 
+register_conversion(layers.grn.GlobalResponseNorm)(recast_to(HeldGlobalResponseNorm))
+register_conversion(models.hgnet.LearnableAffineBlock)(recast_to(LearnableAffine))
+register_conversion(layers.Linear)(_by_rule_of(nn.Linear))
+
+
 @register_conversion(layers.Conv2dSame)
-def _conv_same(module: nn.Module, context: Context) -> nn.Module:
-    return context.recast(_as(module, nn.Conv2d, context), BcosConv2dSame)
+def _conv_same(module: nn.Module, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.by_rule_of(nn.Conv2d, module), BcosConv2dSame)
 
 
 @register_conversion(layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame)
-def _standardised_conv(module: layers.ScaledStdConv2d, context: Context) -> nn.Module:
+def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -> nn.Module:
     """The standardised weight becomes the weight, for good: B-cos layers take it as it is, or normalise it themselves."""
     rows = module.weight.detach().flatten(1)
     rows = F.batch_norm(rows[None], None, None, training=True, momentum=0.0, eps=module.eps)[0]
@@ -233,12 +203,12 @@ def _standardised_conv(module: layers.ScaledStdConv2d, context: Context) -> nn.M
         del module.gain
     module.weight = nn.Parameter(rows.view_as(module.weight))
     if getattr(module, "same_pad", False):
-        return _conv_same(module, context)
-    return _as(module, nn.Conv2d, context)
+        return _conv_same(module, conversion)
+    return conversion.by_rule_of(nn.Conv2d, module)
 
 
 @register_conversion(layers.adaptive_avgmax_pool.FastAdaptiveAvgPool)
-def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, context: Context) -> nn.Module:
+def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, conversion: Conversion) -> nn.Module:
     """As the module that `gap_reorder` looks for, where it pools images."""
     channels_last = module.dim == (1, 2)
     if not channels_last and module.dim != (2, 3):
@@ -299,7 +269,7 @@ _GATES: dict[Callable[[], nn.Module], tuple[type[nn.Module], ...]] = {
 }
 
 for _gate, _types in _GATES.items():
-    register_conversion(*_types)(lambda module, context, gate=_gate: gate())
+    register_conversion(*_types)(lambda module, conversion, gate=_gate: gate())
 
 
 class HeldSquaredReLU(Holdable, models.metaformer.SquaredReLU):
@@ -311,8 +281,8 @@ class HeldSquaredReLU(Holdable, models.metaformer.SquaredReLU):
         return x * self.hold(x)
 
 
-register_conversion(models.metaformer.StarReLU)(lambda module, context: context.recast(module, HeldStarReLU))
-register_conversion(models.metaformer.SquaredReLU)(lambda module, context: context.recast(module, HeldSquaredReLU))
+register_conversion(models.metaformer.StarReLU)(recast_to(HeldStarReLU))
+register_conversion(models.metaformer.SquaredReLU)(recast_to(HeldSquaredReLU))
 
 
 # Gates: what they multiply is on the way of the image, what computes them is not, and stays ordinary ------------------
@@ -333,22 +303,11 @@ class Factor(Holdable):
 def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
     """The rule of a type whose child `name` gives the factor, and whose children `converted` alone are on the image's way."""
 
-    def rule(module: nn.Module, context: Context) -> nn.Module:
+    def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         setattr(module, name, Factor(getattr(module, name)))
-        return _convert_children(module, converted, context)
+        return conversion.children(module, converted)
 
     return rule
-
-
-def _convert_children(module: nn.Module, names: tuple[str, ...], context: Context) -> nn.Module:
-    """`module` with those children (or theirs, by dotted names) converted that it has."""
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        parent = module.get_submodule(path)
-        child = getattr(parent, attribute, None)
-        if child is not None:
-            setattr(parent, attribute, context.child(child, name))
-    return module
 
 
 register_conversion(
@@ -389,14 +348,14 @@ def _attention(original: type[nn.Module], *converted: str, through: str = "attn_
     globals()[name] = held  # where pickle looks for it
 
     @register_conversion(original)
-    def rule(module: nn.Module, context: Context) -> nn.Module:
+    def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         matrix = getattr(module, through)
-        setattr(module, through, context.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix))
+        setattr(module, through, conversion.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix))
         gate = getattr(module, "gate", None)
         if gate is not None:
             module.gate = Factor(gate)
-        _convert_children(module, ("proj", "proj_drop", *converted), context)
-        return context.recast(module, held) if getattr(module, "fused_attn", False) else module
+        conversion.children(module, ("proj", "proj_drop", *converted))
+        return conversion.recast(module, held) if getattr(module, "fused_attn", False) else module
 
 
 _attention(layers.Attention, "norm")
@@ -536,7 +495,7 @@ class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
 # attention that is overridden: what becomes of it, and which of its children are on the image's way (q, k, v are linear, up to
 # the norms between them)
 def _overridden(held: type[nn.Module], converted: tuple[str, ...]) -> Rule:
-    return lambda module, context: context.recast(_convert_children(module, converted, context), held)
+    return lambda module, conversion: conversion.recast(conversion.children(module, converted), held)
 
 
 for _type, _held, _names in (
@@ -571,9 +530,9 @@ for _type, _held, _names in (
     models.swiftformer.EfficientAdditiveAttention, models.vision_transformer.ParallelScalingBlock,
     models.vision_transformer.DiffParallelScalingBlock, models.vitamin.GeGluMlp,
 )  # fmt: skip
-def _refused(module: nn.Module, context: Context) -> nn.Module:
+def _refused(module: nn.Module, conversion: Conversion) -> nn.Module:
     name = type(module).__name__
     raise ConversionError(
-        f"no conversion rule for {name} at {context.path!r} (its forward multiplies functions of the input, which nothing "
+        f"no conversion rule for {name} at {conversion.path!r} (its forward multiplies functions of the input, which nothing "
         f"holds): write one with @register_conversion({name})"
     )

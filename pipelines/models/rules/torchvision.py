@@ -17,32 +17,27 @@ from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv
 from torchvision.models.inception import BasicConv2d as InceptionConv
 from torchvision.ops import SqueezeExcitation
 
-from pipelines.bcos import BcosLayerNorm, Context, Holdable, attend, register_conversion
+from pipelines.bcos import Conversion, Holdable, attend, register_conversion
+from pipelines.bcos.convert import convert_children, keep
+from pipelines.bcos.norms import BcosLayerNorm2d
 from pipelines.models.cifar import PadShortcut
 
-
-@register_conversion(
+register_conversion(
     PadShortcut, torchvision.ops.Permute, torchvision.ops.StochasticDepth,
     maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
-)  # fmt: skip
-def _linear_as_it_is(module: nn.Module, context: Context) -> nn.Module:
-    return module
-
-
-@register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)
-def _own_parameters_are_linear(module: nn.Module, context: Context) -> nn.Module:
-    """A layer scale multiplies; a class token and position embeddings are constants beside or on top of the features."""
-    return context.children(module)
+)(keep)  # fmt: skip
+# Their own parameters are linear: a layer scale multiplies; a class token and position embeddings are constants.
+register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)(convert_children)
 
 
 # Networks whose pools and activations are functions: here they are modules, under the names of the originals -----------
 
 
-def _in_order(module: nn.Module, context: Context, *steps: str | tuple[str, nn.Module]) -> nn.Sequential:
+def _in_order(module: nn.Module, conversion: Conversion, *steps: str | tuple[str, nn.Module]) -> nn.Sequential:
     """The network as a sequence: children by name, converted, and what stands in for functions, with a name each."""
     sequence = nn.Sequential()
     for step in steps:
-        name, part = (step, context.child(getattr(module, step), step)) if isinstance(step, str) else step
+        name, part = (step, conversion.child(getattr(module, step), step)) if isinstance(step, str) else step
         sequence.add_module(name, part)
     return sequence
 
@@ -52,28 +47,28 @@ def _pool() -> list[tuple[str, nn.Module]]:
 
 
 @register_conversion(torchvision.models.DenseNet)
-def _densenet(module: torchvision.models.DenseNet, context: Context) -> nn.Module:
-    return _in_order(module, context, "features", ("relu", nn.ReLU()), *_pool(), "classifier")
+def _densenet(module: torchvision.models.DenseNet, conversion: Conversion) -> nn.Module:
+    return _in_order(module, conversion, "features", ("relu", nn.ReLU()), *_pool(), "classifier")
 
 
 @register_conversion(torchvision.models.MobileNetV2)
-def _mobilenet_v2(module: torchvision.models.MobileNetV2, context: Context) -> nn.Module:
-    return _in_order(module, context, "features", *_pool(), "classifier")
+def _mobilenet_v2(module: torchvision.models.MobileNetV2, conversion: Conversion) -> nn.Module:
+    return _in_order(module, conversion, "features", *_pool(), "classifier")
 
 
 @register_conversion(torchvision.models.MNASNet)
-def _mnasnet(module: torchvision.models.MNASNet, context: Context) -> nn.Module:
-    return _in_order(module, context, "layers", *_pool(), "classifier")
+def _mnasnet(module: torchvision.models.MNASNet, conversion: Conversion) -> nn.Module:
+    return _in_order(module, conversion, "layers", *_pool(), "classifier")
 
 
 @register_conversion(torchvision.models.ShuffleNetV2)
-def _shufflenet(module: torchvision.models.ShuffleNetV2, context: Context) -> nn.Module:
-    return _in_order(module, context, "conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", *_pool(), "fc")
+def _shufflenet(module: torchvision.models.ShuffleNetV2, conversion: Conversion) -> nn.Module:
+    return _in_order(module, conversion, "conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", *_pool(), "fc")
 
 
 @register_conversion(GoogLeNetConv, InceptionConv)
-def _basic_conv(module: nn.Module, context: Context) -> nn.Module:
-    return _in_order(module, context, "conv", "bn", ("relu", nn.ReLU(inplace=True)))
+def _basic_conv(module: nn.Module, conversion: Conversion) -> nn.Module:
+    return _in_order(module, conversion, "conv", "bn", ("relu", nn.ReLU(inplace=True)))
 
 
 # GoogLeNet and Inception: one output, six channels ---------------------------------------------------------------------
@@ -104,17 +99,17 @@ class _Inception3(_SixChannels, torchvision.models.Inception3):
 
 
 @register_conversion(torchvision.models.GoogLeNet)
-def _googlenet(module: torchvision.models.GoogLeNet, context: Context) -> nn.Module:
+def _googlenet(module: torchvision.models.GoogLeNet, conversion: Conversion) -> nn.Module:
     """Its auxiliary classifiers served its own training; a network here has one output."""
     module.aux_logits, module.aux1, module.aux2 = False, None, None
-    return context.recast(context.children(module), _GoogLeNet)
+    return conversion.recast(conversion.children(module), _GoogLeNet)
 
 
 @register_conversion(torchvision.models.Inception3)
-def _inception(module: torchvision.models.Inception3, context: Context) -> nn.Module:
+def _inception(module: torchvision.models.Inception3, conversion: Conversion) -> nn.Module:
     """As GoogLeNet."""
     module.aux_logits, module.AuxLogits = False, None
-    return context.recast(context.children(module), _Inception3)
+    return conversion.recast(conversion.children(module), _Inception3)
 
 
 # Factors ---------------------------------------------------------------------------------------------------------------
@@ -133,21 +128,14 @@ class _SqueezeExcitation(Holdable, SqueezeExcitation):
 
 
 @register_conversion(SqueezeExcitation)
-def _squeeze_excitation(module: SqueezeExcitation, context: Context) -> nn.Module:
+def _squeeze_excitation(module: SqueezeExcitation, conversion: Conversion) -> nn.Module:
     module.avgpool = _GlobalMean()
-    return context.recast(module, _SqueezeExcitation)
-
-
-class _LayerNorm2d(BcosLayerNorm):
-    """Over the channels of (N, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return conversion.recast(module, _SqueezeExcitation)
 
 
 @register_conversion(convnext.LayerNorm2d)
-def _layer_norm_2d(module: convnext.LayerNorm2d, context: Context) -> nn.Module:
-    return context.recast(context.child(context.recast(module, nn.LayerNorm), ""), _LayerNorm2d)
+def _layer_norm_2d(module: convnext.LayerNorm2d, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d)
 
 
 # Attention in windows --------------------------------------------------------------------------------------------------
@@ -232,10 +220,9 @@ class _ShiftedWindowAttentionV2(_ShiftedWindows, swin_transformer.ShiftedWindowA
 
 
 @register_conversion(swin_transformer.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttentionV2)
-def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, context: Context) -> nn.Module:
-    module.proj = context.child(module.proj, "proj")
+def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, conversion: Conversion) -> nn.Module:
     v2 = isinstance(module, swin_transformer.ShiftedWindowAttentionV2)
-    return context.recast(module, _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
+    return conversion.recast(conversion.children(module, ["proj"]), _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
 
 
 class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
@@ -253,6 +240,5 @@ class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
 
 
 @register_conversion(maxvit.RelativePositionalMultiHeadAttention)
-def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, context: Context) -> nn.Module:
-    module.merge = context.child(module.merge, "merge")
-    return context.recast(module, _RelativeAttention)
+def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.children(module, ["merge"]), _RelativeAttention)

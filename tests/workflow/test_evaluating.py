@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from pipelines import models, params
-from pipelines.evaluation import load_subject
+from pipelines.evaluation import load_explained_model
 from pipelines.models import ModelError
 from pipelines.models.published import published_spec
 from pipelines.params import ParamsError
-from stages.evaluate import published_models
+from pipelines.workflow.evaluating import published_models
 
 CLASSES = tuple(f"n{index:08}" for index in range(1000))
 
@@ -39,11 +39,11 @@ def test_a_published_checkpoint_is_evaluated_like_a_model_of_the_run(resnet18, t
     monkeypatch.chdir(tmp_path)
     folders = published_models(run, CLASSES)
     assert list(folders) == ["published"]
-    subject = load_subject(folders["published"], (), torch.device("cpu"))
+    explained = load_explained_model(folders["published"], (), torch.device("cpu"))
     images = torch.rand(2, 6, 64, 64)
-    torch.testing.assert_close(subject.model(images), model(images))
-    assert subject.spec.classes == CLASSES
-    assert set(subject.explanations) == {"bcos"}
+    torch.testing.assert_close(explained.model(images), model(images))
+    assert explained.spec.classes == CLASSES
+    assert set(explained.explanations) == {"bcos"}
 
 
 def test_names_of_the_run_and_other_classes_are_refused(resnet18, tmp_path, monkeypatch):

@@ -1,0 +1,76 @@
+"""What a stage reports: JSON for DVC's metrics and plots, tables for a person."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipelines.storage.files import write_json
+from pipelines.training import Result
+from pipelines.workflow.places import REPORTS
+
+
+def flat(nested: Mapping[str, Any]) -> dict[str, float]:
+    """Nested figures as `a/b/c` -> value."""
+    found: dict[str, float] = {}
+    for key, value in nested.items():
+        inner = flat(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}/{rest}".rstrip("/"): number for rest, number in inner.items()}
+    return found
+
+
+def report_training(name: str, result: Result, objectives: Sequence[str]) -> None:
+    """Writes `reports/<name>/metrics.json` (the best epoch) and `history.json` (all epochs, for plots).
+
+    With several objectives, `front.json` lists the epochs of their Pareto front, their checkpoints, and which one was chosen.
+    """
+    best, folder = result.best, REPORTS / name
+    write_json(folder / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
+    write_json(folder / "history.json", [{"epoch": row["epoch"], **row["metrics"]} for row in result.history])
+    if len(objectives) > 1:
+        front = [
+            {
+                "epoch": row["epoch"],
+                **{objective: row["metrics"][objective] for objective in objectives},
+                "checkpoint": f"{result.directory}/checkpoints/step-{row['step']:08d}",
+                "chosen": row["epoch"] == best["epoch"],
+            }
+            for row in result.kept
+        ]
+        write_json(folder / "front.json", front)
+
+
+def leave_out(name: str, key: str) -> None:
+    """Leaves a note in `models/<name>` and empty reports: the params `key` leave this item of a stage's matrix out.
+
+    So DVC removes what an earlier run of the item left, and a stage can depend on each item by name.
+    """
+    write_json(Path("models", name, "left-out.json"), {"because of": key})
+    write_json(REPORTS / name / "metrics.json", {})
+    write_json(REPORTS / name / "history.json", [])
+
+
+def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
+    """Writes one row per model and explanation, for `dvc plots`."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["explanation", "gridpg", "epg"])
+        for model, found in models.items():
+            for name, scores in found["explanations"].items():
+                label = model if name == "bcos" else f"{model}: {name}"
+                writer.writerow([label, scores.get("gridpg"), scores.get("epg")])
+
+
+def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The trials on the front of a search and their values; `stages.tools.search_apply` makes an experiment of one."""
+    keys = dict.fromkeys(key for row in rows for key in row["values"])
+    table = Table("trial on the front", *metrics, *(key.rpartition(".")[2] for key in keys))
+    for row in rows:
+        values = (row["values"].get(key, "") for key in keys)
+        drawn = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(str(row["trial"]), *(f"{row['metrics'][name]:.3f}" for name in metrics), *drawn)
+    return table

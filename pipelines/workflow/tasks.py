@@ -1,0 +1,225 @@
+"""What each training stage trains, side by side: its method, the spec of its model, what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.data.loading.subsets import Subset, annotated_images, few_shot, validation_images
+from pipelines.data.shards.manifest import Manifest, read_manifest
+from pipelines.data.shards.sample import DataError
+from pipelines.data.shards.stored_explanations import INDEX, Origin, check_origin
+from pipelines.methods import (
+    build_bcosification,
+    build_classifier,
+    build_e2kd,
+    build_guidance,
+    build_pretrain,
+    check_guidable,
+    check_pair,
+    classifier_spec,
+)
+from pipelines.methods.stored_explanations import origin_of
+from pipelines.models import ModelSpec, read_spec
+from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed
+from pipelines.training import Job
+from pipelines.workflow.places import (
+    STORED_EXPLANATIONS,
+    absolute_weights,
+    explanations_for_all,
+    model_folder,
+    model_for_all,
+    shards_for_all,
+    shards_of,
+)
+
+if TYPE_CHECKING:
+    from pipelines.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training stage trains.
+
+    Attributes:
+        params: of the run; `data` and `dataset` are those that the stage reads.
+        name: of the stage, and of its folders in `models` and `reports`.
+        optim: the stage's own params.
+        build: makes the method, in every worker.
+        spec: of the trained model.
+        upstream: models of earlier stages that `build` starts from.
+        model: the weights that are trained, if they are not those of `upstream`.
+        subset: the training images to take, None for all; `models/<name>/subset.json` lists them.
+        explanations: root of the stored explanations of the training images.
+        notes: file name -> what else the model was trained on, as JSON; saved beside the model.
+    """
+
+    params: Params
+    name: str
+    optim: OptimiserParams
+    build: Callable[[], Method]
+    spec: ModelSpec
+    upstream: tuple[Path, ...] = ()
+    model: ModelParams | None = None
+    subset: Subset | None = None
+    explanations: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def section(self) -> str:
+        """The key of `optim` in params.yaml."""
+        return {"classify": "guide.classify", "guide": "guide.guided"}.get(self.name, self.name.replace("/", "."))
+
+    def all_notes(self) -> dict[str, Any]:
+        """`notes`, and the subset."""
+        return dict(self.notes) | ({} if self.subset is None else {"subset.json": self.subset.to_json()})
+
+    def weights(self) -> ModelParams | None:
+        """`model` with the path and sha256 of its weights file."""
+        return None if self.model is None else absolute_weights(self.model)
+
+    def stored_index(self) -> str | None:
+        """The index of the stored explanations, which names their teacher and each shard's sha256."""
+        return None if self.explanations is None else Path(self.explanations, INDEX).read_text()
+
+    def job(self, directory: str, **more: Any) -> Job:
+        """The job of the training loop in `directory`; `more` are further arguments of `Job`."""
+        params = self.params
+        return Job(
+            build=self.build,
+            shards=shards_for_all(params),
+            data=params.data,
+            optim=self.optim,
+            training=params.training,
+            seed=params.seed,
+            directory=directory,
+            subset=None if self.subset is None else self.subset.numbers,
+            explanations=explanations_for_all(params, self.explanations),
+            **more,
+        )
+
+
+def pretrain(params: Params) -> Task:
+    """The conventional model."""
+    spec = _spec(params, read_manifest(shards_of(params.dataset)), kind="conventional")
+    build = partial(build_pretrain, absolute_weights(params.model), spec, params.pretrain, params.seed)
+    return Task(params, "pretrain", params.pretrain, build, spec, model=params.model)
+
+
+def bcosify(params: Params, start: str) -> Task:
+    """The B-cos network whose weights start `pretrained` or from `scratch`."""
+    optim = getattr(params.bcosify, start)
+    spec = _spec(params, read_manifest(shards_of(params.dataset)), kind="bcos", design=optim.design())
+    upstream = (model_folder("pretrain"),) if start == "pretrained" else ()
+    conventional = model_for_all(params, upstream[0]) if upstream else None
+    build = partial(build_bcosification, spec, conventional, optim, params.seed)
+    return Task(params, f"bcosify/{start}", optim, build, spec, upstream=upstream)
+
+
+def distill(params: Params, run: str) -> Task:
+    """The student of the teacher in `models/teacher` with the loss of `run`: `kd` or `e2kd`."""
+    optim, teacher = getattr(params.distill, run), model_folder("teacher")
+    manifest, teacher_spec = read_manifest(shards_of(params.dataset)), read_spec(teacher)
+    spec = student_spec(params, manifest, teacher_spec)
+    with keyed("distill", params.distill):
+        check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
+    if optim.label_weight > 0 and not manifest.labelled:
+        raise ParamsError(f"distill.{run}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}")
+    subset, notes, explanations = None, {}, None
+    if params.distill.shots is not None:
+        shards = shards_for_all(params)
+        subset = few_shot(shards, "train", params.distill.shots, params.distill.shots_seed)
+        notes = {"validation.json": validation_images(shards)}
+    if optim.explanations == "frozen":
+        explanations = str(STORED_EXPLANATIONS.absolute())
+        check_origin(explanations, explanations_origin(params))
+    student = absolute_weights(params.distill.student)
+    build = partial(build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled)
+    return Task(
+        params,
+        f"distill/{run}",
+        optim,
+        build,
+        spec,
+        upstream=(teacher,),
+        model=params.distill.student,
+        subset=subset,
+        explanations=explanations,
+        notes=notes,
+    )
+
+
+def classify(whole: Params) -> Task:
+    """The classifier on the data of `guide`: the backbone in `models/backbone` with a new head, before guidance."""
+    params, backbone = whole.for_guide(), model_folder("backbone")
+    manifest = read_manifest(shards_of(params.dataset))
+    spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
+    build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
+    check_boxes(shards_of(params.dataset))  # the stage `guide` needs them: better now than after this training
+    with keyed("guide.guided", params.guide.guided):
+        check_guidable(build().module, spec, params.guide.guided)
+    return Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,))
+
+
+def guide(whole: Params) -> Task:
+    """The classifier in `models/classify`, guided."""
+    params, classifier = whole.for_guide(), model_folder("classify")
+    optim, keys = params.guide.guided, None
+    check_boxes(shards_of(params.dataset))
+    if optim.annotated < 1:
+        keys = annotated_images(shards_for_all(params), "train", optim.annotated, optim.annotated_seed)
+    build = partial(build_guidance, model_for_all(params, classifier), optim, keys)
+    notes = {} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}}
+    return Task(params, "guide", optim, build, read_spec(classifier), upstream=(classifier,), notes=notes)
+
+
+TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretrain, bcosify, distill, classify, guide)}
+
+
+def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
+    """The spec of the student, for the classes of the data, or those of the teacher if the data has no labels."""
+    student = params.distill.student
+    return ModelSpec(
+        name=student.name,
+        classes=tuple(manifest.classes) if manifest.labelled else teacher.classes,
+        image_size=params.data.image_size,
+        kind=student.kind,
+        task=manifest.task if manifest.labelled else teacher.task,  # type: ignore[arg-type]
+        mean=student.mean,
+        std=student.std,
+        options=student.options,
+        design=student.design(),
+    )
+
+
+def explanations_origin(params: Params) -> Origin:
+    """What the stored explanations of the teacher in `models/teacher` depend on."""
+    teacher, shards = model_folder("teacher"), shards_of(params.dataset)
+    return origin_of(str(teacher), shards, params.data, params.distill.frozen, params.distill.student.kind)
+
+
+def check_boxes(shards: str) -> None:
+    """Raises `DataError` unless there are boxes to train and to validate with."""
+    fields = read_manifest(shards).fields
+    for split in ("train", "val"):
+        if "boxes" not in fields.get(split, ()):
+            raise DataError(f"guide.dataset: no image of {split} in {shards} has a box: guidance needs some")
+
+
+def _spec(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
+    """The spec of a model of this run's architecture for this run's data; raises `DataError` if that has no classes."""
+    if not manifest.labelled:
+        raise DataError(f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)")
+    return ModelSpec(
+        name=params.model.name,
+        classes=tuple(manifest.classes),
+        image_size=params.data.image_size,
+        task=manifest.task,  # type: ignore[arg-type]
+        mean=params.model.mean,
+        std=params.model.std,
+        options=params.model.options,
+        **more,
+    )

@@ -1,0 +1,105 @@
+"""The tracked run of a stage, and training that goes on where it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines import models, tracking
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.params import Params, ParamsError, keyed
+from pipelines.storage import files
+from pipelines.storage.paths import absolute, run_directory
+from pipelines.training import Result, checkpoints, train
+from pipelines.workflow import identity
+from pipelines.workflow.places import shards_of
+from pipelines.workflow.reports import report_training
+from pipelines.workflow.tasks import Task
+
+UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the tracked run that goes on with them
+
+
+@contextmanager
+def stage_run(
+    params: Params,
+    name: str,
+    *settings: Any,
+    upstream: Sequence[Path] = (),
+    code: Sequence[str] = identity.TRAINING,
+    context: str = "training",
+) -> Iterator[tuple[tracking.StageRun, str]]:
+    """Yields the tracked run of a stage and the directory in which a killed stage goes on, never with stale work.
+
+    Args:
+        params: of the run.
+        name: of the stage.
+        settings: the params that the outcome depends on; with shards, `upstream` and `code` they name the directory.
+        upstream: folders of the models of earlier stages that the outcome depends on.
+        code: the modules that compute the outcome.
+        context: what the data is for, as MLflow shows it.
+    """
+    shards = shards_of(params.dataset)
+    manifest = read_manifest(shards)
+    origin = (manifest.digest, identity.code_digest(*code), *(models.digest(path) for path in upstream))
+    directory = run_directory(params.storage.root, name, params.dataset, *settings, *origin)
+    outlives = "://" in directory  # the journal is on this machine, and may be lost with it
+    with tracking.stage_run(
+        name,
+        experiment=params.tracking.experiment,
+        params=params.model_dump(mode="json"),
+        directory=directory,
+        inputs={"shards": shards, **{path.name: str(path) for path in upstream}},
+        key=files.read_json(f"{directory}/{UNFINISHED}") if outlives else None,
+    ) as run:
+        if outlives:
+            files.write_json(f"{directory}/{UNFINISHED}", run.key)
+        run.dataset(manifest.to_json(), name=params.dataset, context=context)
+        yield run, directory
+    if outlives:
+        try:
+            files.write_json(f"{directory}/{UNFINISHED}", None)
+        except OSError as error:  # the stage is done
+            told = "run again, the stage would go on with this MLflow run"
+            print(f"{directory}/{UNFINISHED} stays: {error}; {told}", file=sys.stderr)
+
+
+def train_stage(task: Task) -> None:
+    """Trains the task; leaves the best epoch's model in `models/<name>` and its figures in `reports/<name>`."""
+    name, folder = task.name, Path("models", task.name)
+    with stage_run(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
+        resume(task, run, directory)
+        with keyed(task.section, task.optim):
+            result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
+        save_best(task, result, folder)
+        report_training(name, result, task.optim.objectives)
+        for file, content in task.all_notes().items():
+            files.write_json(folder / file, content)
+            run.artifact(folder / file, "model")
+        run.history(result.history)
+        run.model(folder)
+
+
+def resume(task: Task, run: tracking.StageRun, directory: str) -> None:
+    """Gives the run in `directory`, if it is new, the checkpoints of `training.resume`, an earlier run of this stage.
+
+    Raises:
+        ParamsError: that directory has no checkpoint.
+    """
+    source = task.params.training.resume
+    if source is None or f"/{task.name}/" not in absolute(source) or absolute(source) == directory:
+        return
+    if checkpoints.newest(absolute(source)) is None:
+        raise ParamsError(f"training.resume: there is no whole checkpoint in {source}")
+    if checkpoints.newest(directory) is None:
+        checkpoints.copy(absolute(source), directory)
+    run.tag("resumed_from", absolute(source))
+
+
+def save_best(task: Task, result: Result, out: Path) -> None:
+    """Saves the best epoch's model in the folder `out`."""
+    module = task.build().module
+    result.load_best(module)
+    models.save(out, module, task.spec)

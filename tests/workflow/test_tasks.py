@@ -1,0 +1,34 @@
+import json
+from operator import attrgetter
+
+import pytest
+
+from pipelines.data.shards.manifest import MANIFEST, Manifest
+from pipelines.data.shards.sample import DataError
+from pipelines.params import keyed, load
+from pipelines.training import TrainingError
+from pipelines.workflow.tasks import Task, check_boxes
+
+
+def shards(folder, **fields):
+    manifest = Manifest(("a", "b"), "multilabel", "nowhere", "0" * 64, dict.fromkeys(fields, ()), fields)
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
+    return str(folder)
+
+
+def test_a_data_set_without_boxes_cannot_guide(tmp_path):
+    check_boxes(shards(tmp_path, train=("boxes",), val=("boxes",), test=()))
+    with pytest.raises(DataError, match=r"guide.dataset: no image of val in .* has a box: guidance needs some"):
+        check_boxes(shards(tmp_path, train=("boxes",), val=("mask",), test=("boxes",)))
+
+
+@pytest.mark.parametrize("section", ["pretrain", "bcosify.scratch", "distill.e2kd", "guide.classify", "guide.guided"])
+def test_errors_about_training_params_name_their_key(section):
+    name = {"guide.classify": "classify", "guide.guided": "guide"}.get(section, section.replace(".", "/"))
+    params = load()
+    task = Task(params, name, attrgetter(section)(params), build=lambda: None, spec=None)
+    assert task.section == section
+    with pytest.raises(TrainingError, match=rf"^{section}\.select: no metric$"), keyed(task.section, task.optim):
+        raise TrainingError("select: no metric")
+    with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
+        raise TrainingError("the loss is NaN: 3")
