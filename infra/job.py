@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pipelines.data.shards.sample import DataError
+from pipelines.storage.errors import one_line
 from pipelines.workflow.orders import PLACE, deliver, pull_inputs
 
 
@@ -16,7 +17,7 @@ def main(place: str) -> int:
     try:
         order = pull_inputs(place, Path())
     except OSError as error:
-        sys.exit(f"the cluster cannot read {place}: {' '.join(str(error).split())}")
+        sys.exit(f"the cluster cannot read {place}: {one_line(error)}")
     told = os.environ | order["environment"] | {PLACE: place}
     for stage in order["stages"]:
         print(f"stage {stage['name']}: {stage['command']}", flush=True)
@@ -26,7 +27,7 @@ def main(place: str) -> int:
         tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
         deliver(place, [*(path for stage in order["stages"] for path in stage["outputs"]), *tracked])
     except (OSError, DataError) as error:
-        sys.exit(f"the outputs do not get to {place}: {' '.join(str(error).split())}")
+        sys.exit(f"the outputs do not get to {place}: {one_line(error)}")
     return 0
 
 

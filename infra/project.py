@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.params import Params, load
+from pipelines.storage.errors import one_line
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -78,7 +79,7 @@ def compose(path: Path, overrides: Sequence[str]) -> None:
         try:
             compose_and_dump(str(path), recipes, None, hydra["config_name"], repo.root_dir, list(overrides))
         except Exception as error:  # of Hydra, which has no common kind
-            raise SubmitError(f"{' '.join(overrides)}: {str(error).strip().splitlines()[0]}") from None
+            raise SubmitError(f"{' '.join(overrides)}: {one_line(error)}") from None
 
 
 def change(path: Path, changes: dict[str, Any]) -> None:
@@ -116,7 +117,7 @@ def stages(name: str) -> list[Stage]:
         try:
             return [describe(stage) for stage in found]
         except DvcException as error:
-            raise SubmitError(f"{name}: {' '.join(str(error).split())}: make it first") from None
+            raise SubmitError(f"{name}: {one_line(error)}: make it first") from None
 
 
 def describe(stage: PipelineStage) -> Stage:

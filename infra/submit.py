@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import fsspec
-
 from infra import project
 from infra.package import pack
 from infra.project import PARAMS, Stage, SubmitError
 from pipelines.data.shards.sample import DataError
 from pipelines.params import Params, ParamsError
-from pipelines.storage import retry
-from pipelines.storage.publish import fetch, publish
+from pipelines.storage import files
+from pipelines.storage.errors import one_line
+from pipelines.storage.publish import publish, pull
+from pipelines.storage.retry import retry
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
-from pipelines.training import checkpoints
 from pipelines.training.launch import is_autoscaled, ray_environment
 from pipelines.workflow.orders import file_record, publish_input, write_order
 
@@ -120,7 +119,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         what = "wants a token" if "required" in str(error) else "refuses this token"
         raise SubmitError(f"the Ray cluster at {url} {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise SubmitError(f"no Ray cluster at {url}: {retry.in_short(error)}") from None
+        raise SubmitError(f"no Ray cluster at {url}: {one_line(error)}") from None
 
 
 def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
@@ -129,7 +128,7 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
     place = metadata["place"]
     job = place.rpartition("/")[2]
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        fetch(place, Path(folder), [CODE])
+        pull(place, Path(folder), [CODE])
         shutil.unpack_archive(Path(folder, CODE), folder)
         send(
             client,
@@ -151,7 +150,7 @@ def send(client: JobSubmissionClient, **job: Any) -> None:
             return
         except RuntimeError as error:
             if "status code 5" not in str(error) or time.monotonic() > end:
-                raise SubmitError(f"the cluster does not take the job: {retry.in_short(error)}") from None
+                raise SubmitError(f"the cluster does not take the job: {one_line(error)}") from None
         time.sleep(2)
 
 
@@ -232,15 +231,15 @@ def check_storage(storage: str, place: str) -> None:
     if "://" not in storage:
         raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
     try:
-        filesystem, root = fsspec.url_to_fs(place)
-        retry.make_folder(filesystem, root)
-        retry.with_patience(lambda: filesystem.pipe_file(f"{root}/submitted", b""), storage, FROM_HERE)
+        filesystem, root = files.file_system(place)
+        files.make_folder(filesystem, root)
+        retry(lambda: filesystem.pipe_file(f"{root}/submitted", b""), storage, FROM_HERE)
     except FileNotFoundError as error:
-        raise SubmitError(f"{storage}: there is no such bucket ({retry.in_short(error)})") from None
+        raise SubmitError(f"{storage}: there is no such bucket ({one_line(error)})") from None
     except PermissionError as error:
-        raise SubmitError(f"{storage}: these credentials may not write there ({retry.in_short(error)})") from None
+        raise SubmitError(f"{storage}: these credentials may not write there ({one_line(error)})") from None
     except (ImportError, ValueError) as error:
-        raise SubmitError(f"{storage}: {retry.in_short(error)}") from None
+        raise SubmitError(f"{storage}: {one_line(error)}") from None
 
 
 def sent() -> dict[str, str]:
@@ -256,7 +255,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         try:
             asyncio.run(show(client, job))
         except (OSError, RuntimeError) as error:
-            print(f"the log broke off ({retry.in_short(error)}); the job goes on, waiting for its end", flush=True)
+            print(f"the log broke off ({one_line(error)}); the job goes on, waiting for its end", flush=True)
         while not (details := details_of(client, job)).status.is_terminal():
             time.sleep(1)
     except KeyboardInterrupt:
@@ -289,7 +288,7 @@ def take(place: str) -> int:
     Raises:
         SubmitError: they are not whole, or code, params or inputs are no longer what was submitted.
     """
-    order, result = (checkpoints.read_json(place, name) for name in ("order.json", "result.json"))
+    order, result = (files.read_json(f"{place}/{name}") for name in ("order.json", "result.json"))
     if order is None or result is None:
         raise SubmitError(f"{place}: no {'order' if order is None else 'result'}.json: no job's outputs are there")
     submitted = [Stage(**{**stage, "inputs": tuple(stage["inputs"])}) for stage in order["stages"]]
@@ -297,7 +296,7 @@ def take(place: str) -> int:
         if [now.state for now in project.stages(stage.name)] != [stage.state]:
             raise SubmitError(f"{stage.name}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
     with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
-        fetch(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
+        pull(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
         for item in result["files"]:
             if file_record(Path(folder, item["name"])) | {"name": item["name"]} != item:
                 raise SubmitError(f"{result['outputs']}/{item['name']}: not what the job wrote")

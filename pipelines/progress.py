@@ -1,4 +1,4 @@
-"""What a person sees of long work: bars with a rate and the time left on standard error, and lines where there is no terminal."""
+"""Progress of long work: bars on standard error, or lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Rate(ProgressColumn):
     """Items a second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """The rate, empty before the first step."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
 
@@ -37,7 +37,7 @@ class _Rate(ProgressColumn):
 def bar(
     what: str, total: int | None, *, unit: Literal["bytes", "items"] = "items", done: int = 0, show: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Gives the function that moves the bar on by so many bytes or items; `done` were there before."""
+    """Shows a bar that starts at `done`; gives the function that advances it by bytes or items."""
     columns = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _Rate())
     with Progress(
         TextColumn(what), BarColumn(), *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show
@@ -50,7 +50,7 @@ _LINE_EVERY = 60.0  # seconds, where there is no terminal
 
 
 class EpochProgress:
-    """Shows how far an epoch is; silent on all ranks but 0. A context manager."""
+    """Shows the progress of an epoch, on rank 0 alone. A context manager."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, start: int, shown: bool) -> None:
         """Epoch `epoch` of `epochs` has `steps` steps, of which `start` were done before."""
@@ -74,13 +74,13 @@ class EpochProgress:
             self._bar.stop()
 
     def step(self) -> None:
-        """One step is done."""
+        """Advances by one step."""
         self._done += 1
         if self._bar:
             self._bar.advance(self._task)
 
     def note(self, loss: float, images_per_second: float) -> None:
-        """Shows the loss and the rate: beside the bar, or as a line when the last one is a minute old."""
+        """Shows the loss and the rate: beside the bar, or as a line if the last one is a minute old."""
         text = f"loss {loss:.4g}, {images_per_second:.1f} images/s"
         if self._bar:
             self._bar.update(self._task, note=text)

@@ -2,10 +2,11 @@
 
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation.gallery import draw_gallery
+from pipelines.storage.files import write_json
 from pipelines.workflow.evaluating import CODE, classifiers, evaluate_models, students
 from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, shards_for_all, shards_of
-from pipelines.workflow.reports import flat, write_json, write_localisation
+from pipelines.workflow.reports import flat, write_localisation
 from pipelines.workflow.running import stage
 from pipelines.workflow.training import stage_run
 

@@ -4,10 +4,11 @@ from dataclasses import asdict
 
 from pipelines.attribution import Attribution
 from pipelines.evaluation.gallery import draw_gallery
+from pipelines.storage.files import write_json
 from pipelines.workflow.evaluating import CODE, evaluate_models
 from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, model_folder, shards_for_all
-from pipelines.workflow.reports import flat, write_json
+from pipelines.workflow.reports import flat
 from pipelines.workflow.running import stage
 from pipelines.workflow.training import stage_run
 

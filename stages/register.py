@@ -5,9 +5,10 @@ from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
+from pipelines.storage.files import write_json
 from pipelines.workflow.evaluating import BCOS_NAMES
 from pipelines.workflow.places import REPORTS, shards_of
-from pipelines.workflow.reports import flat, write_json
+from pipelines.workflow.reports import flat
 from pipelines.workflow.running import stage
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
-from pipelines.storage.publish import fetch
+from pipelines.storage.files import file_digest, read_json, write_json
+from pipelines.storage.publish import pull
 from pipelines.storage.retry import is_remote
 
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
@@ -76,7 +76,7 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     safetensors.torch.save_file(state, directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+    write_json(directory / CONFIG, dataclasses.asdict(spec))
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def local_folder(directory: str | Path) -> Iterator[Path]:
         yield Path(fsspec.core.strip_protocol(directory) if "://" in str(directory) else directory)
         return
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        fetch(str(directory), Path(folder), (CONFIG, WEIGHTS))
+        pull(str(directory), Path(folder), (CONFIG, WEIGHTS))
         yield Path(folder)
 
 
@@ -126,10 +126,9 @@ def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
 
 def read_spec(directory: str | Path) -> ModelSpec:
     """The spec of the model in `directory`; raises FileNotFoundError."""
-    path = Path(directory) / CONFIG
-    if not path.is_file():
+    content = read_json(Path(directory) / CONFIG)
+    if content is None:
         raise FileNotFoundError(f"no model in {directory}: {CONFIG} and {WEIGHTS} are wanted there")
-    content = json.loads(path.read_text())
     tuples = {key: tuple(content[key]) for key in ("classes", "mean", "std")}
     return ModelSpec(**{**content, **tuples})
 
@@ -138,5 +137,5 @@ def digest(directory: str | Path) -> str:
     """The sha256 of the model in `directory`: of its weights and its spec."""
     content = hashlib.sha256()
     for name in (WEIGHTS, CONFIG):
-        content.update(hashlib.sha256((Path(directory) / name).read_bytes()).digest())
+        content.update(bytes.fromhex(file_digest(Path(directory) / name)))
     return content.hexdigest()

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipelines.models.errors import WeightsError
+from pipelines.storage.errors import one_line
+from pipelines.storage.files import file_digest
 
 StateDict = dict[str, Tensor]
 
@@ -26,11 +28,8 @@ def read_state_dict(source: str, sha256: str | None = None) -> StateDict:
         WeightsError: no such file, another sha256, neither safetensors nor a plain torch file of tensors (code is never run).
     """
     path = _local(source, sha256)
-    if sha256 is not None:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != sha256:
-            raise WeightsError(f"weights {source}: sha256 is {actual}, {sha256} was expected")
+    if sha256 is not None and (actual := file_digest(path)) != sha256:
+        raise WeightsError(f"weights {source}: sha256 is {actual}, {sha256} was expected")
     try:
         content = (
             safetensors.torch.load_file(path)
@@ -40,7 +39,7 @@ def read_state_dict(source: str, sha256: str | None = None) -> StateDict:
     except pickle.UnpicklingError:
         raise WeightsError(f"weights {source}: refused, it holds more than tensors (unpickling would run code)") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"weights {source}: not a readable weights file ({str(error).splitlines()[0]})") from None
+        raise WeightsError(f"weights {source}: not a readable weights file ({one_line(error)})") from None
     return _tensors(content, source)
 
 

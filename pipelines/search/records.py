@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
 
 from pipelines.params import Params, SearchedParams, param
-from pipelines.training import checkpoints
+from pipelines.storage import files
 from pipelines.training.job import EpochRecord
 
 RECORD = "trial.json"
@@ -65,26 +65,26 @@ def trial_directory(directory: str, values: Mapping[str, Any]) -> str:
 
 def start_trial(place: str, values: dict[str, Any]) -> Trial:
     """The record of the trial at `place`, a new one where there is none; what is not settled is running from now on."""
-    trial: Any = checkpoints.read_json(place, RECORD) or {"values": values, "started": time.time()}
+    trial: Any = files.read_json(f"{place}/{RECORD}") or {"values": values, "started": time.time()}
     return trial if trial.get("status") in SETTLED else settle_trial(place, trial, "running")
 
 
 def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
     """Writes the record with this status, and returns it."""
-    history: list[EpochRecord] = checkpoints.read_json(place, "history.json") or []
+    history: list[EpochRecord] = files.read_json(f"{place}/history.json") or []
     if metrics is None:
         metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
     told = Trial(**{**trial, "status": status, "history": history, "metrics": dict(metrics), "error": error})  # type: ignore[typeddict-item]
-    checkpoints.write_json(place, RECORD, told)
+    files.write_json(f"{place}/{RECORD}", told)
     return told
 
 
 def read_trial(place: str) -> Trial:
     """The record at `place`."""
-    return checkpoints.read_json(place, RECORD)
+    return files.read_json(f"{place}/{RECORD}")
 
 
 def read_trials(directory: str) -> list[Trial]:
     """The records of a search, in the order in which the trials started: a trial's place in it is its number."""
-    found = [checkpoints.read_json(f"{directory}/trials/{name}", RECORD) for name in checkpoints.folders(f"{directory}/trials")]
+    found = [files.read_json(f"{directory}/trials/{name}/{RECORD}") for name in files.folders(f"{directory}/trials")]
     return sorted(filter(None, found), key=lambda trial: (trial["started"], json.dumps(trial["values"])))

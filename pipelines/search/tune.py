@@ -13,7 +13,8 @@ import fsspec
 
 from pipelines.params import SearchParams, TrainingParams
 from pipelines.search.records import SETTLED, Trial, read_trial, read_trials, settle_trial, trial_directory
-from pipelines.training import checkpoints, pareto
+from pipelines.storage import files
+from pipelines.training import pareto
 from pipelines.training.job import EpochRecord, TrainingError
 from pipelines.training.launch import FINAL, cluster
 
@@ -83,7 +84,7 @@ def search(
         found = read_trials(directory)
     for trial in found:
         if trial["status"] in SETTLED:
-            checkpoints.remove(f"{trial_directory(directory, trial['values'])}/checkpoints")
+            files.remove(f"{trial_directory(directory, trial['values'])}/checkpoints")
     lost = sum(trial["status"] == "running" for trial in found)
     if lost:
         raise TrainingError(f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on")
@@ -152,7 +153,7 @@ def _tune(
     try:
         tuner.fit()
     finally:
-        checkpoints.remove(storage)
+        files.remove(storage)
 
 
 def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int) -> None:
@@ -185,7 +186,7 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
         settle_trial(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
         return
     settle_trial(here, trial, "finished", found)
-    checkpoints.remove(f"{here}/checkpoints")
+    files.remove(f"{here}/checkpoints")
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:

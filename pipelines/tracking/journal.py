@@ -1,4 +1,4 @@
-"""What a stage tracks, on disk: written first and always, so that no server is needed to keep it."""
+"""The journal of a stage's tracked run on disk, written before and without any server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pipelines.storage import files
+
 
 class MetricRow(TypedDict):
     """One value of one metric; `timestamp` in milliseconds."""
@@ -22,9 +24,10 @@ class MetricRow(TypedDict):
 
 
 class Journal:
-    """One execution of a stage in `<directory>/tracking/`: `run.json`, `metrics.jsonl` and a tree of `artifacts`.
+    """One execution of a stage in `<directory>/tracking/`.
 
-    Nothing is held in memory: any process that sees the folder may read it, and the one that tracks may append.
+    The folder has `run.json`, `metrics.jsonl` and a tree of `artifacts`.
+    Nothing is held in memory: any process may read the folder, and the one that tracks may append.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -34,13 +37,13 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether something was tracked here."""
+        """Whether an execution was tracked here."""
         return (self.root / "run.json").is_file()
 
     def begin(
         self, stage: str, experiment: str, params: Mapping[str, str], tags: Mapping[str, str], key: str | None = None
     ) -> None:
-        """Opens the journal of an execution: of the unfinished one found here, which then goes on, or of a new one.
+        """Opens the journal of the unfinished execution found here, which then goes on, or of a new one.
 
         The params of one that goes on stay those it started with; its tags become `tags`. `key` names one that began elsewhere.
         """
@@ -59,19 +62,19 @@ class Journal:
             "tags": dict(tags),
             "datasets": [],
         }
-        self._write(head)
+        files.write_json(self.root / "run.json", head)
 
     @property
     def head(self) -> dict[str, Any]:
         """Everything but metrics and artifacts."""
-        return json.loads((self.root / "run.json").read_text())
+        return files.read_json(self.root / "run.json")
 
     def update(self, **values: Any) -> None:
         """Replaces values of the head."""
-        self._write({**self.head, **values})
+        files.write_json(self.root / "run.json", {**self.head, **values})
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Appends what is not there yet: a metric has one value a step, the first."""
+        """Appends metrics that are not there yet: a metric keeps its first value per step."""
         known = {(row["key"], row["step"]) for row in self.metrics()}
         rows = [row for row in metric_rows(metrics, step) if (row["key"], row["step"]) not in known]
         with open(self.root / "metrics.jsonl", "a") as file:
@@ -80,7 +83,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[MetricRow]:
-        """All metrics, in the order they came. A last line cut by a kill is dropped, and the file with it mended."""
+        """All metrics in their order. A last line that was cut by a kill is dropped, from the file too."""
         path = self.root / "metrics.jsonl"
         if not path.is_file():
             return []
@@ -105,14 +108,9 @@ class Journal:
         if dict(dataset) not in head["datasets"]:
             self.update(datasets=[*head["datasets"], dict(dataset)])
 
-    def _write(self, head: Mapping[str, Any]) -> None:
-        partial = self.root / f"run.json.{os.getpid()}"
-        partial.write_text(json.dumps(head, indent=1) + "\n")
-        os.replace(partial, self.root / "run.json")
-
 
 def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:
-    """`metrics` as rows of now."""
+    """`metrics` as rows with the present time."""
     timestamp = now()
     return [{"key": key, "value": float(value), "step": step, "timestamp": timestamp} for key, value in metrics.items()]
 

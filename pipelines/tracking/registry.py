@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pipelines
 from pipelines.errors import UserError
+from pipelines.storage.files import file_digest
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import git_tags, version_tags
 from pipelines.tracking.runs import describe_dataset, flatten
@@ -139,8 +140,7 @@ def content_digest(files: Iterable[Path]) -> str:
     """sha256 over the names and contents of `files`, in their order."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

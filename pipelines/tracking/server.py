@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+from pipelines.storage.errors import one_line
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -69,10 +71,10 @@ def where_to_look(uri: str, experiment_id: str | None = None, run_id: str | None
 
 def complaint(error: Exception) -> str:
     """What is wrong with the server, in a few words that follow its name."""
-    text = str(error).strip() or type(error).__name__
-    if cause := re.search(r"\[Errno -?\d+\] [^'\")\]]+|timed? ?out", text):
+    if cause := re.search(r"\[Errno -?\d+\] [^'\")\]]+|timed? ?out", str(error)):
         return f"is not reachable ({cause[0]})"
-    return f"refused the request ({text.splitlines()[0][:160]})"
+    first = str(error).strip().partition("\n")[0]
+    return f"refused the request ({one_line(first or type(error).__name__)})"
 
 
 def prepare() -> None:

@@ -21,6 +21,8 @@ import pipelines
 from pipelines.distributed import Context, use_threads
 from pipelines.params import TrainingParams
 from pipelines.process import OPENMP, cpu_count
+from pipelines.storage import files
+from pipelines.storage.errors import one_line
 from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
 from pipelines.training.job import Job, Result, TrainingError, best_record, is_finished, kept_records
@@ -55,7 +57,7 @@ def train(job: Job, sharing: int = 1) -> Result:
     summary = checkpoints.newest(job.directory)
     if summary is not None and is_finished(summary["history"], job.optim):
         history = summary["history"]
-        checkpoints.write_json(job.directory, "history.json", history)  # a kill may have come before the last epoch's
+        files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
         report(job, history)
     else:
         history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
@@ -148,8 +150,8 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     except TrainingFailedError as error:
         last = str(error).strip().splitlines()[-1]
         lost = f"the workers failed more than {training.max_failures} times: {last}"
-    final = checkpoints.read_json(config["failure"], "failure.json")
-    checkpoints.remove(config["failure"])
+    final = files.read_json(f"{config['failure']}/failure.json")
+    files.remove(config["failure"])
     if final or lost:
         raise TrainingError(final or lost)
     return value
@@ -180,7 +182,7 @@ def _work(config: dict[str, Any]) -> Any:
     use_threads(context.get_local_world_size())
     if context.get_world_rank() == 0:
         _show_log()
-    if checkpoints.read_json(config["failure"], "failure.json") is not None:
+    if files.read_json(f"{config['failure']}/failure.json") is not None:
         return None
     device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
     here = Context(
@@ -198,7 +200,7 @@ def _work(config: dict[str, Any]) -> Any:
         message = str(error) if known else f"{type(error).__name__}: {error}"
         if not known:
             traceback.print_exc()
-        checkpoints.write_json(config["failure"], "failure.json", message)
+        files.write_json(f"{config['failure']}/failure.json", message)
         if here.world_size == 1:
             return None
         raise
@@ -258,7 +260,7 @@ def _connect(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
         ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {' '.join(str(error).split())[:300]}") from None
+        raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {one_line(error)}") from None
 
 
 def _check_gpus(training: TrainingParams) -> None:

@@ -27,6 +27,8 @@ from pipelines.distributed import (
 )
 from pipelines.params import TrainingParams
 from pipelines.progress import EpochProgress, epoch_line
+from pipelines.storage import files
+from pipelines.storage.errors import one_line
 from pipelines.training import checkpoints
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
 from pipelines.training.objective import build_objective, memory_format
@@ -282,7 +284,7 @@ def compiler_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        cause = " ".join(str(error).partition("\n\n")[0].split())
+        cause = one_line(str(error).partition("\n\n")[0])
         raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
 
 
@@ -331,7 +333,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     if context.rank == 0:
         print(epoch_line(run.epoch, job.optim.epochs, metrics), flush=True)
         with full_disk_in_one_line(run):
-            checkpoints.write_json(job.directory, "history.json", run.history)
+            files.write_json(f"{job.directory}/history.json", run.history)
             report(job, run.history)
     if context.report is not None:
         context.report({"epoch": run.epoch, "step": run.step, **metrics})
@@ -369,7 +371,7 @@ def report(job: Job, history: list[EpochRecord]) -> None:
     """Offers `job.on_epoch` each record that it has not taken yet, in order."""
     if job.on_epoch is None:
         return
-    before = checkpoints.read_json(job.directory, "reported.json") or {}
+    before = files.read_json(f"{job.directory}/reported.json") or {}
     taken = before.get("records", 0) if before.get("key") == job.report_key else 0
     for record in history[taken:]:
         try:
@@ -378,4 +380,4 @@ def report(job: Job, history: list[EpochRecord]) -> None:
             print(f"epoch {record['epoch']} was not reported ({type(error).__name__}: {error}); kept for later")
             break
         taken += 1
-        checkpoints.write_json(job.directory, "reported.json", {"key": job.report_key, "records": taken})
+        files.write_json(f"{job.directory}/reported.json", {"key": job.report_key, "records": taken})

@@ -18,11 +18,12 @@ from typing import Any, TypedDict
 
 from pipelines import models
 from pipelines.data.shards.manifest import MANIFEST
+from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.data.shards.stored_explanations import INDEX
 from pipelines.models.store import CONFIG, WEIGHTS
-from pipelines.storage.publish import fetch, publish, publish_explanations, publish_shards
-from pipelines.storage.retry import StorageError
-from pipelines.training import checkpoints
+from pipelines.storage import files
+from pipelines.storage.errors import StorageError
+from pipelines.storage.publish import publish, pull
 from pipelines.workflow.places import STORED_EXPLANATIONS
 
 PLACE = "SUBMITTED_PLACE"  # environment variable: the place of the submitted job that a stage is part of
@@ -62,7 +63,7 @@ def publish_input(path: str, storage: str) -> Input:
 
 def write_order(place: str, order: Order) -> None:
     """Writes `order.json`; inputs without files are left out."""
-    checkpoints.write_json(place, "order.json", {**order, "inputs": [item for item in order["inputs"] if item["names"]]})
+    files.write_json(f"{place}/order.json", {**order, "inputs": [item for item in order["inputs"] if item["names"]]})
 
 
 def pull_inputs(place: str, folder: Path) -> Order:
@@ -71,25 +72,24 @@ def pull_inputs(place: str, folder: Path) -> Order:
     Raises:
         StorageError: there is no order.
     """
-    order: Order | None = checkpoints.read_json(place, "order.json")
+    order: Order | None = files.read_json(f"{place}/order.json")
     if order is None:
         raise StorageError(f"{place}: no order.json: nothing was submitted there")
     for item in order["inputs"]:
-        fetch(item["url"], folder / item["folder"], item["names"])
+        pull(item["url"], folder / item["folder"], item["names"])
     return order
 
 
 def deliver(place: str, outputs: Iterable[str]) -> None:
     """Publishes files and folders of the working directory as the outputs of the job at `place`."""
-    files = [path.as_posix() for output in outputs for path in _files_in(Path(output))]
-    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", files)
-    checkpoints.write_json(place, "result.json", {"outputs": url, "files": [file_record(Path(name)) for name in files]})
+    names = [path.as_posix() for output in outputs for path in _files_in(Path(output))]
+    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", names)
+    files.write_json(f"{place}/result.json", {"outputs": url, "files": [file_record(Path(name)) for name in names]})
 
 
 def file_record(path: Path) -> dict[str, Any]:
     """Name, bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": files.file_digest(path)}
 
 
 def _files_in(path: Path) -> list[Path]:

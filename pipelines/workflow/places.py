@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines import models, tracking
+from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, Params
-from pipelines.storage.publish import publish, publish_explanations, publish_shards
+from pipelines.storage.files import file_digest
+from pipelines.storage.publish import publish
 
 REPORTS = Path("reports")
 STORED_EXPLANATIONS = Path("data/explanations")
@@ -59,8 +60,7 @@ def absolute_weights(model: ModelParams) -> ModelParams:
     """`model` with the absolute path and sha256 of a local weights file, because workers may run in another folder."""
     if not Path(model.weights).is_file():
         return model
-    with open(model.weights, "rb") as file:
-        digest = model.sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+    digest = model.sha256 or file_digest(model.weights)
     return model.model_copy(update={"weights": os.path.abspath(model.weights), "sha256": digest})
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pipelines.storage.files import write_json
 from pipelines.training import Result
 from pipelines.workflow.places import REPORTS
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, keys in the order given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, float]:

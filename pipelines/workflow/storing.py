@@ -12,8 +12,9 @@ from pipelines.methods import check_pair
 from pipelines.methods.stored_explanations import store_explanations
 from pipelines.models import read_spec
 from pipelines.params import Params, keyed
-from pipelines.storage.publish import fetch
-from pipelines.training import checkpoints, launch
+from pipelines.storage import files
+from pipelines.storage.publish import pull
+from pipelines.training import launch
 from pipelines.workflow.places import is_shared, model_folder, model_for_all, shards_for_all, shards_of
 from pipelines.workflow.tasks import explanations_origin, student_spec
 
@@ -30,7 +31,7 @@ def store(params: Params, out: Path) -> None:
     arguments = (model_for_all(params, teacher), shards, params.data, explanations_origin(params), place, subset)
     count = launch(store_explanations, *arguments, training=params.training, storage=params.storage.root)
     if shared:
-        fetch(place, out, (*(shard["name"] for shard in read_index(place)["shards"]), INDEX))
-        checkpoints.remove(place)
+        pull(place, out, (*(shard["name"] for shard in read_index(place)["shards"]), INDEX))
+        files.remove(place)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{count} explanations stored, {size / 2**20:.1f} MiB in all")

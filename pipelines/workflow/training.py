@@ -11,11 +11,12 @@ from typing import Any
 from pipelines import models, tracking
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.params import Params, ParamsError, keyed
+from pipelines.storage import files
 from pipelines.storage.paths import absolute, run_directory
 from pipelines.training import Result, checkpoints, train
 from pipelines.workflow import identity
 from pipelines.workflow.places import shards_of
-from pipelines.workflow.reports import report_training, write_json
+from pipelines.workflow.reports import report_training
 from pipelines.workflow.tasks import Task
 
 UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the tracked run that goes on with them
@@ -51,15 +52,15 @@ def stage_run(
         params=params.model_dump(mode="json"),
         directory=directory,
         inputs={"shards": shards, **{path.name: str(path) for path in upstream}},
-        key=checkpoints.read_json(directory, UNFINISHED) if outlives else None,
+        key=files.read_json(f"{directory}/{UNFINISHED}") if outlives else None,
     ) as run:
         if outlives:
-            checkpoints.write_json(directory, UNFINISHED, run.key)
+            files.write_json(f"{directory}/{UNFINISHED}", run.key)
         run.dataset(manifest.to_json(), name=params.dataset, context=context)
         yield run, directory
     if outlives:
         try:
-            checkpoints.write_json(directory, UNFINISHED, None)
+            files.write_json(f"{directory}/{UNFINISHED}", None)
         except OSError as error:  # the stage is done
             told = "run again, the stage would go on with this MLflow run"
             print(f"{directory}/{UNFINISHED} stays: {error}; {told}", file=sys.stderr)
@@ -75,7 +76,7 @@ def train_stage(task: Task) -> None:
         save_best(task, result, folder)
         report_training(name, result, task.optim.objectives)
         for file, content in task.all_notes().items():
-            write_json(folder / file, content)
+            files.write_json(folder / file, content)
             run.artifact(folder / file, "model")
         run.history(result.history)
         run.model(folder)

@@ -22,10 +22,11 @@ from pipelines.evaluation.pictures import draw_front
 from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
 from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
+from pipelines.storage.files import write_json
 from pipelines.training import EpochRecord, Result, launch, train
 from pipelines.workflow.orders import enter_inputs
 from pipelines.workflow.places import REPORTS, shards_for_all
-from pipelines.workflow.reports import trials_table, write_json
+from pipelines.workflow.reports import trials_table
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 

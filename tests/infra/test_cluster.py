@@ -22,8 +22,8 @@ from pipelines import models, tracking
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.publish import publish_shards
 from pipelines.params import DataParams
-from pipelines.storage.publish import publish_shards
 from pipelines.training import checkpoints
 from tests.support import servers
 from tests.support.project import Project

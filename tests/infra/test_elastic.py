@@ -18,7 +18,8 @@ import torch
 
 from pipelines.data.shards.writer import write_shards
 from pipelines.params import DataParams
-from pipelines.training import EpochRecord, Job, Result, checkpoints, cluster, train
+from pipelines.storage import files
+from pipelines.training import EpochRecord, Job, Result, cluster, train
 from pipelines.training.job import shard_batches
 from tests.support import toy
 from tests.support.toy_source import ToySource, plain
@@ -147,11 +148,11 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
     elastic, _ = disturbed(nodes, tmp_path, job)
 
     assert [(record["epoch"], record["step"]) for record in elastic.history] == [(k, k * STEPS) for k in range(1, EPOCHS + 1)]
-    assert told(tmp_path / "told") == elastic.history == checkpoints.read_json(job.directory, "history.json")
+    assert told(tmp_path / "told") == elastic.history == files.read_json(f"{job.directory}/history.json")
     written = [f"step-{step:08d}" for step in range(2, EPOCHS * STEPS + 1, 2)]
-    assert sorted(checkpoints.folders(f"{job.directory}/checkpoints")) == written
+    assert sorted(files.folders(f"{job.directory}/checkpoints")) == written
     for step in written:
-        assert checkpoints.read_json(f"{job.directory}/checkpoints/{step}", "complete.json")["epoch"] == int(step[5:]) // STEPS
+        assert files.read_json(f"{job.directory}/checkpoints/{step}/complete.json")["epoch"] == int(step[5:]) // STEPS
 
     # The toy's batches are dealt out in turn: each step has the same samples, however many workers share them, and only the
     # order of summation differs.

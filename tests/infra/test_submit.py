@@ -14,14 +14,15 @@ import pytest
 from mlflow import MlflowClient
 
 from infra import package, submit
-from infra.job import bring
+from infra.job import pull_inputs
 from infra.project import SubmitError
 from pipelines import models
 from pipelines.data.shards.manifest import MANIFEST
 from pipelines.models import ModelSpec
 from pipelines.params import TrainingParams, load
+from pipelines.storage import files
 from pipelines.storage.publish import publish
-from pipelines.training import TrainingError, checkpoints, cluster
+from pipelines.training import TrainingError, cluster
 from pipelines.training.launch import _check_gpus, scaled
 from pipelines.workflow import trials
 from pipelines.workflow.running import Task
@@ -119,7 +120,7 @@ def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatc
     (tmp_path / "here").mkdir()
     (tmp_path / "here/manifest.json").write_text("{}")
     item = {"folder": "data/shards/a", "url": publish(tmp_path / "here", "memory://shards/a", [MANIFEST]), "names": [MANIFEST]}
-    checkpoints.write_json("memory://jobs/a", "order.json", {"stages": [], "inputs": [item], "environment": {}})
+    files.write_json("memory://jobs/a/order.json", {"stages": [], "inputs": [item], "environment": {}})
     monkeypatch.chdir(tmp_path)
     seen: list[Path] = []
     monkeypatch.setattr(trials, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
@@ -144,7 +145,7 @@ def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_t
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     place = search.place_of_inputs(params, task)
     assert place is not None
-    bring(place, tmp_path / "elsewhere")
+    pull_inputs(place, tmp_path / "elsewhere")
     assert models.digest(tmp_path / "elsewhere/models/pretrain") == models.digest(made)
 
 

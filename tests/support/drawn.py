@@ -10,13 +10,12 @@ from torch import nn
 from pipelines import models
 from pipelines.bcos import add_inverse
 from pipelines.data import sources
+from pipelines.data.drawing.scene import CLASSES
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.writer import write_shards
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, ScenesParams
-
-CLASSES = tuple(sources.scenes.CLASSES)
 
 
 def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:

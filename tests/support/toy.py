@@ -21,6 +21,7 @@ from pipelines.distributed import gather
 from pipelines.methods import E2KD
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, DistillationParams, OptimiserParams, TrainingParams
+from pipelines.storage import files
 from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
 from pipelines.training.loop import fit
 
@@ -345,7 +346,7 @@ def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[f
     """Trains each job; of each, its explanation loss in the first epoch and in the last one."""
     for job in jobs.values():
         fit(context, job)
-    histories = {name: checkpoints.read_json(job.directory, "history.json") for name, job in jobs.items()}
+    histories = {name: files.read_json(f"{job.directory}/history.json") for name, job in jobs.items()}
     return {name: tuple(row[k]["metrics"]["train/explanation"] for k in (0, -1)) for name, row in histories.items()}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines.params import OptimiserParams
+from pipelines.storage import files
 from pipelines.training import Context, EpochRecord, TrainingError, checkpoints, loop, train
 from pipelines.training.job import best_record, is_finished
 from tests.support.toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
@@ -177,15 +178,15 @@ def test_what_was_never_reported_is_reported_when_the_stage_runs_again(
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoints._write
+    write = files.write
 
-    def full(filesystem: Any, path: str, content: Any) -> None:
-        if "step-00000010" in path:
-            write(filesystem, path, bytes(content)[:100])
+    def full(place: str, content: bytes) -> None:
+        if "step-00000010" in place:
+            write(place, content[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(filesystem, path, content)
+        write(place, content)
 
-    monkeypatch.setattr(checkpoints, "_write", full)
+    monkeypatch.setattr(files, "write", full)
     with pytest.raises(TrainingError, match=r"^no space left to write the checkpoint of step 10 .* step 8 is kept"):
         train(toy_job(tmp_path / "run"))
     assert max(kept_steps(tmp_path / "run")) == 8
@@ -197,12 +198,12 @@ def test_a_write_that_fails_leaves_no_file_under_either_name(tmp_path: Path, mon
     def refuse(*paths: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.write_json(str(tmp_path), "a.json", 1)
-    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.mv", refuse)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.write_json(str(tmp_path), "a.json", 2)
+    files.write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_json(tmp_path / "a.json", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert checkpoints.read_json(str(tmp_path), "a.json") == 1
+    assert files.read_json(tmp_path / "a.json") == 1
 
 
 @pytest.mark.parametrize("url", ["memory://runs/a", "file://{}/b"])
@@ -212,7 +213,7 @@ def test_a_run_lives_on_any_storage(tmp_path: Path, url: str) -> None:
     place = url.format(tmp_path)
     remote = train(type(job)(**{**vars(job), "directory": place}))
     assert identical(weights(whole), weights(remote))
-    assert checkpoints.read_json(place, "history.json") == remote.history
+    assert files.read_json(f"{place}/history.json") == remote.history
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_the_worker_counts_that_fail(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ten textures behind the objects of `scenes`: each maps pixel coordinates to the mix of two colours.
+"""The ten textures behind the objects of `scenes`: pixel coordinates -> the mix of two colours.
 
 Elementwise IEEE arithmetic alone, for the same bits on every machine.
 """
@@ -110,7 +110,7 @@ BACKGROUNDS: dict[str, Callable[[Plane, Plane, float, Generator], Plane]] = {
 
 
 def texture(group: int, size: int, rng: Generator) -> Plane:
-    """The mix in [0, 1] of two colours at each pixel, (size, size), of background `group`, freely turned and scaled."""
+    """The mix in [0, 1] of two colours, (size, size), of background `group`, freely turned and scaled."""
     centred = np.arange(size) + 0.5 - size / 2.0
     x, y = centred[None, :], centred[:, None]
     cos, sin = direction(rng.random())

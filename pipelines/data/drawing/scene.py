@@ -101,7 +101,7 @@ def _generator(seed: int, split: Split, *rest: int) -> Generator:
 
 
 def _labels(params: ScenesParams, split: Split, index: int, rng: Generator) -> list[int]:
-    """A class an object. The first ones of ten images in a row are all different, so that splits are balanced."""
+    """A class per object. Ten images in a row have ten different first classes, so splits are balanced."""
     block, position = divmod(index, len(CLASSES))
     shuffled = _generator(params.seed, split, block, len(CLASSES)).permutation(len(CLASSES))
     least, most = params.objects_per_image

@@ -1,24 +1,23 @@
-"""Folders, tars, tar.gz and zips as lists of files with random access: `list_folder`, `list_tar`, `to_tar`, `read`, ..."""
+"""Folders, tars, tar.gz and zips as lists of files with random access."""
 
 from __future__ import annotations
 
 import gzip
 import os
 import posixpath
-import shutil
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import fsspec
 
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
+from pipelines.storage.files import staged
 
 _BLOCK = 1 << 20  # bytes
 WHOLE_FILE = -1  # the offset of a member that is a file of its own
@@ -33,9 +32,23 @@ class Member:
     size: int
 
 
+class Ref(NamedTuple):
+    """Where one sample lies: `size` bytes at `offset` of the file `name`.
+
+    The sample is the whole file if `offset` is `WHOLE_FILE`. `path` is the name of an image in its data set, if it has one.
+    """
+
+    key: str
+    name: str
+    offset: int
+    size: int
+    label: int | None = None
+    path: str = ""
+
+
 @dataclass(frozen=True)
 class Contents:
-    """What an archive holds: members and folders by their path in it, with `/` between parts."""
+    """The files and folders of an archive by their path in it, with `/` between parts."""
 
     files: dict[str, Member]
     folders: frozenset[str]
@@ -70,10 +83,10 @@ def _list_remote(root: str) -> Contents:
 
 
 def list_tar(path: Path, place: str, source: str) -> Contents:
-    """The regular files in an uncompressed tar, which references are to call `place`.
+    """The regular files in the uncompressed tar at `path`, whose members get `place` as their file.
 
     Raises:
-        DataError: it is not a tar, or not a whole one; `source` tells where it is from.
+        DataError: the file is not a tar or was cut short; the error names `source`.
     """
     files, folders = {}, set()
     try:
@@ -112,20 +125,17 @@ def to_tar(path: Path, destination: Path, progress: bool) -> None:
     Raises:
         DataError: the archive is damaged, cut short or encrypted.
     """
-    partial = destination.with_name(destination.name + ".part")
     with path.open("rb") as file:
         unpack = _gunzip if file.read(2) == b"\x1f\x8b" else _zip_to_tar
-    try:
-        with partial.open("wb") as output:
+    with staged(destination) as unpacked, unpacked.open("wb") as output:
+        try:
             unpack(path, output, progress)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
-        partial.unlink()
-        raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
-    os.replace(partial, destination)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
+            raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
 
 
 def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes what a gzip file holds."""
+    """Writes the content of a gzip file."""
     done, size = 0, path.stat().st_size
     with (
         path.open("rb") as packed,
@@ -159,7 +169,7 @@ def read(raw: Path, ref: Ref) -> bytes:
     """The bytes of one member; its place is relative to `raw`, absolute, or an fsspec URL.
 
     Raises:
-        DataError: it is gone, or has not the size it had when it was listed.
+        DataError: the file is gone, or the member no longer has the size that was listed.
     """
     start = max(ref.offset, 0)
     try:
@@ -175,12 +185,12 @@ def read(raw: Path, ref: Ref) -> bytes:
 
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
-    """The bytes of the file that `contents` has at `path`; raises `DataError`, naming `source`, where it has none."""
-    return read(raw, located(contents, path, path, source))
+    """The bytes of the file `path` of `contents`; raises `DataError`, which names `source`, if it is missing."""
+    return read(raw, reference_to(contents, path, path, source))
 
 
-def located(contents: Contents, path: str, key: str, source: str) -> Ref:
-    """A reference, called `key`, to the file that `contents` has at `path`; raises `DataError` where it has none."""
+def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
+    """A reference, called `key`, to the file `path` of `contents`; raises `DataError` if it is missing."""
     member = contents.files.get(path)
     if member is None:
         raise DataError(f"{source}: {path} is missing")
@@ -188,10 +198,10 @@ def located(contents: Contents, path: str, key: str, source: str) -> Ref:
 
 
 def folder_with(contents: Contents, marker: str, source: str) -> str:
-    """The folder, `""` or ending in `/`, in which the file `marker` lies: the one nearest to the top, the first by name.
+    """The folder of the file `marker`, `""` or ending in `/`: the highest one, then the first by name.
 
     Raises:
-        DataError: there is no such file; names what there is.
+        DataError: there is no such file; the error names the top folders.
     """
     names = [name for name in visible(contents.files) if f"/{name}".endswith(f"/{marker}")]
     if not names:
@@ -200,13 +210,6 @@ def folder_with(contents: Contents, marker: str, source: str) -> str:
     return min((name.removesuffix(marker) for name in names), key=lambda folder: (folder.count("/"), folder))
 
 
-def copy(path: Path, destination: Path) -> None:
-    """Copies a file, atomically."""
-    partial = destination.with_name(destination.name + ".part")
-    shutil.copyfile(path, partial)
-    os.replace(partial, destination)
-
-
 def visible(names: Iterable[str]) -> Iterator[str]:
-    """Those names of which no part is hidden or a by-product of an operating system."""
+    """The names without those that have a part that is hidden or a by-product of an operating system."""
     return (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))

@@ -1,4 +1,4 @@
-"""Boxes as annotation files give them, held against their images: kept, dropped and counted, or refused."""
+"""Boxes of annotation files, checked against their images: kept, dropped and counted, or refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST = 1.0  # pixels that a side must have: what is smaller holds no pixel
 Corners = tuple[float, float, float, float]
 Fault = Literal["inverted", "outside", "empty"]
 
-_EXPLAINED: dict[Fault, str] = {
+_DESCRIBED: dict[Fault, str] = {
     "inverted": "is inverted: xmin <= xmax and ymin <= ymax are needed",
     "outside": "is outside its image of {width} x {height} pixels",
     "empty": "is empty: each side must have a pixel",
@@ -23,11 +23,11 @@ _EXPLAINED: dict[Fault, str] = {
 
 
 class BoxCheck:
-    """What is done with boxes that make no sense.
+    """Checks boxes against their images: clips a small overhang, drops or refuses boxes with a fault.
 
     Args:
         on_bad_box: `raise` ends with an error, `skip` drops the box; its class stays a label of the image.
-        expected: faults that the data set is known for, and that are dropped in any case.
+        expected: faults that the data set is known for; boxes with one are dropped in any case.
 
     Attributes:
         dropped: boxes dropped so far, by fault.
@@ -40,10 +40,10 @@ class BoxCheck:
         self.clipped = 0
 
     def __call__(self, corners: Sequence[float], width: int, height: int, where: str) -> Corners | None:
-        """(xmin, ymin, xmax, ymax), half-open, within the image of width x height pixels; none where the box is dropped.
+        """The half-open corners within the image of width x height pixels; None if the box is dropped.
 
         Raises:
-            DataError: the box is inverted, outside or empty, and not to be skipped, or has no finite number; names `where`.
+            DataError: the box has a fault that is not to be skipped, or a number that is not finite; the error names `where`.
         """
         if not all(math.isfinite(value) for value in corners):
             raise DataError(f"{where}: box {list(corners)} has a number that is not finite")
@@ -54,14 +54,14 @@ class BoxCheck:
             self.clipped += clipped != tuple(corners)
             return clipped
         if fault not in self._skipped:
-            told = _EXPLAINED[fault].format(width=width, height=height)
+            told = _DESCRIBED[fault].format(width=width, height=height)
             raise DataError(f"{where}: box {list(corners)} {told}; correct it, or set on_bad_box: skip to leave it out")
         self.dropped[fault] += 1
         return None
 
 
 def _fault(corners: Sequence[float], clipped: Corners) -> Fault | None:
-    """What is wrong with a box."""
+    """The fault of a box, None if it has none."""
     xmin, ymin, xmax, ymax = corners
     if xmax < xmin or ymax < ymin:
         return "inverted"

@@ -1,4 +1,4 @@
-"""COCO's `instances_*.json`, indexed by pycocotools (Lin et al. 2014), checked, with its labels as ours."""
+"""COCO's `instances_*.json` (Lin et al. 2014), indexed by pycocotools and checked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any, Literal
 
 from pipelines.data.formats import coco_masks
+from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.boxes import BoxCheck
-from pipelines.data.raw.annotated import Annotation
 from pipelines.data.shards.sample import Box, DataError
 
 _LISTS = ("images", "annotations", "categories")
@@ -28,7 +28,7 @@ class Instances:
         """Reads `content`, the file at `path`.
 
         Raises:
-            DataError: it is not whole JSON, lacks what is needed, or an annotation is of no image or no category.
+            DataError: the content is not whole JSON, a field is missing, or an annotation is of no image or no category.
         """
         from pycocotools.coco import COCO
 
@@ -58,10 +58,10 @@ class Instances:
     def annotation(
         self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"], left_out: Counter[str]
     ) -> Annotation:
-        """What is known of one of `images`; see `Coco2014` for crowds and masks. Counts in `left_out` what is not taken.
+        """The annotation of one of `images`; adds to the counts of `left_out`. See `Coco2014` for crowds.
 
         Raises:
-            DataError: a box or a segmentation makes no sense; names the annotation.
+            DataError: a box or a segmentation makes no sense; the error names the annotation.
         """
         width, height = image["width"], image["height"]
         labels: set[int] = set()
@@ -96,7 +96,7 @@ class Instances:
 
 
 def _image(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is needed of an image's entry."""
+    """The fields of an image's entry that are used."""
     return {
         "id": entry["id"],
         "file_name": str(entry["file_name"]),
@@ -106,7 +106,7 @@ def _image(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _corners(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    """(xmin, ymin, xmax, ymax) of COCO's [x, y, width, height], whose pixels count from 0 and are half-open as ours are."""
+    """Half-open corners, counted from 0, of COCO's box [x, y, width, height]."""
     try:
         x, y, width, height = (float(value) for value in entry["bbox"])
     except (KeyError, TypeError, ValueError):

@@ -15,10 +15,10 @@ _FARTHEST = 10  # sides of the image that a polygon may reach to: pycocotools dr
 
 
 def encode(segmentation: Any, height: int, width: int, where: str) -> str | None:
-    """The compressed run lengths of a segmentation; none where there is none, or no polygon of it has three corners.
+    """The compressed run lengths of a segmentation; None if it is empty or no polygon has three corners.
 
     Raises:
-        DataError: it is neither polygons nor run lengths of an image of height x width; names `where`.
+        DataError: the segmentation is neither polygons nor run lengths of height x width pixels; the error names `where`.
     """
     from pycocotools import mask
 
@@ -38,7 +38,7 @@ def encode(segmentation: Any, height: int, width: int, where: str) -> str | None
 
 
 def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> str:
-    """Run lengths, plain or compressed, as compressed ones; raises `ValueError` where they do not fill the image."""
+    """Compressed run lengths of plain or compressed ones; raises `ValueError` unless they fill the image."""
     from pycocotools import mask
 
     counts = segmentation["counts"]
@@ -52,7 +52,11 @@ def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> str:
 
 
 def _decompressed(counts: str) -> list[int]:
-    """The runs in a compressed string: five bits a character from the lowest on, a sign, differences to the last but one."""
+    """The runs in a compressed string.
+
+    A character holds five bits, the lowest first, the last one with a sign. From the third run on, the difference to the last
+    but one is stored.
+    """
     runs: list[int] = []
     value, shift = 0, 0
     for character in counts:
@@ -69,7 +73,7 @@ def _decompressed(counts: str) -> list[int]:
 
 
 def draw(shapes: Sequence[str], height: int, width: int) -> bytes:
-    """The PNG of instance ids of run lengths: i for `shapes[i - 1]`; where several lie, the smallest one's."""
+    """The PNG of instance ids of run lengths: i for `shapes[i - 1]`, the smallest shape on top."""
     from pycocotools import mask
 
     decoded = [mask.decode({"size": [height, width], "counts": counts.encode("ascii")}).astype(bool) for counts in shapes]

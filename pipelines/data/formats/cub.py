@@ -17,16 +17,16 @@ ARCHIVES = {
 
 
 def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str, Corners], str]:
-    """(xmin, ymin, xmax, ymax) by image name, as in `species/file.jpg`, and the checksum of where they are from.
+    """Corners of boxes by image name, such as `species/file.jpg`, and the checksum of their files.
 
     CUB gives x, y, width and height "in pixels" and no more. Boxes at x = 0 exist, and of the 5,794 boxes of its test split none
     has x + width above the image's last pixel: they are read as counted from 0 and half-open, [x, x + width), as the code
-    published with Waterbirds-100 does. They are not yet held against their images.
+    published with Waterbirds-100 does. They are not yet checked against their images.
 
     Args:
-        root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`; none: the official
-            archive is downloaded to `cache`.
-        cache: where archives are kept and unpacked, as nothing but the boxes is wanted of them.
+        root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`; if None, the
+            official archive is downloaded to `cache`.
+        cache: where archives are kept and unpacked; only the boxes are used.
         progress: whether to show progress bars.
 
     Raises:
@@ -52,7 +52,7 @@ def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str,
 
 
 def _cells(contents: Contents, path: str, count: int, folder: Path, source: str) -> Iterator[list[str]]:
-    """The `count` cells of each line of a text file; raises `DataError` where a line has not so many."""
+    """The `count` cells of each line of a text file; raises `DataError` if a line has more or fewer."""
     for line in archive.read_file(folder, contents, path, source).decode(errors="replace").splitlines():
         cells = line.split()
         if len(cells) != count:

@@ -1,15 +1,13 @@
-"""Downloads that go on where they were cut off, and are never taken for whole before they are.
+"""Downloads that resume where they were cut off.
 
-What has arrived lies in `<destination>.part`; beside it `<destination>.part.json` tells which version of the file it
-is part of. The final name appears by rename, after length and digest are right.
+The bytes that have arrived lie in `<destination>.part`; beside them `<destination>.part.json` names the version of the remote
+file. The final name appears by rename, after length and digest are right.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import io
-import json
 import os
 import time
 import urllib.error
@@ -20,9 +18,9 @@ from typing import Any
 
 import fsspec
 
-from pipelines.data.raw.listing import write_atomically
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
+from pipelines.storage.files import file_digest, read_json, write_json
 
 _BLOCK = 1 << 18  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
@@ -41,7 +39,7 @@ class _Stream:
 def download(
     url: str, destination: Path, *, digest: str | None = None, progress: bool = True, attempts: int = 5, pause: float = 1.0
 ) -> None:
-    """Brings the file at `url` (http, https or any fsspec URL) to `destination`, resuming what an earlier call left.
+    """Downloads the file at `url` (http, https or any fsspec URL); resumes an earlier call.
 
     Args:
         url: what to download.
@@ -52,8 +50,8 @@ def download(
         pause: seconds before trying again, doubled each time.
 
     Raises:
-        DataError: the file cannot be had, ends early, or has another digest. What has arrived of a file that ended
-            early is kept for the next call.
+        DataError: the file cannot be read, ends early, or has another digest. The bytes of a file that ended early are kept
+            for the next call.
     """
     if destination.exists() and (digest is None or _digest_of(destination, digest) == digest):
         return
@@ -79,13 +77,13 @@ def download(
 
 
 def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
-    """Adds to `partial` what the connection gives; returns whether the file is then complete.
+    """Appends the bytes of the connection to `partial`; returns whether the file is then complete.
 
-    Without a version from the server or a digest (`trusted`) to check the whole, what is there could belong to
-    another file: then it starts anew.
+    Without a version from the server or a digest (`trusted`) to check the whole, the bytes in `partial` could belong to
+    another file: the download then starts anew.
     """
     note = partial.with_name(partial.name + ".json")
-    known = json.loads(note.read_text()) if note.exists() and partial.exists() else {}
+    known = (read_json(note) if partial.exists() else None) or {}
     version = known.get("version") if known.get("url") == url else None
     resumable = known.get("url") == url and (version is not None or trusted)
     stream = _open(url, _size(partial) if resumable else 0, version)
@@ -93,7 +91,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
         if stream.total is None and not trusted:
             raise DataError(f"{url}: the server does not tell the length: give a sha256 so that the end can be known")
         with partial.open("r+b" if stream.offset else "wb") as file:
-            write_atomically(note, json.dumps({"url": url, "version": stream.version}))
+            write_json(note, {"url": url, "version": stream.version})
             file.truncate(stream.offset)
             file.seek(stream.offset)
             with bar("downloading", stream.total, unit="bytes", done=stream.offset, show=progress) as advance:
@@ -104,7 +102,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
 
 
 def _read(reader: Any) -> bytes:
-    """The next bytes; none at the end, or where the connection broke: the length tells which it was."""
+    """The next bytes; empty at the end or if the connection broke, which the file's length tells apart."""
     try:
         content: bytes = reader.read(_BLOCK)
     except http.client.IncompleteRead as error:
@@ -115,7 +113,7 @@ def _read(reader: Any) -> bytes:
 
 
 def _open(url: str, offset: int, version: str | None) -> _Stream:
-    """The remote file from byte `offset` on if it is still the `version` known, else from its start."""
+    """The remote file from byte `offset` on if it still has the known `version`, else from its start."""
     if url.startswith(("http://", "https://")):
         return _open_http(url, offset, version)
     filesystem, path = fsspec.core.url_to_fs(url)
@@ -131,7 +129,7 @@ def _open(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _open_http(url: str, offset: int, version: str | None) -> _Stream:
-    """An HTTP response, by range request (RFC 9110, section 14) where `offset` is not 0."""
+    """An HTTP response, of a range request (RFC 9110, section 14) if `offset` is not 0."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "bcos-pipelines"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -158,7 +156,7 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> None:
-    """Gives a complete download its final name, if its digest is right; else removes it."""
+    """Renames a complete download to its final name if its digest is right; deletes it otherwise."""
     found = None if digest is None else _digest_of(partial, digest)
     if found != digest:
         partial.unlink()
@@ -170,8 +168,7 @@ def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> N
 def _digest_of(path: Path, like: str) -> str:
     """The digest of a file, by the algorithm that `like` names before its colon."""
     algorithm = like.partition(":")[0]
-    with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+    return f"{algorithm}:{file_digest(path, algorithm)}"
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""What Pillow tells of an encoded image without torch, so that processes that only write shards need not load it."""
+"""Encoded images as Pillow reads them, without torch: their size, and the instance ids of masks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.shards.sample import DataError
+from pipelines.storage.errors import one_line
 
 MASK_MODES = ("1", "L", "P", "I;16", "I")
 
 
 class DecodeError(DataError):
-    """An image that does not decode: the one error that `on_error: skip` passes over."""
+    """An image that does not decode: the one error that `on_error: skip` ignores."""
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -25,7 +26,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     try:
         width, height = Image.open(io.BytesIO(encoded)).size
     except Exception as error:  # decoders meet corrupt bytes with errors of any type
-        raise DecodeError(one_line(error)) from None
+        raise decode_error(error) from None
     return height, width
 
 
@@ -40,12 +41,11 @@ def mask_ids(encoded: bytes) -> np.ndarray:
         if image.mode in MASK_MODES:
             return np.array(image).astype(np.int64)
     except Exception as error:  # as above
-        raise DecodeError(f"mask: {one_line(error)}") from None
+        raise DecodeError(f"mask: {decode_error(error)}") from None
     raise DecodeError(f"mask: mode {image.mode}; instance ids are grey, of 8 or 16 bits")
 
 
-def one_line(error: Exception) -> str:
-    """What `error` says, in one line without the addresses of objects."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image in a known format"
-    return " ".join(str(error).split()) or type(error).__name__
+def decode_error(error: Exception) -> DecodeError:
+    """An error of a decoder as a `DecodeError` of one line, without the addresses of objects."""
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    return DecodeError("not an image in a known format" if unknown else one_line(error))

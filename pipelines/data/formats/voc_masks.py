@@ -12,27 +12,27 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.data.formats import archive
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.encoded_image import DecodeError, mask_ids
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.voc_xml import VocAnnotation
-from pipelines.data.raw.annotated import Annotation
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError
 
 VOID = 255
 
 
 def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -> dict[str, object] | None:
-    """What `draw` needs for the segmentation at `ref`; none where its ids are not those of the annotation's objects.
+    """The JSON value from which `draw` draws the mask; None if ids are not those of the objects.
 
-    They are taken to be where the sizes agree, no id is above the number of objects, and every object that is seen has
-    most of its pixels in its box.
+    The segmentation's ids are those of the annotated objects if the sizes agree, no id is above the number of objects, and every
+    object that is seen has most of its pixels in its box.
 
     Args:
         raw: the folder that `ref` is relative to.
         ref: the segmentation.
         annotation: of the same image.
-        kept: of each object, whether it has become a box of the sample.
+        kept: for each object, whether it is a box of the sample.
 
     Raises:
         DataError: the segmentation is gone or does not decode.
@@ -52,7 +52,7 @@ def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -
 
 
 def draw(raw: Path, annotation: Annotation) -> bytes:
-    """The PNG of instance ids that `plan` settled; objects that are no boxes, and void borders, are background."""
+    """The PNG of instance ids; objects without a box and void borders are background. See `plan`."""
     table = np.zeros(VOID + 1, np.uint8)
     numbers = annotation.mask["numbers"]
     table[1 : 1 + len(numbers)] = numbers

@@ -34,7 +34,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class VocObject:
-    """One object; `corners` is (xmin, ymin, xmax, ymax), 0-based and half-open, not yet held against the image."""
+    """One object; `corners` are 0-based and half-open, and not yet checked against the image."""
 
     label: int
     corners: Corners
@@ -43,7 +43,7 @@ class VocObject:
 
 @dataclass(frozen=True)
 class VocAnnotation:
-    """The size of an image in pixels, and its objects in the file's order, which is that of ids in segmentations."""
+    """The size of an image in pixels, and its objects in the order of their ids in segmentations."""
 
     width: int
     height: int
@@ -51,12 +51,12 @@ class VocAnnotation:
 
 
 def parse(content: bytes, path: str) -> VocAnnotation:
-    """What an annotation file says.
+    """The content of an annotation file.
 
     VOC counts pixels from 1 and names the last one within the box: `xmin - 1` and `xmax` are the half-open box.
 
     Raises:
-        DataError: the XML is not whole, lacks what is needed, or names a class that VOC has not; names `path`.
+        DataError: the XML is cut short, a field is missing, or the class is not one of VOC's; the error names `path`.
     """
     try:
         root = ElementTree.fromstring(content)
@@ -67,7 +67,7 @@ def parse(content: bytes, path: str) -> VocAnnotation:
 
 
 def _object(element: ElementTree.Element, path: str) -> VocObject:
-    """One `<object>`. Its parts, such as hands, have boxes of their own and are passed over."""
+    """One `<object>`. Its parts, such as hands, have boxes of their own, which are ignored."""
     name = _text(element, "name", path)
     if name not in CLASSES:
         raise DataError(f"{path}: class {name!r} is not one of VOC's: {', '.join(CLASSES)}")

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_with_torchvision
 
-from pipelines.data.formats.encoded_image import DecodeError, mask_ids, one_line
+from pipelines.data.formats.encoded_image import DecodeError, decode_error, mask_ids
 
 __all__ = ["DecodeError", "decode_image", "decode_mask"]
 
@@ -43,7 +43,7 @@ def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
     except DecodeError:
         raise
     except Exception as error:  # decoders meet corrupt bytes with errors of any type
-        raise DecodeError(one_line(error)) from None
+        raise decode_error(error) from None
 
 
 def decode_mask(encoded: bytes) -> torch.Tensor:

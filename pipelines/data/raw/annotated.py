@@ -1,4 +1,4 @@
-"""Images with boxes: how the sources that read annotation files leave them in `raw`, and load them again.
+"""Images with boxes: how sources that read annotation files write them to `raw`, and read them again.
 
 `<split>.annotations.jsonl` has one line an image, checked and in the project's own pixels; the index says where each line
 and each image lies, so that no process that writes shards parses the original annotations again.
@@ -8,48 +8,36 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipelines.data.formats import archive
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.encoded_image import image_size
 from pipelines.data.raw import images, listing
 from pipelines.data.raw.holdout import shuffled
-from pipelines.data.raw.listing import Ref
-from pipelines.data.shards.sample import Box, DataError, Description, Sample
+from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import DatasetParams
+from pipelines.storage.files import combined_sha256, file_digest, staged
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """What is known of one image. `mask` is whatever, in JSON, the source draws the sample's mask from."""
-
-    width: int  # stored pixels
-    height: int
-    boxes: tuple[Box, ...] = ()
-    label: int | None = None
-    labels: tuple[int, ...] | None = None
-    group: int | None = None
-    mask: Any = None
-
-
 class AnnotatedRef(NamedTuple):
-    """Where an image and its annotation lie."""
+    """References to an image and its annotation."""
 
     image: Ref
     annotation: Ref
 
 
 class AnnotatedImages:
-    """How images with boxes are read once they are fetched."""
+    """Reads the images with boxes that `write_split` has written."""
 
     params: DatasetParams
 
@@ -66,7 +54,7 @@ class AnnotatedImages:
         """The sample at `reference`.
 
         Raises:
-            DataError: a file is gone or changed, or has boxes and is not of the size that they were drawn on.
+            DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
         """
         annotation = _parse(archive.read(raw, reference.annotation))
         sample = images.load_image(raw, reference.image)
@@ -87,33 +75,31 @@ class AnnotatedImages:
         )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, where the source has masks and this image has one."""
+        """The PNG of instance ids; None if the source has no mask of this image."""
         return None
 
 
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
-    """Leaves the images and annotations of one split in `raw`, in their order, one at a time; returns how many they are."""
+    """Writes the index and annotations of one split to `raw`, in their order; returns their number."""
     path = annotations_path(raw, split)
-    partial = path.with_name(path.name + ".part")
     refs = []
-    with partial.open("wb") as file:
+    with staged(path) as unfinished, unfinished.open("wb") as file:
         for image, annotation in samples:
             line = (json.dumps(asdict(annotation), separators=(",", ":")) + "\n").encode()
             refs.append(AnnotatedRef(image, Ref(image.key, path.name, file.tell(), len(line))))
             file.write(line)
-    os.replace(partial, path)
-    listing.write_index(raw, split, refs)
+    listing.write_references(raw, split, refs)
     return len(refs)
 
 
 def write_description(raw: Path, description: Description, check: BoxCheck, others: Mapping[str, int] | None = None) -> None:
-    """Leaves the manifest of the splits in `raw`; says there, and in the log, how much was left out of what.
+    """Writes the manifest of the splits to `raw`, with the numbers of things left out, and logs these.
 
     Args:
-        raw: has every split, left by `write_split`.
-        description: of the data set. The checksum that is left covers the annotations, as they were read, too.
-        check: that all boxes went through.
-        others: what else was left out, by what it is.
+        raw: has every split, as `write_split` wrote it.
+        description: of the data set; the manifest's checksum covers the annotations as well.
+        check: the one that all boxes went through.
+        others: numbers of other things left out, by their name.
 
     Raises:
         DataError: a split has no image.
@@ -126,9 +112,9 @@ def write_description(raw: Path, description: Description, check: BoxCheck, othe
     if left_out:
         told = ", ".join(f"{count} {what}" for what, count in left_out.items())
         log.warning("%s: left out: %s", description.source, told)
-    sums = {split: listing.sha256_of(annotations_path(raw, split)) for split in SPLITS}
-    checksum = listing.combined_sha256({"files": description.checksum, **sums})
-    listing.write_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
+    sums = {split: file_digest(annotations_path(raw, split)) for split in SPLITS}
+    checksum = combined_sha256({"files": description.checksum, **sums})
+    listing.write_raw_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
 
 
 def annotations_path(raw: Path, split: str) -> Path:
@@ -137,7 +123,7 @@ def annotations_path(raw: Path, split: str) -> Path:
 
 
 def _parse(line: bytes) -> Annotation:
-    """The annotation that `write_split` left."""
+    """The annotation in a line that `write_split` wrote."""
     content = json.loads(line)
     boxes = tuple((int(label), *corners) for label, *corners in content.pop("boxes"))
     labels = content.pop("labels")

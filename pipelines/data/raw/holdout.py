@@ -1,4 +1,4 @@
-"""What a seed settles of a training set: the validation split that is held out of it, and the order of the rest."""
+"""The validation split held out of a training set, and the order of the rest, both drawn by a seed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def shuffled(items: Sequence[T], seed: int) -> list[T]:
 
 
 def held_out(labels: Sequence[int], count: int, seed: int) -> set[int]:
-    """Positions of `count` samples, drawn by `seed`, that have each class in its share of `labels`.
+    """Positions of `count` samples drawn by `seed`, stratified: each class has its share of `labels`.
 
-    What rounding leaves over goes to the classes with the largest remainders, the lower label first.
+    Samples left over by rounding go to the classes with the largest remainders, the lower label first.
 
     Raises:
-        DataError: a class would have nothing left to train on.
+        DataError: a class would have no training sample left.
     """
     values = np.asarray(labels, dtype=np.int64)
     if count >= len(values):

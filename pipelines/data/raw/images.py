@@ -1,4 +1,4 @@
-"""From the files of an archive to classes, splits and samples: what the image-folder data sets have in common."""
+"""The images of an archive: by class, as references with unique keys, and read as samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from pipelines.data.formats import archive
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.raw.holdout import held_out
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Sample
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ Classes = dict[str, list[str]]  # class -> paths of its images in the archive
 
 
 def classes_of(contents: Contents, folder: str, where: str) -> Classes:
-    """The images below `folder/<class>/`, by class, sorted; none where there is no such folder.
+    """The images below `folder/<class>/`, by class, sorted; empty if there is no such folder.
 
     Raises:
         DataError: a class folder is empty, or images lie outside of class folders.
@@ -65,7 +64,7 @@ def classes_of(contents: Contents, folder: str, where: str) -> Classes:
 
 
 def references(contents: Contents, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
-    """A reference for each image, class by class in label order, with keys that are unique and safe in file names."""
+    """A reference for each image, class by class in label order, with unique keys safe in file names."""
     listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
     keys = unique_keys({path: f"{name}_{_stem(path, name)}" for path, name, _ in listed})
     refs = []
@@ -86,7 +85,7 @@ def unlabelled(contents: Contents, folder: str) -> list[Ref]:
 
 
 def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Keys of images by their path, after the names wanted for them: safe in file names, and told apart by their path."""
+    """Keys by path: `names` made safe in file names, with a hash of the path where two would be equal."""
     safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
     taken = Counter(safe.values())
     return {
@@ -106,10 +105,10 @@ def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[R
 
 
 def load_image(raw: Path, ref: Ref) -> Sample:
-    """The sample at `ref`: bytes of JPEG, PNG and WebP as they are, other formats as the PNG of their pixels.
+    """The sample at `ref`: the bytes of JPEG, PNG and WebP, the PNG of the pixels of other formats.
 
     Raises:
-        DataError: the file is gone or changed; or it is of another format and does not decode.
+        DataError: the file is gone or changed, or is of another format and does not decode.
     """
     content = archive.read(raw, ref)
     suffix = posixpath.splitext(ref.path)[1].lower()
@@ -119,7 +118,7 @@ def load_image(raw: Path, ref: Ref) -> Sample:
 
 
 def _as_png(content: bytes, path: str) -> bytes:
-    """The PNG of an encoded image's first frame, pixel for pixel; upright, where EXIF says how."""
+    """The PNG of an encoded image's first frame, pixel for pixel, turned upright as EXIF says."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)

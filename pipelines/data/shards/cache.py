@@ -1,4 +1,4 @@
-"""Remote shards on this machine: whole copies in a folder of bounded size, from which those used longest ago go first.
+"""Local copies of remote shards, in a folder of bounded size; the least recently used go first.
 
 The folder is `SHARD_CACHE` (by default one in the temporary folder), its size at most `SHARD_CACHE_GB` (by default 20): both
 belong to a machine, not to a run. All processes of a machine share it. A file in it is named by its sha256.
@@ -6,7 +6,6 @@ belong to a machine, not to a run. All processes of a machine share it. A file i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import time
@@ -15,29 +14,29 @@ from functools import partial
 from pathlib import Path
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.shards.manifest import Shard, ShardError
-from pipelines.storage.retry import with_patience
+from pipelines.storage.files import file_system, staged
+from pipelines.storage.retry import is_remote, retry
 
-DOWNLOADS = 3  # of a shard that does not come as it should be
-ABANDONED = 3600.0  # seconds without a byte after which a copy that is not whole is nobody's any more
+DOWNLOADS = 3  # attempts at a shard whose copies are damaged
+ABANDONED = 3600.0  # seconds without a new byte after which an unfinished copy may be deleted
 
 
-def bring(root: str, shard: Shard) -> Path:
-    """A file on this machine with the shard's content: itself, or a copy in the cache, whose size and sha256 are right.
+def local_copy(root: str, shard: Shard) -> Path:
+    """A local file with the shard's content: the shard itself, or its checked copy in the cache.
 
     Args:
         root: folder or fsspec URL of the shard.
-        shard: as its manifest describes it.
+        shard: its line of the manifest.
 
     Raises:
-        ShardError: it is missing, cannot be read, or is not what the manifest says; names it.
+        ShardError: the shard is missing, cannot be read, or is not what the manifest says; the error names it.
     """
-    filesystem, folder = fsspec.url_to_fs(root)
+    filesystem, folder = file_system(root)
     remote = f"{folder}/{shard.name}"
     try:
-        if isinstance(filesystem, LocalFileSystem):
+        if not is_remote(root):
             os.stat(remote)
             return Path(remote)
         return cached(filesystem, remote, shard, root)
@@ -48,7 +47,7 @@ def bring(root: str, shard: Shard) -> Path:
 
 
 def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, root: str) -> Path:
-    """The shard's copy in the cache, brought there if it is not; now the one used last."""
+    """The shard's copy in the cache, downloaded if it is not there, and marked as the one used last."""
     folder = cache_folder()
     path = folder / f"{shard.sha256}.tar"
     with suppress(FileNotFoundError):
@@ -58,41 +57,31 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
             return path
     folder.mkdir(parents=True, exist_ok=True)
     make_room(folder, shard.bytes, cache_limit())
-    descriptor, name = tempfile.mkstemp(prefix=f"{shard.sha256}.", suffix=".partial", dir=folder)
-    os.close(descriptor)
-    partial_copy = Path(name)
-    try:
-        download(filesystem, remote, partial_copy, shard, root)
-        with partial_copy.open("rb") as file:
+    with staged(path) as copy:
+        download(filesystem, remote, copy, shard, root)
+        with copy.open("rb") as file:
             os.fsync(file.fileno())
-        partial_copy.replace(path)
-    finally:
-        partial_copy.unlink(missing_ok=True)
     return path
 
 
 def download(filesystem: fsspec.AbstractFileSystem, remote: str, path: Path, shard: Shard, root: str) -> None:
-    """Copies a shard to `path` and checks it, some times if need be; raises `ShardError` where it is another one."""
-    for _ in range(DOWNLOADS):
-        with_patience(partial(filesystem.get_file, remote, str(path)), root)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if (size, sha256) == (shard.bytes, shard.sha256):
-            return
-    if size != shard.bytes:
-        what = "truncated" if size < shard.bytes else "too long"
-        raise ShardError(f"{shard.name}: {what}: {size} bytes; the manifest says {shard.bytes}")
-    raise ShardError(f"{shard.name}: sha256 is {sha256}; the manifest says {shard.sha256}")
+    """Copies a shard to `path`, again if the copy is damaged; raises `ShardError` after `DOWNLOADS` times."""
+    for left in reversed(range(DOWNLOADS)):
+        retry(partial(filesystem.get_file, remote, str(path)), root)
+        try:
+            return shard.check(path)
+        except ShardError:
+            if not left:
+                raise
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps copies."""
+    """The folder of this machine's copies."""
     return Path(os.environ.get("SHARD_CACHE") or Path(tempfile.gettempdir(), f"shard-cache-{os.getuid()}"))
 
 
 def cache_limit() -> int:
-    """How many bytes of them."""
+    """The bytes that this machine's copies may take."""
     text = os.environ.get("SHARD_CACHE_GB") or "20"
     try:
         return int(float(text) * 1e9)
@@ -101,7 +90,7 @@ def cache_limit() -> int:
 
 
 def make_room(folder: Path, size: int, limit: int) -> None:
-    """Removes the copies that were used longest ago until `size` more bytes fit in; a process that has one open reads on."""
+    """Deletes the least recently used copies until `size` more bytes fit; open files can be read on."""
     files: list[tuple[float, int, Path]] = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process makes room, too

@@ -1,4 +1,4 @@
-"""What a sample must be before it goes into a shard."""
+"""Checks of a sample before it is written to a shard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ EXTENSIONS = ("jpg", "png", "webp")
 
 
 def check_sample(sample: Sample, description: Description) -> None:
-    """Raises `DataError` where `sample` cannot be one of the data set that `description` describes.
+    """Raises `DataError` unless `sample` fits the data set that `description` describes.
 
-    Whether the pixels decode is not asked, as that is the reader's to raise or skip; but where there are boxes or a
-    mask, the size of the image must be known to check them.
+    The pixels are not decoded, because the reader raises or skips what does not decode; but the size of an image with boxes or
+    a mask must be readable to check these.
     """
     if not KEY.fullmatch(sample.key) or len(sample.key) > LONGEST_KEY:
         raise DataError(f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, '_' and '-' alone")
@@ -30,7 +30,7 @@ def check_sample(sample: Sample, description: Description) -> None:
 
 
 def _check_labels(sample: Sample, description: Description) -> None:
-    """Raises `DataError` where the label that the task needs is missing or not a class."""
+    """Raises `DataError` if the label that the task needs is missing or not a class."""
     classes = len(description.classes)
     match description.task:
         case "multiclass":
@@ -55,7 +55,7 @@ def _check_labels(sample: Sample, description: Description) -> None:
 
 
 def _check_geometry(sample: Sample, classes: int) -> None:
-    """Raises `DataError` where a box is empty, outside its image or of no class, or the mask does not fit."""
+    """Raises `DataError` if a box is empty, outside its image or of no class, or the mask does not fit."""
     try:
         height, width = image_size(sample.image)
         mask = None if sample.mask is None else mask_ids(sample.mask)

@@ -1,17 +1,15 @@
-"""What a folder of shards holds: `manifest.json`, written last by `write_shards` and read first by the loader."""
+"""`manifest.json` of a folder of shards, written last by `write_shards` and read first by the loader."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipelines.data.shards.sample import DataError, Task
-from pipelines.storage.retry import with_patience
+from pipelines.storage.files import file_digest, read_json
 
 MANIFEST = "manifest.json"
 
@@ -29,6 +27,15 @@ class Shard:
     sha256: str
     count: int  # samples
 
+    def check(self, path: Path, *, verify: bool = True) -> None:
+        """Raises `ShardError` unless the file at `path` has the size of this tar and, if `verify`, its sha256."""
+        size = path.stat().st_size
+        if size != self.bytes:
+            fault = "truncated" if size < self.bytes else "too long"
+            raise ShardError(f"{self.name}: {fault}: {size} bytes; the manifest says {self.bytes}")
+        if verify and (sha256 := file_digest(path)) != self.sha256:
+            raise ShardError(f"{self.name}: sha256 is {sha256}; the manifest says {self.sha256}")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -37,8 +44,8 @@ class Manifest:
     Attributes:
         classes: names, in the order of their labels.
         task: `multiclass`, `multilabel`, `caption` or `unlabelled`.
-        source: where the data set is from.
-        checksum: sha256 of what it was made of.
+        source: name or URL of the data set's source.
+        checksum: sha256 of the source.
         splits: the shards of each split, in order.
         fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
     """
@@ -51,11 +58,11 @@ class Manifest:
     fields: dict[str, tuple[str, ...]]
 
     def count(self, split: str) -> int:
-        """Samples of `split`; raises `ShardError` where there is no such split."""
+        """Samples of `split`; raises `ShardError` if there is no such split."""
         return sum(shard.count for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """Shards of `split`; raises `ShardError` where there is no such split."""
+        """Shards of `split`; raises `ShardError` if there is no such split."""
         if split not in self.splits:
             raise ShardError(f"split {split!r} is not in the shards (they have {', '.join(sorted(self.splits))})")
         return self.splits[split]
@@ -67,7 +74,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of the whole manifest: equal where every byte of every shard is."""
+        """sha256 of the whole manifest: equal if every byte of every shard is equal."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -91,14 +98,15 @@ def read_manifest(root: str) -> Manifest:
     """The manifest of the shards at `root`, a folder or any fsspec URL.
 
     Raises:
-        ShardError: there is none, or it is not one.
+        ShardError: there is no manifest, or it is damaged.
     """
-    filesystem, folder = fsspec.url_to_fs(str(root))
     try:
-        return parse_manifest(json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{MANIFEST}"), str(root))))
-    except FileNotFoundError:
-        raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end") from None
+        content = read_json(f"{root}/{MANIFEST}")
+        manifest = None if content is None else parse_manifest(content)
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardError(f"{root}/{MANIFEST}: not a manifest of shards ({error!r})") from None
+    if manifest is None:
+        raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end")
+    return manifest

@@ -1,29 +1,27 @@
-"""Samples out of shards by number, from this machine or any fsspec URL, still encoded.
+"""Reads samples from shards by number, still encoded, from a folder or any fsspec URL.
 
-A shard is scanned when its first sample is wanted, and each sample is then one read. Remote shards are brought to
-this machine as a whole, see `shard_cache`.
+A shard is scanned when its first sample is wanted, and each sample is then one read. Remote shards are copied to this machine
+as a whole, see `cache`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from pipelines.data.shards.cache import bring
+from pipelines.data.shards.cache import local_copy
 from pipelines.data.shards.manifest import Shard, ShardError
+from pipelines.data.shards.tar import Entry, scan
 
 IMAGES = ("jpg", "png", "webp")
 SUFFIXES = (*IMAGES, "json", "mask.png")  # nothing else in a shard is ever decoded
 OPEN_FILES = 32
-SCANNED = 64  # shards of which is known what lies where
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +31,12 @@ class RawSample:
     Attributes:
         key: of the sample.
         shard: the shard's name.
-        files: content by suffix: `json`, one of `jpg`, `png`, `webp`, and perhaps `mask.png`.
+        files: content by suffix: `json`, one of `jpg`, `png` and `webp`, and optionally `mask.png`.
     """
 
     key: str
     shard: str
     files: dict[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where the files of one sample lie in a tar: (suffix, offset, bytes) each."""
-
-    key: str
-    files: tuple[tuple[str, int, int], ...]
 
 
 def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Iterator[RawSample]:
@@ -56,10 +46,10 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
         root: folder or fsspec URL of the shards.
         shards: of one split, in the manifest's order.
         numbers: each in [0, samples of the split).
-        verify: check each shard's sha256 before anything of it is read.
+        verify: check each shard's sha256 before its first sample is read.
 
     Raises:
-        ShardError: a shard is missing, truncated, or not what the manifest says; names it.
+        ShardError: a shard is missing, truncated, or not what the manifest says; the error names it.
     """
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
@@ -69,13 +59,13 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
             if index not in scanned:
-                path = bring(root, shard)
+                path = local_copy(root, shard)
                 scanned[index] = (path, _checked_entries(path, shard, verify))
             path, entries = scanned[index]
             try:
                 sample = _read(files, path, shard, entries[number - starts[index]])
-            except FileNotFoundError:  # had to make room in the cache
-                sample = _read(files, bring(root, shard), shard, entries[number - starts[index]])
+            except FileNotFoundError:  # removed from the cache to make room
+                sample = _read(files, local_copy(root, shard), shard, entries[number - starts[index]])
             yield sample
             left[index] -= 1
             if not left[index]:
@@ -83,41 +73,11 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
                 files.close(path)
 
 
-@lru_cache(SCANNED)
-def scan(path: Path, size: int, changed: int) -> tuple[Entry, ...]:
-    """Where each sample of a tar lies, in the tar's order. A sample's files share the name up to the first dot.
-
-    Args:
-        path: of the tar.
-        size, changed: of the file, bytes and nanoseconds: another content is scanned anew; the same one, epoch after epoch in one
-            process, is not.
-
-    Raises:
-        tarfile.TarError, EOFError: the tar is corrupt.
-    """
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            if member.isfile() and suffix in SUFFIXES:
-                found.setdefault(key, []).append((suffix, member.offset_data, member.size))
-    return tuple(Entry(key, tuple(files)) for key, files in found.items())
-
-
 def _checked_entries(path: Path, shard: Shard, verify: bool) -> tuple[Entry, ...]:
     """The samples in a shard's file, after a check against the manifest."""
-    status = path.stat()
-    size = status.st_size
-    if size != shard.bytes:
-        what = "truncated" if size < shard.bytes else "too long"
-        raise ShardError(f"{shard.name}: {what}: {size} bytes; the manifest says {shard.bytes}")
-    if verify:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != shard.sha256:
-            raise ShardError(f"{shard.name}: sha256 is {sha256}; the manifest says {shard.sha256}")
+    shard.check(path, verify=verify)
     try:
-        entries = scan(path, size, status.st_mtime_ns)
+        entries = scan(path, shard.bytes, path.stat().st_mtime_ns, SUFFIXES)
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
     if len(entries) != shard.count:

@@ -1,4 +1,4 @@
-"""What every data set gives: samples, their description, and the one kind of error that bad data raises."""
+"""Samples of a data set, its description, and the one kind of error that bad data raises."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Box = tuple[int, float, float, float, float]
 
 
 class DataError(UserError, ValueError):
-    """Bad data: one line that names the file or sample, and says what would be right."""
+    """Bad data: one line that names the file or sample and says what would be right."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with what is known about it.
+    """One image with its labels, boxes, group, caption and mask.
 
     Attributes:
         key: unique in its split; letters, digits, `_` and `-` alone.
         image: the encoded image, as the source has it.
         extension: `jpg`, `png` or `webp`.
-        label: class index, where the task is multiclass.
-        labels: class indices in ascending order, where the task is multilabel.
+        label: class index, if the task is multiclass.
+        labels: class indices in ascending order, if the task is multilabel.
         boxes: (class, xmin, ymin, xmax, ymax) each; pixels of the stored image, half-open.
-        group: index of what the class may be confused with, such as the background.
+        group: index of the background, or of another attribute that may be confused with the class.
         caption: one sentence.
         mask: grey PNG of instance ids: 0 is background, i is the instance of `boxes[i - 1]`.
     """
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Description:
-    """A data set as a whole: its classes in label order, its task, where it is from, samples a split."""
+    """A data set as a whole: classes in label order, task, source, number of samples per split."""
 
     classes: tuple[str, ...]
     task: Task

@@ -1,20 +1,17 @@
-"""Stored explanations: a teacher's logits and maps, in shards that lie beside the data's, sample by sample.
+"""Stored explanations: a teacher's logits and maps, sample by sample, in shards like the data's.
 
-    <root>/train-000000.tar   of each sample `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w)
-    <root>/explanations.json  written last: whose explanations they are, and of which images
+    <root>/train-000000.tar   `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
+    <root>/explanations.json  written last: the teacher, the images, and how the maps were made
 
-A map is stored divided by its largest absolute value, so that half precision holds it: what counts is its direction.
+A map is stored divided by its largest absolute value, so that it fits half precision: losses use its direction alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.shards.cache import bring
+from pipelines.data.shards.cache import local_copy
 from pipelines.data.shards.manifest import Shard, ShardError
-from pipelines.data.shards.writer import entry, staged
-from pipelines.storage.retry import is_remote, with_patience
+from pipelines.data.shards.tar import scan, write_tar
+from pipelines.storage.files import read_json, write_json
+from pipelines.storage.retry import is_remote
 
 INDEX = "explanations.json"
+LOGITS, MAP = "logits.npy", "map.npy"  # suffixes
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What stored explanations depend on."""
+    """Everything that stored explanations depend on."""
 
     teacher: str  # digest of the model
     images: str  # digest of the data's manifest
@@ -46,29 +45,24 @@ class Origin:
 
 def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> Shard:
     """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all."""
-    count = 0
-    with staged(root, name) as path:
-        with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, logits, stored in samples:
-                for suffix, values in (("logits.npy", logits), ("map.npy", stored)):
-                    buffer = io.BytesIO()
-                    np.save(buffer, values.numpy(), allow_pickle=False)
-                    tar.addfile(entry(f"{key}.{suffix}", buffer.tell()), io.BytesIO(buffer.getvalue()))
-                count += 1
-        with path.open("rb") as whole:
-            sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
-        return Shard(name, path.stat().st_size, sha256, count)
+    return write_tar(root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples))
+
+
+def _npy(values: Tensor) -> bytes:
+    """A tensor as the content of a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values.numpy(), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
-    """Writes what makes the shards in `root` a whole."""
+    """Writes the index of the shards in `root`, which marks them as complete."""
     of_name = {shard.name: asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)}
-    with staged(root, INDEX) as path:
-        path.write_text(json.dumps({**asdict(origin), "shards": list(of_name.values())}, indent=1) + "\n")
+    write_json(f"{root}/{INDEX}", {**asdict(origin), "shards": list(of_name.values())})
 
 
 def check_origin(root: str, wanted: Origin) -> None:
-    """Raises `ShardError`, one line, unless the explanations at `root` are of this origin."""
+    """Raises `ShardError` unless the stored explanations at `root` are of this origin."""
     found = read_index(root)
     for name, value in asdict(wanted).items():
         if found.get(name) != value:
@@ -76,18 +70,18 @@ def check_origin(root: str, wanted: Origin) -> None:
 
 
 def read_index(root: str) -> dict[str, Any]:
-    """What `write_index` wrote; raises `ShardError` where it did not."""
-    filesystem, folder = fsspec.url_to_fs(root)
+    """The index that `write_index` wrote; raises `ShardError` if there is none."""
     try:
-        return json.loads(with_patience(partial(filesystem.cat_file, f"{folder}/{INDEX}"), root))
-    except FileNotFoundError:
-        raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end") from None
+        content = read_json(f"{root}/{INDEX}")
     except (OSError, ValueError) as error:
         raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
+    if content is None:
+        raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end")
+    return content
 
 
 class StoredExplanations:
-    """Reads explanations by shard and key; picklable.
+    """Reads stored explanations by shard and key; picklable.
 
     Args:
         root: a folder or any fsspec URL.
@@ -96,7 +90,7 @@ class StoredExplanations:
     def __init__(self, root: str) -> None:
         self.root = root
         self._shards: dict[str, Shard] | None = None
-        self._members: dict[str, dict[str, tuple[int, int]]] = {}  # of each shard: first byte and the one after the last
+        self._members: dict[str, dict[tuple[str, str], tuple[int, int]]] = {}  # of each shard: (key, suffix) -> (offset, bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_shards": None, "_members": {}}
@@ -111,13 +105,13 @@ class StoredExplanations:
         if shard not in self._members:
             self._members[shard] = self._scan(path, shard)
         values = []
-        for suffix in ("logits.npy", "map.npy"):
-            if f"{key}.{suffix}" not in self._members[shard]:
+        for suffix in (LOGITS, MAP):
+            if (key, suffix) not in self._members[shard]:
                 raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
-            start, end = self._members[shard][f"{key}.{suffix}"]
+            offset, size = self._members[shard][key, suffix]
             with path.open("rb") as file:
-                file.seek(start)
-                content = file.read(end - start)
+                file.seek(offset)
+                content = file.read(size)
             try:
                 values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
             except (ValueError, EOFError) as error:
@@ -134,12 +128,13 @@ class StoredExplanations:
             self._shards = {entry["name"]: Shard(**entry) for entry in read_index(self.root)["shards"]}
         if shard not in self._shards:
             raise ShardError(f"{self.root}/{shard}: not read: it is not in {INDEX}")
-        return bring(self.root, self._shards[shard])
+        return local_copy(self.root, self._shards[shard])
 
-    def _scan(self, path: Path, shard: str) -> dict[str, tuple[int, int]]:
-        """Where the members of a shard lie in it."""
+    def _scan(self, path: Path, shard: str) -> dict[tuple[str, str], tuple[int, int]]:
+        """Where the files of a shard lie in it: (offset, bytes) by key and suffix."""
         try:
-            with tarfile.open(path, "r:") as tar:
-                return {member.name: (member.offset_data, member.offset_data + member.size) for member in tar}
+            status = path.stat()
+            entries = scan(path, status.st_size, status.st_mtime_ns, (LOGITS, MAP))
+            return {(entry.key, suffix): (offset, size) for entry in entries for suffix, offset, size in entry.files}
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ShardError(f"{self.root}/{shard}: not read: {error}") from None

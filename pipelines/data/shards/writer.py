@@ -1,38 +1,28 @@
 """A source as WebDataset tars: deterministic to the byte, each written whole or not at all.
 
-A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` where it has a mask.
+A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` if it has a mask.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import multiprocessing
-import os
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from pipelines.data.shards.check import check_sample
-from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard, ShardError, read_manifest
+from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard
 from pipelines.data.shards.sample import DataError, Description, Sample
+from pipelines.data.shards.tar import write_tar
 from pipelines.progress import bar
-from pipelines.storage.retry import FULL, make_folder, with_patience
+from pipelines.storage import files
 
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
-
-__all__ = ["Manifest", "Shard", "ShardError", "read_manifest", "write_shards"]
 
 FIELDS = ("boxes", "mask", "group", "caption")
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
@@ -40,7 +30,7 @@ WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new inte
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard, and what only its samples tell."""
+    """A shard, and the keys and fields of its samples."""
 
     shard: Shard
     keys: tuple[str, ...]
@@ -48,7 +38,7 @@ class _Written:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ShardPlan:
     """One shard to be written."""
 
     split: str
@@ -59,32 +49,29 @@ class _Plan:
 def write_shards(
     source: Source, raw: Path, out: str | Path, *, shard_size: int, workers: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`, which is written last.
+    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`.
 
-    The same source gives the same bytes, whatever the number of processes. An old manifest is taken away first, so that
-    an interrupted call never leaves one that passes for whole.
+    The manifest is written last, and an old one is deleted first, so that shards of an interrupted call never have one. The same
+    source gives the same bytes, whatever the number of processes.
 
     Args:
-        source: what `raw` was fetched with. It and its references are pickled when `workers` > 0.
+        source: the one that fetched `raw`. It and its references are pickled when `workers` > 0.
         raw: the folder that `source.fetch` filled.
         out: a folder or any fsspec URL.
         shard_size: samples a shard; the last shard of a split may have fewer.
-        workers: at most so many processes, each on one shard at a time; few samples, or 0, are written in this one.
+        workers: the most processes that write, each one shard at a time. With 0, or few samples, this process writes.
         progress: show a bar with a rate and the time left.
 
     Raises:
-        DataError: a sample is not what it should be, or a key comes twice in a split; names the key.
-        ShardError: no space left, or `out` cannot be written to; no part of a shard is left.
+        DataError: a sample does not pass `check_sample`, or a key comes twice in a split; the error names the key.
+        StorageError: no space left, or `out` cannot be written to; no part of a shard is left.
     """
     description = source.describe(raw)
     splits = [split for split, count in description.counts.items() if count > 0]
     plans = [plan for split in splits for plan in _plan(split, source.index(raw, split), shard_size)]
     root = str(out)
-    filesystem, folder = fsspec.url_to_fs(root)
-    with _naming_the_disk(root):
-        make_folder(filesystem, folder)
-        if filesystem.exists(f"{folder}/{MANIFEST}"):
-            filesystem.rm_file(f"{folder}/{MANIFEST}")
+    for name in (MANIFEST, *map(wids_index, splits)):
+        files.remove(f"{root}/{name}")
     write = partial(_write_shard, source, Path(raw), root, description)
     total = sum(len(plan.references) for plan in plans)
     written: list[_Written] = []
@@ -92,21 +79,27 @@ def write_shards(
         for result in _mapped(write, plans, workers):
             written.append(result)
             advance(result.shard.count)
-    manifest = _manifest(description, splits, plans, written).to_json()
-    content = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-    with staged(root, MANIFEST) as path:
-        path.write_bytes(content)
-    return manifest
+    manifest = _manifest(description, splits, plans, written)
+    for split, shards in manifest.splits.items():
+        listed = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
+        files.write_json(f"{root}/{wids_index(split)}", {"wids_version": 1, "name": split, "shardlist": listed})
+    files.write_json(f"{root}/{MANIFEST}", manifest.to_json())
+    return manifest.to_json()
 
 
-def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_Plan]:
+def wids_index(split: str) -> str:
+    """Name of the index with which `wids.ShardListDataset` reads the shards of `split`."""
+    return f"{split}.wids.json"
+
+
+def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_ShardPlan]:
     """The shards of one split: `references` in their order, `shard_size` at a time."""
     for number, start in enumerate(range(0, len(references), shard_size)):
-        yield _Plan(split, f"{split}-{number:06d}.tar", tuple(references[start : start + shard_size]))
+        yield _ShardPlan(split, f"{split}-{number:06d}.tar", tuple(references[start : start + shard_size]))
 
 
-def _mapped(write: Callable[[_Plan], _Written], plans: Sequence[_Plan], workers: int) -> Iterator[_Written]:
-    """`write` of each plan, in the order of the plans; on an error what was not begun is not begun."""
+def _mapped(write: Callable[[_ShardPlan], _Written], plans: Sequence[_ShardPlan], workers: int) -> Iterator[_Written]:
+    """`write` of each plan, in the order of the plans; after an error no further shard is begun."""
     processes = min(workers, len(plans), sum(len(plan.references) for plan in plans) // WORTH_A_PROCESS)
     if processes < 2:
         yield from map(write, plans)
@@ -120,88 +113,39 @@ def _mapped(write: Callable[[_Plan], _Written], plans: Sequence[_Plan], workers:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_shard(source: Source, raw: Path, root: str, description: Description, plan: _Plan) -> _Written:
+def _write_shard(source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan) -> _Written:
     """Writes one shard to `root`."""
     keys: list[str] = []
     fields: set[str] = set()
-    with staged(root, plan.name) as path:
-        with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for reference in plan.references:
-                sample = source.load(raw, reference)
-                check_sample(sample, description)
-                for name, content in members(sample):
-                    tar.addfile(entry(name, len(content)), io.BytesIO(content))
-                keys.append(sample.key)
-                fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
-        with path.open("rb") as whole:
-            sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
-        shard = Shard(plan.name, path.stat().st_size, sha256, len(keys))
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for reference in plan.references:
+            sample = source.load(raw, reference)
+            check_sample(sample, description)
+            keys.append(sample.key)
+            fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
+            yield sample.key, contents(sample)
+
+    shard = write_tar(root, plan.name, samples())
     return _Written(shard, tuple(keys), frozenset(fields))
 
 
-def members(sample: Sample) -> Iterator[tuple[str, bytes]]:
-    """The files of one sample, (name, content), in their order in the tar."""
+def contents(sample: Sample) -> dict[str, bytes]:
+    """The files of one sample by suffix, in their order in the tar."""
     known: dict[str, Any] = {"boxes": sample.boxes}
     for name in ("label", "labels", "group", "caption"):
         value = getattr(sample, name)
         if value is not None:
             known[name] = value
-    yield f"{sample.key}.{sample.extension}", sample.image
-    yield f"{sample.key}.json", json.dumps(known, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-    if sample.mask is not None:
-        yield f"{sample.key}.mask.png", sample.mask
+    described = json.dumps(known, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    mask = {} if sample.mask is None else {"mask.png": sample.mask}
+    return {sample.extension: sample.image, "json": described, **mask}
 
 
-def entry(name: str, size: int) -> tarfile.TarInfo:
-    """A tar header that says nothing of when, where or by whom it was written."""
-    entry = tarfile.TarInfo(name)
-    entry.size = size
-    entry.mode = 0o644
-    return entry
-
-
-@contextmanager
-def staged(root: str, name: str) -> Iterator[Path]:
-    """Gives a temporary path; what was written there becomes `root/name` at the end, whole, and nothing on an error."""
-    filesystem, folder = fsspec.url_to_fs(root)
-    local = isinstance(filesystem, LocalFileSystem)
-    with _naming_the_disk(f"{root}/{name}"):
-        if local:
-            os.makedirs(folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder if local else None)
-        os.close(descriptor)
-        path = Path(temporary)
-        try:
-            yield path
-            if local:
-                path.chmod(0o666 & ~_umask())
-                path.replace(f"{folder}/{name}")
-            else:
-                with_patience(partial(filesystem.put_file, temporary, f"{folder}/{name}"), root)
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
-def _naming_the_disk(target: str) -> Iterator[None]:
-    """Turns an error of the file system into one line that names `target`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise ShardError(f"{target}: no space left on the device; nothing of it was kept") from None
-        raise ShardError(f"{target}: not written: {error}") from None
-
-
-def _manifest(description: Description, splits: Iterable[str], plans: Sequence[_Plan], written: Sequence[_Written]) -> Manifest:
-    """The manifest of what was written; raises `DataError` where a key comes twice in a split."""
+def _manifest(
+    description: Description, splits: Iterable[str], plans: Sequence[_ShardPlan], written: Sequence[_Written]
+) -> Manifest:
+    """The manifest of what was written; raises `DataError` if a key comes twice in a split."""
     of_split = {split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits}
     for split, results in of_split.items():
         shard_of: dict[str, str] = {}

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.data.shards.sample import Description, Sample
-from pipelines.data.sources.cifar10 import Cifar10
-from pipelines.data.sources.coco2014 import Coco2014
-from pipelines.data.sources.imagefolder import ImageFolder
-from pipelines.data.sources.imagenet import ImageNet
-from pipelines.data.sources.scenes import Scenes
-from pipelines.data.sources.voc2007 import Voc2007
-from pipelines.data.sources.waterbirds import Waterbirds
-from pipelines.params import (
-    Cifar10Params,
-    Coco2014Params,
-    Dataset,
-    ImageFolderParams,
-    ImageNetParams,
-    ScenesParams,
-    Voc2007Params,
-    WaterbirdsParams,
-)
+
+if TYPE_CHECKING:
+    from pipelines.params import Dataset
 
 
 class Source(Protocol):
-    """A data set that can be brought here and read sample by sample. Sources pickle, and so do their references."""
+    """A data set that is fetched and then read sample by sample. It and its references can be pickled."""
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Download or generate, verify, and leave the data, or where it lies, in the folder `raw`.
+        """Downloads or generates the data, verifies it, and writes it or references to it to `raw`.
 
-        What is incomplete lives in the folder `cache`, from which a later call goes on; `raw/manifest.json` is
-        written last.
+        Incomplete data lies in the folder `cache`, from which a later call resumes; `raw/manifest.json` is written last.
 
         Raises:
-            DataError: the data is not what the params say, or cannot be had.
+            DataError: the data is not what the params say, or cannot be read.
         """
 
     def describe(self, raw: Path) -> Description:
-        """The data set that `fetch` left in `raw`."""
+        """The data set that `fetch` wrote to `raw`."""
 
     def index(self, raw: Path, split: str) -> list[Any]:
         """A small picklable reference for each sample of `split` (train, val, test), in a fixed order."""
@@ -49,19 +35,6 @@ class Source(Protocol):
 
 
 def get(params: Dataset) -> Source:
-    """The source that `params` describes."""
-    match params:
-        case ScenesParams():
-            return Scenes(params)
-        case ImageFolderParams():
-            return ImageFolder(params)
-        case Cifar10Params():
-            return Cifar10(params)
-        case ImageNetParams():
-            return ImageNet(params)
-        case Voc2007Params():
-            return Voc2007(params)
-        case Coco2014Params():
-            return Coco2014(params)
-        case WaterbirdsParams():
-            return Waterbirds(params)
+    """The source of `params`: `SOURCE` of the module that `params.source` names, the only one imported."""
+    source: Source = importlib.import_module(f"{__name__}.{params.source}").SOURCE(params)
+    return source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pipelines.data.formats import archive
 from pipelines.data.formats.download import download
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.roots import open_root
-from pipelines.data.raw import listing
+from pipelines.data.raw.image_folders import StoredImages, write_labelled
 from pipelines.data.shards.sample import DataError
-from pipelines.data.sources.imagefolder import StoredImages, leave
 from pipelines.params import Cifar10Params
 from pipelines.progress import bar
+from pipelines.storage.files import file_digest, staged
 
 _FOLDERS = {"train": "train", "val": "val", "test": "test"}
 _IMAGES = "images.tar"
@@ -32,11 +31,11 @@ class Cifar10(StoredImages):
     params: Cifar10Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes the image folder at `root`, or downloads the data set where there is no `root`."""
+        """Reads the image folder at `root`, or downloads the data set if `root` is None."""
         params = self.params
         if params.root is not None:
             contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
-            leave(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
+            write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
             return
         from torchvision.datasets import CIFAR10
 
@@ -46,16 +45,18 @@ class Cifar10(StoredImages):
         download(CIFAR10.url, packed, digest=digest, progress=progress)
         _write_images(cache, raw / _IMAGES, progress)
         contents = archive.list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url)
-        checksum = listing.sha256_of(packed)
-        leave(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
+        checksum = file_digest(packed)
+        write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
+
+
+SOURCE = Cifar10
 
 
 def _write_images(cache: Path, destination: Path, progress: bool) -> None:
-    """Writes the tar `split/class/number.png` of the download in `cache`, whose MD5 sums torchvision checks."""
+    """Writes the tar `split/class/number.png` of the download in `cache`, which torchvision checks."""
     from torchvision.datasets import CIFAR10
 
-    partial = destination.with_name(destination.name + ".part")
-    with tarfile.open(partial, "w:", format=tarfile.USTAR_FORMAT) as tar:
+    with staged(destination) as path, tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
         for split in ("train", "test"):
             try:
                 batch = CIFAR10(str(cache), train=split == "train", download=True)
@@ -71,4 +72,3 @@ def _write_images(cache: Path, destination: Path, progress: bool) -> None:
                     tar.addfile(member, io.BytesIO(content))
                     seen[name] += 1
                     advance(1)
-    os.replace(partial, destination)

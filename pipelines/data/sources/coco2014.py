@@ -1,4 +1,4 @@
-"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label: `train2014` gives train and val, `val2014` is read as test."""
+"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label; train and val of `train2014`, test of `val2014`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, coco_masks
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.coco_json import Instances
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.raw.holdout import held_out
-from pipelines.data.raw.listing import Ref, combined_sha256
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import Coco2014Params
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256
 
 # COCO publishes no sums; these are torchvision's (its prototype data sets), which others found as well.
 IMAGES = {
@@ -43,24 +44,24 @@ ANNOTATIONS = {
 
 @dataclass(frozen=True)
 class Coco2014(AnnotatedImages):
-    """The 80 categories by ascending id; an image's labels are the classes of its annotations, none where it has none.
+    """The 80 categories by ascending id; an image's labels are the classes of its annotations.
 
-    A crowd region (`iscrowd`) covers a group whose members nobody told apart. COCO's evaluation asks nothing of it: it is
-    neither to be found nor counted against what is found in it. So it gives no box and no instance of the mask; but the class
-    is in the picture, and stays a label. `crowd: ignore` takes that away too, and `crowd: box` takes the region for an object,
-    as the code published with model guidance does.
+    A crowd region (`iscrowd`) covers a group of objects that are not annotated one by one. COCO's evaluation neither expects it
+    to be found nor counts detections in it as errors. It gives no box and no instance of the mask, but its class stays a label
+    of the image. `crowd: ignore` removes the label too, and `crowd: box` takes the region for an object, as the code published
+    with model guidance does.
 
-    Boxes with a side below one pixel are known in COCO, and are left out and counted. An image has a mask where every box of
-    it has a segmentation: one that lacked an object would call it background.
+    Boxes with a side below one pixel are known in COCO; they are left out and counted. An image has a mask if every one of its
+    boxes has a segmentation, because a mask without an object would call it background.
 
-    As the test split is `val2014`, the one that papers report, `val_count` images are held out of `train2014`, drawn by
-    `split_seed` alike from all: with 80 classes, several of them in an image, there are no strata to draw from.
+    The test split is `val2014`, the one that papers report. `val_count` images are held out of `train2014`, drawn by
+    `split_seed` uniformly: with several of 80 classes in an image, there are no strata to draw from.
     """
 
     params: Coco2014Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root`, or the official archives, and reads both files of instances.
+        """Reads both files of instances at `root`, or in the official archives.
 
         Raises:
             DataError: a file is missing or not whole, an annotation has no image, or a box makes no sense.
@@ -94,13 +95,16 @@ class Coco2014(AnnotatedImages):
         annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check, left_out)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, where every box of the image has a segmentation."""
+        """The PNG of instance ids; None if a box of the image has no segmentation."""
         return None if annotation.mask is None else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
+
+
+SOURCE = Coco2014
 
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of the data set: images and annotations, which lie in archives of their own where they were downloaded."""
+    """The images and annotations of the data set, in archives of their own if they were downloaded."""
 
     raw: Path
     images: Contents
@@ -133,4 +137,4 @@ class _Files:
     def image(self, year: str, name: str) -> Ref:
         """A reference to one image."""
         key = re.sub(r"[^A-Za-z0-9_-]", "_", posixpath.splitext(name)[0])
-        return archive.located(self.images, f"{self.top}{year}/{name}", key, self.source)
+        return archive.reference_to(self.images, f"{self.top}{year}/{name}", key, self.source)

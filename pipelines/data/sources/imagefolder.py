@@ -1,39 +1,13 @@
-"""`imagefolder`: `split/class/file` in a folder, tar, tar.gz or zip, on this machine or at any fsspec URL; unlabelled too."""
+"""`imagefolder`: `split/class/file` or unlabelled images, in a folder or archive, local or at a URL."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.formats import archive
-from pipelines.data.formats.archive import Contents
 from pipelines.data.formats.roots import open_root
-from pipelines.data.raw import images, listing
-from pipelines.data.raw.holdout import shuffled
-from pipelines.data.raw.images import Classes
-from pipelines.data.raw.listing import Ref
-from pipelines.data.shards.sample import DataError, Description, Sample
-from pipelines.params import DatasetParams, ImageFolderParams
-
-
-class StoredImages:
-    """How image folders are read once they are fetched."""
-
-    params: DatasetParams
-
-    def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
-        return listing.read_description(raw)
-
-    def index(self, raw: Path, split: str) -> list[Ref]:
-        """References sorted by class, then by path; those of `train` shuffled, so that every shard has all classes."""
-        refs = listing.read_index(raw, split)
-        return shuffled(refs, self.params.split_seed) if split == "train" else refs
-
-    def load(self, raw: Path, reference: Ref) -> Sample:
-        """The sample at `reference`; raises `DataError` where its file is gone, changed or of no use."""
-        return images.load_image(raw, reference)
+from pipelines.data.raw.image_folders import StoredImages, write_labelled, write_unlabelled
+from pipelines.params import ImageFolderParams
 
 
 @dataclass(frozen=True)
@@ -43,71 +17,12 @@ class ImageFolder(StoredImages):
     params: ImageFolderParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Verifies what lies at `root`; leaves archives unpacked in `raw`, and folders and plain tars where they are."""
+        """Verifies the files at `root`; unpacks archives to `raw`, leaves folders and plain tars in place."""
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
         folders = {split: params.splits.get(split, split) for split in ("train", "val", "test")}
-        leave_some = leave if params.labelled else leave_unlabelled
-        leave_some(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)
+        write = write_labelled if params.labelled else write_unlabelled
+        write(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)
 
 
-def leave(
-    contents: Contents,
-    folders: Mapping[str, str],
-    raw: Path,
-    params: DatasetParams,
-    *,
-    source: str,
-    checksum: str,
-    train_optional: bool = False,
-) -> None:
-    """Writes the indexes and the manifest of a data set whose splits lie in `folders` (split -> folder).
-
-    Where there is no folder for `val`, `params.val_count` images are held out of `train`.
-
-    Raises:
-        DataError: a split is missing or empty, a class is empty, or a class is missing from `train`.
-    """
-    found = {split: images.classes_of(contents, folder, source) for split, folder in folders.items()}
-    for split in ("train", "test"):
-        if not found[split] and not (split == "train" and train_optional):
-            top = sorted({name.partition("/")[0] for name in archive.visible(contents.files)})
-            raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {', '.join(top[:10]) or 'nothing'}")
-    classes = _class_names(found, source, folders)
-    refs = {split: images.references(contents, found.get(split, {}), classes) for split in ("train", "val", "test")}
-    _write(refs, raw, params, Description(classes, "multiclass", source, checksum, {}))
-
-
-def leave_unlabelled(
-    contents: Contents, folders: Mapping[str, str], raw: Path, params: DatasetParams, *, source: str, checksum: str
-) -> None:
-    """`leave` of images anywhere below the folders of their splits, without classes; `test` may be missing.
-
-    Raises:
-        DataError: `train` is missing or empty.
-    """
-    refs = {split: images.unlabelled(contents, folder) for split, folder in folders.items()}
-    if not refs["train"]:
-        raise DataError(f"{source}: no images in {folders['train']}/")
-    _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}))
-
-
-def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description) -> None:
-    """Holds validation images out of `train` where there are none, and writes indexes and manifest."""
-    if refs["train"] and not refs["val"]:
-        if params.val_count is None:
-            raise DataError(f"{description.source}: has no validation images: set val_count, how many to hold out of train")
-        refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
-    for split, listed in refs.items():
-        listing.write_index(raw, split, listed)
-    listing.write_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
-
-
-def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of all classes, sorted; each must be in `train`, where there is one."""
-    names = sorted(set().union(*found.values()))
-    for split in found:
-        missing = sorted(set(found[split]) - set(found["train"])) if found["train"] else []
-        if missing:
-            raise DataError(f"{source}: class {missing[0]} is in {folders[split]} but not in {folders['train']}")
-    return tuple(names)
+SOURCE = ImageFolder

@@ -1,4 +1,4 @@
-"""`imagenet`: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, read where they lie. The official `val` is our test."""
+"""`imagenet`: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`. The official `val` is our test split."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats.roots import open_root
+from pipelines.data.raw.image_folders import StoredImages, write_labelled
 from pipelines.data.shards.sample import DataError
-from pipelines.data.sources.imagefolder import StoredImages, leave
 from pipelines.params import ImageNetParams
 
 
@@ -29,4 +29,7 @@ class ImageNet(StoredImages):
             )
         source = f"imagenet: {params.root}"
         folders = {"train": "train", "test": "val"}
-        leave(contents, folders, raw, params, source=source, checksum=checksum, train_optional=not has_train)
+        write_labelled(contents, folders, raw, params, source=source, checksum=checksum, train_optional=not has_train)
+
+
+SOURCE = ImageNet

@@ -1,4 +1,4 @@
-"""`scenes`: drawn, not downloaded. Coloured shapes on textured backgrounds, with boxes, masks and captions."""
+"""`scenes`: drawn coloured shapes on textured backgrounds, with boxes, masks and captions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import Any
 
 from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
 from pipelines.data.formats import archive
+from pipelines.data.formats.archive import Ref
 from pipelines.data.raw import listing
-from pipelines.data.raw.listing import Ref
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
-_CODE = ("formats/png.py", "drawing/shapes.py", "drawing/backgrounds.py", "drawing/scene.py", "sources/scenes.py")
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """The generator behind the source protocol: one tar a split, `<key>.png`, `<key>.json`, `<key>.mask.png`."""
+    """Drawn scenes as a source: one tar per split of `<key>.png`, `<key>.json` and `<key>.mask.png`."""
 
     params: ScenesParams
 
@@ -47,9 +47,9 @@ class Scenes:
         checksums: dict[str, str] = {}
         for split in SPLITS:
             refs = _join(chunks, raw, split, self.params.counts.get(split, 0))
-            listing.write_index(raw, split, refs)
-            checksums[split] = listing.sha256_of(raw / f"{split}.tar")
-        listing.write_manifest(raw, self._description(listing.combined_sha256(checksums)))
+            listing.write_references(raw, split, refs)
+            checksums[split] = file_digest(raw / f"{split}.tar")
+        listing.write_raw_manifest(raw, self._description(combined_sha256(checksums)))
         shutil.rmtree(chunks)
 
     def describe(self, raw: Path) -> Description:
@@ -58,10 +58,10 @@ class Scenes:
 
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References in the order of drawing; classes come in shuffled tens."""
-        return listing.read_index(raw, split)
+        return listing.read_references(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
-        """The sample at `reference`; raises `DataError` where its tar was changed or cut."""
+        """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
@@ -81,7 +81,7 @@ class Scenes:
         )
 
     def _description(self, checksum: str) -> Description:
-        """What was drawn."""
+        """The data set of these params."""
         params = self.params
         return Description(
             classes=CLASSES,
@@ -92,11 +92,14 @@ class Scenes:
         )
 
     def _identity(self) -> str:
-        """A name for the chunks of these params drawn by this code, so that no others are ever taken for them."""
+        """A hash of the params and of all code of `pipelines.data`: chunks of other code are never taken."""
         digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
-        for name in _CODE:
-            digest.update((Path(__file__).parents[1] / name).read_bytes())
+        for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+            digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+SOURCE = Scenes
 
 
 def _chunk_path(chunks: Path, split: Split, start: int, count: int) -> Path:
@@ -131,11 +134,9 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
 def _draw_chunk(params: ScenesParams, chunks: Path, split: Split, start: int, count: int) -> int:
     """Draws one chunk into its file, whole or not at all, and returns its number of images."""
     path = _chunk_path(chunks, split, start, count)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    with partial.open("wb") as file:
+    with staged(path) as unfinished, unfinished.open("wb") as file:
         for index in range(start, start + count):
             file.write(_members(draw(params, split, index)))
-    os.replace(partial, path)
     return count
 
 
@@ -155,17 +156,15 @@ def _members(sample: Sample) -> bytes:
 
 
 def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
-    """Puts the chunks of a split together as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
+    """Joins the chunks of a split as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
     name = f"{split}.tar"
-    partial = raw / f"{name}.part"
     refs: list[Ref] = []
-    with partial.open("wb") as file:
+    with staged(raw / name) as path, path.open("wb") as file:
         for span in _spans(count):
             content = _chunk_path(chunks, split, *span).read_bytes()
             refs += _locate(content, name, file.tell())
             file.write(content)
         file.write(_END)
-    os.replace(partial, raw / name)
     if len(refs) != count:
         raise DataError(f"{raw / name}: {len(refs)} samples where {count} were drawn; delete {chunks} and fetch again")
     return refs

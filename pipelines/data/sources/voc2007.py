@@ -1,4 +1,4 @@
-"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own train, val and test splits; multi-label."""
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own three splits; multi-label."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, voc_masks
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.formats.voc_xml import CLASSES, VocAnnotation, parse
 from pipelines.data.raw import annotated, images
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
-from pipelines.data.raw.listing import Ref
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.shards.sample import Box, Description
 from pipelines.params import Voc2007Params
 from pipelines.progress import bar
@@ -41,7 +41,7 @@ class Voc2007(AnnotatedImages):
     params: Voc2007Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root`, or the official archives, and reads every annotation of the three splits.
+        """Reads every annotation of the three splits at `root`, or in the official archives.
 
         Raises:
             DataError: a split, an annotation or an image is missing, an annotation is not whole, or a box makes no sense.
@@ -59,8 +59,11 @@ class Voc2007(AnnotatedImages):
         annotated.write_description(raw, description, reader.check, reader.left_out)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids, for the images that VOC segments."""
+        """The PNG of instance ids; None if VOC does not segment the image."""
         return None if annotation.mask is None else voc_masks.draw(raw, annotation)
+
+
+SOURCE = Voc2007
 
 
 class _Reader:
@@ -80,12 +83,12 @@ class _Reader:
         keys = images.unique_keys({name: name for name in names})
         with bar(f"annotations of {split}", len(names), show=progress) as advance:
             for name in names:
-                image = archive.located(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
+                image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
                 yield image, self._annotation(name)
                 advance(1)
 
     def _annotation(self, name: str) -> Annotation:
-        """What is known of one image."""
+        """The annotation of one image."""
         path = f"{self._top}Annotations/{name}.xml"
         read = parse(archive.read_file(self._raw, self._contents, path, self._source), path)
         labels: set[int] = set()
@@ -105,10 +108,10 @@ class _Reader:
         return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
 
     def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
-        """How the mask is drawn, where VOC segments the image and its ids are those of the objects."""
+        """See `voc_masks.plan`; None also if VOC does not segment the image."""
         path = f"{self._top}SegmentationObject/{name}.png"
         if path not in self._contents.files:
             return None
-        mask = voc_masks.plan(self._raw, archive.located(self._contents, path, name, self._source), read, kept)
+        mask = voc_masks.plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
         self.left_out["masks that do not fit their objects"] += mask is None
         return mask

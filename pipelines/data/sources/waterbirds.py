@@ -1,4 +1,4 @@
-"""`waterbirds`: birds of CUB-200-2011 cut out and laid on land or water (Sagawa et al. 2020), with CUB's boxes."""
+"""`waterbirds`: birds of CUB-200-2011 on land or water (Sagawa et al. 2020), with CUB's boxes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.formats import archive, cub
-from pipelines.data.formats.archive import Contents
+from pipelines.data.formats.annotation import Annotation
+from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import BoxCheck, Corners
 from pipelines.data.formats.encoded_image import DecodeError, image_size
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated, images
-from pipelines.data.raw.annotated import AnnotatedImages, Annotation
-from pipelines.data.raw.listing import Ref, combined_sha256
+from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import WaterbirdsParams
 from pipelines.progress import bar
+from pipelines.storage.files import combined_sha256
 
 CLASSES = ("landbird", "waterbird")
 _RANGES = {"y": 2, "split": 3, "place": 2}  # columns of metadata.csv, and how many values each has
@@ -37,20 +38,22 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Waterbirds(AnnotatedImages):
-    """Landbirds and waterbirds, with groups 2·y + place: land on land, land on water, water on land, water on water.
+    """Landbirds and waterbirds, in groups 2·y + place.
+
+    Groups are land on land, land on water, water on land, and water on water.
 
     Variant 95 is the official data set, in whose training split 95 % of the birds are on their usual background. Variant 100
     leaves the others of the training split out; val and test, where places are drawn evenly, stay as they are. The Waterbirds-100
     of Petryk et al. (2022), `waterbird_1.0_forest2water2`, which model guidance was published on, was composed anew with other
     places and splits, and has no address that a program can download from: give its folder as `root`.
 
-    No digest of the official archive is published. Its length and the CRC of gzip are checked, and `sha256` where it is given.
+    No digest of the official archive is published. Its length and the CRC of gzip are checked, and `sha256` if it is given.
     """
 
     params: WaterbirdsParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Takes what lies at `root` and `cub_root`, or the official archives, and gives every image its bird's box.
+        """Gives every image of `root` or the official archive the box of its bird in CUB-200-2011.
 
         Raises:
             DataError: a file, a column or an image is missing, an image has no box, or its box makes no sense.
@@ -76,6 +79,9 @@ class Waterbirds(AnnotatedImages):
         annotated.write_description(raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check, left_out)
 
 
+SOURCE = Waterbirds
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Gives the images below the folder `top` of `contents` the boxes of the same names."""
@@ -92,12 +98,12 @@ class _Reader:
         keys = images.unique_keys({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
         with bar(f"boxes of {split}", len(rows), show=progress) as advance:
             for row in rows:
-                image = archive.located(self.contents, self.top + row.name, keys[row.name], self.source)
+                image = archive.reference_to(self.contents, self.top + row.name, keys[row.name], self.source)
                 yield image, self._annotation(image, row)
                 advance(1)
 
     def _annotation(self, image: Ref, row: Row) -> Annotation:
-        """What is known of one image. Neither list tells its size: it is read from the image."""
+        """The annotation of one image. Its size, which neither list has, is read from the image."""
         if row.name not in self.boxes:
             raise DataError(f"{self.source}: {row.name} has no box in CUB-200-2011")
         try:
@@ -110,7 +116,7 @@ class _Reader:
 
 
 def _read_rows(content: bytes, where: str) -> list[Row]:
-    """The lines of `metadata.csv`; raises `DataError` for a column that is missing or a value that it cannot have."""
+    """The lines of `metadata.csv`; raises `DataError` if a column is missing or a value is not allowed."""
     reader = csv.DictReader(content.decode(errors="replace").splitlines())
     missing = [column for column in ("img_filename", *_RANGES) if column not in (reader.fieldnames or ())]
     if missing:

@@ -23,7 +23,8 @@ from pipelines.data.loading.decode import DecodeError
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.sampling import batched, epoch_order, rank_share, shuffled, worker_share
 from pipelines.data.loading.transforms import eval_transform, train_transform
-from pipelines.data.shards.writer import ShardError, write_shards
+from pipelines.data.shards.manifest import ShardError
+from pipelines.data.shards.writer import write_shards
 from pipelines.params import DataParams
 from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, rich
 

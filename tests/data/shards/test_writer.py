@@ -13,8 +13,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipelines.data.shards.manifest import ShardError, read_manifest
 from pipelines.data.shards.sample import DataError
-from pipelines.data.shards.writer import ShardError, read_manifest, write_shards
+from pipelines.data.shards.writer import write_shards
+from pipelines.storage.errors import StorageError
 from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, rich
 
 
@@ -26,7 +28,7 @@ def write(out, samples, *, shard_size=4, workers=0, task="multiclass"):
 @pytest.fixture
 def processes(monkeypatch):
     """Processes are worth it for one sample each."""
-    monkeypatch.setattr("pipelines.data.shards.WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("pipelines.data.shards.writer.WORTH_A_PROCESS", 1)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -41,6 +43,8 @@ def test_same_bytes_written_twice_and_by_processes(tmp_path, processes):
     assert set(content(tmp_path / "a")) == {
         "manifest.json",
         "test-000000.tar",
+        "test.wids.json",
+        "train.wids.json",
         *(f"train-00000{i}.tar" for i in range(3)),
     }
 
@@ -186,7 +190,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
         return whole(self, *arguments)
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full_at_the_tenth)
-    with pytest.raises(ShardError, match=r"train-000001.tar: no space left on the device") as caught:
+    with pytest.raises(StorageError, match=r"train-000001.tar: no space left on the device") as caught:
         write(tmp_path, [plain(i) for i in range(12)])
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]  # whole; and the old manifest is gone
@@ -196,7 +200,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ShardError, match="file/shards: not written"):
+    with pytest.raises(StorageError, match=r"file/shards/train-000000.tar: not written"):
         write(tmp_path / "file" / "shards", [plain(0)])
 
 

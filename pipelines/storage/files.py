@@ -1,0 +1,134 @@
+"""Files at a path or any fsspec URL: written whole or not at all, read, hashed, as JSON.
+
+A file on this machine is written under a temporary name beside its own and then renamed; an object store gets it in one put.
+A remote storage that fails for a while is tried again; see `retry`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from pipelines.storage.errors import StorageError, one_line
+from pipelines.storage.retry import FULL, is_remote, retried, retry
+
+BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
+
+
+def file_system(place: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, which caches no listings, and the path on it."""
+    filesystem, path = fsspec.url_to_fs(str(place), use_listings_cache=False)
+    return filesystem, path.rstrip("/")
+
+
+def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+    """Makes a folder on a storage that has folders; never makes a bucket."""
+    protocols = filesystem.protocol
+    if not BUCKETS & set((protocols,) if isinstance(protocols, str) else protocols):
+        filesystem.makedirs(path, exist_ok=True)
+
+
+@contextmanager
+def staged(place: str | Path) -> Iterator[Path]:
+    """Gives a temporary path, whose file becomes `place` when the block ends, and is deleted on an error.
+
+    Raises:
+        StorageError: the file cannot be written, with the `errno` of the cause.
+    """
+    filesystem, target = file_system(place)
+    folder = str(PurePosixPath(target).parent)
+    try:
+        if is_remote(place):
+            with tempfile.TemporaryDirectory() as here:
+                yield (path := Path(here, PurePosixPath(target).name))
+                make_folder(filesystem, folder)
+                retry(partial(filesystem.put_file, str(path), target), place)
+            return
+        make_folder(filesystem, folder)
+        path = Path(folder, f".{PurePosixPath(target).name}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield path
+            path.replace(target)
+        finally:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:  # of what is copied to `place`, or of a bucket
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(f"{place}: no space left on the device; nothing of it was kept", error.errno) from None
+        raise StorageError(f"{place}: not written: {one_line(error)}", error.errno) from None
+
+
+@retried
+def write(place: str | Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all.
+
+    Raises:
+        OSError: the storage refuses; an older file is left as it was.
+    """
+    if not is_remote(place):
+        with staged(place) as path:
+            path.write_bytes(content)
+        return
+    filesystem, target = file_system(place)
+    try:
+        make_folder(filesystem, str(PurePosixPath(target).parent))
+        filesystem.pipe_file(target, content)
+    except FileNotFoundError as error:  # of a missing bucket, which the storage does not name
+        raise FileNotFoundError(f"{place}: {one_line(error)}") from None
+
+
+@retried
+def read(place: str | Path) -> bytes:
+    """The content of a file."""
+    filesystem, path = file_system(place)
+    return filesystem.cat_file(path)
+
+
+def write_json(place: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all; see `write`."""
+    write(place, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+
+
+def read_json(place: str | Path) -> Any:
+    """The value of a JSON file; None if there is no such file. Raises `ValueError` if it is not JSON."""
+    try:
+        return json.loads(read(place))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@retried
+def folders(place: str | Path) -> list[str]:
+    """Names of the folders in a folder; none if that does not exist."""
+    filesystem, path = file_system(place)
+    return [PurePosixPath(inner).name for inner in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
+
+
+@retried
+def remove(place: str | Path) -> None:
+    """Deletes a folder and all that is in it, or a file, if it is there."""
+    filesystem, path = file_system(place)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """The digest of a local file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def combined_sha256(parts: Mapping[str, str]) -> str:
+    """One sha256 of named digests, whatever their order."""
+    lines = (f"{name}\0{value}\n" for name, value in sorted(parts.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
