@@ -2,8 +2,8 @@
 
 The conversion replaces modules. It cannot see `torch.sigmoid(x) * x` in the forward pass of a block: its factor is not held, and
 W(x) would be wrong without an error. `audit` runs the network once in explanation mode, with parameters as constants, and reads
-the graph that autograd recorded between image and logits. Held factors are no part of this graph, so its operations must be linear
-in the image, or piecewise linear.
+the graph that autograd recorded between image and logits. Held factors are no part of this graph, so its operations must be
+linear in the image, or piecewise linear.
 """
 
 from __future__ import annotations
