@@ -15,7 +15,7 @@ def uniform_off_label_bce(logits: Tensor, targets: Tensor, off_label: float | No
     Args:
         logits: (N, K).
         targets: (N,) class indices, or (N, K) in [0, 1].
-        off_label: target of the classes that are not there; none: 1/K.
+        off_label: target of the classes that are not in the image; `None`: 1/K.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, appendix; B-cos-v2's UniformOffLabelsBCEWithLogitsLoss.
     """
@@ -52,7 +52,7 @@ def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """1 - share of the positive attribution inside the mask: (N,) in [0, 1] (Rao et al., ICCV 2023, eq. 4).
 
-    Where a map has no positive attribution (under 1e-7), 1 - what there is of it inside.
+    For a map without positive attribution (under 1e-7), 1 - its positive attribution inside the mask.
     """
     masks = masks.to(attributions.dtype)
     positive = _resize(attributions, masks).clamp_min(0)
@@ -61,10 +61,10 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
 
 def size_corrected_energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
-    """The energy loss divided by what of the image lies outside the mask: (N,) >= 0, 1 for a uniform map whatever the mask.
+    """The energy loss divided by the share of the image outside the mask: (N,) >= 0; 1 for a uniform map and any mask.
 
-    It is 1 - (EPG - share)/(1 - share), so that a large box, in which much of any map lies, is no excuse. Where the mask covers
-    the whole image, 0.
+    It is 1 - (EPG - share)/(1 - share), so that a large box, in which much of any map lies, does not lower it. 0 for a mask that
+    covers the whole image.
 
     Source: after Sauter et al., 2024, who find that the energy loss favours large boxes and add a term against it.
     """

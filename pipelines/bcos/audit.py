@@ -1,9 +1,9 @@
-"""What a walk over modules misses: functions in somebody's `forward` that depend on the image non-linearly.
+"""Finds the functions in a network's forward passes that depend on the image non-linearly and that nothing holds.
 
-The conversion replaces modules. `torch.sigmoid(x) * x` in the forward pass of a block is none: its factor is not held, and W(x)
-would be wrong without a word. `audit` runs the network once in explanation mode, parameters counted as constants, and reads the
-graph that autograd recorded between image and logits: held factors are no part of it, so what is left must be linear in the image
-or piecewise so.
+The conversion replaces modules. It cannot see `torch.sigmoid(x) * x` in the forward pass of a block: its factor is not held, and
+W(x) would be wrong without an error. `audit` runs the network once in explanation mode, with parameters as constants, and reads
+the graph that autograd recorded between image and logits. Held factors are no part of this graph, so its operations must be
+linear in the image, or piecewise linear.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Finding:
 
 
 def audit(network: nn.Module, images: Tensor) -> list[Finding]:
-    """What of `network` explanation mode does not hold although it depends on the image non-linearly; best nothing.
+    """Operations of `network` that depend on the image non-linearly and that explanation mode does not hold; none is best.
 
     Args:
         network: of `convert` or `bcosify`, in training or evaluation mode; parameters, buffers and the random state are left as
@@ -81,7 +81,7 @@ def audit(network: nn.Module, images: Tensor) -> list[Finding]:
         images: (N, 6, H, W) in [0, 1]; two small ones will do.
 
     Returns:
-        one finding a module, in the order of execution. What the network does not run for these images is not seen.
+        One finding per module, in the order of execution. Code that the network does not run for these images is not seen.
     """
     calls: list[tuple[int, int, str]] = []
     writes = _Writes()

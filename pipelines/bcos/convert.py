@@ -307,7 +307,7 @@ def bcosify(
         stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
         gap_reorder: classify every location, then average, where the classifier follows a global average pool.
         activation: `remove` takes the ReLUs and gated activations away, but for those that compute a factor (squeeze-excitation).
-        logit_bias: added to every logit; none: -log(K - 1), so that each class starts at probability 1/K.
+        logit_bias: added to every logit; `None`: -log(K - 1), so that each class starts at probability 1/K.
         temperature: T, by which logits are divided.
         normalize_weight: rows of norm 1, for training from scratch.
         max_out: units of which each output of a B-cos layer is the maximum. More than one are drawn at random, all of them:

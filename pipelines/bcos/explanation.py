@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Explanation:
-    """What one explanation needs of the layers: whether their factors are held now, or need no graph at all."""
+    """The state of one explanation, which layers read: whether their factors are held now, or need no graph at all."""
 
     def __init__(self, detach: bool = False) -> None:
         self.detach = detach  # no loss on W(x) follows: factors can drop their graph, which is faster
@@ -81,7 +81,7 @@ class TracedExplanation(Explanation):
 
 
 def _outside(value: Tensor) -> Tensor:
-    """What the outermost `torch.func` transform wraps as `value`, with its graph outside; `value` itself where none does."""
+    """The tensor that the outermost `torch.func` transform wraps as `value`; `value` itself if no transform wraps it."""
     return torch._C._functorch._unwrap_for_grad(value, 1)
 
 
@@ -100,14 +100,14 @@ class _Held(torch.autograd.Function):
 
 
 class HoldState:
-    """What a layer's forward pass is for. Beside the module, not in it: a compiler can follow changes of a plain object."""
+    """The explanation that a layer's forward pass is for; a plain object, because a compiler can follow its changes."""
 
     def __init__(self) -> None:
         self.explanation: Explanation | None = None
 
 
 class Explainable(nn.Module):
-    """A layer that is told which explanation its forward pass is for."""
+    """A layer that knows which explanation its forward pass is for."""
 
     hold_state: HoldState
 
@@ -119,7 +119,7 @@ class Explainable(nn.Module):
 
     @property
     def explanation(self) -> Explanation | None:
-        """The explanation that this forward pass is for; none outside explanation mode."""
+        """The explanation that this forward pass is for; `None` outside explanation mode."""
         return self.hold_state.explanation
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def hold_states(model: nn.Module) -> list[HoldState]:
 
 @contextmanager
 def explaining(model: nn.Module, explanation: Explanation | None) -> Iterator[Explanation | None]:
-    """Hands `explanation` (none: as outside explanation mode) to every explainable layer of `model` for the time of the block."""
+    """In the block, every explainable layer of `model` has `explanation`; `None`: as outside explanation mode."""
     states = hold_states(model)
     before = [state.explanation for state in states]
     try:

@@ -74,7 +74,7 @@ class _Bcos(Holdable):
         self.max_out, self.normalize_weight = max_out, normalize_weight
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """The layer's arguments, as `print` shows them."""
         b = float(torch.as_tensor(self.b).detach())
         more = f", max_out={self.max_out}" if self.max_out > 1 else ""
         return f"{super().extra_repr()}, b={b:g}{more}" + (", normalize_weight" if self.normalize_weight else "")

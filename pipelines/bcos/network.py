@@ -100,5 +100,5 @@ class BcosNetwork(nn.Module):
         return logits / self.temperature + self.logit_bias
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """The layer's arguments, as `print` shows them."""
         return f"logit_bias={self.logit_bias:.4g}, temperature={self.temperature:g}"

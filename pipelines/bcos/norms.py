@@ -76,7 +76,7 @@ class BcosBatchNorm(Holdable):
             self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), step)
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """The layer's arguments, as `print` shows them."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, centered={self.centered}"
 
 

@@ -1,4 +1,4 @@
-"""What stays in single precision under autocast (norms, their statistics, the cosine factor, logits), and how exact that is."""
+"""Single precision: tensors that keep it under autocast (norms, statistics, cosine factors, logits), and without TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,5 +21,5 @@ def exact_float32() -> Iterator[None]:
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in float32 where it is of half precision, `x` itself where not."""
+    """`x` in float32 if it is of half precision, else `x` itself."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,4 +1,4 @@
-"""What is evaluated: a trained model and its explanations."""
+"""A trained model under evaluation, and the attributions that explain it."""
 
 from __future__ import annotations
 

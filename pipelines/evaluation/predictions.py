@@ -46,9 +46,9 @@ class Predictions:
         return dict(zip(self.keys, hits.tolist(), strict=True))
 
     def decisions(self, name: str) -> dict[str, float]:
-        """Of the model called `name`, on each class for itself: `f1`, `precision`, `recall`, and `mean_average_precision`.
+        """`f1`, `precision`, `recall` and `mean_average_precision` of the model called `name`, each class a decision of its own.
 
-        The latter goes over the classes that are in any image.
+        The last is the mean over the classes that are in any image.
         """
         logits = self.logits[name]
         labels = self.labels if self.labels.ndim == 2 else F.one_hot(self.labels, logits.shape[1])
@@ -58,7 +58,7 @@ class Predictions:
         return {**floats(multilabel_metrics(logits.shape[1])(logits, labels)), "mean_average_precision": float(mean)}
 
     def group_accuracies(self, name: str) -> dict[str, float]:
-        """Of the model called `name`, where images have one label and a group: accuracy of the worst group, and the groups' mean.
+        """Worst and mean accuracy over groups of the model called `name`; empty unless images have one label and a group.
 
         `_class_group_` counts each pair of class and group as a group of its own (Sagawa et al., ICLR 2020).
         """

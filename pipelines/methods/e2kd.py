@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class E2KD(Classification):
     """τ²·KL(teacher ‖ student) + λ·mean(1 - cos(E_T, E_S)) + α·L_gt, E explaining what the teacher predicts (eq. 1 to 4).
 
-    For several labels an image the KL divergence is the sum of those of the classes' own decisions. L_gt is the loss that each
+    For images with several labels, the KL divergence is summed over classes as independent decisions. L_gt is the loss that each
     kind of model is trained with alone: binary cross-entropy with off-label targets 1/K for B-cos networks, cross-entropy for
     conventional ones. Labels are not needed where α = 0, but for the accuracy in evaluation.
 

@@ -39,7 +39,7 @@ LOCALISATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class ObjectClassification(Classification):
-    """Binary cross-entropy, each class a decision of its own, also where an image has one label: the phase before guidance."""
+    """The phase before guidance: binary cross-entropy, each class a decision of its own, also if images have one label."""
 
     def targets(self, batch: Batch) -> Tensor:
         """(N, K) of {0, 1}."""
@@ -75,7 +75,7 @@ class Guidance(ObjectClassification):
     Args:
         module, task, num_classes: as in `Classification`.
         params: the losses and the attribution.
-        annotated: keys of the training images whose boxes are used; none: all of them.
+        annotated: keys of the training images whose boxes are used; `None`: all of them.
     """
 
     fields: tuple[str, ...] = ("boxes",)
@@ -176,7 +176,7 @@ def build_guidance(classifier: str | Path, params: GuidanceParams, annotated: It
     Args:
         classifier: where `models.save` left it.
         params: of the loss.
-        annotated: keys of the training images whose boxes are used; none: all of them.
+        annotated: keys of the training images whose boxes are used; `None`: all of them.
 
     Raises:
         ModelError, ConversionError: see `check_guidable`.

@@ -1,4 +1,4 @@
-"""What a way of training has to say; everything else is the loop's."""
+"""The protocol of a training method: what the loop asks of it. `Classification` is the base of those that train classifiers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Method(Protocol):
     fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """What `loss` takes, from a batch of the loader: tensors, one row an image. Random choices are made here, uncompiled.
+        """The arguments of `loss` from a batch of the loader: tensors with one row per image. Draws its random numbers here.
 
         Beside what the loader gives, `batch` has `step`, the number of optimiser steps done: a resumed run has the same.
         """
@@ -29,7 +29,7 @@ class Method(Protocol):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named scalars of a prepared batch, each a mean over its images; `loss` is the one to minimise. `model` is `module`.
 
-        It may be compiled, and called on parts of a batch: it draws nothing itself and keeps nothing.
+        Must be a pure function of its inputs (no random numbers, no state): it may be compiled and called on parts of a batch.
         """
         ...
 
@@ -58,7 +58,7 @@ class Method(Protocol):
 
 
 class Classification:
-    """What the ways of training a classifier share: the input, mixup, the metrics, the parameter groups.
+    """The input, mixup, metrics and parameter groups that all methods of training a classifier share.
 
     Args:
         module: (N, 6, H, W) in [0, 1] -> logits (N, K).

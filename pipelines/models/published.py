@@ -35,7 +35,7 @@ DENSENET_PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Publication:
-    """What the checkpoints of one repository have in common."""
+    """The properties that the checkpoints of one repository share."""
 
     architectures: tuple[str, ...]  # as `build` takes them
     prefixes: tuple[str, ...]  # of their keys: one of these is before all keys of a file
@@ -126,10 +126,8 @@ def translated(name: str, state: StateDict, source: str) -> StateDict:
     publication, architecture = _publication(name)
     prefix = next((prefix for prefix in publication.prefixes if all(key.startswith(prefix) for key in state)), None)
     if prefix is None:
-        wanted, found = (
-            " or ".join(map(repr, publication.prefixes)),
-            next(key for key in state if not key.startswith(publication.prefixes)),
-        )
+        wanted = " or ".join(map(repr, publication.prefixes))
+        found = next(key for key in state if not key.startswith(publication.prefixes))
         raise WeightsError(f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?")
     found_state = {}
     for key, value in state.items():

@@ -188,7 +188,7 @@ def _stem(channels: tuple[int, ...]) -> nn.Sequential:
 def simple_vit(name: str, num_classes: int = 1000, **options: object) -> SimpleViT:
     """`simple_vit_SIZE` (patches of 16 pixels) or `vitc_SIZE` (stem, patches of one place, a block less), SIZE ti, s, b or l.
 
-    `options` are further arguments of `SimpleViT`, in the place of those of the name.
+    `options` are further arguments of `SimpleViT`, which override those of the name.
     """
     kind, size = name.rsplit("_", 1)
     dim, depth = SIZES[size]

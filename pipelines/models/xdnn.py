@@ -38,7 +38,7 @@ class FixupBlock(nn.Module):
         return [module for name, module in self.named_children() if isinstance(module, nn.Conv2d) and name != "downsample"]
 
     def residual(self, x: Tensor) -> Tensor:
-        """What the branch adds to the shortcut."""
+        """The output of the branch, which is added to the shortcut."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

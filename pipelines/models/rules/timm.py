@@ -296,7 +296,7 @@ class Factor(Holdable):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module gives."""
+        """The output of the module, held in explanation mode."""
         return self.hold(self.module(x))
 
 
