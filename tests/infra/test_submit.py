@@ -14,19 +14,17 @@ import pytest
 from mlflow import MlflowClient
 
 from infra import package, submit
-from infra.job import pull_inputs
 from infra.project import SubmitError
 from pipelines import models
 from pipelines.data.shards.manifest import MANIFEST
 from pipelines.models import ModelSpec
-from pipelines.params import TrainingParams, load
+from pipelines.params import TrainingParams
 from pipelines.storage import files
 from pipelines.storage.publish import publish
 from pipelines.training import TrainingError, cluster
-from pipelines.training.launch import _check_gpus, scaled
+from pipelines.training.launch import _check_gpus, is_autoscaled
 from pipelines.workflow import trials
-from pipelines.workflow.running import Task
-from stages import search
+from pipelines.workflow.orders import place_of_inputs, pull_inputs
 from tests.support.project import Project
 
 
@@ -135,15 +133,15 @@ def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatc
 def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params, spec, made = load(), ModelSpec("resnet8", ("a", "b"), 8, kind="conventional"), tmp_path / "models/pretrain"
-    params = params.model_copy(update={"storage": params.storage.model_copy(update={"root": "memory://placed"})})
+    spec, made = ModelSpec("resnet8", ("a", "b"), 8, kind="conventional"), tmp_path / "models/pretrain"
     monkeypatch.chdir(tmp_path)
     models.save(made, models.assemble(spec), spec)
-    task = Task(params, "bcosify", params.bcosify.pretrained, lambda: None, spec, (made,))
+    folders = (made, tmp_path / "data/explanations")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert search.place_of_inputs(params, task) is None
+    assert place_of_inputs("memory://placed", folders) is None
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    place = search.place_of_inputs(params, task)
+    assert place_of_inputs("runs", folders) is None
+    place = place_of_inputs("memory://placed", folders)
     assert place is not None
     pull_inputs(place, tmp_path / "elsewhere")
     assert models.digest(tmp_path / "elsewhere/models/pretrain") == models.digest(made)
@@ -160,7 +158,7 @@ def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_t
     ],
 )
 def test_nodes_that_an_autoscaler_brought_are_told_from_those_started_by_hand(types: dict[str, str] | None, may: bool) -> None:
-    assert scaled(types) is may
+    assert is_autoscaled(types) is may
 
 
 @pytest.mark.parametrize(
