@@ -1,6 +1,6 @@
 """Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids."""
 
-from pipelines.evaluation.batches import examples_by_key, split_batches
+from pipelines.evaluation.batches import examples_by_key
 from pipelines.evaluation.comparison import evaluate, evaluate_and_judge
 from pipelines.evaluation.explained_model import OWN, Subject, knows_positions, load_subject
 from pipelines.evaluation.grids import grid_explainer
@@ -19,5 +19,4 @@ __all__ = [
     "grid_explainer",
     "knows_positions",
     "load_subject",
-    "split_batches",
 ]

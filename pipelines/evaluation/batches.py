@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
-from pipelines.params import DataParams
-
-Batch = dict[str, Any]
-
-
-def split_batches(shards: str, split: str, data: DataParams, batch_size: int, **place: Any) -> Any:
-    """The batches of one worker in an evaluation pass; `place`: `rank`, `world_size` and `device` of `loader`."""
-    return loader(
-        shards,
-        split,
-        batch_size=batch_size,
-        transform=eval_transform(data),
-        workers=data.loader_workers,
-        on_error=data.on_error,
-        verify=data.verify,
-        **place,
-    )
+from pipelines.data.loading.batch import Batch
 
 
 def labels_of(batch: Batch) -> Tensor:

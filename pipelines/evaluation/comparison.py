@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from pipelines.bcos.precision import exact_float32
-from pipelines.data.loading.loader import NO_GROUP
+from pipelines.data.loading.batch import NO_GROUP
+from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
-from pipelines.evaluation.batches import labels_of, split_batches
+from pipelines.evaluation.batches import labels_of
 from pipelines.evaluation.explained_model import load_subject
 from pipelines.evaluation.grids import grid_windows, play
 from pipelines.evaluation.predictions import Predictions, floats
@@ -52,14 +53,14 @@ def evaluate(
     if not read_manifest(shards).labelled:
         raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
     subjects = {name: load_subject(path, params.posthoc, context.device, guided) for name, path in directories.items()}
-    batches = partial(split_batches, shards, split, data, params.batch_size)
+    batches = partial(loader, shards, split, data, params.batch_size)
     single = [name for name, subject in subjects.items() if subject.spec.task == "multiclass"]
     accuracy = {name: multiclass_metrics(len(subjects[name].spec.classes)).to(context.device) for name in single}
     scores = {name: Scores(subject, context.device) for name, subject in subjects.items()}
     students = [name for name in subjects if teacher is not None and name != teacher]
     follows = {name: Following(subjects[name], subjects[str(teacher)], context.device) for name in students}
     seen: list[Predictions] = []
-    mine = batches(rank=context.rank, world_size=context.world_size, device=context.device)
+    mine = batches(context=context)
     for batch in mine:
         batch = to_device(batch, context.device)
         logits = {name: scores[name].update(batch) for name in subjects}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import OWN, Subject, examples_by_key, load_subject, split_batches
+from pipelines.data.loading.loader import loader
+from pipelines.evaluation import OWN, Subject, examples_by_key, load_subject
 from pipelines.evaluation.pictures import choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
@@ -41,7 +42,7 @@ def draw_gallery(
     subjects = {name: load_subject(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
     keys = list(right)
     chosen = [keys[index] for index in choose(torch.tensor(list(right.values())), params.pictures, params.seed).tolist()]
-    examples = examples_by_key(split_batches(shards, split, data, params.batch_size), set(chosen))
+    examples = examples_by_key(loader(shards, split, data, params.batch_size), set(chosen))
     names = next(iter(subjects.values())).spec.classes
     paths = []
     for start in range(0, len(chosen), ROWS):

@@ -12,8 +12,9 @@ from torchmetrics import Metric
 
 from pipelines.attribution import Explainer, explain, explain_pairs, explainers
 from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.loading.batch import Batch
 from pipelines.distributed import Context, gather
-from pipelines.evaluation.batches import Batch, present
+from pipelines.evaluation.batches import present
 from pipelines.evaluation.explained_model import OWN, Subject
 from pipelines.metrics import (
     Agreement,

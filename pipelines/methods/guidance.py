@@ -21,8 +21,9 @@ from pipelines import models
 from pipelines.attribution import explain, explain_one, explain_pairs, last_features
 from pipelines.bcos import add_inverse, check_held
 from pipelines.bcos.precision import widened
+from pipelines.data.loading.batch import Batch
 from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
-from pipelines.methods.method import Batch, Classification
+from pipelines.methods.method import Classification
 from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics
 from pipelines.models import ModelError, ModelSpec
 

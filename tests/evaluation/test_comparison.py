@@ -12,7 +12,6 @@ from pipelines import models
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import (
     BOX_SIZES,
     Scores,
@@ -23,7 +22,6 @@ from pipelines.evaluation import (
     grid_explainer,
     knows_positions,
     load_subject,
-    split_batches,
 )
 from pipelines.evaluation.gallery import _explained, draw_gallery
 from pipelines.metrics import box_masks, energy_pointing_game
@@ -80,7 +78,7 @@ def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shard
 
 def test_accuracy_is_that_of_the_logits(trained, shards):
     model, _ = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
     assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
@@ -88,7 +86,7 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
 
 def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
     model, spec = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     images = add_inverse(batch["image"])
     torch.manual_seed(1)
     student = models.assemble(spec).train()
@@ -110,7 +108,7 @@ def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
 
 def test_the_worst_group_is_that_of_the_logits(trained, shards):
     model, _ = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float()
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS)[0]["models"]["bcos"]
     groups = batch["group"]
@@ -155,7 +153,7 @@ def test_what_was_guided_is_evaluated_too(trained, shards):
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     model, _ = models.load(trained["bcos"])
     maps = attribute(model, add_inverse(batch["image"]), batch["label"], **layer)
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
@@ -201,7 +199,7 @@ def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
 
 
 def test_examples_are_found_by_key_with_their_exact_pixels(shards):
-    batches = list(split_batches(shards, "test", DATA, 8))
+    batches = list(loader(shards, "test", DATA, 8))
     images = {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
     found = examples_by_key(batches, set(list(images)[3:40:9]))
     assert len(found) == 5
