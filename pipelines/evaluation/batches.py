@@ -24,20 +24,20 @@ def present(batch: Batch, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Example:
-    """An image of the split, as bytes: many of them are held at once."""
+    """An image of a split, picked by its key."""
 
-    image: Tensor  # uint8 (3, H, W)
+    image: Tensor  # uint8 (3, H, W): many of them are held at once
     classes: list[int]
-    boxes: Tensor  # (n, 5): class, xmin, ymin, xmax, ymax
+    boxes: Tensor  # (n, 4): xmin, ymin, xmax, ymax, in pixels, half-open
 
 
 def examples_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Example]:
-    """The examples of the keys that are wanted, from one pass."""
+    """Examples of the keys in `wanted`, from one pass."""
     found: dict[str, Example] = {}
     for batch in batches if wanted else ():
-        boxes = batch.get("boxes", [torch.zeros(0, 5)] * len(batch["key"]))
-        for key, image, labels, of_image in zip(batch["key"], batch["image"], labels_of(batch), boxes, strict=True):
+        boxes = batch.get("boxes", torch.zeros(0, 6))
+        for row, (key, image, labels) in enumerate(zip(batch["key"], batch["image"], labels_of(batch), strict=True)):
             if key in wanted:
                 classes = labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)]
-                found[key] = Example((image * 255).round().byte(), classes, of_image)
+                found[key] = Example((image * 255).round().byte(), classes, boxes[boxes[:, 0] == row, 2:])
     return found

@@ -138,9 +138,6 @@ class Loader:
                 raise batch
             self.skipped += batch["skipped"]
             if batch["key"]:
-                if "boxes" in batch:
-                    flat = batch["boxes"]
-                    batch["boxes"] = [flat[flat[:, 0] == row, 1:] for row in range(len(batch["key"]))]
                 yield {**batch, "image": batch["image"].to(self._device, non_blocking=True).float().div_(255)}
 
     def _decoded(self) -> Iterable[Batch | DataError]:

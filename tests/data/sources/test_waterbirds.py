@@ -92,7 +92,7 @@ def test_groups_and_boxes_pass_through_the_shards_and_the_loader(birds, tmp_path
     (batch,) = loader(root, "test", DataParams(image_size=60), 2)
     assert batch["group"].tolist() == [2, 0]
     assert batch["label"].tolist() == [1, 0]
-    assert batch["boxes"][0].tolist() == [[1, 3 * 1.5, 2 * 2, 23 * 1.5, 12 * 2]]
+    assert batch["boxes"][0].tolist() == [0, 1, 3 * 1.5, 2 * 2, 23 * 1.5, 12 * 2]
 
 
 def test_the_folder_above_and_an_archive_give_the_same_samples(birds, tmp_path):
