@@ -1,8 +1,8 @@
-"""Batches of an evaluation pass, and examples picked from it."""
+"""Labels of a batch, and examples picked from an evaluation pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 def present(batch: Batch, classes: int) -> Tensor:
-    """Which classes are in each image: (N, K) of bool."""
+    """Classes that are in each image: (N, K) of bool."""
     return F.one_hot(batch["label"], classes).bool() if "label" in batch else batch["labels"].bool()
 
 
@@ -31,13 +31,13 @@ class Example:
     boxes: Tensor  # (n, 4): xmin, ymin, xmax, ymax, in pixels, half-open
 
 
-def examples_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Example]:
-    """Examples of the keys in `wanted`, from one pass."""
+def examples_by_key(read: Callable[..., Iterable[Batch]], wanted: set[str]) -> dict[str, Example]:
+    """Examples of the keys in `wanted`, from one pass; `read` is `loader` with shards, split, params and batch size bound."""
     found: dict[str, Example] = {}
-    for batch in batches if wanted else ():
+    for batch in read(as_bytes=True, fields=("boxes",)) if wanted else ():
         boxes = batch.get("boxes", torch.zeros(0, 6))
         for row, (key, image, labels) in enumerate(zip(batch["key"], batch["image"], labels_of(batch), strict=True)):
             if key in wanted:
                 classes = labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)]
-                found[key] = Example((image * 255).round().byte(), classes, boxes[boxes[:, 0] == row, 2:])
+                found[key] = Example(image.clone(), classes, boxes[boxes[:, 0] == row, 2:])
     return found

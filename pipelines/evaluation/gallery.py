@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def draw_gallery(
     subjects = {name: load_subject(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
     keys = list(right)
     chosen = [keys[index] for index in choose(torch.tensor(list(right.values())), params.pictures, params.seed).tolist()]
-    examples = examples_by_key(loader(shards, split, data, params.batch_size), set(chosen))
+    examples = examples_by_key(partial(loader, shards, split, data, params.batch_size), set(chosen))
     names = next(iter(subjects.values())).spec.classes
     paths = []
     for start in range(0, len(chosen), ROWS):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -199,11 +200,12 @@ def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
 
 
 def test_examples_are_found_by_key_with_their_exact_pixels(shards):
-    batches = list(loader(shards, "test", DATA, 8))
-    images = {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
-    found = examples_by_key(batches, set(list(images)[3:40:9]))
+    read = partial(loader, shards, "test", DATA, 8)
+    images = {key: image for batch in read() for key, image in zip(batch["key"], batch["image"], strict=True)}
+    found = examples_by_key(read, set(list(images)[3:40:9]))
     assert len(found) == 5
     assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())
+    assert all(example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values())  # of no whole batch
 
 
 def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():

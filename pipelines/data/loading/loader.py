@@ -42,6 +42,7 @@ def loader(
     subset: Sequence[int] | None = None,
     explanations: str | None = None,
     fields: Collection[str] | None = None,
+    as_bytes: bool = False,
 ) -> Loader:
     """The batches (`batch.Batch`) of one rank in one epoch.
 
@@ -70,6 +71,7 @@ def loader(
         explanations: root of stored explanations, which come with the images in training, aligned with them; None: without.
         fields: which of `boxes`, `mask`, `group` and `caption` are read, if the split has them; None: all of them. Other fields
             are not decoded: damage there goes unseen.
+        as_bytes: leave `image` uint8; the float32 images are these divided by 255.
 
     Raises:
         ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
@@ -103,7 +105,7 @@ def loader(
     )
     numbers = rank_batches(unread(order, earlier, sampling), sampling)[start_batch:]
     batches = RankBatches(str(root), shards, numbers, decoder, data, train)
-    return Loader(batches, data.loader_workers, context.device)
+    return Loader(batches, data.loader_workers, context.device, as_bytes)
 
 
 def _counts(shards: Sequence[Shard], subset: Sequence[int] | None) -> list[int]:
@@ -122,8 +124,8 @@ class Loader:
         skipped: images that did not decode, of the batches given so far in this pass.
     """
 
-    def __init__(self, batches: RankBatches, processes: int, device: torch.device) -> None:
-        self._batches, self._processes, self._device = batches, processes, device
+    def __init__(self, batches: RankBatches, processes: int, device: torch.device, as_bytes: bool) -> None:
+        self._batches, self._processes, self._device, self._as_bytes = batches, processes, device, as_bytes
         self.skipped = 0
 
     def __len__(self) -> int:
@@ -138,7 +140,8 @@ class Loader:
                 raise batch
             self.skipped += batch["skipped"]
             if batch["key"]:
-                yield {**batch, "image": batch["image"].to(self._device, non_blocking=True).float().div_(255)}
+                images = batch["image"].to(self._device, non_blocking=True)
+                yield {**batch, "image": images if self._as_bytes else images.float().div_(255)}
 
     def _decoded(self) -> Iterable[Batch | DataError]:
         """Batches with uint8 images on the CPU, made in this process or by loader processes in turns."""

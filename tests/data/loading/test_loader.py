@@ -307,6 +307,13 @@ def test_batch_holds_what_the_samples_hold(root, workers):
         assert batch["skipped"] == 0
 
 
+def test_bytes_are_the_same_images(root):
+    for batch, other in zip(train(root), train(root, as_bytes=True), strict=True):
+        assert other["image"].dtype == torch.uint8
+        assert torch.equal(batch["image"], other["image"] / 255)
+        assert_same([{**batch, "image": None}], [{**other, "image": None}])
+
+
 def test_batch_has_no_field_that_no_sample_has(tmp_path):
     [batch] = evaluate(write(tmp_path, [plain(i) for i in range(4)]))
     assert set(batch) == {"key", "image", "label", "skipped"}
