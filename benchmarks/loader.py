@@ -26,7 +26,7 @@ import pipelines  # noqa: F401  (first: it says how threads wait)
 import torch  # isort: skip
 
 from benchmarks.harness import clock
-from pipelines.data.loading.loader import FIELDS
+from pipelines.data.loading.batch import FIELDS
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.methods import build_bcosification
@@ -89,11 +89,11 @@ def main() -> None:
     for run in runs.values():
         run.objective.train()
     run = runs[options.layouts[-1]]
-    some = list(itertools.islice(shard_batches(run.job, "train", device=context.device), 10))
+    some = list(itertools.islice(shard_batches(run.job, "train", context=context), 10))
     steps = {f"step_channels_{name}": round(value) for name, value in step_rates(runs, some).items()}
     for workers in options.workers:
         run.job = replace(run.job, data=run.job.data.model_copy(update={"loader_workers": workers}))
-        every = shard_batches(run.job, "train", device=context.device, fields=sorted(FIELDS))
+        every = shard_batches(run.job, "train", context=context, fields=sorted(FIELDS))
         found = {
             "loader": round(rate(read(run, "train"), options.batches)),
             "loader_all_fields": round(rate(every, options.batches)),

@@ -23,8 +23,8 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import STORED_MAP, train_transform
-from pipelines.evaluation import split_batches
 from pipelines.losses import distillation_loss
 from pipelines.methods.stored_explanations import scaled
 from pipelines.metrics.agreement import agreement, explanation_similarity
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     params = load()
     teacher, _ = models.load(options.teacher)
-    images = torch.cat([batch["image"] for batch in split_batches(shards_of(params.dataset), "val", params.data, 64)])
+    images = torch.cat([batch["image"] for batch in loader(shards_of(params.dataset), "val", params.data, 64)])
     images = images[: options.images]
     logits, live = explained(teacher, images)
     side = live.shape[-1]

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
+from pipelines.data.loading.loader import loader
 from pipelines.data.loading.subsets import Subset, few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.stored_explanations import INDEX
-from pipelines.evaluation import evaluate, split_batches
+from pipelines.evaluation import evaluate
 from pipelines.methods import build_e2kd
 from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.metrics import agreement
@@ -102,7 +103,7 @@ def judge(student: torch.nn.Module, taught_by: Path, params: Params, shards: str
     """Accuracy, agreement with the teacher, and the mean cosine of both dynamic weights of what the teacher predicts."""
     teacher, _ = models.load(taught_by)
     found: dict[str, list[Tensor]] = {"labels": [], "student": [], "teacher": [], "similarity": []}
-    for batch in split_batches(shards, split, params.data, params.evaluate.batch_size):
+    for batch in loader(shards, split, params.data, params.evaluate.batch_size):
         images = add_inverse(batch["image"])
         taught, teacher_maps = dynamic_weights(teacher, images)
         logits, maps = dynamic_weights(student, images, taught.argmax(1))

@@ -114,6 +114,6 @@ def all_reduce_min(value: torch.Tensor, context: Context) -> float:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """`batch` with its tensors on `device`; lists, as of each image's boxes, stay: many small copies cost more than they help."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    """`batch` with its tensors on `device`, except `boxes`: to select some of them there would wait for a GPU."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "boxes"}
     return batch | {name: value.to(device, non_blocking=True) for name, value in tensors.items()}

@@ -13,7 +13,6 @@ from pipelines import models
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
 from pipelines.bcos.fused import set_up_compiler
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import evaluate
 from pipelines.methods import build_bcosification, build_e2kd, build_guidance
 from pipelines.models import build
@@ -129,8 +128,8 @@ def shards(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_on_the_gpu_are_those_of_the_cpu(shards, workers):
-    options = {"batch_size": 7, "transform": eval_transform(DATA), "workers": workers}
-    for here, there in zip(loader(shards, "test", **options), loader(shards, "test", device="cuda", **options), strict=True):
+    data, cuda = DATA.model_copy(update={"loader_workers": workers}), Context(device=torch.device("cuda"))
+    for here, there in zip(loader(shards, "test", data, 7), loader(shards, "test", data, 7, context=cuda), strict=True):
         assert here["key"] == there["key"]
         assert there["image"].is_cuda
         assert there["image"].max() <= 1

@@ -1,6 +1,6 @@
 """Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids."""
 
-from pipelines.evaluation.batches import examples_by_key, split_batches
+from pipelines.evaluation.batches import examples_by_key
 from pipelines.evaluation.comparison import evaluate, evaluate_with_correctness
 from pipelines.evaluation.explained_model import ExplainedModel, knows_positions, load_explained_model
 from pipelines.evaluation.grids import grid_explainer

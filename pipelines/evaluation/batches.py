@@ -1,34 +1,15 @@
-"""Batches of an evaluation pass, and examples picked from it."""
+"""Labels of a batch, and examples picked from an evaluation pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
-from pipelines.params import DataParams
-
-Batch = dict[str, Any]
-
-
-def split_batches(shards: str, split: str, data: DataParams, batch_size: int, **place: Any) -> Any:
-    """The batches of one worker in an evaluation pass; `place`: `rank`, `world_size` and `device` of `loader`."""
-    return loader(
-        shards,
-        split,
-        batch_size=batch_size,
-        transform=eval_transform(data),
-        workers=data.loader_workers,
-        on_error=data.on_error,
-        verify=data.verify,
-        **place,
-    )
+from pipelines.data.loading.batch import Batch
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -37,26 +18,26 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 def present(batch: Batch, classes: int) -> Tensor:
-    """Which classes are in each image: (N, K) of bool."""
+    """Classes that are in each image: (N, K) of bool."""
     return F.one_hot(batch["label"], classes).bool() if "label" in batch else batch["labels"].bool()
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image of the split, as bytes: many of them are held at once."""
+    """An image of a split, picked by its key."""
 
-    image: Tensor  # uint8 (3, H, W)
+    image: Tensor  # uint8 (3, H, W): many of them are held at once
     classes: list[int]
-    boxes: Tensor  # (n, 5): class, xmin, ymin, xmax, ymax
+    boxes: Tensor  # (n, 4): xmin, ymin, xmax, ymax, in pixels, half-open
 
 
-def examples_by_key(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Example]:
-    """The examples of the keys that are wanted, from one pass."""
+def examples_by_key(read: Callable[..., Iterable[Batch]], wanted: set[str]) -> dict[str, Example]:
+    """Examples of the keys in `wanted`, from one pass; `read` is `loader` with shards, split, params and batch size bound."""
     found: dict[str, Example] = {}
-    for batch in batches if wanted else ():
-        boxes = batch.get("boxes", [torch.zeros(0, 5)] * len(batch["key"]))
-        for key, image, labels, of_image in zip(batch["key"], batch["image"], labels_of(batch), boxes, strict=True):
+    for batch in read(as_bytes=True, fields=("boxes",)) if wanted else ():
+        boxes = batch.get("boxes", torch.zeros(0, 6))
+        for row, (key, image, labels) in enumerate(zip(batch["key"], batch["image"], labels_of(batch), strict=True)):
             if key in wanted:
                 classes = labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)]
-                found[key] = Example((image * 255).round().byte(), classes, of_image)
+                found[key] = Example(image.clone(), classes, boxes[boxes[:, 0] == row, 2:])
     return found

@@ -13,11 +13,12 @@ import torch
 
 from pipelines.attribution import Attribution
 from pipelines.bcos.precision import exact_float32
-from pipelines.data.loading.loader import NO_GROUP
+from pipelines.data.loading.batch import NO_GROUP
+from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
-from pipelines.evaluation.batches import labels_of, split_batches
+from pipelines.evaluation.batches import labels_of
 from pipelines.evaluation.explained_model import load_explained_model
 from pipelines.evaluation.grids import grid_windows, play_grid_pointing_game
 from pipelines.evaluation.predictions import Predictions, floats
@@ -53,14 +54,14 @@ def evaluate(
     if not read_manifest(shards).labelled:
         raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
     models = {name: load_explained_model(path, params.posthoc, context.device, guided) for name, path in directories.items()}
-    batches = partial(split_batches, shards, split, data, params.batch_size)
+    batches = partial(loader, shards, split, data, params.batch_size)
     single = [name for name, explained in models.items() if explained.spec.task == "multiclass"]
     accuracy = {name: multiclass_metrics(len(models[name].spec.classes)).to(context.device) for name in single}
     scores = {name: Scores(explained, context.device) for name, explained in models.items()}
     students = [name for name in models if teacher is not None and name != teacher]
     student_scores = {name: StudentScores(models[name], models[str(teacher)], context.device) for name in students}
     seen: list[Predictions] = []
-    mine = batches(rank=context.rank, world_size=context.world_size, device=context.device)
+    mine = batches(context=context)
     for batch in mine:
         batch = to_device(batch, context.device)
         logits = {name: scores[name].update(batch) for name in models}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from pipelines.attribution import Attribution, explain
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
-from pipelines.evaluation import ExplainedModel, examples_by_key, load_explained_model, split_batches
+from pipelines.data.loading.loader import loader
+from pipelines.evaluation import ExplainedModel, examples_by_key, load_explained_model
 from pipelines.evaluation.pictures import choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
@@ -40,7 +42,7 @@ def draw_gallery(
     models = {name: load_explained_model(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
     keys = list(correct)
     chosen = [keys[index] for index in choose(torch.tensor(list(correct.values())), params.pictures, params.seed).tolist()]
-    examples = examples_by_key(split_batches(shards, split, data, params.batch_size), set(chosen))
+    examples = examples_by_key(partial(loader, shards, split, data, params.batch_size), set(chosen))
     names = next(iter(models.values())).spec.classes
     paths = []
     for start in range(0, len(chosen), ROWS):

@@ -44,7 +44,7 @@ def play_grid_pointing_game(
     common = draw(list(models))
     played = {name: (common, draw([name])) for name in models}
     wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
-    found = examples_by_key(batches(), {predictions.keys[index] for index in wanted})
+    found = examples_by_key(batches, {predictions.keys[index] for index in wanted})
     table = {index: found[predictions.keys[index]].image for index in wanted}
 
     def images(indices: Sequence[int]) -> Tensor:

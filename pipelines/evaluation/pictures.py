@@ -46,7 +46,7 @@ def save_panels(
         explanations: by column title: (N, H, W, 4) in [0, 1] is shown as colours on white, (N, H, W) as a heat map, red for
             and blue against the class, white at 0, with limits symmetric about it.
         titles: N, written above the images.
-        boxes: N tensors (n_i, 5) of class, xmin, ymin, xmax, ymax in pixels, half-open, drawn on the images.
+        boxes: N tensors (n_i, 4) of xmin, ymin, xmax, ymax in pixels, half-open, drawn on the images.
 
     Raises:
         ValueError: numbers of images, maps and titles differ, or an explanation has another shape.
@@ -65,7 +65,7 @@ def save_panels(
             for column, (name, panels) in enumerate(columns.items()):
                 axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
                 axes[row, column].set_title(title if column == 0 else name)
-            for _, xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
+            for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from pipelines.data.loading.loader import NO_GROUP
+from pipelines.data.loading.batch import NO_GROUP
 from pipelines.data.shards.sample import DataError
 from pipelines.metrics import GroupAccuracy, multilabel_metrics
 

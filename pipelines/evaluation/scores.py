@@ -11,8 +11,9 @@ from torchmetrics import Metric
 
 from pipelines.attribution import Attribution, Explainer, comparable_explainers, explain, explain_pairs
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
+from pipelines.data.loading.batch import Batch
 from pipelines.distributed import Context, gather
-from pipelines.evaluation.batches import Batch, present
+from pipelines.evaluation.batches import present
 from pipelines.evaluation.explained_model import ExplainedModel
 from pipelines.metrics import (
     Agreement,
@@ -24,6 +25,7 @@ from pipelines.metrics import (
     energy_pointing_game,
     explanation_similarity,
     object_masks,
+    select_boxes,
     size_corrected,
     without_energy,
     without_union,
@@ -46,11 +48,12 @@ class Scores:
         images, in_image = add_inverse(batch["image"]), present(batch, len(self.explained.spec.classes))
         rows, targets = in_image.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
-        boxes = [batch["boxes"][row] for row in rows.tolist()] if "boxes" in batch else []
-        of_class = [each[each[:, 0] == target] for each, target in zip(boxes, targets.tolist() if boxes else [], strict=True)]
-        boxed = torch.tensor([len(each) > 0 for each in of_class])
-        by_box = box_masks(of_class, targets, size) if boxes else None
-        by_object = object_masks(batch["mask"][rows], boxes, targets) if boxes and "mask" in batch else None
+        by_box = by_object = None
+        if "boxes" in batch and len(rows):
+            boxes = select_boxes(batch["boxes"], rows, targets)
+            boxed, by_box = boxes[:, 0].long().bincount(minlength=len(rows)) > 0, box_masks(boxes, targets, size)
+            if "mask" in batch:
+                by_object = object_masks(batch["mask"][rows], select_boxes(batch["boxes"], rows), targets)
         if not self.explained.explanations:
             with torch.no_grad():
                 return self.explained.model(images)

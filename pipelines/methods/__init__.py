@@ -10,5 +10,5 @@ from pipelines.methods.guidance import (
     check_guidable,
     classifier_spec,
 )
-from pipelines.methods.method import Batch, Classification, Method
+from pipelines.methods.method import Classification, Method
 from pipelines.methods.pretrain import Pretrain, build_pretrain

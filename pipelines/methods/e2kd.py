@@ -16,8 +16,9 @@ from torchmetrics import Metric, MetricCollection
 from pipelines import models
 from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse, check_held
+from pipelines.data.loading.batch import Batch
 from pipelines.losses import binary_distillation_loss, distillation_loss, explanation_loss, uniform_off_label_bce
-from pipelines.methods.method import Batch, Classification
+from pipelines.methods.method import Classification
 from pipelines.metrics import Agreement
 from pipelines.models import ModelError, ModelSpec
 

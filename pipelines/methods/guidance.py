@@ -21,9 +21,10 @@ from pipelines import models
 from pipelines.attribution import Attribution, explain, explain_pairs
 from pipelines.bcos import add_inverse, check_held
 from pipelines.bcos.precision import widened
+from pipelines.data.loading.batch import Batch
 from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
-from pipelines.methods.method import Batch, Classification
-from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics
+from pipelines.methods.method import Classification
+from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics, select_boxes
 from pipelines.models import ModelError, ModelSpec
 
 if TYPE_CHECKING:
@@ -97,12 +98,13 @@ class Guidance(ObjectClassification):
         if self.params.localisation_weight == 0:
             return made
         drawn, size = draw_classes(made["target"]), (batch["image"].shape[-2], batch["image"].shape[-1])
-        of_image = zip(batch["key"], batch["boxes"], strict=True)
-        boxes = [each if self.annotated is None or key in self.annotated else each[:0] for key, each in of_image]
-        counts = [len(each) for each in boxes]
-        if not any(counts):
+        boxes = batch["boxes"]
+        if self.annotated is not None:
+            annotated = torch.tensor([key in self.annotated for key in batch["key"]])
+            boxes = boxes[annotated[boxes[:, 0].long()]]
+        if not len(boxes):
             return made
-        masks = box_masks(dilated(torch.cat(boxes), self.params.dilation, size).split(counts), drawn, size)
+        masks = box_masks(dilated(boxes, self.params.dilation, size), drawn, size)
         return {**made, "class": drawn, "mask": masks & made["target"].bool().any(1)[:, None, None]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,9 +131,7 @@ class Guidance(ObjectClassification):
         images, present = add_inverse(batch["image"]), targets.bool()
         logits, maps = explain_pairs(partial(explain, model, attribution=self.attribution), images, present)
         rows, classes = present.nonzero(as_tuple=True)
-        of_image = (batch["boxes"][row] for row in rows.tolist())
-        boxes = [each[each[:, 0] == target] for each, target in zip(of_image, classes.tolist(), strict=True)]
-        masks = box_masks(boxes, classes, (maps.shape[-2], maps.shape[-1]))
+        masks = box_masks(select_boxes(batch["boxes"], rows, classes), classes, (maps.shape[-2], maps.shape[-1]))
         located = masks.flatten(1).any(1)
         metrics.update(preds=logits, target=targets.long(), attributions=widened(maps[located]), masks=masks[located])
 
@@ -146,12 +146,12 @@ def draw_classes(targets: Tensor) -> Tensor:
 
 
 def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:
-    """Boxes (n, 5) [class, xmin, ymin, xmax, ymax] whose sides move out by int(share·width or height), clipped to (H, W)."""
+    """Boxes (n, 6) [image, class, xmin, ymin, xmax, ymax] with sides moved out by int(share·width or height), within (H, W)."""
     height, width = size
-    label, xmin, ymin, xmax, ymax = boxes.unbind(1)
+    image, label, xmin, ymin, xmax, ymax = boxes.unbind(1)
     by_x, by_y = ((xmax - xmin) * share).floor(), ((ymax - ymin) * share).floor()
     least, most = [(xmin - by_x).clamp_min(0), (ymin - by_y).clamp_min(0)], [xmax + by_x, ymax + by_y]
-    return torch.stack([label, *least, most[0].clamp_max(width), most[1].clamp_max(height)], dim=1)
+    return torch.stack([image, label, *least, most[0].clamp_max(width), most[1].clamp_max(height)], dim=1)
 
 
 def classifier_spec(backbone: Path, classes: Sequence[str], task: str, image_size: int) -> ModelSpec:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import MixUp
 
 from pipelines.bcos import add_inverse
-
-Batch = dict[str, Any]
+from pipelines.data.loading.batch import Batch
 
 
 class Method(Protocol):

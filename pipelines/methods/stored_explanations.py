@@ -15,7 +15,6 @@ from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse
 from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.manifest import Shard, read_manifest
 from pipelines.data.shards.stored_explanations import Origin, write_index, write_shard
 from pipelines.distributed import Context, gather
@@ -70,18 +69,8 @@ def store_explanations(
     for shard, end in list(zip(of_split, ends, strict=True))[context.rank :: context.world_size]:
         inside = range(end - shard.count, end)
         numbers = list(inside) if subset is None else [number for number in subset if number in inside]
-        batches = loader(
-            shards,
-            split,
-            batch_size=batch_size,
-            transform=eval_transform(data),
-            workers=data.loader_workers,
-            on_error=data.on_error,
-            verify=data.verify,
-            subset=numbers,
-            fields=(),
-            device=context.device,
-        )
+        alone = Context(device=context.device)  # each worker reads whole shards
+        batches = loader(shards, split, data, batch_size, context=alone, subset=numbers, fields=())
         written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin)))
     everywhere = [shard for part in gather(written, context) for shard in part]
     if context.rank == 0:

@@ -29,6 +29,7 @@ from pipelines.metrics.localisation import (
     box_masks,
     energy_pointing_game,
     object_masks,
+    select_boxes,
     size_corrected,
     without_energy,
     without_union,

@@ -6,7 +6,6 @@ correction follows the reproducibility study of Sauter et al., 2024. methods.md,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,46 +81,55 @@ def _overlap(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return (binary & masks).sum((1, 2)), (binary | masks).sum((1, 2))
 
 
-def box_masks(boxes: Sequence[Tensor], classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Union of an image's boxes of one class, as a mask.
+def box_masks(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Union of each image's boxes of one class: (N, H, W) of bool, True for pixels whose centre lies in such a box.
 
     Args:
-        boxes: for each of N images (n_i, 5): class, xmin, ymin, xmax, ymax in pixels, half-open.
-        classes: (N,), the class of each image.
+        boxes: (n, 6) [image, class, xmin, ymin, xmax, ymax], images in [0, N), corners in pixels, half-open.
+        classes: (N,), the class of each image. The masks are made on its device, and nothing waits for a GPU.
         size: (H, W).
-
-    Returns:
-        (N, H, W) of bool, on the device of the classes: the pixels whose centre lies in such a box.
     """
-    counts = torch.tensor([len(each) for each in boxes], dtype=torch.long)
-    image_of_box = torch.arange(len(boxes)).repeat_interleave(counts).to(classes.device, non_blocking=True)
-    flat = torch.cat(list(boxes)) if len(boxes) else torch.zeros(0, 5)
-    flat = flat.to(classes.device, non_blocking=True)
+    boxes = boxes.to(classes.device, non_blocking=True)
+    image, label = boxes[:, 0].long(), boxes[:, 1].long()
     rows, columns = (torch.arange(side, device=classes.device) + 0.5 for side in size)
-    inside_x = (columns >= flat[:, 1, None]) & (columns < flat[:, 3, None])
-    inside_y = (rows >= flat[:, 2, None]) & (rows < flat[:, 4, None])
-    inside_y &= (flat[:, 0].long() == classes[image_of_box])[:, None]  # not left out: a GPU would have to say how many there are
-    covered = torch.zeros(len(boxes), *size, dtype=torch.int32, device=classes.device)
-    covered.index_add_(0, image_of_box, (inside_y[:, :, None] & inside_x[:, None, :]).int())
+    inside_x = (columns >= boxes[:, 2, None]) & (columns < boxes[:, 4, None])
+    inside_y = (rows >= boxes[:, 3, None]) & (rows < boxes[:, 5, None])
+    inside_y &= (label == classes[image])[:, None]  # boxes of other classes stay: a GPU would have to say how many are left
+    covered = torch.zeros(len(classes), *size, dtype=torch.int32, device=classes.device)
+    covered.index_add_(0, image, (inside_y[:, :, None] & inside_x[:, None, :]).int())
     return covered > 0
 
 
-def object_masks(instances: Tensor, boxes: Sequence[Tensor], classes: Tensor) -> Tensor:
-    """Union of an image's instances of one class, as a mask.
+def object_masks(instances: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
+    """Union of each image's instances of one class: (N, H, W) of bool.
 
     Args:
-        instances: (N, H, W) of int64: 0 is background, i belongs to the box boxes[i - 1] of the image.
-        boxes: for each of N images (n_i, 5), of which the class is read.
+        instances: (N, H, W) of int64: 0 is background, i the i-th box of the image.
+        boxes: (n, 6) [image, class, ...], all boxes of the N images, ascending by image.
         classes: (N,), the class of each image.
-
-    Returns:
-        (N, H, W) of bool.
     """
-    most = max([int(instances.max()) if instances.numel() else 0, *(len(each) for each in boxes)])
-    table = torch.zeros(len(boxes), most + 1, dtype=torch.bool)
-    for row, each, wanted in zip(table, boxes, classes.tolist(), strict=True):
-        row[1 : len(each) + 1] = each[:, 0].long() == wanted
+    boxes, classes = boxes.cpu(), classes.cpu()
+    image, label = boxes[:, 0].long(), boxes[:, 1].long()
+    instance = torch.arange(1, len(boxes) + 1) - torch.searchsorted(image, image)  # of each box in its image, from 1 on
+    most = max(len(boxes), int(instances.max()) if instances.numel() else 0)
+    table = torch.zeros(len(classes), most + 1, dtype=torch.bool)
+    table[image, instance] = label == classes[image]
     return table.to(instances.device).gather(1, instances.flatten(1)).view(instances.shape)
+
+
+def select_boxes(boxes: Tensor, images: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Boxes (m, 6) of `images`, in their order; the image column then counts through `images`, as rows of `batch[images]` do.
+
+    Args:
+        boxes: (n, 6) [image, class, ...], on the CPU: waits for a GPU that has the other arguments.
+        images: (P,), images of `boxes`, which may come several times.
+        classes: (P,), the class of which an image's boxes are taken; None: boxes of all classes.
+    """
+    chosen = boxes[:, 0] == images.to(boxes.device)[:, None]
+    if classes is not None:
+        chosen &= boxes[:, 1] == classes.to(boxes.device)[:, None]
+    place, box = chosen.nonzero(as_tuple=True)
+    return torch.cat([place[:, None].to(boxes.dtype), boxes[box, 1:]], dim=1)
 
 
 class LocalisationMetric(Metric):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-import torch
 from torch import nn
 
+from pipelines.data.loading.loader import loader
+from pipelines.distributed import Context
 from pipelines.errors import UserError
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import checkpoints, pareto
@@ -42,43 +43,39 @@ def shard_batches(
     job: Job,
     split: str,
     *,
+    context: Context | None = None,
     epoch: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     start_batch: int = 0,
     earlier: Sequence[tuple[int, int]] = (),
     fields: Sequence[str] = (),
-    device: torch.device | str = "cpu",
 ) -> Batches:
     """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
 
-    From `start_batch` on, counted from the epoch's beginning; `earlier` (world size, batches) are those that were taken with
-    other numbers of workers; `fields` what the method reads beside images and labels; `device` where images are put.
+    Args:
+        job: the run.
+        split: its name in the manifest.
+        context: rank, number of workers, and the device for images; None: one worker on the CPU.
+        epoch: counted from 0.
+        start_batch: counted from the epoch's beginning, batches of `earlier` included.
+        earlier: (world size, batches), taken with other numbers of workers.
+        fields: that the method reads beside images and labels.
     """
-    from pipelines.data.loading.loader import loader
-    from pipelines.data.loading.transforms import eval_transform, train_transform
-
-    train, stored = split == "train", job.explanations is not None
+    context = context or Context()
+    train = split == "train"
     return loader(
         job.shards,
         split,
-        batch_size=job.optim.batch_size // world_size,
-        transform=train_transform(job.data, stored) if train else eval_transform(job.data),
+        job.data,
+        job.optim.batch_size // context.world_size,
+        context=context,
+        train=train,
         seed=job.seed,
         epoch=epoch,
-        train=train,
-        rank=rank,
-        world_size=world_size,
-        workers=job.data.loader_workers,
         start_batch=start_batch - sum(batches for _, batches in earlier),
         earlier=earlier,
-        shuffle_buffer=job.data.shuffle_buffer,
-        on_error=job.data.on_error,
-        verify=job.data.verify,
         subset=job.subset if train else None,
         explanations=job.explanations if train else None,
         fields=fields,
-        device=device,
     )
 
 

@@ -103,7 +103,7 @@ def set_up(context: Context, job: Job) -> Run:
     for module in (method.module, *method.fixed):
         module.to(context.device)
     check_selection(job, method)
-    steps_per_epoch = len(job.batches(job, "train", rank=context.rank, world_size=context.world_size))
+    steps_per_epoch = len(job.batches(job, "train", context=context))
     if steps_per_epoch == 0 and job.optim.epochs > 0:
         raise TrainingError(f"{job.shards}: the train split gives no batch of {job.optim.batch_size}")
 
@@ -185,11 +185,9 @@ def train_epoch(run: Run) -> dict[str, float]:
     }
 
 
-def read(run: Run, split: str, **place: Any) -> Any:
-    """This rank's batches of a split, with the fields that the method reads."""
-    rank, world_size, device = run.context.rank, run.context.world_size, run.context.device
-    fields = run.method.fields
-    return run.job.batches(run.job, split, rank=rank, world_size=world_size, fields=fields, device=device, **place)
+def read(run: Run, split: str, **start: Any) -> Any:
+    """This rank's batches of a split, with the fields that the method reads; `start`: `epoch`, `start_batch` and `earlier`."""
+    return run.job.batches(run.job, split, context=run.context, fields=run.method.fields, **start)
 
 
 def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from pipelines import models
 from pipelines.attribution import Attribution, attribute
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.evaluation import (
     BOX_SIZES,
     ExplainedModel,
@@ -23,7 +23,6 @@ from pipelines.evaluation import (
     grid_explainer,
     knows_positions,
     load_explained_model,
-    split_batches,
 )
 from pipelines.evaluation.gallery import _explain_predicted, draw_gallery
 from pipelines.metrics import box_masks, energy_pointing_game
@@ -80,7 +79,7 @@ def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shard
 
 def test_accuracy_is_that_of_the_logits(trained, shards):
     model, _ = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
     assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
@@ -88,7 +87,7 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
 
 def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
     model, spec = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     images = add_inverse(batch["image"])
     torch.manual_seed(1)
     student = models.assemble(spec).train()
@@ -110,7 +109,7 @@ def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
 
 def test_the_worst_group_is_that_of_the_logits(trained, shards):
     model, _ = models.load(trained["bcos"])
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float()
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS)[0]["models"]["bcos"]
     groups = batch["group"]
@@ -155,7 +154,7 @@ def test_what_was_guided_is_evaluated_too(trained, shards):
     found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(DATA))
+    (batch,) = loader(shards, "test", DATA, 50)
     model, _ = models.load(trained["bcos"])
     maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=layer.method, layer=layer.layer)
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
@@ -201,11 +200,12 @@ def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
 
 
 def test_examples_are_found_by_key_with_their_exact_pixels(shards):
-    batches = list(split_batches(shards, "test", DATA, 8))
-    images = {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
-    found = examples_by_key(batches, set(list(images)[3:40:9]))
+    read = partial(loader, shards, "test", DATA, 8)
+    images = {key: image for batch in read() for key, image in zip(batch["key"], batch["image"], strict=True)}
+    found = examples_by_key(read, set(list(images)[3:40:9]))
     assert len(found) == 5
     assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())
+    assert all(example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values())  # of no whole batch
 
 
 def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():

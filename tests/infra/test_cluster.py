@@ -20,7 +20,6 @@ import torch
 from infra import submit
 from pipelines import models, tracking
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.publish import publish_shards
 from pipelines.params import DataParams
@@ -150,9 +149,7 @@ def test_an_epoch_has_each_sample_once_while_the_storage_fails_and_is_away(clust
     shards = str(cluster.project.folder / "data/shards/objects")
     root = publish_shards(shards, "s3://bcos/outage")
     cluster.storage.share, keys = 0.2, []
-    for batch in loader(
-        root, "train", batch_size=16, transform=eval_transform(DataParams(image_size=32)), train=True, shuffle_buffer=8
-    ):
+    for batch in loader(root, "train", DataParams(image_size=32, augment="none", shuffle_buffer=8), 16, train=True):
         keys += batch["key"]
         if len(keys) == 48:
             cluster.storage.__exit__()  # away before the next batch is asked for

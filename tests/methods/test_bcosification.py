@@ -38,9 +38,7 @@ def exponents(method: Bcosification) -> set[float]:
     return {round(value, 6) for value in layer_b(method.module).values()}
 
 
-def random_batches(
-    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
-) -> list[dict[str, Any]]:
+def random_batches(job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any) -> list[dict[str, Any]]:
     """COUNT images that differ by class in their colour."""
     labels = torch.arange(COUNT) % 3
     images = torch.rand(COUNT, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(epoch))

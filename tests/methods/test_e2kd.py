@@ -194,9 +194,7 @@ def test_the_explanation_comes_from_the_pass_that_gives_the_logits(teachers: dic
 # The teacher ----------------------------------------------------------------------------------------------------------
 
 
-def class_batches(
-    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
-) -> list[dict[str, Any]]:
+def class_batches(job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any) -> list[dict[str, Any]]:
     made = [{key: value for key, value in batch_of(8, epoch * 10 + part).items() if key != "step"} for part in range(3)]
     return made[start_batch:]
 

@@ -9,6 +9,7 @@ from torch import nn
 from pipelines import models
 from pipelines.attribution import attribute, explain, explain_pairs
 from pipelines.bcos import add_inverse, bcosify
+from pipelines.distributed import to_device
 from pipelines.losses import energy_loss
 from pipelines.methods import Guidance, ObjectClassification, build_classifier, build_guidance, classifier_spec
 from pipelines.methods.guidance import LOCALISATION, dilated, draw_classes
@@ -47,9 +48,9 @@ def batch(count=4):
     for row in range(count):
         chosen = (row % CLASSES, (row + 1) % CLASSES)
         labels[row, list(chosen)] = 1
-        boxes.append(torch.tensor([[chosen[0], 1, 1, 5, 4], [chosen[1], 2, 3, 7, 8]], dtype=torch.float32))
+        boxes += [[row, chosen[0], 1, 1, 5, 4], [row, chosen[1], 2, 3, 7, 8]]
     images = torch.rand(count, 3, SIDE, SIDE, generator=generator)
-    return {"key": [f"k{row}" for row in range(count)], "image": images, "labels": labels, "boxes": boxes}
+    return {"key": [f"k{row}" for row in range(count)], "image": images, "labels": labels, "boxes": torch.tensor(boxes).float()}
 
 
 def method(kind="bcos", annotated=None, **changes):
@@ -99,6 +100,18 @@ def test_images_without_labels_and_without_annotation_are_not_guided_but_classif
     assert losses["loss"] == plain.loss(plain.module, plain.prepare(some))["loss"]
 
 
+def test_prepare_never_asks_a_device_for_values():
+    there = to_device(batch(), torch.device("meta"))  # a tensor there has no values: whatever would wait for a GPU is an error
+    assert {name: value.device.type for name, value in there.items() if name != "key"} == {
+        "image": "meta",
+        "labels": "meta",
+        "boxes": "cpu",
+    }
+    prepared = method(annotated=["k0", "k2"], dilation=0.1).prepare(there)
+    assert prepared["mask"].shape == (4, SIDE, SIDE)
+    assert prepared["mask"].is_meta
+
+
 def test_boxes_of_images_without_labels_move_nothing():
     some = batch()
     some["labels"][:] = 0
@@ -111,8 +124,8 @@ def test_boxes_of_images_without_labels_move_nothing():
 
 
 def test_boxes_move_out_by_whole_pixels_up_to_the_border():
-    boxes = torch.tensor([[2.0, 10, 20, 31, 60], [1, 0, 0, 100, 50]])
-    assert dilated(boxes, 0.1, (64, 100)).tolist() == [[2, 8, 16, 33, 64], [1, 0, 0, 100, 55]]
+    boxes = torch.tensor([[0.0, 2, 10, 20, 31, 60], [3, 1, 0, 0, 100, 50]])
+    assert dilated(boxes, 0.1, (64, 100)).tolist() == [[0, 2, 8, 16, 33, 64], [3, 1, 0, 0, 100, 55]]
     assert torch.equal(dilated(boxes, 0.0, (64, 100)), boxes)
 
 
@@ -247,7 +260,7 @@ def test_metrics_are_those_of_the_pairs_with_a_box():
     guidance = method()
     guidance.module.eval()
     some = batch()
-    some["boxes"][1] = some["boxes"][1][:1]
+    some["boxes"] = torch.cat([some["boxes"][:3], some["boxes"][4:]])  # one box less in image 1
     metrics = guidance.metrics()
     guidance.update(metrics, guidance.module, some)
     assert metrics["epg"].count == metrics["iou"].count == 7

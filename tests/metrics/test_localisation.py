@@ -10,6 +10,7 @@ from pipelines.metrics import (
     box_masks,
     energy_pointing_game,
     object_masks,
+    select_boxes,
     size_corrected,
     without_energy,
     without_union,
@@ -69,24 +70,37 @@ def test_masks_of_another_size_are_refused():
 
 
 def test_box_masks_are_the_half_open_union_of_the_boxes_of_the_class():
-    boxes = [
-        torch.tensor([[1, 0, 0, 2, 1], [1, 1, 0, 3, 2], [2, 0, 0, 4, 3]], dtype=torch.float32),
-        torch.zeros(0, 5),
-        torch.tensor([[2, 0.6, 0.4, 2.5, 3.0]]),
-    ]
+    boxes = torch.tensor(
+        [[0, 1, 0, 0, 2, 1], [0, 1, 1, 0, 3, 2], [0, 2, 0, 0, 4, 3], [2, 2, 0.6, 0.4, 2.5, 3.0]], dtype=torch.float32
+    )
     masks = box_masks(boxes, torch.tensor([1, 1, 2]), (3, 4))
     assert masks[0].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     assert not masks[1].any()
     assert masks[2].int().tolist() == [[0, 1, 0, 0]] * 3
     assert box_masks(boxes, torch.tensor([0, 0, 0]), (3, 4)).sum() == 0
-    assert box_masks([], torch.zeros(0, dtype=torch.long), (3, 4)).shape == (0, 3, 4)  # no image has a label
+    assert not box_masks(boxes[:0], torch.tensor([1, 1, 2]), (3, 4)).any()
+    assert box_masks(boxes[:0], torch.zeros(0, dtype=torch.long), (3, 4)).shape == (0, 3, 4)  # no image has a label
 
 
 def test_object_masks_are_the_union_of_the_instances_of_the_class():
-    instances = torch.tensor([[[0, 1, 2], [3, 3, 0]], [[0, 0, 1], [0, 0, 0]]])
-    boxes = [torch.tensor([[4.0, 0, 0, 1, 1], [7, 0, 0, 1, 1], [4, 0, 0, 1, 1]]), torch.tensor([[4.0, 0, 0, 1, 1]])]
-    masks = object_masks(instances, boxes, torch.tensor([4, 7]))
-    assert masks.int().tolist() == [[[0, 1, 0], [1, 1, 0]], [[0, 0, 0], [0, 0, 0]]]
+    instances = torch.tensor([[[0, 1, 2], [3, 3, 0]], [[1, 0, 2], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]]])
+    boxes = torch.tensor([[0, 4.0, 0, 0, 1, 1], [0, 7, 0, 0, 1, 1], [0, 4, 0, 0, 1, 1], [2, 4, 0, 0, 1, 1]])
+    masks = object_masks(instances, boxes, torch.tensor([4, 4, 4]))
+    assert masks.int().tolist() == [[[0, 1, 0], [1, 1, 0]], [[0, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]]]
+    assert not object_masks(instances, boxes, torch.tensor([7, 7, 7]))[1:].any()
+    assert not object_masks(instances, boxes[:0], torch.tensor([4, 4, 4])).any()
+    assert object_masks(instances[:0], boxes[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 2, 3)
+
+
+def test_selected_boxes_count_through_the_images_that_were_selected():
+    boxes = torch.tensor([[0, 4.0, 0, 0, 1, 1], [0, 7, 0, 0, 2, 2], [2, 4, 0, 0, 3, 3], [2, 4, 0, 0, 4, 4]])
+    images, classes = torch.tensor([2, 0, 1, 2]), torch.tensor([4, 7, 4, 7])
+    every = select_boxes(boxes, images)
+    assert every[:, [0, 5]].tolist() == [[0, 3], [0, 4], [1, 1], [1, 2], [3, 3], [3, 4]]
+    assert select_boxes(boxes, images, classes)[:, [0, 1, 5]].tolist() == [[0, 4, 3], [0, 4, 4], [1, 7, 2]]
+    assert select_boxes(boxes[:0], images, classes).shape == select_boxes(boxes, images[:0], classes[:0]).shape == (0, 6)
+    size = (5, 5)
+    assert torch.equal(box_masks(every, classes, size), box_masks(select_boxes(boxes, images, classes), classes, size))
 
 
 def test_the_mean_does_not_depend_on_how_batches_are_split_over_workers():

@@ -12,8 +12,8 @@ from pipelines.bcos import add_inverse
 from pipelines.data import sources
 from pipelines.data.drawing.scene import CLASSES
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.writer import write_shards
+from pipelines.distributed import Context
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, ScenesParams
 
@@ -28,7 +28,7 @@ def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:
 
 def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "cpu") -> dict[str, str]:
     """Folders of a `conventional` and a `bcos` model that have the 50 test images by heart, so that grids can be made of them."""
-    (batch,) = loader(shards, "test", batch_size=50, transform=eval_transform(data), device=device)
+    (batch,) = loader(shards, "test", data, 50, context=Context(device=torch.device(device)))
     images, wanted = add_inverse(batch["image"]), nn.functional.one_hot(batch["label"], len(CLASSES)).float().to(device)
     for kind in ("conventional", "bcos"):
         torch.manual_seed(0)

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import Sample
 from pipelines.data.shards.writer import write_shards
 from pipelines.data.sources import get
@@ -82,5 +81,5 @@ def ids_of(sample: Sample) -> np.ndarray:
 
 def boxes_at(root: str, split: str, size: int) -> dict[str, torch.Tensor]:
     """(n, 5) boxes by key, as the loader gives them with images of size x size."""
-    batches = loader(root, split, batch_size=16, transform=eval_transform(DataParams(image_size=size)))
-    return {key: boxes for batch in batches for key, boxes in zip(batch["key"], batch["boxes"], strict=True)}
+    batches = loader(root, split, DataParams(image_size=size), 16)
+    return {key: batch["boxes"][batch["boxes"][:, 0] == row, 1:] for batch in batches for row, key in enumerate(batch["key"])}

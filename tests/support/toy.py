@@ -39,9 +39,10 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def toy_batches(
-    job: Job, split: str, *, epoch: int = 0, rank: int = 0, world_size: int = 1, start_batch: int = 0, **_: Any
+    job: Job, split: str, *, context: Context | None = None, epoch: int = 0, start_batch: int = 0, **_: Any
 ) -> list[dict[str, Any]]:
-    """As `shard_batches`: a function of seed, epoch and place alone; evaluation reads each sample once."""
+    """As `shard_batches`: a function of seed, epoch and rank alone; evaluation reads each sample once."""
+    rank, world_size = (0, 1) if context is None else (context.rank, context.world_size)
     images, labels = samples()
     size = job.optim.batch_size // world_size
     if split == "train":
@@ -273,7 +274,7 @@ def evaluate_toy(context: Context, job: Job) -> dict[str, Any]:
     """The metrics of an untrained network over the test split, and the keys that all ranks saw."""
     torch.manual_seed(1)
     method = ToyMethod()
-    batches = toy_batches(job, "test", rank=context.rank, world_size=context.world_size)
+    batches = toy_batches(job, "test", context=context)
     values = evaluate_split(method, method.module, batches, context)
     keys = gather([key for batch in batches for key in batch["key"]], context)
     return {"values": values, "keys": [key for part in keys for key in part]}

@@ -19,15 +19,15 @@ ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
-    """8-bit RGB of an encoded image, whatever its mode: uint8 (3, H, W), in any memory layout.
+    """8-bit RGB of an encoded image of any mode: uint8 (3, H, W), in any memory layout.
 
-    Grey is repeated, palettes are looked up, CMYK is converted, of 16 bits the upper 8 are taken, and what is
-    transparent is laid on white. Baseline and progressive JPEG go through torchvision's libjpeg-turbo, which is half
-    as fast again as Pillow's way to a tensor; the rest through Pillow.
+    Grey is repeated, palettes are looked up, CMYK is converted, 16 bits are cut to the upper 8, and transparent pixels are laid
+    on white. RGB and grey JPEG is decoded by torchvision's libjpeg-turbo, half as fast again as Pillow and the copy to a tensor;
+    every other image by Pillow.
 
     Args:
         encoded: a file in any format that Pillow reads.
-        apply_exif: turn the image as its EXIF orientation says. Off where boxes or masks are in stored pixels.
+        apply_exif: turn the image as its EXIF orientation says; False if boxes or masks are in stored pixels.
 
     Raises:
         DecodeError: not an image, truncated, larger than Pillow's limit on pixels, or of floating-point pixels.
@@ -47,10 +47,10 @@ def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
 
 
 def decode_mask(encoded: bytes) -> torch.Tensor:
-    """The instance ids of a grey (8 or 16 bit) or palette PNG: int64 (H, W), 0 is background.
+    """Instance ids of a grey (8 or 16 bit) or palette PNG: int64 (H, W), 0 is background.
 
     Raises:
-        DecodeError: not an image, truncated, or an image in colours.
+        DecodeError: not an image, truncated, or a colour image.
     """
     return torch.from_numpy(mask_ids(encoded))
 

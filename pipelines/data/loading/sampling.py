@@ -1,13 +1,14 @@
-"""Which samples a loader reads, in which order: whole numbers alone, a pure function of seed, epoch and place.
+"""Which samples a rank reads in an epoch, in which batches: a pure function of seed, epoch and rank.
 
-Samples of a split are numbered through, shard after shard. Because the manifest has the counts, no shard needs to be
-opened to shuffle, to divide an epoch among processes, or to go on in the middle of one.
+The samples of a split are numbered through its shards. Because the manifest has the counts, no shard is opened to shuffle an
+epoch, to divide it among ranks, or to resume it in the middle.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -16,17 +17,40 @@ import numpy as np
 Item = TypeVar("Item")
 
 
-def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, train: bool) -> list[int]:
-    """Numbers of all samples in the order of the epoch: as they lie, or in training by permuted shards.
+@dataclass(frozen=True)
+class Sampling:
+    """How the samples of an epoch are dealt to a rank.
 
-    In training the order also starts at another sample each epoch (and goes round), so that what the last, incomplete
-    batch would have held is never the same, even with a single shard.
+    Attributes:
+        batch_size: samples per batch of this rank.
+        rank: in [0, world_size).
+        world_size: number of ranks that share the epoch.
+        train: shuffle, and drop incomplete batches.
+        seed: of the run.
+        epoch: counted from 0.
+        shuffle_buffer: samples among which each next one is drawn, in training.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    train: bool
+    seed: int
+    epoch: int
+    shuffle_buffer: int
+
+
+def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, train: bool) -> list[int]:
+    """Numbers of all samples in the order of the epoch: ascending, or in training shard by shard in a permuted order.
+
+    In training the order also starts at another sample each epoch (and wraps around): otherwise a single shard would lose the
+    same samples, those of the last, incomplete batch, each time.
 
     Args:
         counts: samples of each shard.
         seed: of the run.
         epoch: counted from 0.
-        train: permute and turn.
+        train: permute and rotate.
     """
     if not train:
         return list(range(sum(counts)))
@@ -39,7 +63,7 @@ def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, train: bool) ->
 
 
 def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:
-    """`items` in random order, of which `buffer_size` at a time are held: complete if there are no more than that."""
+    """`items`, each drawn from a buffer of the next `buffer_size`: a full shuffle if the buffer holds all of them."""
     buffer: list[Item] = []
     for item in items:
         if len(buffer) < buffer_size:
@@ -60,10 +84,10 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def rank_share(count: int, *, batch_size: int, rank: int, world_size: int, train: bool) -> range:
-    """The places in the epoch's order that are one rank's.
+    """Places in the epoch's order that belong to one rank.
 
-    In training every rank has the same number of full batches, and the rest of the epoch is left out; where `count` is
-    too small for one full batch a rank, each has one batch of what there is. In evaluation every place is some rank's.
+    In training every rank has the same number of full batches, and the rest of the epoch is left out; if `count` is too small
+    for one full batch per rank, each rank has one batch, an equal share. In evaluation every place belongs to a rank.
 
     Raises:
         ValueError: training with fewer samples than ranks.
@@ -76,13 +100,34 @@ def rank_share(count: int, *, batch_size: int, rank: int, world_size: int, train
     return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def worker_share(share: range, *, batch_size: int, worker: int, workers: int) -> range:
-    """The part of a rank's `share` that is one loader process's: whole batches, contiguous.
+def rank_batches(order: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """The rank's batches: its share of `order`, in training shuffled through one buffer, cut into lists of `batch_size`.
 
-    Process w has the batches w, w + workers, ... of the rank when the processes take turns.
+    Raises:
+        ValueError: see `rank_share`.
     """
-    batches = -(-len(share) // batch_size)
-    each, rest = divmod(batches, workers)
-    first = worker * each + min(worker, rest)
-    last = first + each + (worker < rest)
-    return share[first * batch_size : last * batch_size]
+    size, rank = sampling.batch_size, sampling.rank
+    share = rank_share(len(order), batch_size=size, rank=rank, world_size=sampling.world_size, train=sampling.train)
+    numbers: Iterable[int] = order[share.start : share.stop]
+    if sampling.train:
+        rng = random.Random(f"buffer/{sampling.seed}/{sampling.epoch}/{rank}")
+        numbers = shuffled(numbers, sampling.shuffle_buffer, rng)
+    return list(batched(numbers, size))
+
+
+def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: Sampling) -> Sequence[int]:
+    """`order` without the samples that `earlier` numbers of ranks have read.
+
+    Args:
+        order: see `epoch_order`.
+        earlier: how the epoch began: (world size, batches that each rank read), one after the other, all with the effective
+            batch of `sampling`.
+        sampling: of any rank that shares the rest.
+    """
+    effective = sampling.batch_size * sampling.world_size
+    for world_size, count in earlier:
+        then = replace(sampling, world_size=world_size, batch_size=effective // world_size)
+        ranks = [rank_batches(order, replace(then, rank=rank)) for rank in range(world_size)]
+        read = {number for batches in ranks for batch in batches[:count] for number in batch}
+        order = [number for number in order if number not in read]
+    return order

@@ -1,4 +1,4 @@
-"""A few images of each class, drawn by a seed: those to train on, or those whose boxes are used; and those held out."""
+"""Seeded draws of training images: a few of each class, or a share whose boxes are used; and the validation images' keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.data.shards.sample import DataError
 
 @dataclass(frozen=True)
 class Subset:
-    """A draw of `few_shot`: the samples' numbers, counted through the split's shards, in ascending order, and their keys."""
+    """Samples that `few_shot` has drawn: their numbers, counted through the split's shards, ascending, and their keys."""
 
     split: str
     shots: int
@@ -25,7 +25,7 @@ class Subset:
     keys: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """The draw as a report gives it."""
         drawn = {"split": self.split, "shots": self.shots, "seed": self.seed}
         return {**drawn, "count": len(self.keys), "keys": list(self.keys)}
 
@@ -33,13 +33,14 @@ class Subset:
 def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
     """`shots` images of each class of a split.
 
-    Samples are ranked by a hash of `seed` and key, so that the draw depends on nothing else, and fewer shots of a seed are among
-    its more. Where images have several labels, the first `shots` of each class are taken: a class may get more with others.
+    Samples are ranked by a hash of `seed` and key: the draw depends on nothing else, and a larger draw by the same seed contains
+    the smaller ones. If images have several labels, the first `shots` of each class are taken, and a class may get more images
+    through the draws of others.
 
     Args:
         root: shards: a folder or any fsspec URL.
         split: its name in the manifest.
-        shots: images a class.
+        shots: images per class.
         seed: of the draw.
 
     Raises:
@@ -61,19 +62,16 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
 
 
 def validation_images(root: str, split: str = "val") -> dict[str, Any]:
-    """What a report says of the images that choices are made on: how many there are, and their keys.
-
-    `root` is that of shards: a folder or any fsspec URL.
-    """
+    """Number and keys of the images that models are selected on, for a report; `root` as in `few_shot`."""
     keys = [key for key, _ in _described(root, split)]
     return {"split": split, "count": len(keys), "keys": keys}
 
 
 def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[str, ...]:
-    """Keys of the images whose boxes are used where there are boxes for a `share` of them alone.
+    """Keys of the images whose boxes are used if only a `share` of the images is annotated.
 
-    Stratified: of each class that many of the images with a box of it, rounded up, the rarest class first; an image that was
-    taken for one class counts for its others. Within a class images are ranked by a hash of `seed` and key.
+    Stratified: `share` of the images with a box of each class, rounded up, the rarest class first; an image that is drawn for
+    one class counts for its other classes. Within a class images are ranked by a hash of `seed` and key.
 
     Args:
         root: shards: a folder or any fsspec URL.

@@ -1,9 +1,9 @@
-"""What is done to an image before a model sees it, and with it to its boxes, its mask and every stored map.
+"""Transforms of an image, and with it of its boxes, its mask and its stored map.
 
-A sample's *views* are a dict of tensors of the same height and width: `image` uint8 (3, H, W), and where there are any
-`boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and further images. A step takes the views and a
-random generator and gives new views; torchvision moves each kind as it must be. All random numbers come from that
-generator, none from torch's: what happens to a sample depends on its own seed alone.
+A sample's *views* are a dict of tensors of the same height and width: `image` uint8 (3, H, W) and, if the sample has them,
+`boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and `stored_map`. A step takes the views and a random
+generator and gives new views; torchvision moves each kind of view in its own way. All random numbers come from that generator,
+none from torch's: a sample's augmentation depends on its own seed alone.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Step = Callable[[Views, random.Random], Views]
 SCALE = (0.08, 1.0)  # share of the image's area in a random crop (Szegedy et al. 2015, section 6)
 RATIO = (3 / 4, 4 / 3)  # its width over its height
 CROP_DRAWS = 10
-STORED_MAP = "stored_map"  # name of a view
+STORED_MAP = "stored_map"  # name of the view that is a teacher's map, float (C, H, W)
 
 
 def train_transform(params: DataParams, stored_map: bool = False) -> Step:
-    """The augmentation that `params.augment` names; gives `image_size` square views. Picklable.
+    """The augmentation that `params.augment` names, to square views of `image_size`. Picklable.
 
     `flip` comes after the fixed view of evaluation, `pad_crop_flip` (CIFAR) after a plain resize, and
-    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment,
-    where `params.rand_augment` gives its magnitude, comes last.
+    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment
+    comes last, if `params.rand_augment` gives its magnitude.
 
-    With `stored_map` there is a further view of that name, (C, h, w), of an image's fixed view and not of the image: both are
-    brought to one size first, and then take the same random crop and flip.
+    With `stored_map` the views include a stored map (C, h, w), which belongs to the fixed view of the image, not to the image:
+    map and fixed view are brought to one size first, and then take the same random crop and flip.
     """
     size = params.image_size
     if stored_map:
@@ -59,7 +59,7 @@ def train_transform(params: DataParams, stored_map: bool = False) -> Step:
 
 
 def _random_steps(params: DataParams) -> tuple[Step, ...]:
-    """What of `params.augment` is drawn, for images in their fixed view."""
+    """The random steps of `params.augment`, for images in their fixed view."""
     if params.rand_augment is not None:
         raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
     match params.augment:
@@ -74,7 +74,7 @@ def _random_steps(params: DataParams) -> tuple[Step, ...]:
 
 
 def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
-    """The fixed view of all but the stored map, then what is drawn, of all."""
+    """`fixed` applied to all views but the stored map, then `drawn` to all views."""
     others = apply(fixed, {name: view for name, view in views.items() if name != STORED_MAP}, rng)
     size = list(_size(others))
     stored = F.resize(views[STORED_MAP], size, interpolation=InterpolationMode.BILINEAR, antialias=False)
@@ -82,7 +82,7 @@ def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Vi
 
 
 def eval_transform(params: DataParams) -> Step:
-    """The fixed view: resized to `eval_resize` at its shorter side and cropped in the centre, or straight to size."""
+    """The fixed view: shorter side resized to `eval_resize` and centre-cropped, or resized straight to `image_size`."""
     return partial(apply, _fixed_view(params))
 
 
@@ -94,30 +94,30 @@ def apply(steps: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
 
 
 def resize_square(views: Views, rng: random.Random, *, size: int) -> Views:
-    """Views of size x size; what has that size already is left as it is."""
+    """Views of size x size."""
     return _resize(views, size, size)
 
 
 def resize_shorter(views: Views, rng: random.Random, *, size: int) -> Views:
-    """Views whose shorter side is `size`, of the same proportions; the longer side is rounded down."""
+    """Views whose shorter side is `size`, with the same aspect ratio; the longer side is rounded down."""
     height, width = _size(views)
     shorter = min(height, width)
     return _resize(views, height * size // shorter, width * size // shorter)
 
 
 def centre_crop(views: Views, rng: random.Random, *, size: int) -> Views:
-    """The size x size pixels in the middle; an image smaller than that is padded with black."""
+    """The central size x size pixels; a smaller image is padded with black."""
     height, width = _size(views)
     return _crop(views, round((height - size) / 2), round((width - size) / 2), size, size)
 
 
 def flip(views: Views, rng: random.Random) -> Views:
-    """Mirrored left to right, every second time."""
+    """Views mirrored left to right with probability 1/2."""
     return _each(views, F.horizontal_flip) if rng.random() < 0.5 else views
 
 
 def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
-    """Moved by up to `padding` pixels each way, black coming in: a crop of the old size out of the padded image."""
+    """A random crop of the same size out of views that are padded with `padding` pixels of black on each side."""
     height, width = _size(views)
     top, left = rng.randint(-padding, padding), rng.randint(-padding, padding)
     return _crop(views, top, left, height, width)
@@ -126,7 +126,7 @@ def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
 def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views:
     """A crop of random area (`SCALE`) and shape (`RATIO`), resized to size x size (Szegedy et al. 2015, section 6).
 
-    Where no crop that fits is drawn in `CROP_DRAWS` draws, the largest central one of an allowed shape is taken.
+    If none of `CROP_DRAWS` draws fits into the image, the crop has the largest size of an allowed shape.
     """
     height, width = _size(views)
     crop_height, crop_width = _crop_size(height, width, rng)
@@ -161,12 +161,12 @@ def _size(views: Views) -> tuple[int, int]:
 
 
 def _each(views: Views, function: Callable[..., Any], *arguments: Any) -> Views:
-    """`function` of each view."""
+    """`function` applied to each view."""
     return {name: function(view, *arguments) for name, view in views.items()}
 
 
 def _crop(views: Views, top: int, left: int, height: int, width: int) -> Views:
-    """A window; what of it lies outside is zero. Boxes are clipped to it."""
+    """Views cropped to a window, zero where it lies outside them. Boxes are clipped to it."""
     if (top, left, height, width) == (0, 0, *_size(views)):
         return views
     return _each(views, F.crop, top, left, height, width)

@@ -6,17 +6,19 @@ belong to a machine, not to a run. All processes of a machine share it. A file i
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import fsspec
 
 from pipelines.data.shards.manifest import Shard, ShardError
-from pipelines.storage.files import file_system, staged
+from pipelines.storage.files import file_system
 from pipelines.storage.retry import is_remote, retry
 
 DOWNLOADS = 3  # attempts at a shard whose copies are damaged
@@ -50,18 +52,55 @@ def cached(filesystem: fsspec.AbstractFileSystem, remote: str, shard: Shard, roo
     """The shard's copy in the cache, downloaded if it is not there, and marked as the one used last."""
     folder = cache_folder()
     path = folder / f"{shard.sha256}.tar"
+    if use(path, shard):
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_copy = folder / f"{shard.sha256}.partial"
+    with locked(partial_copy):
+        if not use(path, shard):  # another process may have downloaded it meanwhile
+            make_room(folder, shard.bytes, cache_limit())
+            download(filesystem, remote, partial_copy, shard, root)
+            with partial_copy.open("rb") as file:
+                os.fsync(file.fileno())
+            partial_copy.replace(path)
+    return path
+
+
+def use(path: Path, shard: Shard) -> bool:
+    """Whether `path` is a whole copy of the shard, which is then marked as the one used last."""
     with suppress(FileNotFoundError):
         status = path.stat()
         if status.st_size == shard.bytes:  # a crash of the machine may have cut it
             os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # used, not changed
-            return path
-    folder.mkdir(parents=True, exist_ok=True)
-    make_room(folder, shard.bytes, cache_limit())
-    with staged(path) as copy:
-        download(filesystem, remote, copy, shard, root)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())
-    return path
+            return True
+    return False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A block in which this process alone has a file at `path`; unless the block renames it, the file is gone afterwards.
+
+    Loader processes want the same shards at the same time. A process that is killed loses the lock.
+    """
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not is_at(path, file.fileno()):  # renamed or removed while this process waited
+                continue
+            os.utime(path)  # what a killed process left is not abandoned any more
+            try:
+                yield
+            finally:
+                if is_at(path, file.fileno()):
+                    path.unlink()
+            return
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one at `path`."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def download(filesystem: fsspec.AbstractFileSystem, remote: str, path: Path, shard: Shard, root: str) -> None:

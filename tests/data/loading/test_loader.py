@@ -21,16 +21,15 @@ from PIL import Image
 
 from pipelines.data.loading.decode import DecodeError
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.sampling import batched, epoch_order, rank_share, shuffled, worker_share
-from pipelines.data.loading.transforms import eval_transform, train_transform
+from pipelines.data.loading.sampling import Sampling, batched, epoch_order, rank_batches, rank_share, shuffled
 from pipelines.data.shards.manifest import ShardError
 from pipelines.data.shards.writer import write_shards
+from pipelines.distributed import Context
 from pipelines.params import DataParams
 from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, rich
 
 COUNT, SHARD_SIZE = 23, 5
-EVALUATION = eval_transform(DataParams(image_size=SIDE))
-TRAINING = train_transform(DataParams(image_size=SIDE, augment="pad_crop_flip", crop_padding=2))
+DATA = DataParams(image_size=SIDE, augment="pad_crop_flip", crop_padding=2, shuffle_buffer=6)
 
 
 def write(out, samples, *, shard_size=SHARD_SIZE, task="multiclass"):
@@ -49,12 +48,13 @@ def single(tmp_path_factory):
     return write(tmp_path_factory.mktemp("single"), [rich(i) for i in range(COUNT)], shard_size=100)
 
 
-def evaluate(root, **options):
-    return loader(root, "train", **{"batch_size": 4, "transform": EVALUATION, **options})
+def evaluate(root, *, batch_size=4, workers=0, on_error="raise", verify=False, rank=0, world_size=1, **options):
+    data = DATA.model_copy(update={"loader_workers": workers, "on_error": on_error, "verify": verify})
+    return loader(root, "train", data, batch_size, context=Context(rank, world_size), **options)
 
 
 def train(root, **options):
-    return loader(root, "train", **{"batch_size": 3, "transform": TRAINING, "train": True, "shuffle_buffer": 6, **options})
+    return evaluate(root, **{"batch_size": 3, "train": True, **options})
 
 
 def keys(batches) -> list[str]:
@@ -68,9 +68,7 @@ def assert_same(some, others):
     for one, other in zip(some, others, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            if name == "boxes":
-                assert all(torch.equal(a, b) for a, b in zip(value, other[name], strict=True))
-            elif isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor):
                 assert torch.equal(value, other[name]), name
             else:
                 assert value == other[name], name
@@ -108,27 +106,34 @@ def test_epoch_order_keeps_shards_together_and_differs_by_epoch():
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 13, 50])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_shares_divide_an_epoch(count, batch_size, world_size, workers):
+def test_shares_divide_an_epoch(count, batch_size, world_size):
     share = partial(rank_share, count, batch_size=batch_size, world_size=world_size)
-    part = partial(worker_share, batch_size=batch_size, workers=workers)
     for training in (False, True):
         if training and count < world_size:
             with pytest.raises(ValueError, match="cannot feed"):
                 share(rank=0, train=True)
             continue
         shares = [share(rank=rank, train=training) for rank in range(world_size)]
-        parts = [[part(each, worker=worker) for worker in range(workers)] for each in shares]
-        places = [place for each in parts for piece in each for place in piece]
-        assert places == [place for each in shares for place in each]
-        assert len(set(places)) == len(places)
+        places = [place for each in shares for place in each]
+        assert places == list(range(len(places)))
+        sampling = Sampling(batch_size, 0, world_size, training, seed=0, epoch=0, shuffle_buffer=5)
+        ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
+        for batches, each in zip(ranks, shares, strict=True):
+            assert sorted(place for batch in batches for place in batch) == list(each)
+            assert all(len(batch) == batch_size for batch in batches[:-1])
         if not training:
-            assert places == list(range(count))
+            assert len(places) == count
             continue
-        batches = [-(-len(each) // batch_size) for each in shares]
-        assert set(batches) == {max(1, count // (world_size * batch_size))}
+        assert {len(batches) for batches in ranks} == {max(1, count // (world_size * batch_size))}
         if count >= world_size * batch_size:
-            assert all(len(piece) % batch_size == 0 for each in parts for piece in each)
+            assert all(len(batch) == batch_size for batches in ranks for batch in batches)
+
+
+def test_a_rank_in_training_is_shuffled_through_one_buffer():
+    sampling = Sampling(3, 1, 2, True, seed=5, epoch=2, shuffle_buffer=4)
+    order = epoch_order([7, 7, 7], seed=5, epoch=2, train=True)
+    expected = list(shuffled(order[9:18], 4, random.Random("buffer/5/2/1")))
+    assert rank_batches(order, sampling) == [expected[:3], expected[3:6], expected[6:]]
 
 
 # Each sample once ------------------------------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ def test_evaluation_gives_each_key_exactly_once(request, world_size, workers, sh
         batches = evaluate(shards, rank=rank, world_size=world_size, workers=workers)
         got = list(batches)
         assert len(got) == len(batches)
-        assert all(len(batch["key"]) == 4 for batch in got[: -max(1, workers)])
+        assert all(len(batch["key"]) == 4 for batch in got[:-1])
         seen += keys(got)
     assert sorted(seen) == [f"k{i:04d}" for i in range(COUNT)]
 
@@ -194,12 +199,21 @@ def test_order_differs_by_epoch_and_seed_and_comes_again(root, workers):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # three processes on two cores
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("read", [train, evaluate])
+def test_the_number_of_processes_changes_no_batch(root, read, workers):
+    for rank in range(2):
+        options = {"seed": 3, "epoch": 2, "rank": rank, "world_size": 2}
+        assert_same(read(root, **options), read(root, workers=workers, **options))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("start", [1, 2, 3, 7, 9])
-def test_start_batch_gives_the_tail_bit_for_bit(root, workers, start):
-    options = {"workers": workers, "seed": 3, "epoch": 2}
+def test_start_batch_gives_the_tail_bit_for_bit_with_any_number_of_processes(root, workers, start):
+    options = {"seed": 3, "epoch": 2}
     whole = list(train(root, **options))
-    tail = train(root, start_batch=start, **options)
+    tail = train(root, start_batch=start, workers=workers, **options)
     assert len(tail) == max(0, len(whole) - start)
     assert_same(whole[start:], tail)
 
@@ -208,9 +222,10 @@ def test_start_batch_gives_the_tail_bit_for_bit(root, workers, start):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("layouts", [[(3, 2), (2, 9)], [(2, 1), (1, 9)], [(2, 1), (3, 1), (1, 9)], [(1, 1), (3, 1), (2, 9)]])
 def test_other_numbers_of_ranks_share_out_what_is_left_of_an_epoch(root, workers, layouts):
-    options = {"workers": workers, "seed": 3, "epoch": 2}
     read, steps = [], 0
     for place, (world_size, batches) in enumerate(layouts):
+        processes = workers + place if workers else 0  # another number of processes changes nothing
+        options = {"workers": processes, "seed": 3, "epoch": 2}
         here = {"batch_size": 6 // world_size, "world_size": world_size, "earlier": layouts[:place], **options}
         ranks = [train(root, rank=rank, **here) for rank in range(world_size)]
         assert len({len(each) for each in ranks}) == 1
@@ -281,8 +296,9 @@ def test_batch_holds_what_the_samples_hold(root, workers):
         pixels = torch.stack([torch.from_numpy(noise(number)).permute(2, 0, 1) for number in numbers])
         assert torch.equal(batch["image"], pixels.float() / 255)
         assert batch["label"].tolist() == [number % 3 for number in numbers]
-        assert [[tuple(box) for box in boxes.tolist()] for boxes in batch["boxes"]] == [list(s.boxes) for s in samples]
-        assert all(boxes.dtype == torch.float32 and boxes.shape[1:] == (5,) for boxes in batch["boxes"])
+        assert batch["boxes"].tolist() == [[row, *box] for row, sample in enumerate(samples) for box in sample.boxes]
+        assert batch["boxes"].dtype == torch.float32
+        assert batch["boxes"].shape[1:] == (6,)
         assert batch["group"].tolist() == [-1 if sample.group is None else sample.group for sample in samples]
         assert batch["caption"] == [sample.caption or "" for sample in samples]
         assert batch["mask"].dtype == torch.int64
@@ -290,6 +306,13 @@ def test_batch_holds_what_the_samples_hold(root, workers):
             expected = np.zeros((SIDE, SIDE)) if sample.mask is None else np.asarray(Image.open(io.BytesIO(sample.mask)))
             assert (mask.numpy() == expected).all()
         assert batch["skipped"] == 0
+
+
+def test_bytes_are_the_same_images(root):
+    for batch, other in zip(train(root), train(root, as_bytes=True), strict=True):
+        assert other["image"].dtype == torch.uint8
+        assert torch.equal(batch["image"], other["image"] / 255)
+        assert_same([{**batch, "image": None}], [{**other, "image": None}])
 
 
 def test_batch_has_no_field_that_no_sample_has(tmp_path):
@@ -333,9 +356,10 @@ def test_images_lie_as_stored_where_boxes_are_left_out_too(tmp_path):
 def test_boxes_and_masks_of_a_batch_stay_aligned(root):
     for epoch in range(4):
         for batch in train(root, epoch=epoch):
-            for mask, boxes in zip(batch["mask"], batch["boxes"], strict=True):
+            for row, mask in enumerate(batch["mask"]):
+                boxes = batch["boxes"][batch["boxes"][:, 0] == row, 2:]
                 assert int(mask.max()) == len(boxes)
-                for number, (_, xmin, ymin, xmax, ymax) in enumerate(boxes.int().tolist(), start=1):
+                for number, (xmin, ymin, xmax, ymax) in enumerate(boxes.int().tolist(), start=1):
                     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
                     inside[ymin:ymax, xmin:xmax] = True
                     assert torch.equal(mask == number, inside)
@@ -538,8 +562,6 @@ def test_images_of_other_channels_and_depths_are_converted(tmp_path, image):
         {"rank": 2, "world_size": 2},
         {"rank": -1},
         {"start_batch": -1},
-        {"workers": -1},
-        {"on_error": "x"},
         {"fields": "box"},
     ],
 )
@@ -550,4 +572,4 @@ def test_arguments_out_of_range(root, options):
 
 def test_unknown_split_is_named(root):
     with pytest.raises(ShardError, match=r"split 'val' is not in the shards \(they have train\)"):
-        loader(root, "val", batch_size=1, transform=EVALUATION)
+        loader(root, "val", DATA, 1)

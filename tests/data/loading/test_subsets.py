@@ -10,9 +10,9 @@ import pytest
 
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.subsets import annotated_images, few_shot
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import DataError
 from pipelines.data.shards.writer import write_shards
+from pipelines.distributed import Context
 from pipelines.params import DataParams
 from tests.support.toy_source import SIDE, ToySource, plain
 
@@ -33,9 +33,9 @@ def root(tmp_path_factory):
     return write(tmp_path_factory.mktemp("shards"), [labelled(index) for index in range(COUNT)])
 
 
-def batches(root, **options):
-    transform = eval_transform(DataParams(image_size=SIDE))
-    return loader(root, "train", **{"batch_size": 3, "transform": transform, **options})
+def batches(root, *, workers=0, rank=0, world_size=1, **options):
+    data = DataParams(image_size=SIDE, augment="none", loader_workers=workers)
+    return loader(root, "train", data, 3, context=Context(rank, world_size), **options)
 
 
 def test_each_class_has_its_share_and_the_draw_is_the_seeds(tmp_path):

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from pipelines.data.loading import rand_augment as ra
-from pipelines.data.loading.loader import keep_boxes
+from pipelines.data.loading.batch import keep_boxes
 from pipelines.data.loading.transforms import eval_transform, resize_square, train_transform
 from pipelines.params import DataParams
 

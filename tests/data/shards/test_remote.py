@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import botocore.exceptions
 import pytest
 
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards import cache
 from pipelines.data.shards.manifest import ShardError, read_manifest
 from pipelines.data.shards.publish import publish_shards
@@ -39,9 +41,9 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     FlakyFileSystem.troubles = iter(())
 
 
-def keys(root: str, **options: object) -> list[str]:
+def keys(root: str, *, train: bool = False, **data: Any) -> list[str]:
     """The keys of an epoch."""
-    batches = loader(root, "train", batch_size=4, transform=eval_transform(DataParams(image_size=8)), **options)  # type: ignore[arg-type]
+    batches = loader(root, "train", DataParams(image_size=8, **data), 4, train=train)
     return [key for batch in batches for key in batch["key"]]
 
 
@@ -55,7 +57,7 @@ def test_a_copy_in_the_cache_is_scanned_once(shards: str) -> None:
 def test_an_epoch_has_each_sample_once_while_every_fifth_request_fails(shards: str, workers: int) -> None:
     chance = random.Random(1)
     FlakyFileSystem.troubles = (UNREACHABLE if chance.random() < 0.2 else None for _ in itertools.count())
-    found = keys(shards, workers=workers, train=True, shuffle_buffer=7)
+    found = keys(shards, loader_workers=workers, train=True, shuffle_buffer=7)
     assert sorted(found) == sorted(f"k{number:04d}" for number in range(COUNT))
 
 
@@ -68,6 +70,32 @@ def test_a_shard_is_brought_once_and_then_read_here(shards: str) -> None:
     first, FlakyFileSystem.asked = keys(shards), 0
     assert keys(shards) == first
     assert FlakyFileSystem.asked == 1  # the manifest
+
+
+def test_processes_that_want_a_shard_at_the_same_time_download_it_once(
+    shards: str, own_shard_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, downloads = read_manifest(shards).shards("train")[0], []
+    together, calls = threading.Barrier(4), itertools.count()
+    whole, use = FlakyFileSystem.get_file, cache.use
+
+    def get_file(self: FlakyFileSystem, remote: str, path: str) -> None:
+        downloads.append(path)
+        whole(self, remote, path)
+
+    def use_together(path: Path, shard: Any) -> bool:
+        found = use(path, shard)
+        if next(calls) < 4:  # all have found nothing before any of them downloads
+            together.wait()
+        return found
+
+    monkeypatch.setattr(FlakyFileSystem, "get_file", get_file)
+    monkeypatch.setattr(cache, "use", use_together)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: cache.bring(shards, shard), range(4)))
+    assert len(downloads) == 1
+    assert {path.stat().st_size for path in paths} == {shard.bytes}
+    assert [path.name for path in own_shard_cache.iterdir()] == [f"{shard.sha256}.tar"]
 
 
 def test_a_copy_that_a_crash_has_cut_is_brought_again(shards: str, own_shard_cache: Path) -> None:

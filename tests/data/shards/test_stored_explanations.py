@@ -53,9 +53,8 @@ def make(folder: Path) -> Path:
 
 
 def batches(roots: dict[str, str], params: DataParams, **options: Any) -> Any:
-    transform = train_transform(params, stored_map=True)
-    asked = {"batch_size": 2, "transform": transform, "train": True, "explanations": roots["stored"]}
-    return loader(roots["shards"], "train", **{**asked, **options})
+    asked = {"batch_size": 2, "explanations": roots["stored"], "train": True}
+    return loader(roots["shards"], "train", params, **{**asked, **options})
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "pad_crop_flip", "random_resized_crop_flip"])
@@ -81,9 +80,9 @@ def test_every_cell_names_the_pixels_that_are_beside_it(roots: dict[str, str], a
 
 
 def test_logits_and_maps_come_with_their_key_from_any_number_of_processes(roots: dict[str, str]) -> None:
-    params = DataParams(image_size=SIDE, augment="none")
     for workers in (0, 2):
-        for batch in batches(roots, params, train=False, workers=workers):
+        params = DataParams(image_size=SIDE, augment="none", loader_workers=workers)
+        for batch in batches(roots, params):
             assert batch["teacher_logits"][:, 0].tolist() == [int(key[1:]) for key in batch["key"]]
     reader = StoredExplanations(roots["stored"])
     reader.read("train-000000.tar", "k0000")
@@ -109,7 +108,9 @@ def test_a_missing_or_broken_explanation_is_one_line(
     write_shard(str(tmp_path), "train-000000.tar", [(key, torch.ones(3), values)])
     params = DataParams(image_size=SIDE, augment="none")
     with pytest.raises(ShardError, match=told):
-        list(batches({**roots, "stored": str(tmp_path)}, params, train=False))
+        list(batches({**roots, "stored": str(tmp_path)}, params, subset=(0,)))
+    with pytest.raises(ValueError, match="explanations come with training images alone"):
+        batches(roots, params, train=False)
     with pytest.raises(ShardError, match=r"train-000007.tar: not read"):
         StoredExplanations(str(tmp_path)).read("train-000007.tar", "k0000")
 

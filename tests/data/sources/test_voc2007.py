@@ -14,7 +14,6 @@ from PIL import Image
 
 from pipelines.data.formats.roots import Official
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import DataError
 from pipelines.data.shards.writer import write_shards
 from pipelines.data.sources import voc2007
@@ -171,9 +170,8 @@ def test_instance_i_of_the_mask_is_box_i_minus_1_and_void_is_background(voc, tmp
 def test_masks_pass_through_the_shards_and_the_loader(voc, tmp_path):
     annotate(voc, thing("dog", 11, 11, 20, 20), thing("cat", 21, 1, 30, 10))
     write_files(voc, {"SegmentationObject/000001.png": segmentation((1, 10, 10, 20, 20), (2, 0, 20, 10, 30))})
-    transform = eval_transform(DataParams(image_size=120))
-    (batch,) = loader(sharded(params(voc), tmp_path), "train", batch_size=1, transform=transform)
-    xmin, ymin, xmax, ymax = (int(corner) for corner in batch["boxes"][0][1, 1:])
+    (batch,) = loader(sharded(params(voc), tmp_path), "train", DataParams(image_size=120), 1)
+    xmin, ymin, xmax, ymax = (int(corner) for corner in batch["boxes"][1, 2:])
     assert (batch["mask"][0, ymin:ymax, xmin:xmax] == 2).all()
     assert (batch["mask"] == 2).sum() == (xmax - xmin) * (ymax - ymin)
 

@@ -10,7 +10,6 @@ import pytest
 from pipelines.data.formats import cub
 from pipelines.data.formats.roots import Official
 from pipelines.data.loading.loader import loader
-from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import DataError
 from pipelines.data.sources import waterbirds
 from pipelines.params import DataParams, WaterbirdsParams
@@ -90,10 +89,10 @@ def test_variant_100_has_no_training_bird_on_unusual_ground(birds, tmp_path):
 
 def test_groups_and_boxes_pass_through_the_shards_and_the_loader(birds, tmp_path):
     root = sharded(params(birds), tmp_path)
-    (batch,) = loader(root, "test", batch_size=2, transform=eval_transform(DataParams(image_size=60)))
+    (batch,) = loader(root, "test", DataParams(image_size=60), 2)
     assert batch["group"].tolist() == [2, 0]
     assert batch["label"].tolist() == [1, 0]
-    assert batch["boxes"][0].tolist() == [[1, 3 * 1.5, 2 * 2, 23 * 1.5, 12 * 2]]
+    assert batch["boxes"][0].tolist() == [0, 1, 3 * 1.5, 2 * 2, 23 * 1.5, 12 * 2]
 
 
 def test_the_folder_above_and_an_archive_give_the_same_samples(birds, tmp_path):
