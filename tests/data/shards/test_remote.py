@@ -92,7 +92,7 @@ def test_processes_that_want_a_shard_at_the_same_time_download_it_once(
     monkeypatch.setattr(FlakyFileSystem, "get_file", get_file)
     monkeypatch.setattr(cache, "use", use_together)
     with ThreadPoolExecutor(4) as pool:
-        paths = list(pool.map(lambda _: cache.bring(shards, shard), range(4)))
+        paths = list(pool.map(lambda _: cache.local_copy(shards, shard), range(4)))
     assert len(downloads) == 1
     assert {path.stat().st_size for path in paths} == {shard.bytes}
     assert [path.name for path in own_shard_cache.iterdir()] == [f"{shard.sha256}.tar"]
