@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup repro test test-infra lint types bench architectures clean lock
+.PHONY: help setup repro test test-fast test-infra lint types bench architectures clean lock
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,8 +24,11 @@ repro: setup ## run the pipeline, whatever of it changed
 	@dvc repro
 	@python -m stages.tools.summary
 
-test: setup ## all tests
+test: setup ## all tests but those that start servers
 	@$(BIN)/python -m pytest
+
+test-fast: setup ## what to run before each commit: tests without the graph of stages, Ray and the compiler
+	@$(BIN)/python -m pytest -m "not graph and not ray and not compile and not infra"
 
 test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (installed where there is none: Debian, as root)
 	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)

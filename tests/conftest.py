@@ -1,9 +1,38 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import pipelines  # noqa: F401  (sets how OpenMP waits, before torch is imported)
+
+GROUPS = ("graph", "ray")  # markers of tests that share a fixture of minutes
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest share the cores; torch reads it when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests that use Ray. Of several workers of pytest, one runs all of a group, and groups start first."""
+    for item in items:
+        if "ray_workers" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+        group = next((name for name in GROUPS if item.get_closest_marker(name)), None)
+        if IN_WORKER and group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    if IN_WORKER:
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """The number of torch's threads, which `launch` sets, is a test's own."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

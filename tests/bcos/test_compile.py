@@ -9,6 +9,7 @@ from torch import nn
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
 from pipelines.models import build
 
+pytestmark = pytest.mark.compile
 BACKEND = "aot_eager"  # traces and differentiates as inductor does, without its code generation
 
 

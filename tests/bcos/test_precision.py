@@ -88,6 +88,7 @@ def test_layers_keep_the_type_of_what_they_compute(bias):
         assert BcosConv2d(3, 4, 3, bias=bias)(torch.randn(2, 3, 8, 8)).dtype == HALF
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["resnet8", "timm:vit_tiny_patch16_224"])
 def test_compiled_a_loss_under_autocast_has_nearly_the_eager_gradient(name):
     torch.manual_seed(0)

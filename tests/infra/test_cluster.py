@@ -75,7 +75,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             **{"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
             **{"MLFLOW_TRACKING_URI": mlflow, "PYTHONPATH": str(project.folder)},
         }
-        project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+        project.compose()
         project.run("python -m dvc repro -q shard@objects")
         yield Cluster(storage, project)
 
@@ -192,7 +192,7 @@ def test_bad_input_is_one_line(cluster: Cluster, arguments: list[str], env: dict
 
 def test_a_search_runs_there_too_and_its_front_comes_back(cluster: Cluster, bcosified: str) -> None:
     project = cluster.project
-    project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+    project.compose()
     project.run("python -m dvc repro -q explain classify")  # what any search may depend on
     done = cluster.submit("search", "recipe=smoke", "search.trials=2", "search.asha=null", "--storage", STORAGE)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -181,16 +181,21 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with shards, at toy size."""
     project = Project(tmp_path_factory.mktemp("project"))
     project.environment |= {"PYTHONPATH": str(project.folder), "OMP_NUM_THREADS": "1"}
-    project.run("python -c \"from infra.project import set_params; set_params(['recipe=smoke'], {})\"")
+    project.compose()
     project.run("python -m dvc repro -q shard@objects")
     return project
 
 
-def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Project, tmp_path: Path) -> None:
+def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project.folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = f"local://{tmp_path}/storage"
-    said = project.run(f"python -m infra.submit pretrain --prepare --workers 1 --storage {storage}").stdout
-    place = said.split("prepared: ")[1].strip()
-    assert "no result.json" in project.run(f"python -m infra.submit --take {place}", check=False).stderr
+    assert submit.main(["pretrain", "--prepare", "--workers", "1", "--storage", storage]) == 0
+    place = capsys.readouterr().out.split("prepared: ")[1].strip()
+    assert submit.main(["--take", place]) == 1
+    assert "no result.json" in capsys.readouterr().err
     elsewhere = tmp_path / "elsewhere"
     shutil.unpack_archive(f"{place.removeprefix('local://')}/code.zip", elsewhere)
     assert not (elsewhere / "code/data").exists()
@@ -203,11 +208,12 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(project: Proj
     params = project.folder / "params.yaml"
     before = params.read_text()
     params.write_text(before.replace("workers: 1\n", "workers: 3\n"))
-    refused = project.run(f"python -m infra.submit --take {place}", check=False)
-    assert "no longer those submitted" in refused.stderr
+    assert submit.main(["--take", place]) == 1
+    assert "no longer those submitted" in capsys.readouterr().err
     assert not (project.folder / "models/pretrain").exists()
     params.write_text(before)
-    assert "brought and recorded" in project.run(f"python -m infra.submit --take {place}").stdout
+    assert submit.main(["--take", place]) == 0
+    assert "brought and recorded" in capsys.readouterr().out
     assert "up to date" in project.run("python -m dvc status pretrain").stdout
     assert project.read("reports/pretrain/metrics.json")["epoch"] >= 1
     client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")  # where the job had no server, it is tracked here

@@ -294,6 +294,7 @@ def test_resumed_in_mid_epoch_explains_the_same_steps(teachers: dict[str, Path],
 # Compiled, in parts, in half precision --------------------------------------------------------------------------------
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", ["bcos", "conventional"])
 def test_compiled_it_has_the_eager_gradient(teachers: dict[str, Path], kind: str) -> None:
     torch.compiler.reset()

@@ -195,6 +195,7 @@ def test_the_gradient_of_the_whole_loss_is_that_of_finite_differences(kind, opti
         assert (above - below) / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=2e-4, abs=1e-7)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("options", [{}, {"layer": "body.3"}])
 def test_compiled_it_is_the_same(options):
     torch.compiler.reset()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,6 +17,7 @@ from pipelines.search.records import Trial, draw, read_trials, settle_trial, sta
 from pipelines.search.tune import front, search
 from pipelines.training import TrainingError
 from tests.support import toy
+from tests.support.driver import run_until_killed
 
 SPACE = [
     SearchedParams(key="x.clip", choice=["agc", "norm"]),
@@ -88,24 +85,8 @@ def test_the_front_is_of_finished_trials_that_no_other_beats() -> None:
     assert front(found, ["val/a", "val/b"]) == [4, 1, 0]
 
 
-SCRIPT = """
-import os, sys
-os.environ["TOY_DRIVER"] = str(os.getpid())
-sys.path.insert(0, {root!r})
-from tests.support import toy
-from tests.search import test_tune
-from pathlib import Path
-from ray import cloudpickle
-cloudpickle.register_pickle_by_value(toy)
-test_tune.run(Path({folder!r}), kill_at=45)
-"""
-
-
 def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(tmp_path: Path, ray_workers: None) -> None:
-    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=240, check=False)
-    assert process.returncode == -signal.SIGKILL
+    run_until_killed(f"from tests.search.test_tune import run\nrun(Path({str(tmp_path)!r}), kill_at=45)")
     before = read_trials(str(tmp_path))
     assert [trial["status"] for trial in before] == ["finished", "finished", "running"]  # 18 steps each; killed in the third
 

@@ -1,39 +1,38 @@
 """The whole graph at toy size, as a user runs it: `dvc exp run`, `dvc repro`, `dvc metrics show`, the registry."""
 
 import json
-import re
-import shutil
+import os
 
-import numpy as np
+import networkx
 import pytest
 import torch
 import yaml
-from PIL import Image
+from dvc.repo import Repo
 
 from pipelines import models
 from pipelines.bcos import add_inverse
-from tests.support.project import Project
+from stages.tools import search_apply
+from tests.support.project import refused
 
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    project = Project(tmp_path_factory.mktemp("project"))
-    project.run("dvc exp run -S recipe=smoke")
-    project.run("git add -A && git -c user.name=a -c user.email=a@b.example commit -qm trained")
-    return project
+pytestmark = pytest.mark.graph
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(project):
-    """After a test that changed params or outputs, both are those of the first run again."""
+def restored(project):
+    """After each test, params and lock are those of the first run again."""
     yield
-    if project.run("git status --porcelain").stdout:
-        project.run("git checkout -q . && dvc checkout -q --force")
+    project.run("git checkout -q .")
 
 
-def test_metrics_of_both_models_are_shown(project):
-    shown = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
-    found = shown["reports/evaluate/metrics.json"]["data"]["models"]
+@pytest.fixture(scope="module")
+def shown(project):
+    """What `dvc metrics show` shows: metrics by the path of their file."""
+    files = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
+    return {path: content["data"] for path, content in files.items()}
+
+
+def test_metrics_of_both_models_are_shown(project, shown):
+    found = shown["reports/evaluate/metrics.json"]["models"]
     assert set(found) == {"conventional", "bcosified"}
     for of_model in found.values():
         assert 0 <= of_model["accuracy"] <= 1
@@ -42,11 +41,10 @@ def test_metrics_of_both_models_are_shown(project):
     assert list((project.folder / "reports/evaluate/pictures").glob("*.png"))
 
 
-def test_students_are_evaluated_beside_their_teacher(project):
-    shown = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
-    found = shown["reports/evaluate/students.json"]["data"]["models"]
+def test_students_are_evaluated_beside_their_teacher(project, shown):
+    found = shown["reports/evaluate/students.json"]["models"]
     assert list(found) == ["teacher", "kd", "e2kd"]
-    teacher = json.loads((project.folder / "reports/evaluate/metrics.json").read_text())["models"]["bcosified"]
+    teacher = project.read("reports/evaluate/metrics.json")["models"]["bcosified"]
     assert found["teacher"]["accuracy"] == teacher["accuracy"]
     for run in ("kd", "e2kd"):
         assert 0 <= found[run]["agreement"] <= 1
@@ -58,65 +56,6 @@ def test_students_are_evaluated_beside_their_teacher(project):
         assert held_out["count"] == len(set(held_out["keys"]) - set(subset["keys"])) == 48
         assert models.read_spec(project.folder / f"models/distill/{run}").kind == "bcos"
     assert list((project.folder / "reports/evaluate/student_pictures").glob("*.png"))
-
-
-def test_a_teacher_is_taken_from_the_registry(project):
-    name = project.read("reports/register.json")["uri"]
-    project.run(f"dvc exp run -S recipe=smoke -S distill.teacher={name} -S distill.kd.epochs=1 distill")
-    brought, trained = (models.digest(project.folder / path) for path in ("models/teacher", "models/bcosify/pretrained"))
-    assert brought == trained
-    done = project.run("dvc exp run -S recipe=smoke -S distill.teacher=models:/bcos-smoke@nobody teacher", check=False)
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "nobody" in done.stdout + done.stderr
-
-
-def test_a_teacher_from_elsewhere_waits_for_nothing_that_is_trained_here(project):
-    project.run("sed -i 's|^  after: .*|  after: pyproject.toml|' params.yaml")
-    waits_for = set(re.findall(r"[a-z0-9@]+", project.run("dvc dag distill@e2kd; dvc dag guide").stdout))
-    assert {"teacher", "shard@objects", "backbone", "shard@scenes"} <= waits_for
-    assert not waits_for & {"pretrain", "bcosify@pretrained"}
-
-
-def test_students_learn_from_images_without_labels(project, tmp_path):
-    for number in range(40):
-        path = tmp_path / f"images/{'train' if number < 32 else 'val'}/{number % 3}/{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(path)
-    shutil.copytree(project.folder / "models/bcosify/pretrained", tmp_path / "teacher")
-    data = f"-S dataset=imagefolder -S datasets.imagefolder.root={tmp_path}/images -S datasets.imagefolder.labelled=false"
-    shape = "-S data.image_size=32 -S data.eval_resize=32 -S data.augment=flip -S distill.shots=null"
-    teacher = f"-S distill.teacher={tmp_path}/teacher -S distill.after={tmp_path}/teacher"
-    command = f"dvc exp run -S recipe=smoke {data} {shape} {teacher}"
-    done = project.run(f"{command} distill@e2kd", check=False)
-    assert "no metric 'val/accuracy'; there are val/agreement" in done.stdout + done.stderr
-    ran = project.run(f"{command} -S distill.e2kd.select=val/agreement distill@e2kd").stdout
-    assert "stages.pretrain" not in ran
-    assert 0 <= project.read("reports/distill/e2kd/metrics.json")["val/agreement"] <= 1
-    done = project.run(f"{command} pretrain", check=False)
-    assert "dataset: imagefolder has no labels" in done.stdout + done.stderr
-
-
-def test_frozen_explanations_are_stored_once_and_learned_from(project):
-    project.run("dvc exp run -S recipe=smoke -S distill.e2kd.explanations=frozen -S distill.frozen.resolution=16 distill@e2kd")
-    index = project.read("data/explanations/explanations.json")
-    assert sum(shard["count"] for shard in index["shards"]) == 60
-    assert index["teacher"] == models.digest(project.folder / "models/teacher")
-    assert project.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
-
-
-def test_a_pair_that_does_not_fit_ends_the_stage_before_training(project):
-    done = project.run("dvc exp run -S recipe=smoke -S distill.teacher=models/pretrain distill@e2kd", check=False)
-    told = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert "distill.teacher: a conventional teacher has no dynamic weights" in told
-    assert "Traceback" not in told
-
-
-def test_a_class_with_too_few_images_ends_the_stage_with_one_line(project):
-    done = project.run("dvc exp run -S recipe=smoke -S distill.shots=1000 distill@kd", check=False)
-    assert "shots: 1000 images a class are asked for; class" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_classifier_is_evaluated_before_and_after_its_guidance(project):
@@ -133,76 +72,56 @@ def test_a_classifier_is_evaluated_before_and_after_its_guidance(project):
     assert list((project.folder / "reports/evaluate_guidance/pictures").glob("*.png"))
 
 
-def test_another_point_of_the_front_is_taken_without_training_again(project):
-    front = project.read("reports/guide/front.json")
-    assert [row["chosen"] for row in front].count(True) == 1
-    done = project.run("dvc exp run -S recipe=smoke -S guide.guided.select=epg guide")
-    assert "epoch 1/2" not in done.stdout + done.stderr
-    best = max(row["val/epg"] for row in front)
-    assert project.read("reports/guide/metrics.json")["val/epg"] == best
+def upstream(project, *names):
+    """Names of the stages that DVC runs before those called `names`, by the params that are there."""
+    with Repo(str(project.folder)) as repo:
+        graph = repo.index.graph
+        stages = {stage.name: stage for stage in graph}
+        return {stage.name for name in names for stage in networkx.descendants(graph, stages[name])}
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (
-            "guide.guided.localisation_weight=-1",
-            "guide.guided.localisation_weight: Input should be greater than or equal to 0 (got -1)",
-        ),
-        ("guide.guided.layer=body.layer33", "has no layer 'body.layer33'; near it: body.layer3"),
-    ],
-)
-def test_what_cannot_be_guided_ends_the_stage_with_one_line(project, change, told):
-    done = project.run(f"dvc exp run -S recipe=smoke -S {change} guide", check=False)
-    assert done.returncode != 0
-    assert told in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+def test_a_teacher_from_elsewhere_waits_for_nothing_that_is_trained_here(project, tmp_path):
+    trained_here = {"pretrain", "bcosify@pretrained"}
+    assert trained_here <= upstream(project, "distill@e2kd") & upstream(project, "guide")
+    for place in ("pyproject.toml", tmp_path):
+        project.compose(f"distill.after={place}", f"guide.after={place}")
+        waits_for = upstream(project, "distill@e2kd", "guide")
+        assert {"teacher", "shard@objects", "backbone", "shard@scenes"} <= waits_for
+        assert not waits_for & trained_here
 
 
-def test_a_point_of_the_search_becomes_an_experiment(project):
+def test_one_data_set_for_everything_and_the_baseline_from_scratch_are_in_the_graph(project):
+    project.compose("dataset=scenes", "bcosify.starts=[pretrained, scratch]")
+    before = upstream(project, "evaluate", "evaluate_guidance", "search", "register")
+    assert {"shard@scenes", "bcosify@pretrained", "bcosify@scratch", "distill@kd", "classify", "evaluate"} <= before
+    assert "shard@objects" not in before
+
+
+def experiments(project):
+    """The commits of DVC's experiments."""
+    listed = project.run("git for-each-ref refs/exps").stdout.splitlines()
+    return {line for line in listed if "refs/exps/exec/" not in line}
+
+
+def test_a_point_of_the_search_becomes_an_experiment(project, monkeypatch, capfd):
     trials, front = project.read("reports/search/trials.json"), project.read("reports/search/front.json")
     assert [row["trial"] for row in trials] == [0, 1, 2]
     assert [row["trial"] for row in trials if row["on_front"]] == sorted(row["trial"] for row in front)
-    before = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
-    as_it_was = {f"bcosify.pretrained.{key}": before[key] for key in ("b", "bias", "lr")}
-    assert trials[0]["values"] == as_it_was  # as the params are
-    told = project.run("python -m stages.tools.search_apply 1 search").stdout
-    assert told.startswith("dvc exp run -S recipe=smoke -S ")
+    params = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
+    as_params_are = {f"bcosify.pretrained.{key}": params[key] for key in ("b", "bias", "lr")}
+    assert trials[0]["values"] == as_params_are
+
+    monkeypatch.chdir(project.folder)
+    for name in os.environ.keys() - project.environment.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", project.environment["PATH"])
+    before = experiments(project)
+    assert search_apply.main(["1", "shard@objects"]) == 0
+    assert capfd.readouterr().out.startswith("dvc exp run -S recipe=smoke -S ")
     after = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
     assert {key: after[key.rpartition(".")[2]] for key in trials[1]["values"]} == trials[1]["values"]
-    assert project.read("reports/search/trials.json") == trials  # the same search, not run again
-    done = project.run("python -m stages.tools.search_apply 3", check=False)
-    assert (done.returncode, done.stderr.strip().splitlines()) == (
-        1,
-        ["3: there is no such trial; reports/search/trials.json has 0 to 2"],
-    )
-
-
-def test_another_stage_is_searched_by_its_own_metrics(project):
-    space = "[{key: guide.guided.loss, choice: [energy, l1]}]"
-    changes = f"-S recipe=smoke -S search.stage=guide -S 'search.space={space}' -S 'search.metrics=[val/f1,val/iou]'"
-    project.run(f"dvc exp run {changes} -S search.asha=null -S search.trials=2 -S search.shots=5 search")
-    trials = project.read("reports/search/trials.json")
-    assert [(row["status"], row["values"]["guide.guided.loss"]) for row in trials] == [("finished", "energy"), ("finished", "l1")]
-    done = project.run(f"dvc exp run {changes} -S 'search.metrics=[val/f1,val/gridpg]' search", check=False)
-    assert "search.metrics: no metric 'val/gridpg'; there are val/" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_with_a_storage_the_shards_are_read_there(project, tmp_path):
-    settings = f"sed -i 's|^  root: runs.*|  root: file://{tmp_path}/storage|' params.yaml"
-    project.run(f"{settings} && python -m stages.distill kd")
-    project.run(f"mkdir {tmp_path}/shards && mv data/shards/objects/*.tar {tmp_path}/shards && rm -r models/distill/kd")
-    project.run("python -m stages.distill kd && python -m stages.evaluate")  # a job on a cluster has no shards of its own
-    subset = project.read("models/distill/kd/subset.json")
-    assert subset["count"] == 60
-    frozen = "p['distill']['e2kd']['explanations'] = 'frozen'"
-    change = f"import yaml; p = yaml.safe_load(open('params.yaml')); {frozen}; yaml.safe_dump(p, open('params.yaml', 'w'))"
-    project.run(f'python -c "{change}" && python -m stages.explain && python -m stages.distill e2kd')
-    assert project.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
-    assert not list(tmp_path.glob("storage/stored/*"))  # moved here, and published by their content for the students
-    assert list(tmp_path.glob("storage/explanations/*/explanations.json"))
-    project.run(f"mv {tmp_path}/shards/*.tar data/shards/objects")
+    assert len(experiments(project) - before) == 1
+    assert refused(search_apply.main, ["3"]) == "3: there is no such trial; reports/search/trials.json has 0 to 2"
 
 
 def test_plots_and_experiments_are_shown(project):
@@ -214,7 +133,7 @@ def test_plots_and_experiments_are_shown(project):
 def test_again_changes_nothing_and_registers_nothing(project):
     before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 14
+    assert told.count("didn't change, skipping") == 15
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 
@@ -222,25 +141,26 @@ def test_again_changes_nothing_and_registers_nothing(project):
 LOAD = """
 import sys, torch
 from pipelines import tracking
-model, spec = tracking.load(sys.argv[1])
-torch.save(model(torch.load("images.pt")), "logits.pt")
+_, uri, images, logits = sys.argv
+model, spec = tracking.load(uri)
+torch.save(model(torch.load(images)), logits)
 """
 
 
-def test_the_registered_version_gives_the_trained_models_logits_in_a_new_process(project):
+def test_the_registered_version_gives_the_trained_models_logits_in_a_new_process(project, tmp_path):
     images = add_inverse(torch.rand(4, 3, 32, 32))
-    torch.save(images, project.folder / "images.pt")
-    (project.folder / "load.py").write_text(LOAD)
-    uri = project.read("reports/register.json")["uri"]
-    project.run(f"MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false PYTHONPATH=. python load.py {uri}")
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "load.py").write_text(LOAD)
+    uri, environment = project.read("reports/register.json")["uri"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false PYTHONPATH=."
+    project.run(f"{environment} python {tmp_path}/load.py {uri} {tmp_path}/images.pt {tmp_path}/logits.pt")
     model, _ = models.load(project.folder / "models/bcosify/pretrained")
-    assert torch.equal(torch.load(project.folder / "logits.pt"), model(images))
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))
 
 
 def test_a_lost_registry_is_made_again(project):
     for path in project.folder.glob("mlflow.db*"):
         path.unlink()
-    told = project.run("dvc repro").stdout
+    told = project.run("dvc repro --single-item register").stdout
     assert "registered" in told
     assert "is in the registry already" not in told
     assert project.read("reports/register.json")["version"] == "1"
@@ -248,52 +168,21 @@ def test_a_lost_registry_is_made_again(project):
 
 def test_a_bad_param_ends_the_stage_with_one_line(project):
     path = project.folder / "params.yaml"
-    content = path.read_text()
-    try:
-        path.write_text(yaml.safe_dump({**yaml.safe_load(content), "sead": 1}))
-        done = project.run("python -m stages.pretrain", check=False)
-    finally:
-        path.write_text(content)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "sead": 1}))
+    done = project.run("python -m stages.pretrain", check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "params.yaml: sead: unknown key (value 1)"
+
+
+def test_an_unknown_model_ends_the_run_with_one_line(project):
+    done = project.run("dvc exp run -S recipe=smoke -S model.name=resnet8o", check=False)
+    project.run("dvc checkout -q --force")
+    assert done.returncode != 0
+    assert "unknown model 'resnet8o'; near it: resnet8" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_an_unknown_recipe_is_refused(project):
     done = project.run("dvc exp run -S recipe=nothing", check=False)
     assert done.returncode != 0
     assert "nothing" in done.stdout + done.stderr
-
-
-def test_multilabel_data_and_the_baseline_from_scratch_run_through_the_graph(project):
-    changes = [
-        "dataset=scenes",
-        "datasets.scenes.image_size=32",
-        "datasets.scenes.counts={train: 64, val: 32, test: 32}",
-        "data.image_size=32",
-        "model.name=resnet8",
-        "training.workers=0",
-        "pretrain.epochs=1",
-        "bcosify.starts=[pretrained, scratch]",
-        "bcosify.pretrained.epochs=1",
-        "evaluate.pictures=2",
-        "distill.shots=2",
-        "distill.kd.epochs=1",
-        "distill.kd.batch_size=8",
-        "guide.classify.epochs=1",
-        "guide.guided.epochs=1",
-        "search.trials=2",
-        "search.epochs=1",
-    ]
-    project.run("dvc exp run " + " ".join(f"-S '{change}'" for change in changes))
-    found = project.read("reports/evaluate/metrics.json")["models"]
-    assert set(found) == {"conventional", "bcosified", "bcos_from_scratch"}
-    assert all(0 <= of_model["f1"] <= 1 for of_model in found.values())
-    assert "bcos-scenes" in project.read("reports/register.json")["uri"]
-    assert "f1" in project.run("python -m stages.tools.summary").stdout.lower()
-
-
-def test_an_unknown_model_ends_the_stage_with_one_line(project):
-    done = project.run("dvc exp run -S recipe=smoke -S model.name=resnet8o", check=False)
-    assert done.returncode != 0
-    assert "unknown model 'resnet8o'; near it: resnet8" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr

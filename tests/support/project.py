@@ -1,20 +1,49 @@
-"""A project of its own for a test, as a user has it."""
+"""Projects of a test's own: a git repository as a user has it, and folders in which stages run in this process."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.utils.hydra import compose_and_dump
 
 ROOT = Path(__file__).parents[2]
+OUTPUTS = ("data", "models", "reports", "runs")
 
 
-class Project:
-    """A copy of the working tree in its own git repository."""
+class Workspace:
+    """A folder with the params and outputs of stages."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def compose(self, *overrides: str, recipe: str = "smoke") -> None:
+        """Writes `params.yaml` as `dvc exp run -S recipe=RECIPE -S OVERRIDE ...` does."""
+        path, recipes = str(self.folder / "params.yaml"), str(ROOT / "pipelines/recipes")
+        compose_and_dump(path, recipes, None, "config", str(ROOT), [f"recipe={recipe}", *overrides])
+
+    def read(self, path: str) -> Any:
+        """The JSON file at `path`."""
+        return json.loads((self.folder / path).read_text())
+
+    def copy(self, folder: Path) -> "Workspace":
+        """A workspace in `folder` with the same params and outputs, which may be written to (DVC's may not)."""
+        for name in OUTPUTS:
+            shutil.copytree(self.folder / name, folder / name, copy_function=shutil.copyfile)
+        shutil.copyfile(self.folder / "params.yaml", folder / "params.yaml")
+        return Workspace(folder)
+
+
+class Project(Workspace):
+    """A copy of the working tree in a git repository of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split("\n")
@@ -26,10 +55,18 @@ class Project:
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.run("git init -q && git add -A && git -c user.name=a -c user.email=a@b.example commit -qm all")
 
-    def run(self, command, check=True):
+    def run(self, command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a shell command in the project; raises `AssertionError` if it fails and `check` is set."""
         done = subprocess.run(command, shell=True, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
-    def read(self, path):
-        return json.loads((self.folder / path).read_text())
+
+def refused(main: Callable[..., object], *arguments: object) -> str:
+    """The one line with which a stage's `main` ends this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(*arguments)
+    line = ended.value.code
+    assert isinstance(line, str)
+    assert "\n" not in line
+    return line

@@ -286,6 +286,11 @@ def fit_and_evaluate(context: Context, job: Job) -> dict[str, Any]:
     return evaluate_toy(context, job)
 
 
+def call_each(context: Context, arguments: dict[Callable[..., Any], Any]) -> list[Any]:
+    """What each function returns for its argument, one after the other on the same workers."""
+    return [function(context, argument) for function, argument in arguments.items()]
+
+
 def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Job) -> dict[str, Any]:
     """`evaluate_toy`, and whether a run that breaks and goes on ends as one that does not; no process dies."""
     fit(context, whole)

@@ -142,6 +142,7 @@ def test_a_network_without_blocks_is_told(tmp_path: Path) -> None:
         train(toy_job(tmp_path / "run", checkpoint_activations=True))
 
 
+@pytest.mark.compile
 def test_compiled_training_is_eager_training_up_to_rounding_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     eager = last_weights(tmp_path, "eager", SteadyMethod)
     assert difference(eager, last_weights(tmp_path, "compiled", SteadyMethod, compile=True)) < 1e-4
@@ -164,6 +165,7 @@ def test_batches_of_many_sizes_are_all_compiled() -> None:
     assert [objective({"image": images[:size]})["compiled"].item() for size in range(2, 16)] == [1.0] * 14
 
 
+@pytest.mark.compile
 def test_what_the_compiler_cannot_do_is_one_line(tmp_path: Path) -> None:
     import torch._inductor.config as compiler
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +11,13 @@ from typing import Any
 import pytest
 
 from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
+from tests.support.driver import run_until_killed
 from tests.support.toy import (
     ALL_RANKS,
     COUNT,
     SteadyMethod,
     accident,
+    call_each,
     compile_and_accumulate,
     difference,
     distil_together,
@@ -44,9 +43,38 @@ def assert_evaluated_as_here(there: dict[str, Any], job: Job) -> None:
     assert there["values"] == pytest.approx(here["values"], rel=1e-6)
 
 
-def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
-    whole = toy_job(tmp_path / "whole", workers=2)
-    assert_evaluated_as_here(launch(fit_and_evaluate, whole, training=whole.training, storage=whole.directory), whole)
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory, ray_workers: None) -> Callable[[str], tuple[Any, Any]]:
+    """Jobs by the test that they are for, and what became of them, all on the same two workers."""
+    folder = tmp_path_factory.mktemp("two")
+    steady, drops = partial(SteadyMethod, norm=False), partial(SteadyMethod, dropout=0.3)
+    broken = accident("raise", 9, rank=ALL_RANKS, method=SteadyMethod, dropout=0.3)
+    builds: dict[str, Any] = {
+        "plain": (steady, {}),
+        "compiled": (steady, {"compile": True}),
+        "parts": (steady, {"accumulate": 2}),
+        "whole": (drops, {"compile": True}),
+        "broken": (broken, {"compile": True}),
+        "healed": (drops, {"compile": True}),
+    }
+    methods = {
+        name: toy_job(folder / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params)
+        for name, (method, params) in builds.items()
+    }
+    modes: dict[str, Any] = {"eager": {}, "compiled": {"compile": True}, "half": {"precision": "bfloat16"}}
+    students = {
+        name: toy_job(folder / f"student-{name}", toy_student, workers=2, optimiser="sgd", lr=0.05, clip="none", **params)
+        for name, params in modes.items()
+    }
+    job = toy_job(folder / "uninterrupted", workers=2)
+    jobs = {fit_and_evaluate: job, compile_and_accumulate: methods, distil_together: students}
+    found = launch(call_each, jobs, training=job.training, storage=str(folder))
+    return {function.__name__: (jobs[function], result) for function, result in zip(jobs, found, strict=True)}.__getitem__
+
+
+def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path, on_two: Any) -> None:
+    whole, there = on_two("fit_and_evaluate")
+    assert_evaluated_as_here(there, whole)
     broken = accident("kill", 9, tmp_path / "marker", rank=1)
     killed = train(toy_job(tmp_path / "killed", broken, workers=2))
     assert (tmp_path / "marker").exists()
@@ -65,38 +93,18 @@ def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_pat
     assert_evaluated_as_here(there, jobs[0])
 
 
-def test_two_workers_compile_resume_and_take_their_batch_in_parts(tmp_path: Path) -> None:
-    steady, drops = partial(SteadyMethod, norm=False), partial(SteadyMethod, dropout=0.3)
-    broken = accident("raise", 9, rank=ALL_RANKS, method=SteadyMethod, dropout=0.3)
-    builds: dict[str, Any] = {
-        "plain": (steady, {}),
-        "compiled": (steady, {"compile": True}),
-        "parts": (steady, {"accumulate": 2}),
-        "whole": (drops, {"compile": True}),
-        "broken": (broken, {"compile": True}),
-        "healed": (drops, {"compile": True}),
-    }
-    jobs = {
-        name: toy_job(tmp_path / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params)
-        for name, (method, params) in builds.items()
-    }
-    found = launch(compile_and_accumulate, jobs, training=jobs["plain"].training, storage=jobs["plain"].directory)
+@pytest.mark.compile
+def test_two_workers_compile_resume_and_take_their_batch_in_parts(on_two: Any) -> None:
+    _, found = on_two("compile_and_accumulate")
     assert found["resumed"]
     assert found["compiled"] < 1e-4
     assert found["parts"] < 1e-5
 
 
-def test_two_workers_distil_as_one_does_compiled_and_in_half_precision(tmp_path: Path) -> None:
-    def student_job(name: str, **params: Any) -> Job:
-        return toy_job(tmp_path / name, toy_student, workers=2, optimiser="sgd", lr=0.05, clip="none", **params)
-
-    jobs = {
-        "eager": student_job("eager"),
-        "compiled": student_job("compiled", compile=True),
-        "half": student_job("half", precision="bfloat16"),
-    }
+@pytest.mark.compile
+def test_two_workers_distil_as_one_does_compiled_and_in_half_precision(tmp_path: Path, on_two: Any) -> None:
+    jobs, found = on_two("distil_together")
     here = weights(train(toy_job(tmp_path / "here", toy_student, optimiser="sgd", lr=0.05, clip="none")))
-    found = launch(distil_together, jobs, training=jobs["eager"].training, storage=jobs["eager"].directory)
     for name in ("eager", "compiled"):
         assert difference(here, checkpoints.load(jobs[name].directory, 18)["model"]) < 1e-4
     for first, last in found.values():
@@ -124,21 +132,11 @@ def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path
 
 
 def test_a_driver_killed_and_run_again_changes_nothing(tmp_path: Path, uninterrupted: Result) -> None:
-    script = f"""
-import os, sys
-os.environ["TOY_DRIVER"] = str(os.getpid())
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.support import toy
-from pathlib import Path
-from ray import cloudpickle
+    run_until_killed(f"""
 from pipelines.training import train
-cloudpickle.register_pickle_by_value(toy)
 folder = Path({str(tmp_path)!r})
 train(toy.toy_job(folder / "run", toy.accident("kill driver", 9, folder / "marker"), workers=1))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=240, check=False)
-    assert process.returncode == -signal.SIGKILL
+""")
     newest = checkpoints.newest(str(tmp_path / "run"))
     assert newest is not None
     assert newest["step"] == 8
