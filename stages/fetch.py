@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from pipelines.data import sources
+from pipelines.params import keyed
 from pipelines.storage.paths import run_directory
 from pipelines.workflow.running import stage
 
@@ -14,7 +15,8 @@ def main(name: str) -> None:
         dataset = params.datasets[name]
         origin = dataset.model_dump(mode="json", exclude={"shard_size", "val_count", "split_seed"})
         cache = Path(run_directory("runs", f"fetch-{name}", origin))  # partial downloads outlive the stage's outputs
-        sources.get(dataset).fetch(Path("data/raw", name), cache)
+        with keyed(f"datasets.{name}", dataset):
+            sources.get(dataset).fetch(Path("data/raw", name), cache)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _device(training: TrainingParams) -> torch.device:
     if training.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise TrainingError(f"training.gpus_per_worker is {training.gpus_per_worker:g}, but torch finds no GPU here")
+        raise TrainingError(f"gpus_per_worker: {training.gpus_per_worker:g} is asked for, but torch finds no GPU here")
     return torch.device("cuda")
 
 
@@ -272,7 +272,7 @@ def _check_gpus(training: TrainingParams) -> None:
     has = ray.cluster_resources()
     if wanted > has.get("GPU", 0) and not _autoscales():
         found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
-        raise TrainingError(f"training.gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
+        raise TrainingError(f"gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
 
 
 def _autoscales() -> bool:

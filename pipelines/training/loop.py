@@ -283,7 +283,7 @@ def compiler_errors_in_one_line() -> Iterator[None]:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         cause = one_line(str(error).partition("\n\n")[0])
-        raise TrainingError(f"training.compile: {cause} (compile: false trains without the compiler)") from error
+        raise TrainingError(f"compile: {cause} (compile: false trains without the compiler)") from error
 
 
 def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

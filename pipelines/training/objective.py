@@ -85,7 +85,7 @@ def checkpoint_blocks(module: nn.Module) -> None:
     found = list(blocks(module))
     if not found:
         raise TrainingError(
-            f"training.checkpoint_activations: {type(getattr(module, 'body', module)).__name__} has no blocks "
+            f"checkpoint_activations: {type(getattr(module, 'body', module)).__name__} has no blocks "
             "(members of an nn.Sequential or nn.ModuleList that have layers of their own)"
         )
     for block in found:

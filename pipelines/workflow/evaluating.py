@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.evaluation import evaluate_with_correctness
 from pipelines.models import load_published, save
-from pipelines.params import Params, ParamsError
+from pipelines.params import Params, ParamsError, keyed
 from pipelines.training import launch
 from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
 
@@ -45,4 +45,5 @@ def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any
     """`evaluate_with_correctness` of the models in `folders` on `evaluate.workers`; `arguments` follow the params."""
     training = params.training.model_copy(update={"workers": params.evaluate.workers})
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
-    return launch(evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root)
+    with keyed("training", training):
+        return launch(evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root)

@@ -23,13 +23,14 @@ def store(params: Params, out: Path) -> None:
     """Stores the explanations of the teacher in `models/teacher` in the folder `out`, computed on the workers of the params."""
     teacher, shots = model_folder("teacher"), params.distill.shots
     spec = read_spec(teacher)
+    shards, shared = shards_for_all(params), is_shared(params)
     with keyed("distill", params.distill):
         check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), spec), spec, explained=True)
-    shards, shared = shards_for_all(params), is_shared(params)
-    subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
+        subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
     place = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if shared else str(out.absolute())
     arguments = (model_for_all(params, teacher), shards, params.data, explanations_origin(params), place, subset)
-    count = launch(store_explanations, *arguments, training=params.training, storage=params.storage.root)
+    with keyed("training", params.training):
+        count = launch(store_explanations, *arguments, training=params.training, storage=params.storage.root)
     if shared:
         pull(place, out, (*(shard["name"] for shard in read_index(place)["shards"]), INDEX))
         files.remove(place)

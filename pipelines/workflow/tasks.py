@@ -131,7 +131,8 @@ def distill(params: Params, run: str) -> Task:
     subset, notes, explanations = None, {}, None
     if params.distill.shots is not None:
         shards = shards_for_all(params)
-        subset = few_shot(shards, "train", params.distill.shots, params.distill.shots_seed)
+        with keyed("distill", params.distill):
+            subset = few_shot(shards, "train", params.distill.shots, params.distill.shots_seed)
         notes = {"validation.json": validation_images(shards)}
     if optim.explanations == "frozen":
         explanations = str(STORED_EXPLANATIONS.absolute())

@@ -71,7 +71,7 @@ def train_stage(task: Task) -> None:
     name, folder = task.name, Path("models", task.name)
     with stage_run(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
         resume(task, run, directory)
-        with keyed(task.section, task.optim):
+        with keyed(task.section, task.optim), keyed("training", task.params.training):
             result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
         save_best(task, result, folder)
         report_training(name, result, task.optim.objectives)

@@ -42,7 +42,9 @@ def task_of(params: Params, values: Mapping[str, Any]) -> Task:
     task = TASKS[stage](replaced(params, of_trials | dict(values), "search.space"), *([which] if which else []))
     if params.search.shots is None:
         return task
-    return replace(task, subset=few_shot(shards_for_all(task.params), "train", params.search.shots, params.search.seed))
+    with keyed("search", params.search):
+        subset = few_shot(shards_for_all(task.params), "train", params.search.shots, params.search.seed)
+    return replace(task, subset=subset)
 
 
 def check_metrics(params: Params, task: Task) -> None:
@@ -74,7 +76,7 @@ def run_trial(
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
-    with keyed(task.section, task.optim):
+    with keyed(task.section, task.optim), keyed("training", task.params.training):
         result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
