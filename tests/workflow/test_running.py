@@ -9,6 +9,8 @@ import yaml
 import pipelines
 from pipelines.data.shards.manifest import MANIFEST
 from pipelines.data.shards.sample import DataError
+from pipelines.methods import check_pair
+from pipelines.models import ModelError, ModelSpec
 from pipelines.params import ModelParams, keyed, load
 from pipelines.training import TrainingError
 from pipelines.workflow import running
@@ -56,6 +58,14 @@ def test_errors_about_training_params_name_their_key(section):
         raise TrainingError("select: no metric")
     with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
         raise TrainingError("the loss is NaN: 3")
+
+
+def test_a_teacher_that_does_not_fit_is_told_by_its_key():
+    params = load()
+    teacher = ModelSpec("resnet8", ("a", "b"), 32, "conventional")
+    student = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
+    with pytest.raises(ModelError, match=r"^distill\.teacher: a conventional teacher"), keyed("distill", params.distill):
+        check_pair(student, teacher, explained=True)
 
 
 def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_path, monkeypatch):
