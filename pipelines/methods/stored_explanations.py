@@ -51,7 +51,7 @@ def store_explanations(
     """Writes the teacher's explanations of the class that it predicts to `out`; returns of how many images.
 
     Args:
-        context: where this worker runs: each one takes every so many-th shard.
+        context: where this worker runs: worker `rank` takes every `world_size`-th shard.
         teacher: folder of the model.
         shards, split: the images, of which `subset` are explained; by default all.
         data: gives the fixed view, `eval_transform`.

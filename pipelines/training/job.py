@@ -92,7 +92,7 @@ class Job:
             `train`, until the call succeeds.
         report_key: names where `on_epoch` reports to (an MLflow run's id): a new key gets the whole history again.
         batches: makes the batches of a split, called as `shard_batches` is.
-        subset: numbers of the training samples to read, see `loader`; none: all of them.
+        subset: numbers of the training samples to read, see `loader`; None: all samples.
         explanations: root of stored explanations of the training samples, which then come with them.
     """
 

@@ -91,10 +91,10 @@ def loader(
         raise ValueError("explanations come with training images alone: the fixed view of evaluation does not resize their maps")
     manifest = read_manifest(root)
     shards, known = manifest.shards(split), manifest.fields.get(split, ())
-    order: Sequence[int] = epoch_order(_counts(shards, subset), seed=seed, epoch=epoch, train=train)
+    sampling = Sampling(batch_size, context.rank, context.world_size, train, seed, epoch, data.shuffle_buffer)
+    order: Sequence[int] = epoch_order(_counts(shards, subset), sampling)
     if subset is not None:
         order = [subset[place] for place in order]
-    sampling = Sampling(batch_size, context.rank, context.world_size, train, seed, epoch, data.shuffle_buffer)
     decoder = Decoder(
         manifest=manifest,
         fields=frozenset(known if fields is None else set(fields).intersection(known)),

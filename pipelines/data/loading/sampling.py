@@ -40,21 +40,15 @@ class Sampling:
     shuffle_buffer: int
 
 
-def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, train: bool) -> list[int]:
+def epoch_order(counts: Sequence[int], sampling: Sampling) -> list[int]:
     """Numbers of all samples in the order of the epoch: ascending, or in training shard by shard in a permuted order.
 
     In training the order also starts at another sample each epoch (and wraps around): otherwise a single shard would lose the
-    same samples, those of the last, incomplete batch, each time.
-
-    Args:
-        counts: samples of each shard.
-        seed: of the run.
-        epoch: counted from 0.
-        train: permute and rotate.
+    same samples, those of the last, incomplete batch, each time. `counts` are the samples of each shard.
     """
-    if not train:
+    if not sampling.train:
         return list(range(sum(counts)))
-    rng = random.Random(f"shards/{seed}/{epoch}")
+    rng = random.Random(f"shards/{sampling.seed}/{sampling.epoch}")
     starts = np.cumsum([0, *counts])
     shards = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=False)]
     rng.shuffle(shards)
@@ -83,8 +77,8 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def rank_share(count: int, *, batch_size: int, rank: int, world_size: int, train: bool) -> range:
-    """Places in the epoch's order that belong to one rank.
+def rank_share(count: int, sampling: Sampling) -> range:
+    """Places in the order of `count` samples that belong to the rank.
 
     In training every rank has the same number of full batches, and the rest of the epoch is left out; if `count` is too small
     for one full batch per rank, each rank has one batch, an equal share. In evaluation every place belongs to a rank.
@@ -92,10 +86,11 @@ def rank_share(count: int, *, batch_size: int, rank: int, world_size: int, train
     Raises:
         ValueError: training with fewer samples than ranks.
     """
+    batch_size, rank, world_size = sampling.batch_size, sampling.rank, sampling.world_size
     full = count // (world_size * batch_size)
-    if train and count < world_size:
+    if sampling.train and count < world_size:
         raise ValueError(f"{count} training samples cannot feed {world_size} workers; take fewer workers")
-    if train and full:
+    if sampling.train and full:
         return range(rank * full * batch_size, (rank + 1) * full * batch_size)
     return range(rank * count // world_size, (rank + 1) * count // world_size)
 
@@ -106,13 +101,12 @@ def rank_batches(order: Sequence[int], sampling: Sampling) -> list[list[int]]:
     Raises:
         ValueError: see `rank_share`.
     """
-    size, rank = sampling.batch_size, sampling.rank
-    share = rank_share(len(order), batch_size=size, rank=rank, world_size=sampling.world_size, train=sampling.train)
+    share = rank_share(len(order), sampling)
     numbers: Iterable[int] = order[share.start : share.stop]
     if sampling.train:
-        rng = random.Random(f"buffer/{sampling.seed}/{sampling.epoch}/{rank}")
+        rng = random.Random(f"buffer/{sampling.seed}/{sampling.epoch}/{sampling.rank}")
         numbers = shuffled(numbers, sampling.shuffle_buffer, rng)
-    return list(batched(numbers, size))
+    return list(batched(numbers, sampling.batch_size))
 
 
 def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: Sampling) -> Sequence[int]:

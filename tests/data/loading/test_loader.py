@@ -30,6 +30,7 @@ from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, ric
 
 COUNT, SHARD_SIZE = 23, 5
 DATA = DataParams(image_size=SIDE, augment="pad_crop_flip", crop_padding=2, shuffle_buffer=6)
+SAMPLING = Sampling(batch_size=3, rank=0, world_size=1, train=True, seed=0, epoch=0, shuffle_buffer=6)
 
 
 def write(out, samples, *, shard_size=SHARD_SIZE, task="multiclass"):
@@ -94,29 +95,28 @@ def test_batched_keeps_all_in_order():
 
 def test_epoch_order_keeps_shards_together_and_differs_by_epoch():
     counts = [3, 4, 2]
-    orders = [epoch_order(counts, seed=0, epoch=epoch, train=True) for epoch in range(20)]
+    orders = [epoch_order(counts, replace(SAMPLING, epoch=epoch)) for epoch in range(20)]
     assert all(sorted(order) == list(range(9)) for order in orders)
     assert len({tuple(order) for order in orders}) > 10
     for order in orders:  # going round, each shard's numbers follow one another
         steps = sum((b - a) != 1 for a, b in zip(order, [*order[1:], order[0]], strict=True))
         assert steps <= 3
-    assert epoch_order(counts, seed=0, epoch=5, train=False) == list(range(9))
+    assert epoch_order(counts, replace(SAMPLING, epoch=5, train=False)) == list(range(9))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 13, 50])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_shares_divide_an_epoch(count, batch_size, world_size):
-    share = partial(rank_share, count, batch_size=batch_size, world_size=world_size)
     for training in (False, True):
+        sampling = replace(SAMPLING, batch_size=batch_size, world_size=world_size, train=training)
         if training and count < world_size:
             with pytest.raises(ValueError, match="cannot feed"):
-                share(rank=0, train=True)
+                rank_share(count, sampling)
             continue
-        shares = [share(rank=rank, train=training) for rank in range(world_size)]
+        shares = [rank_share(count, replace(sampling, rank=rank)) for rank in range(world_size)]
         places = [place for each in shares for place in each]
         assert places == list(range(len(places)))
-        sampling = Sampling(batch_size, 0, world_size, training, seed=0, epoch=0, shuffle_buffer=5)
         ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
         for batches, each in zip(ranks, shares, strict=True):
             assert sorted(place for batch in batches for place in batch) == list(each)
@@ -130,8 +130,8 @@ def test_shares_divide_an_epoch(count, batch_size, world_size):
 
 
 def test_a_rank_in_training_is_shuffled_through_one_buffer():
-    sampling = Sampling(3, 1, 2, True, seed=5, epoch=2, shuffle_buffer=4)
-    order = epoch_order([7, 7, 7], seed=5, epoch=2, train=True)
+    sampling = replace(SAMPLING, rank=1, world_size=2, seed=5, epoch=2, shuffle_buffer=4)
+    order = epoch_order([7, 7, 7], sampling)
     expected = list(shuffled(order[9:18], 4, random.Random("buffer/5/2/1")))
     assert rank_batches(order, sampling) == [expected[:3], expected[3:6], expected[6:]]
 
