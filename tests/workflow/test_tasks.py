@@ -5,6 +5,8 @@ import pytest
 
 from pipelines.data.shards.manifest import MANIFEST, Manifest
 from pipelines.data.shards.sample import DataError
+from pipelines.methods import check_pair
+from pipelines.models import ModelError, ModelSpec
 from pipelines.params import keyed, load
 from pipelines.training import TrainingError
 from pipelines.workflow.tasks import Task, check_boxes
@@ -32,3 +34,11 @@ def test_errors_about_training_params_name_their_key(section):
         raise TrainingError("select: no metric")
     with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
         raise TrainingError("the loss is NaN: 3")
+
+
+def test_a_teacher_that_does_not_fit_is_told_by_its_key():
+    params = load()
+    teacher = ModelSpec("resnet8", ("a", "b"), 32, "conventional")
+    student = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
+    with pytest.raises(ModelError, match=r"^distill\.teacher: a conventional teacher"), keyed("distill", params.distill):
+        check_pair(student, teacher, explained=True)
