@@ -1,4 +1,4 @@
-"""`python -m infra.job PLACE`: what a submitted job runs on the cluster; see `infra.submit` and `pipelines.workflow.orders`."""
+"""`python -m infra.job PLACE`: what a job that `infra.submit` submitted runs on the cluster."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.errors import one_line
-from pipelines.workflow.orders import PLACE, deliver, pull_inputs
+from pipelines.workflow.submitted_job import PLACE, deliver, pull_inputs
 
 
 def main(place: str) -> int:

@@ -35,7 +35,7 @@ from pipelines.storage.retry import retry
 from pipelines.tracking import relog
 from pipelines.tracking.journal import Journal
 from pipelines.training.launch import is_autoscaled, ray_environment
-from pipelines.workflow.orders import file_record, publish_input, write_order
+from pipelines.workflow.submitted_job import file_record, publish_input, write_order
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input or a missing thing: one line that names it and says what would be right. A stage shows that line alone."""
+    """Bad input or a missing thing, in one line that names it and says what would be right.
+
+    `pipelines.workflow.running.stage` shows that line alone, without a traceback.
+    """

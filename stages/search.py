@@ -7,9 +7,9 @@ from pipelines.params import check_space
 from pipelines.search.records import values_of_params
 from pipelines.search.tune import search
 from pipelines.workflow.identity import of_search
-from pipelines.workflow.orders import place_of_inputs
 from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
+from pipelines.workflow.submitted_job import place_of_inputs
 from pipelines.workflow.training import stage_run
 from pipelines.workflow.trials import CODE, check_metrics, report_search, run_trial, task_of, track_trial
 

@@ -317,7 +317,7 @@ def bcosify(
     Returns:
         (N, 6, H, W) in [0, 1] -> logits (N, K), in the training mode of `model`.
 
-    Source: Arya et al., B-cosification, NeurIPS 2024, section 3; methods.md section 2.
+    Source: Arya et al., B-cosification, NeurIPS 2024, section 3.
     """
     network = convert(model, mean=mean, std=std, norm=norm)
     layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]

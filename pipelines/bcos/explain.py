@@ -34,7 +34,7 @@ def dynamic_weights(
             and calls this one, because compiled code has no second derivative of its own.
 
     Returns:
-        logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + what no pixel carries.
+        logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + the biases' part.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, eq. 6 to 8.
     """
@@ -119,7 +119,7 @@ def _traced(model: nn.Module, images: Tensor, targets: Tensor | None, create_gra
 
 
 def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
-    """Σ_c W_c(x)·x_c, what each pixel adds to the logit; signed. The same of features and their gradients.
+    """Σ_c W_c(x)·x_c, what each pixel adds to the logit; signed. Features and their gradients go, too.
 
     Images (N, C, H, W) with weights (N, C, H, W) give (N, H, W), with weights (N, T, C, H, W) of T classes (N, T, H, W).
     """
@@ -137,7 +137,7 @@ def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 
     Returns:
         (N, H, W, 4), red, green, blue, alpha in [0, 1].
 
-    Source: Böhle et al., B-cos Networks, CVPR 2022, section 3.4; methods.md section 1 gives the constants.
+    Source: Böhle et al., B-cos Networks, CVPR 2022, section 3.4; the constants are those of its code.
     """
     if smooth % 2 == 0:
         raise ValueError(f"smooth must be odd, not {smooth}")

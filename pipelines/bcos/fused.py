@@ -1,8 +1,8 @@
 """What makes B-cos networks fast: autograd functions that save less and are cheap to differentiate, and compiler settings.
 
-Each function computes what its layer's formula says (`layers`, `norms`, `activations`), to the same bits, but for gradients in
-fewer passes over the activations. Where a loss on W(x) differentiates a gradient, autograd's own formulas would save more, add
-zeros of the size of an activation, or take the slower of two equal convolutions.
+Each function computes what its layer's formula says (`layers`, `norms`, `activations`), to the same bits; its
+gradients take fewer passes over the activations. Where a loss on W(x) differentiates a gradient, autograd's own formulas would
+save more, add zeros of the size of an activation, or take the slower of two equal convolutions.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class _ReLU(torch.autograd.Function):
 
 
 def relu(x: Tensor) -> Tensor:
-    """`F.relu`, whose gradient has no gradient of `x`."""
+    """`F.relu`; its gradient is not differentiated by `x` again."""
     return _ReLU.apply(x)
 
 
@@ -309,7 +309,7 @@ class _AveragePool(torch.autograd.Function):
 
 
 def average_pool(x_NCHW: Tensor, *options: Any) -> Tensor:
-    """`F.avg_pool2d` with its `options`, kernel, stride and padding as lists; its gradient has no gradient of `x_NCHW`."""
+    """`F.avg_pool2d` with its `options`, kernel, stride and padding as lists; its gradient is not differentiated by x again."""
     return _AveragePool.apply(x_NCHW, options)
 
 

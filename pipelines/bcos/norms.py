@@ -1,4 +1,7 @@
-"""Normalisation layers whose factor 1/sqrt(var + eps) can be held; their centring is linear in the input and stays."""
+"""Normalisation layers whose factor 1/sqrt(var + eps) can be held; their centring is linear in the input and stays.
+
+`convert` makes them of torch's norms; it moves BatchNorm's running mean into the bias.
+"""
 
 from __future__ import annotations
 

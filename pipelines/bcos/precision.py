@@ -9,9 +9,9 @@ from torch import Tensor
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """In the block convolutions of float32 are float32 on GPUs too, where torch's default is TF32, with the digits of float16.
+    """In the block, GPUs compute float32 convolutions in float32, not in torch's default, TF32, which has the digits of float16.
 
-    W(x)·x then sums to the logit up to rounding. A decorator as well.
+    W(x)·x then sums to the logit up to rounding. Also a decorator.
     """
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:

@@ -25,7 +25,7 @@ class Bcosification(Classification):
 
     Args:
         module, task, num_classes: as in `Classification`.
-        params: how B and the biases go on from that design.
+        params: how B and the biases are treated during training.
     """
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, params: BcosificationParams) -> None:
@@ -50,9 +50,10 @@ class Bcosification(Classification):
         return [group for group in groups if group["params"]]
 
     def set_progress(self, epochs: float) -> None:
-        """B along its schedule: linear from `b_start` to `b` over `b_epochs` epochs; a learned B that a step took below 1, at 1.
+        """Sets B to where its schedule is: linear from `b_start` to `b` over `b_epochs` epochs.
 
-        Below 1 it would have no gradient, and without decay never come back.
+        A learned B that the last step took below 1 is set back to 1: below 1 it has no gradient, so without weight decay it
+        would stay there.
         """
         if self.params.b_mode == "scheduled":
             done = min(1.0, epochs / self.params.b_epochs)
@@ -61,7 +62,7 @@ class Bcosification(Classification):
             clamp_b(self.module)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """`b_mean`, where B changes `b/<layer>` of each layer, and where there are biases `bias_abs_mean`, the mean |bias|."""
+        """`b_mean`; if B is not fixed, `b/<layer>` of each layer; if there are biases, `bias_abs_mean`, the mean |bias|."""
         exponents = layer_b(self.module)
         found = {"b_mean": sum(exponents.values()) / len(exponents)}
         if self.params.b_mode != "fixed":
@@ -80,7 +81,9 @@ def is_exponent(name: str) -> bool:
 def build_bcosification(
     spec: models.ModelSpec, pretrained: str | Path | None, params: BcosificationParams, seed: int
 ) -> Bcosification:
-    """The method on the B-cos network of `spec`, from the conventional model in a folder or of weights drawn by `seed`.
+    """The method on the B-cos network of `spec`, started from the conventional model in the folder `pretrained`.
+
+    Where that is None the weights are drawn by `seed`.
 
     Raises:
         ConversionError: the network has a part that cannot be converted, or that explanation mode would not hold.

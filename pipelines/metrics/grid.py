@@ -1,6 +1,6 @@
 """The grid pointing game: does the map of a class fall on the cell of a grid that shows this class?
 
-Source: Böhle et al., B-cos Networks, CVPR 2022, section 4; methods.md, section 5. Chance is 1/n².
+Source: Böhle et al., B-cos Networks, CVPR 2022, section 4. Chance is 1/n².
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def in_windows(explain: Explain, size: int) -> Explain:
     Returns:
         (images (N, C, H, W), classes (N, T)) -> maps (N, T, H, W), H and W multiples of size/2.
 
-    Source: Arya et al., B-cosification, NeurIPS 2024, appendix; methods.md, section 5.
+    Source: Arya et al., B-cosification, NeurIPS 2024, appendix.
     """
     if size % 2:
         raise ValueError(f"windows overlap by half their size, which must be even: not {size}")

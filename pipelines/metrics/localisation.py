@@ -1,7 +1,7 @@
 """Localisation of maps by boxes and masks. All per image and class: attributions (N, H, W) and masks (N, H, W) -> (N,).
 
 Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023, section 4; the size
-correction follows the reproducibility study of Sauter et al., 2024. methods.md, section 5.
+correction follows the reproducibility study of Sauter et al., 2024.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def size_corrected(scores: Tensor, shares: Tensor) -> Tensor:
 def attribution_iou(attributions: Tensor, masks: Tensor) -> Tensor:
     """Intersection over union of the mask and the binarised map: (N,) in [0, 1].
 
-    The positive part is scaled to [0, 1] by its least and largest value (by its largest alone, where they differ by less than
-    1e-7; not at all, where it is 0) and counts where it is strictly above 0.5. An empty union scores 0; `without_union` says
-    which ones.
+    The positive part is scaled to [0, 1] by its least and largest value and counts where it is strictly above 0.5. If these
+    differ by less than 1e-7, only the largest is used. A map without a positive part stays 0. An empty union scores 0;
+    `without_union` says which ones.
 
     Args:
         attributions: (N, H, W), signed.
@@ -118,10 +118,10 @@ def object_masks(instances: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
 
 
 def select_boxes(boxes: Tensor, images: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Boxes (m, 6) of `images`, in their order; the image column then counts through `images`, as rows of `batch[images]` do.
+    """Boxes (m, 6) of `images`, in their order; their image column is the position in `images`: they match `batch[images]`.
 
     Args:
-        boxes: (n, 6) [image, class, ...], on the CPU: waits for a GPU that has the other arguments.
+        boxes: (n, 6) [image, class, ...], on the CPU. If the other arguments are on a GPU, the call waits for it.
         images: (P,), images of `boxes`, which may come several times.
         classes: (P,), the class of which an image's boxes are taken; None: boxes of all classes.
     """

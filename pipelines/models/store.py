@@ -27,7 +27,7 @@ WEIGHTS, CONFIG = "model.safetensors", "model.json"
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """How to build a model of this project, but for its weights."""
+    """All that it takes to build a model of this project, except its weights."""
 
     name: str  # as `build` takes it
     classes: tuple[str, ...]

@@ -26,6 +26,6 @@ from pipelines.params.methods import (
     PretrainParams,
     StudentParams,
 )
-from pipelines.params.search import AshaParams, SearchedParams, SearchParams
+from pipelines.params.search import AshaParams, SearchDimension, SearchParams
 from pipelines.params.training import ModelParams, OptimiserParams, StorageParams, TrainingParams
 from pipelines.params.whole import Params, TrackingParams, check_space, leaves, load, param, replaced, validate

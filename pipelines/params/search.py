@@ -12,7 +12,7 @@ from pipelines.params.base import PositiveFloat, Strict
 Scalar = bool | int | float | str | None
 
 
-class SearchedParams(Strict):
+class SearchDimension(Strict):
     """One dimension of a search space: a param by its path, and what it is drawn from."""
 
     key: str  # such as bcosify.pretrained.lr
@@ -32,12 +32,12 @@ class SearchedParams(Strict):
 
     @property
     def between(self) -> list[float]:
-        """A value of a range that is no whole number, as nearly all that are drawn from it."""
+        """For a range, one value that is no whole number, as nearly all that will be drawn; none for a choice."""
         bounds = self.uniform or self.loguniform
         return [bounds[0] + (bounds[1] - bounds[0]) / math.pi] if bounds else []
 
     @model_validator(mode="after")
-    def _drawn_from_one(self) -> SearchedParams:
+    def _drawn_from_one(self) -> SearchDimension:
         if sum(given is not None for given in (self.choice, self.uniform, self.loguniform)) != 1:
             raise ValueError(f"{self.key}: exactly one of choice, uniform and loguniform is wanted")
         bounds = self.uniform or self.loguniform
@@ -50,14 +50,14 @@ class AshaParams(Strict):
     """Asynchronous successive halving (Li et al., MLSys 2020) by the first metric: weak trials end early."""
 
     grace: PositiveInt = 1  # epochs that every trial gets
-    reduction: Annotated[float, Field(gt=1.0)] = 2.0  # of so many trials that come to a rung, one goes on
+    reduction: Annotated[float, Field(gt=1.0)] = 2.0  # one in so many trials that come to a rung goes on
 
 
 class SearchParams(Strict):
     """A search by Ray Tune and Optuna: the work of a stage, many times over, with some params replaced."""
 
     stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide"]
-    space: Annotated[list[SearchedParams], Field(min_length=1)]
+    space: Annotated[list[SearchDimension], Field(min_length=1)]
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]  # the higher, the better
     trials: PositiveInt
     epochs: PositiveInt  # of a trial

@@ -9,7 +9,7 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from pipelines.params import SearchedParams, SearchParams
+from pipelines.params import SearchDimension, SearchParams
 from pipelines.search.records import SETTLED, Trial, draw, read_trial, settle_trial, start_trial, trial_directory
 
 _ATTEMPTS = 100  # at values that no trial has had
@@ -68,10 +68,10 @@ class Suggestions(OptunaSearch):
         """Nothing: the records say it all."""
 
 
-def define_by_run(space: list[SearchedParams], trial: Any) -> None:
+def define_by_run(space: list[SearchDimension], trial: Any) -> None:
     """Draws from `space` for Optuna's `trial`."""
 
-    def one(dimension: SearchedParams) -> Any:
+    def one(dimension: SearchDimension) -> Any:
         if dimension.choice is not None:
             return trial.suggest_categorical(dimension.key, dimension.choice)
         least, most = dimension.extremes

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
 
-from pipelines.params import Params, SearchedParams, param
+from pipelines.params import Params, SearchDimension, param
 from pipelines.storage import files
 from pipelines.training.job import EpochRecord
 
@@ -31,7 +31,7 @@ class Trial(TypedDict):
     error: str  # of a failed one
 
 
-def draw(space: list[SearchedParams], suggest: Callable[[SearchedParams], Any]) -> dict[str, Any]:
+def draw(space: list[SearchDimension], suggest: Callable[[SearchDimension], Any]) -> dict[str, Any]:
     """Key -> value: what `suggest` gives for each dimension whose conditions the values before it fulfil."""
     values: dict[str, Any] = {}
     for dimension in space:
@@ -43,7 +43,7 @@ def draw(space: list[SearchedParams], suggest: Callable[[SearchedParams], Any]) 
 def values_of_params(params: Params) -> dict[str, Any] | None:
     """The values that `params` themselves have in their search space; None where they lie outside of it."""
 
-    def find(dimension: SearchedParams) -> Any:
+    def find(dimension: SearchDimension) -> Any:
         value = param(params, dimension.key)
         if dimension.choice is not None:
             return dimension.choice[dimension.choice.index(value)]  # 2, where the param is 2.0
@@ -86,5 +86,5 @@ def read_trial(place: str) -> Trial:
 
 def read_trials(directory: str) -> list[Trial]:
     """The records of a search, in the order in which the trials started: a trial's place in it is its number."""
-    found = [files.read_json(f"{directory}/trials/{name}/{RECORD}") for name in files.folders(f"{directory}/trials")]
+    found = [files.read_json(f"{directory}/trials/{name}/{RECORD}") for name in files.names_in(f"{directory}/trials")]
     return sorted(filter(None, found), key=lambda trial: (trial["started"], json.dumps(trial["values"])))

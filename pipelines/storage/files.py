@@ -108,8 +108,8 @@ def read_json(place: str | Path) -> Any:
 
 
 @retried
-def folders(place: str | Path) -> list[str]:
-    """Names of the folders in a folder; none if that does not exist."""
+def names_in(place: str | Path) -> list[str]:
+    """Names of the files and folders in a folder; none if that does not exist."""
     filesystem, path = file_system(place)
     return [PurePosixPath(inner).name for inner in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
 

@@ -67,8 +67,8 @@ def register(
 ) -> Registered:
     """Registers the model under `alias` unless this exact version is registered already. Idempotent.
 
-    Two versions are the same if their `model.safetensors` and `model.json` are. A version without its artifacts does not count.
-    New metrics or pictures of a registered model go to its version.
+    Two versions are the same if their `model.safetensors` and `model.json` are. A version whose artifacts are not all
+    there is passed over. New metrics or pictures of a registered model go to its version.
 
     Args:
         model_directory: as `pipelines.models.save` writes it.

@@ -57,7 +57,9 @@ def save(directory: str, step: int, state: dict[str, Any], summary: dict[str, An
 
 def _steps(directory: str) -> list[int]:
     """Steps that have a folder, complete or not, newest first."""
-    return sorted((int(match[1]) for match in map(_STEP.match, files.folders(f"{directory}/checkpoints")) if match), reverse=True)
+    return sorted(
+        (int(match[1]) for match in map(_STEP.match, files.names_in(f"{directory}/checkpoints")) if match), reverse=True
+    )
 
 
 def _prune(directory: str, keep: set[int], last: int) -> None:

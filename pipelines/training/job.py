@@ -131,7 +131,7 @@ class Result:
 
 
 def best_record(history: list[EpochRecord], optim: OptimiserParams) -> EpochRecord:
-    """The record that `optim` prefers: of `kept_records` the first one with the best `select`, or where that is `knee` the knee.
+    """The one of `kept_records` with the best `select`, the first of equals; the knee of the front if `select` is `knee`.
 
     Raises:
         TrainingError: a record has no such metric.
@@ -146,11 +146,11 @@ def best_record(history: list[EpochRecord], optim: OptimiserParams) -> EpochReco
 
 
 def kept_records(history: list[EpochRecord], optim: OptimiserParams) -> list[EpochRecord]:
-    """The records whose checkpoints are worth keeping: the best by `optim.objectives`; of several the Pareto front.
+    """The records whose checkpoints are worth keeping: the best by `optim.objectives`, the Pareto front if there are several.
 
-    Of epochs that were validated, once there is one. Epochs before `optim.settled` (a scheduled B is not yet what it shall be)
-    or below a floor count only as long as there are no others. A metric is the better the higher, or the lower where its name
-    contains `loss`.
+    As soon as one epoch was validated, only such epochs count. Epochs before `optim.settled` (a scheduled B is not yet what it
+    shall be) or below a floor count only as long as there are no others. A metric is the better the higher, or the lower where
+    its name contains `loss`.
 
     Raises:
         TrainingError: a record has no such metric.

@@ -45,7 +45,7 @@ def report_training(name: str, result: Result, objectives: Sequence[str]) -> Non
 
 
 def leave_out(name: str, key: str) -> None:
-    """Leaves a note in `models/<name>` and empty reports: the params `key` leave this item of a stage's matrix out.
+    """Runs the item `name` of a stage's matrix, which the param `key` excludes: a note in `models/<name>` and empty reports.
 
     So DVC removes what an earlier run of the item left, and a stage can depend on each item by name.
     """

@@ -70,7 +70,7 @@ def train_stage(task: Task) -> None:
     """Trains the task; leaves the best epoch's model in `models/<name>` and its figures in `reports/<name>`."""
     name, folder = task.name, Path("models", task.name)
     with stage_run(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
-        resume(task, run, directory)
+        adopt_checkpoints(task, run, directory)
         with keyed(task.section, task.optim), keyed("training", task.params.training):
             result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
         save_best(task, result, folder)
@@ -82,7 +82,7 @@ def train_stage(task: Task) -> None:
         run.model(folder)
 
 
-def resume(task: Task, run: tracking.StageRun, directory: str) -> None:
+def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> None:
     """Gives the run in `directory`, if it is new, the checkpoints of `training.resume`, an earlier run of this stage.
 
     Raises:

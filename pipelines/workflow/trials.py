@@ -24,9 +24,9 @@ from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.storage.files import write_json
 from pipelines.training import EpochRecord, Result, launch, train
-from pipelines.workflow.orders import enter_inputs
 from pipelines.workflow.places import REPORTS, shards_for_all
 from pipelines.workflow.reports import trials_table
+from pipelines.workflow.submitted_job import enter_inputs
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 

@@ -24,7 +24,7 @@ from pipelines.storage.publish import publish
 from pipelines.training import TrainingError, cluster
 from pipelines.training.launch import _check_gpus, is_autoscaled
 from pipelines.workflow import trials
-from pipelines.workflow.orders import place_of_inputs, pull_inputs
+from pipelines.workflow.submitted_job import place_of_inputs, pull_inputs
 from tests.support.project import Project
 
 

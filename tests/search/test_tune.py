@@ -11,7 +11,7 @@ import optuna
 import pytest
 import yaml
 
-from pipelines.params import AshaParams, Params, SearchedParams, SearchParams, TrainingParams, replaced, validate
+from pipelines.params import AshaParams, Params, SearchDimension, SearchParams, TrainingParams, replaced, validate
 from pipelines.search.proposals import define_by_run
 from pipelines.search.records import Trial, draw, read_trials, settle_trial, start_trial, trial_directory, values_of_params
 from pipelines.search.tune import front, search
@@ -20,10 +20,10 @@ from tests.support import toy
 from tests.support.driver import run_until_killed
 
 SPACE = [
-    SearchedParams(key="x.clip", choice=["agc", "norm"]),
-    SearchedParams(key="x.clip_value", choice=[0.1, 0.2, 0.4]),
-    SearchedParams(key="x.lr", loguniform=(0.001, 0.05)),
-    SearchedParams(key="x.weight_decay", uniform=(0.1, 0.2), when={"x.clip": "norm"}),
+    SearchDimension(key="x.clip", choice=["agc", "norm"]),
+    SearchDimension(key="x.clip_value", choice=[0.1, 0.2, 0.4]),
+    SearchDimension(key="x.lr", loguniform=(0.001, 0.05)),
+    SearchDimension(key="x.weight_decay", uniform=(0.1, 0.2), when={"x.clip": "norm"}),
 ]
 
 
@@ -59,7 +59,7 @@ def test_a_condition_is_drawn_where_it_holds_and_ranges_are_kept() -> None:
 
 
 def test_a_condition_on_what_was_not_drawn_does_not_hold() -> None:
-    chain = [*SPACE, SearchedParams(key="x.b", choice=[1], when={"x.weight_decay": 0.1})]
+    chain = [*SPACE, SearchDimension(key="x.b", choice=[1], when={"x.weight_decay": 0.1})]
     assert list(draw(chain, lambda dimension: dimension.extremes[0])) == ["x.clip", "x.clip_value", "x.lr"]
 
 
@@ -116,7 +116,7 @@ def test_with_enough_trials_those_that_a_kill_left_half_done_do_not_count(tmp_pa
 
 
 def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(tmp_path: Path, ray_workers: None) -> None:
-    space = [SPACE[0], SPACE[1], SearchedParams(key="x.lr", choice=[1e-9, 0.02, 0.03, 0.2])]
+    space = [SPACE[0], SPACE[1], SearchDimension(key="x.lr", choice=[1e-9, 0.02, 0.03, 0.2])]
     found = run(tmp_path, space=space, trials=8, asha=AshaParams(grace=1, reduction=2), seed=1)
     assert {trial["error"] for trial in found if trial["status"] == "failed"} == {"too fast"}
     assert all(trial["values"]["x.lr"] > 0.1 for trial in found if trial["status"] == "failed")
@@ -129,7 +129,7 @@ def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(tmp_path: Pa
 
 
 def test_where_nothing_finishes_the_search_ends_with_the_cause(tmp_path: Path, ray_workers: None) -> None:
-    space = [SPACE[0], SPACE[1], SearchedParams(key="x.lr", choice=[0.2])]
+    space = [SPACE[0], SPACE[1], SearchDimension(key="x.lr", choice=[0.2])]
     with pytest.raises(TrainingError, match=r"^no trial of the search was finished; too fast$"):
         run(tmp_path, space=space, trials=9)
     assert len(read_trials(str(tmp_path))) == 6  # the space has no more

@@ -48,10 +48,10 @@ def test_what_is_written_is_read(folder: str) -> None:
     files.write(f"{folder}/bytes", b"12")
     files.write(f"{folder}/bytes", b"3")
     assert files.read(f"{folder}/bytes") == b"3"
-    assert sorted(files.folders(folder)) == ["bytes", "value.json"]
+    assert sorted(files.names_in(folder)) == ["bytes", "value.json"]
     files.remove(folder)
     files.remove(folder)
-    assert files.folders(folder) == []
+    assert files.names_in(folder) == []
 
 
 def test_a_missing_bucket_is_named(bucket: str) -> None:
@@ -68,10 +68,10 @@ def fail_to_write(place: str) -> None:
 def test_a_staged_file_appears_at_the_end_and_never_on_an_error(folder: str) -> None:
     with files.staged(f"{folder}/file") as path:
         path.write_bytes(b"old")
-        assert "file" not in files.folders(folder)
+        assert "file" not in files.names_in(folder)
     with pytest.raises(ZeroDivisionError):
         fail_to_write(f"{folder}/file")
-    assert files.folders(folder) == ["file"]
+    assert files.names_in(folder) == ["file"]
     assert files.read(f"{folder}/file") == b"old"
 
 

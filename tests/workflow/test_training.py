@@ -11,7 +11,7 @@ from pipelines.data.shards.manifest import MANIFEST
 from pipelines.params import ParamsError, load
 from pipelines.training import checkpoints, train
 from pipelines.workflow.places import shards_of
-from pipelines.workflow.training import resume, stage_run
+from pipelines.workflow.training import adopt_checkpoints, stage_run
 from tests.support.toy import accident, identical, toy_job, weights
 
 
@@ -56,20 +56,20 @@ def test_a_run_whose_code_changed_is_gone_on_with_on_purpose_and_tagged(tmp_path
     before, after, run = tmp_path / "pretrain/old", tmp_path / "pretrain/new", Tags()
     with pytest.raises(ConnectionError):
         train(toy_job(before, accident("raise", 9, tmp_path / "marker")))
-    resume(task_with(before), run, str(after))
+    adopt_checkpoints(task_with(before), run, str(after))
     assert checkpoints.newest(str(after)) == checkpoints.newest(str(before))
     assert run == {"resumed_from": str(before)}
     result = train(toy_job(after))
     assert identical(weights(result), weights(uninterrupted))
     steps = checkpoints.newest(str(after))
-    resume(task_with(before), run, str(after))  # the run has gone on: what it is resumed from no longer counts
+    adopt_checkpoints(task_with(before), run, str(after))  # the run has gone on: what it is resumed from no longer counts
     assert checkpoints.newest(str(after)) == steps
 
 
 def test_the_runs_of_other_stages_are_left_alone_and_an_empty_directory_is_named(tmp_path):
     run, directory = Tags(), str(tmp_path / "bcosify/pretrained/new")
     for task in (task_with(None), task_with(tmp_path / "pretrain/old", "bcosify/pretrained")):
-        resume(task, run, directory)
+        adopt_checkpoints(task, run, directory)
     assert (run, checkpoints.newest(directory)) == ({}, None)
     with pytest.raises(ParamsError, match=r"^training\.resume: there is no whole checkpoint in .*pretrain/old$"):
-        resume(task_with(tmp_path / "pretrain/old"), run, directory)
+        adopt_checkpoints(task_with(tmp_path / "pretrain/old"), run, directory)

@@ -40,7 +40,7 @@ _JITTER = 22.0  # of a named colour, levels a channel
 _TEXTURE = (0.3, 0.7)  # how far the background's second colour goes from the first towards another one
 _CONTRAST = 90.0  # least distance of an object's colour from both of the background's, levels
 _TURN = 0.11  # most that an object is turned either way, turns
-_SQUEEZE = 0.8  # narrowest side of a squeezed object, of the other one
+_SQUEEZE = 0.8  # least ratio of a squeezed object's short side to its long side
 _LEAST_VISIBLE = 0.4  # share of an object that must not be hidden
 _NOISE = 7.0  # half width of the sensor noise, levels
 
