@@ -1,41 +1,23 @@
-"""The loader: each sample once, the same batches again, and one line about what is wrong."""
+"""The loader: each sample once, the same batches again, what a batch holds, remote roots."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import json
 import multiprocessing
 import random
-import tarfile
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipelines.data.loading.decode import DecodeError
-from pipelines.data.loading.loader import loader
-from pipelines.data.loading.sampling import Sampling, batched, epoch_order, rank_batches, rank_share, shuffled
-from pipelines.data.shards.manifest import ShardError
-from pipelines.data.shards.writer import write_shards
-from pipelines.distributed import Context
-from pipelines.params import DataParams
-from tests.support.toy_source import SIDE, ToySource, encoded, noise, plain, rich
-
-COUNT, SHARD_SIZE = 23, 5
-DATA = DataParams(image_size=SIDE, augment="pad_crop_flip", crop_padding=2, shuffle_buffer=6)
-SAMPLING = Sampling(batch_size=3, rank=0, world_size=1, train=True, seed=0, epoch=0, shuffle_buffer=6)
-
-
-def write(out, samples, *, shard_size=SHARD_SIZE, task="multiclass"):
-    write_shards(ToySource({"train": samples}, task), Path("raw"), out, shard_size=shard_size, progress=False)
-    return str(out)
+from tests.support.loading import COUNT, assert_same, evaluate, keys, train, write
+from tests.support.toy_source import SIDE, encoded, noise, plain, rich
 
 
 @pytest.fixture(scope="module")
@@ -47,93 +29,6 @@ def root(tmp_path_factory):
 def single(tmp_path_factory):
     """All samples in one shard: fewer shards than ranks or processes."""
     return write(tmp_path_factory.mktemp("single"), [rich(i) for i in range(COUNT)], shard_size=100)
-
-
-def evaluate(root, *, batch_size=4, workers=0, on_error="raise", verify=False, rank=0, world_size=1, **options):
-    data = DATA.model_copy(update={"loader_workers": workers, "on_error": on_error, "verify": verify})
-    return loader(root, "train", data, batch_size, context=Context(rank, world_size), **options)
-
-
-def train(root, **options):
-    return evaluate(root, **{"batch_size": 3, "train": True, **options})
-
-
-def keys(batches) -> list[str]:
-    return [key for batch in batches for key in batch["key"]]
-
-
-def assert_same(some, others):
-    """Batches are equal, bit for bit and in all their fields."""
-    some, others = list(some), list(others)
-    assert len(some) == len(others)
-    for one, other in zip(some, others, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, other[name]), name
-            else:
-                assert value == other[name], name
-
-
-# Order -----------------------------------------------------------------------------------------------------------------
-
-
-def test_shuffled_is_a_permutation_that_reaches_as_far_as_its_buffer():
-    items = list(range(100))
-    for size in (1, 7, 100, 1000):
-        order = list(shuffled(items, size, random.Random(0)))
-        assert sorted(order) == items
-        assert all(item - place < size for place, item in enumerate(order))
-    assert list(shuffled(items, 1, random.Random(0))) == items
-    assert list(shuffled(items, 100, random.Random(0))) != list(shuffled(items, 100, random.Random(1)))
-
-
-def test_batched_keeps_all_in_order():
-    assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(batched([], 3)) == []
-
-
-def test_epoch_order_keeps_shards_together_and_differs_by_epoch():
-    counts = [3, 4, 2]
-    orders = [epoch_order(counts, replace(SAMPLING, epoch=epoch)) for epoch in range(20)]
-    assert all(sorted(order) == list(range(9)) for order in orders)
-    assert len({tuple(order) for order in orders}) > 10
-    for order in orders:  # going round, each shard's numbers follow one another
-        steps = sum((b - a) != 1 for a, b in zip(order, [*order[1:], order[0]], strict=True))
-        assert steps <= 3
-    assert epoch_order(counts, replace(SAMPLING, epoch=5, train=False)) == list(range(9))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 13, 50])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_shares_divide_an_epoch(count, batch_size, world_size):
-    for training in (False, True):
-        sampling = replace(SAMPLING, batch_size=batch_size, world_size=world_size, train=training)
-        if training and count < world_size:
-            with pytest.raises(ValueError, match="cannot feed"):
-                rank_share(count, sampling)
-            continue
-        shares = [rank_share(count, replace(sampling, rank=rank)) for rank in range(world_size)]
-        places = [place for each in shares for place in each]
-        assert places == list(range(len(places)))
-        ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
-        for batches, each in zip(ranks, shares, strict=True):
-            assert sorted(place for batch in batches for place in batch) == list(each)
-            assert all(len(batch) == batch_size for batch in batches[:-1])
-        if not training:
-            assert len(places) == count
-            continue
-        assert {len(batches) for batches in ranks} == {max(1, count // (world_size * batch_size))}
-        if count >= world_size * batch_size:
-            assert all(len(batch) == batch_size for batches in ranks for batch in batches)
-
-
-def test_a_rank_in_training_is_shuffled_through_one_buffer():
-    sampling = replace(SAMPLING, rank=1, world_size=2, seed=5, epoch=2, shuffle_buffer=4)
-    order = epoch_order([7, 7, 7], sampling)
-    expected = list(shuffled(order[9:18], 4, random.Random("buffer/5/2/1")))
-    assert rank_batches(order, sampling) == [expected[:3], expected[3:6], expected[6:]]
 
 
 # Each sample once ------------------------------------------------------------------------------------------------------
@@ -392,184 +287,3 @@ def test_http_root(root):
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-# Bad input -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shards(tmp_path):
-    return Path(write(tmp_path, [plain(i) for i in range(12)]))
-
-
-def assert_refused(says, *, kind=ShardError, root, **options):
-    """Raised in one line, in this process and from loader processes alike."""
-    for workers in (0, 2):
-        with pytest.raises(kind, match=says) as caught:
-            list(evaluate(root, workers=workers, **options))
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("keep", [0, 100, 3000])
-def test_truncated_shard(shards, keep):
-    path = shards / "train-000001.tar"
-    path.write_bytes(path.read_bytes()[:keep])
-    assert_refused(rf"train-000001.tar: truncated: {keep} bytes; the manifest says \d+", root=shards)
-
-
-@pytest.mark.parametrize("keep", [0, 100, 1000, 3000])
-def test_truncated_shard_of_the_right_size_in_the_manifest(shards, keep):
-    path = shards / "train-000001.tar"
-    path.write_bytes(path.read_bytes()[:keep])
-    edit_shard(shards, 1, bytes=keep)
-    assert_refused(r"train-000001.tar: ", root=shards)
-
-
-def edit_shard(root: Path, number: int, **changes):
-    manifest = json.loads((root / "manifest.json").read_text())
-    manifest["splits"]["train"][number].update(changes)
-    (root / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_missing_shard(shards):
-    (shards / "train-000002.tar").unlink()
-    assert_refused("train-000002.tar: missing", root=shards)
-
-
-def test_count_that_is_not_the_manifests(shards):
-    edit_shard(shards, 0, count=4)
-    assert_refused("train-000000.tar: 5 samples; the manifest says 4", root=shards)
-
-
-def test_sha256_is_checked_when_asked(shards):
-    path = shards / "train-000001.tar"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the padding at the end, where nothing else would notice
-    path.write_bytes(content)
-    assert len(keys(evaluate(shards))) == 12
-    assert_refused("train-000001.tar: sha256 is [0-9a-f]{64}; the manifest says", root=shards, verify=True)
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "train-000000.tar"])
-def test_missing_on_a_remote_root(name):
-    write("memory://loader/missing", [plain(0)])
-    import fsspec
-
-    fsspec.filesystem("memory").rm(f"/loader/missing/{name}")
-    with pytest.raises(ShardError, match=f"no {name}" if name.endswith("json") else f"{name}: missing"):
-        list(evaluate("memory://loader/missing"))
-
-
-def replace_shard(root: Path, files: dict[str, bytes], count: int = 1):
-    """Puts a tar of these files in the place of the first shard."""
-    with tarfile.open(root / "train-000000.tar", "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    edit_shard(root, 0, bytes=(root / "train-000000.tar").stat().st_size, count=count)
-
-
-@pytest.mark.parametrize(
-    ("files", "says"),
-    [
-        ({"a.png": b""}, "train-000000.tar: a has png; one image and a json are needed"),
-        ({"a.json": b"{}"}, "train-000000.tar: a has json"),
-        ({"a.json": b"{}", "a.png": b"", "a.jpg": b""}, "train-000000.tar: a has json, png, jpg"),
-        ({"a.png": b"", "a.json": b"{"}, "train-000000.tar: a: its json is not that of task multiclass"),
-        ({"a.png": b"", "a.json": b"[1]"}, "train-000000.tar: a: its json is not that of task multiclass"),
-        ({"a.png": b"", "a.json": b"{}"}, "train-000000.tar: a: its json is not that of task multiclass"),
-        ({"a.png": b"", "a.json": b'{"label": 3}'}, "train-000000.tar: a: label 3 is out of range; there are 3 classes"),
-        ({"a.png": b"", "a.json": b'{"label": "x"}'}, "train-000000.tar: a: its json is not that"),
-    ],
-)
-def test_sample_that_is_none(shards, files, says):
-    replace_shard(shards, files)
-    with pytest.raises(ShardError, match=says):
-        list(evaluate(shards, on_error="skip"))
-
-
-def test_foreign_files_in_a_shard_are_never_decoded(shards):
-    pickle = b"cos\nsystem\n(S'exit 1'\ntR."
-    image = plain(0).image
-    replace_shard(shards, {"a.pyd": pickle, "a.png": image, "a.json": b'{"label": 1}', "b.pkl": pickle})
-    batch = next(iter(evaluate(shards, batch_size=1)))
-    assert (batch["key"], batch["label"].tolist()) == (["a"], [1])
-
-
-def test_another_shard_under_a_name_that_was_read_is_scanned_anew(shards):
-    assert keys(evaluate(shards))[0] == "k0000"
-    replace_shard(shards, {"new.json": b'{"label": 1}', "new.png": plain(0).image})
-    assert keys(evaluate(shards))[0] == "new"
-
-
-BROKEN = (3, 6, 7)
-
-
-@pytest.fixture
-def broken(tmp_path):
-    """Twelve samples; three images do not decode."""
-    samples = [plain(i, image=encoded(noise(i))[:60]) if i in BROKEN else plain(i) for i in range(12)]
-    return write(tmp_path, samples)
-
-
-def test_image_that_does_not_decode_is_named(broken):
-    assert_refused(r"train-000000.tar: k0003: does not decode: ", kind=DecodeError, root=broken)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("training", [False, True])
-def test_skipped_images_are_left_out_and_counted(broken, workers, training):
-    whole = partial(train if training else evaluate, broken, batch_size=4, workers=workers, on_error="skip")
-    batches = whole()
-    got = list(batches)
-    assert batches.skipped == 3 == sum(batch["skipped"] for batch in got)
-    assert sorted(keys(got)) == [f"k{i:04d}" for i in range(12) if i not in BROKEN]
-    assert all(len(batch["key"]) == len(batch["image"]) == 4 - batch["skipped"] for batch in got)
-    assert_same(got[1:], whole(start_batch=1))
-    list(batches)
-    assert batches.skipped == 3  # of one pass
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batch_of_which_nothing_decodes(broken, workers):
-    batches = evaluate(broken, batch_size=1, on_error="skip", workers=workers)
-    assert len(list(batches)) == 9  # evaluation goes on without it
-    assert batches.skipped == 3
-    with pytest.raises(DecodeError, match=r"train-00000\d.tar: k000\d: does not decode"):
-        list(train(broken, batch_size=1, on_error="skip", workers=workers))  # training has other ranks that wait
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        encoded(noise(0)[..., 0]),
-        encoded(np.concatenate([noise(0), noise(1)[..., :1]], axis=2)),
-        encoded(noise(0)[..., 0].astype(np.uint16) * 257),
-    ],
-    ids=["1 channel", "4 channels", "16 bits"],
-)
-def test_images_of_other_channels_and_depths_are_converted(tmp_path, image):
-    [batch] = evaluate(write(tmp_path, [plain(0, image=image), plain(1)]))
-    assert batch["image"].shape == (2, 3, SIDE, SIDE)
-    assert batch["image"][0].std() > 0.1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 0},
-        {"rank": 2, "world_size": 2},
-        {"rank": -1},
-        {"start_batch": -1},
-        {"fields": "box"},
-    ],
-)
-def test_arguments_out_of_range(root, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        evaluate(root, **options)
-
-
-def test_unknown_split_is_named(root):
-    with pytest.raises(ShardError, match=r"split 'val' is not in the shards \(they have train\)"):
-        loader(root, "val", DATA, 1)
