@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,75 +19,47 @@ from pipelines.bcos.explanation import Explainable, Holdable
 
 
 class Gate(Holdable):
-    """A gated activation x·g(x); its subclasses say what g is."""
+    """A gated activation x·g(x); subclasses say what torch's own `activation` and its `gate` g are."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def gate(self, x: Tensor) -> Tensor:
-        """g(x), of the shape of x."""
-        raise TypeError(f"{type(self).__name__} does not say what its gate is")
+    activation: Callable[[Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same; outside explanation mode by torch's own fused activation."""
         return self.activation(x) if self.explanation is None else x * self.hold(self.gate(x))
 
 
-class GatedGELU(Gate):
-    """GELU as x·Φ(x), exact or by its tanh approximation."""
-
-    def __init__(self, approximate: str = "none") -> None:
-        super().__init__(partial(F.gelu, approximate=approximate))
-        self.approximate = approximate
-
-    def gate(self, x: Tensor) -> Tensor:
-        """Φ(x), in [0, 1]."""
-        if self.approximate == "tanh":
-            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
 class GatedSiLU(Gate):
     """SiLU as x·sigmoid(x)."""
 
-    def __init__(self) -> None:
-        super().__init__(F.silu)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """sigmoid(x), in [0, 1]."""
-        return torch.sigmoid(x)
+    activation, gate = staticmethod(F.silu), staticmethod(torch.sigmoid)
 
 
 class GatedHardswish(Gate):
     """Hardswish as x·clip((x + 3)/6, 0, 1)."""
 
-    def __init__(self) -> None:
-        super().__init__(F.hardswish)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """clip((x + 3)/6, 0, 1)."""
-        return F.hardsigmoid(x)
+    activation, gate = staticmethod(F.hardswish), staticmethod(F.hardsigmoid)
 
 
 class GatedMish(Gate):
     """Mish as x·tanh(softplus(x))."""
 
-    def __init__(self) -> None:
-        super().__init__(F.mish)
+    activation, gate = staticmethod(F.mish), staticmethod(lambda x: F.softplus(x).tanh())
 
-    def gate(self, x: Tensor) -> Tensor:
-        """tanh(softplus(x)), in [0, 1]."""
-        return F.softplus(x).tanh()
+
+class GatedReLU6(Gate):
+    """ReLU6 as x·g(x), g = 0 below 0, 1 up to 6, 6/x above: what it cuts off leaves no constant that no pixel carries."""
+
+    activation, gate = staticmethod(F.relu6), staticmethod(lambda x: (x > 0) * (6 / x.clamp_min(6)))
 
 
 class GatedTanh(Gate):
     """Tanh as x·(tanh(x)/x)."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.tanh)
+    activation = staticmethod(torch.tanh)
 
-    def gate(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
         """tanh(x)/x in (0, 1], near 0 by its series, whose derivative does not cancel."""
         small = x.abs() < 1e-2
         divisor = torch.where(small, 1.0, x)
@@ -96,15 +67,22 @@ class GatedTanh(Gate):
         return torch.where(small, 1 - square / 3 * (1 - square * 0.4), torch.tanh(divisor) / divisor)
 
 
-class GatedReLU6(Gate):
-    """ReLU6 as x·g(x), so that what it cuts off leaves no constant that no pixel carries."""
+class GatedGELU(Gate):
+    """GELU as x·Φ(x), exact or by its tanh approximation."""
 
-    def __init__(self) -> None:
-        super().__init__(F.relu6)
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def activation(self, x: Tensor) -> Tensor:
+        """x·Φ(x)."""
+        return F.gelu(x, approximate=self.approximate)
 
     def gate(self, x: Tensor) -> Tensor:
-        """0 below 0, 1 up to 6, 6/x above."""
-        return (x > 0) * (6 / x.clamp_min(6))
+        """Φ(x), in [0, 1]."""
+        if self.approximate == "tanh":
+            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
 class BcosReLU(Explainable, nn.ReLU):

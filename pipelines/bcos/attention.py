@@ -124,39 +124,6 @@ def _multihead_attention(module: nn.MultiheadAttention, conversion: Conversion) 
 register_conversion(NonDynamicallyQuantizableLinear)(lambda module, conversion: conversion.by_rule_of(nn.Linear, module))
 
 
-class _EncoderLayer(nn.TransformerEncoderLayer):
-    """Without torch's fused inference, which reads the weights of ordinary layers."""
-
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        masks = (src_mask, src_key_padding_mask, is_causal)
-        if self.norm_first:
-            src = src + self._sa_block(self.norm1(src), *masks)
-            return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + self._sa_block(src, *masks))
-        return self.norm2(src + self._ff_block(src))
-
-
-class _Encoder(nn.TransformerEncoder):
-    """Without torch's fused inference and its nested tensors."""
-
-    def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        for layer in self.layers:
-            src = layer(src, mask, src_key_padding_mask, bool(is_causal))
-        return src if self.norm is None else self.norm(src)
-
-
 @register_conversion(nn.TransformerEncoderLayer)
 def _encoder_layer(module: nn.TransformerEncoderLayer, conversion: Conversion) -> nn.Module:
     if not isinstance(module.activation, nn.Module):
@@ -166,9 +133,11 @@ def _encoder_layer(module: nn.TransformerEncoderLayer, conversion: Conversion) -
                 f"{conversion.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
             )
         module.activation = activations[module.activation]
-    return conversion.recast(conversion.children(module), _EncoderLayer)
+    module.activation_relu_or_gelu = 0  # otherwise torch's fused inference reads the weights of ordinary layers
+    return conversion.children(module)
 
 
 @register_conversion(nn.TransformerEncoder)
 def _encoder(module: nn.TransformerEncoder, conversion: Conversion) -> nn.Module:
-    return conversion.recast(conversion.children(module), _Encoder)
+    module.use_nested_tensor = False  # a part of torch's fused inference
+    return conversion.children(module)

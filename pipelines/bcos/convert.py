@@ -148,6 +148,8 @@ register_conversion(
 register_conversion(nn.Sequential, nn.ModuleList, nn.ModuleDict)(convert_children)
 register_conversion(nn.ReLU)(recast_to(BcosReLU))
 register_conversion(nn.AvgPool2d)(recast_to(BcosAvgPool2d))
+register_conversion(nn.LayerNorm)(recast_to(BcosLayerNorm))
+register_conversion(nn.GroupNorm)(recast_to(BcosGroupNorm))
 
 
 @register_conversion(nn.Conv2d)
@@ -201,23 +203,6 @@ def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
     if layer.running_mean is not None:
         layer.running_mean.copy_(mean)
     return layer
-
-
-@register_conversion(nn.LayerNorm)
-def _layer_norm(module: nn.LayerNorm, conversion: Conversion) -> nn.Module:
-    layer = BcosLayerNorm(
-        module.normalized_shape,
-        module.eps,
-        module.elementwise_affine,
-        bias=module.bias is not None,
-    )
-    return _with_parameters(layer, module.weight, module.bias)
-
-
-@register_conversion(nn.GroupNorm)
-def _group_norm(module: nn.GroupNorm, conversion: Conversion) -> nn.Module:
-    layer = BcosGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
-    return _with_parameters(layer, module.weight, module.bias)
 
 
 @register_conversion(nn.GELU)

@@ -3,7 +3,6 @@
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (
     CalibrationError,
-    GroupAccuracy,
     UnexplainedShare,
     multiclass_metrics,
     multilabel_metrics,

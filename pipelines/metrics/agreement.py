@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from pipelines.metrics.localisation import MeanScore
 
 
-class Agreement(Metric):
+class Agreement(MeanScore):
     """Share of images with the same top-1 prediction, over batches: `update(student's logits (N, K), teacher's (N, K))`."""
 
-    full_state_update = False
-    equal: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("equal", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, teacher: Tensor) -> None:
+    def update(self, preds: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
         """Logits (N, K) of both."""
-        self.equal += (preds.argmax(1) == teacher.argmax(1)).sum()
-        self.count += len(preds)
-
-    def compute(self) -> Tensor:
-        """In [0, 1]; NaN without any image."""
-        return self.equal.double() / self.count
+        super().update(preds.argmax(1) == teacher.argmax(1))
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

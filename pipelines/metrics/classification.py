@@ -90,35 +90,6 @@ class CalibrationError(Metric):
         return (self.correct - self.confidences).abs().sum() / self.counts.sum()
 
 
-class GroupAccuracy(Metric):
-    """Accuracy of the worst group, and the mean over groups: `update(logits (N, K), labels (N,), groups (N,))`.
-
-    `compute()` gives `{"worst_group_accuracy", "mean_group_accuracy"}` over the groups that were seen.
-    """
-
-    full_state_update = False
-    correct: Tensor
-    count: Tensor
-
-    def __init__(self, num_groups: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("correct", "count"):
-            self.add_state(name, torch.zeros(num_groups, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
-        """Logits (N, K), labels (N,), groups (N,) in [0, num_groups)."""
-        hits = (preds.argmax(1) == target).long()
-        self.correct.index_add_(0, groups, hits)
-        self.count.index_add_(0, groups, torch.ones_like(hits))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Both in [0, 1]; NaN without any image."""
-        seen = self.count > 0
-        accuracies = self.correct[seen].double() / self.count[seen]
-        worst = accuracies.min() if len(accuracies) else accuracies.mean()
-        return {"worst_group_accuracy": worst, "mean_group_accuracy": accuracies.mean()}
-
-
 class UnexplainedShare(Metric):
     """Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|: what no pixel carries.
 

@@ -162,28 +162,28 @@ class LocalisationMetric(Metric):
         return {"mean": self.total / self.count, "count": self.count, "undefined": self.undefined}
 
 
-class PointingGame(LocalisationMetric):
-    """Mean EPG: `update(attributions (N, H, W), masks (N, H, W))`; `compute()` gives a scalar, NaN without any map."""
+class MeanScore(LocalisationMetric):
+    """The mean of a score alone: `compute()` gives a scalar, NaN without any case."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """In the range of the score."""
+        return super().compute()["mean"]
+
+
+class PointingGame(MeanScore):
+    """Mean EPG, in [0, 1]: `update(attributions (N, H, W), masks (N, H, W))`."""
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
         """Adds the scores of N maps."""
         super().update(energy_pointing_game(attributions, masks), without_energy(attributions))
 
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """In [0, 1]."""
-        return super().compute()["mean"]
 
-
-class IoU(LocalisationMetric):
+class IoU(MeanScore):
     """Mean IoU of binarised maps: as `PointingGame`."""
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
         """Adds the scores of N maps."""
         super().update(attribution_iou(attributions, masks), without_union(attributions, masks))
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """In [0, 1]."""
-        return super().compute()["mean"]
 
 
 def _same_shape(attributions: Tensor, masks: Tensor) -> None:

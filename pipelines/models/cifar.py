@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 
 class PadShortcut(nn.Module):
@@ -18,26 +19,6 @@ class PadShortcut(nn.Module):
         before = self.new_channels // 2
         x = F.avg_pool2d(x, 1, self.stride)  # of one place: a strided slice, but its gradient keeps the memory format
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        same = stride == 1 and in_channels == channels
-        self.shortcut = nn.Identity() if same else PadShortcut(stride, channels - in_channels)
-        self.relu2 = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, channels, H/stride, W/stride)."""
-        residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(residual + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -70,8 +51,9 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def _stage(in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(count - 1)))
+        shortcut = None if in_channels == channels else PadShortcut(stride, channels - in_channels)
+        first = BasicBlock(in_channels, channels, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(count - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> logits (N, K)."""

@@ -62,15 +62,11 @@ class SineCosinePositions(nn.Module):
     Source: Beyer et al., Better plain ViT baselines for ImageNet-1k, 2022.
     """
 
-    def __init__(self, temperature: float = 10_000.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
     def forward(self, patches: Tensor) -> Tensor:
         """(N, h, w, D) -> the same, plus (h, w, D): the quarters of D are sin x, cos x, sin y, cos y."""
         height, width, features = patches.shape[-3:]
         steps = torch.arange(features // 4, device=patches.device) / (features // 4 - 1)
-        frequencies = self.temperature**-steps
+        frequencies = 10_000.0**-steps
         x = (torch.arange(width, device=patches.device)[:, None] * frequencies).expand(height, -1, -1)
         y = (torch.arange(height, device=patches.device)[:, None, None] * frequencies).expand(-1, width, -1)
         return patches + torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], -1).to(patches.dtype)
@@ -93,22 +89,15 @@ class Attention(Holdable):
         return self.to_out(attend(self, q, k, v).transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
+def _feed_forward(features: int, hidden: int) -> nn.Sequential:
     """Two linear layers around a GELU, after a norm: (N, L, D) -> (N, L, D)."""
-
-    def __init__(self, features: int, hidden: int) -> None:
-        super().__init__()
-        layers = OrderedDict(
-            norm=nn.LayerNorm(features),
-            linear1=nn.Linear(features, hidden),
-            act=nn.GELU(),
-            linear2=nn.Linear(hidden, features),
-        )
-        self.net = nn.Sequential(layers)
-
-    def forward(self, tokens_NLD: Tensor) -> Tensor:
-        """(N, L, D) -> (N, L, D)."""
-        return self.net(tokens_NLD)
+    layers = OrderedDict(
+        norm=nn.LayerNorm(features),
+        linear1=nn.Linear(features, hidden),
+        act=nn.GELU(),
+        linear2=nn.Linear(hidden, features),
+    )
+    return nn.Sequential(OrderedDict(net=nn.Sequential(layers)))
 
 
 class Encoder(nn.Module):
@@ -117,7 +106,7 @@ class Encoder(nn.Module):
     def __init__(self, features: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.attn = Attention(features, heads)
-        self.ff = FeedForward(features, hidden)
+        self.ff = _feed_forward(features, hidden)
 
     def forward(self, tokens_NLD: Tensor) -> Tensor:
         """(N, L, D) -> (N, L, D)."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.metrics import CalibrationError, GroupAccuracy, UnexplainedShare, multiclass_metrics, multilabel_metrics
+from pipelines.metrics import CalibrationError, UnexplainedShare, multiclass_metrics, multilabel_metrics
 
 
 def merged(make, batches, workers):
@@ -23,12 +23,11 @@ def merged(make, batches, workers):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_results_do_not_depend_on_the_number_of_workers(workers):
     torch.manual_seed(0)
-    logits, labels, groups = 3 * torch.randn(500, 8), torch.randint(8, (500,)), torch.randint(4, (500,))
+    logits, labels = 3 * torch.randn(500, 8), torch.randint(8, (500,))
     multi_hot = (torch.rand(500, 8) < 0.3).long()
     cases = [
         (lambda: multiclass_metrics(8), (logits, labels)),
         (lambda: multilabel_metrics(8), (logits, multi_hot)),
-        (lambda: GroupAccuracy(4), (logits, labels, groups)),
     ]
     for make, tensors in cases:
         batches = list(zip(*(tensor.split(33) for tensor in tensors), strict=True))
@@ -66,15 +65,6 @@ def test_calibration_error_by_hand():
     assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
     metric.update(torch.full((1, 2), torch.nan), torch.tensor([0]))
     assert metric.compute().isnan()
-
-
-def test_the_worst_group_is_found_and_unseen_groups_do_not_count():
-    metric = GroupAccuracy(4)
-    logits = torch.eye(2)[[0, 0, 0, 1, 1]]
-    metric.update(logits, torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 0, 2, 2, 2]))
-    values = metric.compute()
-    assert values["worst_group_accuracy"].item() == pytest.approx(1 / 3)
-    assert values["mean_group_accuracy"].item() == pytest.approx(2 / 3)
 
 
 def test_unexplained_share_is_what_the_map_misses():

@@ -8,7 +8,7 @@ stays timm's own; only where there is no such child, a subclass overrides `forwa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 
 import timm.layers
 import timm.models
@@ -101,59 +101,36 @@ def _by_rule_of(base: type[nn.Module]) -> Rule:
     return lambda module, conversion: conversion.by_rule_of(base, module)
 
 
-_NORMS: dict[type[nn.Module], Rule] = {
-    nn.BatchNorm2d: _by_rule_of(nn.BatchNorm2d),
-    nn.LayerNorm: _by_rule_of(nn.LayerNorm),
-    nn.GroupNorm: _by_rule_of(nn.GroupNorm),
-    layers.LayerNorm2d: lambda module, conversion: conversion.recast(
-        conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d
-    ),
-    layers.RmsNorm: recast_to(HeldRmsNorm),
-    layers.RmsNorm2d: recast_to(HeldRmsNorm2d),
-}
-
-for _type, _base in {
-    layers.LayerNorm: nn.LayerNorm,
-    layers.LayerNormFp32: nn.LayerNorm,
-    models.metaformer.LayerNormNoBias: nn.LayerNorm,
-    layers.LayerNorm2d: layers.LayerNorm2d,
-    layers.LayerNorm2dFp32: layers.LayerNorm2d,
-    layers.norm.LayerNormExp2d: layers.LayerNorm2d,
-    models.metaformer.LayerNorm2dNoBias: layers.LayerNorm2d,
-    layers.GroupNorm: nn.GroupNorm,
-    layers.GroupNorm1: nn.GroupNorm,
-    models.metaformer.GroupNorm1NoBias: nn.GroupNorm,
-    layers.RmsNorm: layers.RmsNorm,
-    layers.RmsNormFp32: layers.RmsNorm,
-    layers.RmsNorm2d: layers.RmsNorm2d,
-    layers.norm.RmsNorm2dFp32: layers.RmsNorm2d,
-}.items():
-    register_conversion(_type)(_NORMS[_base])
-
-
 def _norm_and_activation(base: type[nn.Module]) -> Rule:
     def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         drop, act = module.get_submodule("drop"), module.get_submodule("act")
         del module.drop, module.act
-        return nn.Sequential(_NORMS[base](module, conversion), conversion.child(drop, "drop"), conversion.child(act, "act"))
+        norm = conversion.by_rule_of(base, module)
+        return nn.Sequential(norm, conversion.child(drop, "drop"), conversion.child(act, "act"))
 
     return rule
 
 
-for _type, _base in {
-    layers.BatchNormAct2d: nn.BatchNorm2d,
-    layers.GroupNormAct: nn.GroupNorm,
-    layers.norm_act.GroupNorm1Act: nn.GroupNorm,
-    layers.LayerNormAct: nn.LayerNorm,
-    layers.norm_act.LayerNormActFp32: nn.LayerNorm,
-    layers.LayerNormAct2d: layers.LayerNorm2d,
-    layers.norm_act.LayerNormAct2dFp32: layers.LayerNorm2d,
-    layers.norm_act.RmsNormAct: layers.RmsNorm,
-    layers.norm_act.RmsNormActFp32: layers.RmsNorm,
-    layers.norm_act.RmsNormAct2d: layers.RmsNorm2d,
-    layers.norm_act.RmsNormAct2dFp32: layers.RmsNorm2d,
-}.items():
-    register_conversion(_type)(_norm_and_activation(_base))
+@register_conversion(layers.LayerNorm2d)
+def _layer_norm_2d(module: nn.Module, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d)
+
+
+register_conversion(layers.RmsNorm, layers.RmsNormFp32)(recast_to(HeldRmsNorm))
+register_conversion(layers.RmsNorm2d, layers.norm.RmsNorm2dFp32)(recast_to(HeldRmsNorm2d))
+for _base, _renamed, _with_activation in (
+    (nn.BatchNorm2d, (), (layers.BatchNormAct2d,)),
+    (nn.GroupNorm, (layers.GroupNorm, layers.GroupNorm1, models.metaformer.GroupNorm1NoBias),
+     (layers.GroupNormAct, layers.norm_act.GroupNorm1Act)),
+    (nn.LayerNorm, (layers.LayerNorm, layers.LayerNormFp32, models.metaformer.LayerNormNoBias),
+     (layers.LayerNormAct, layers.norm_act.LayerNormActFp32)),
+    (layers.LayerNorm2d, (layers.LayerNorm2dFp32, layers.norm.LayerNormExp2d, models.metaformer.LayerNorm2dNoBias),
+     (layers.LayerNormAct2d, layers.norm_act.LayerNormAct2dFp32)),
+    (layers.RmsNorm, (), (layers.norm_act.RmsNormAct, layers.norm_act.RmsNormActFp32)),
+    (layers.RmsNorm2d, (), (layers.norm_act.RmsNormAct2d, layers.norm_act.RmsNormAct2dFp32)),
+):  # fmt: skip
+    register_conversion(*_renamed)(_by_rule_of(_base))
+    register_conversion(*_with_activation)(_norm_and_activation(_base))
 
 
 class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
@@ -228,23 +205,13 @@ def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, con
 class GatedQuickGELU(Gate):
     """x·sigmoid(1.702·x), which approximates GELU."""
 
-    def __init__(self) -> None:
-        super().__init__(layers.quick_gelu)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """sigmoid(1.702·x), in [0, 1]."""
-        return torch.sigmoid(1.702 * x)
+    activation, gate = staticmethod(layers.quick_gelu), staticmethod(lambda x: torch.sigmoid(1.702 * x))
 
 
 class GatedHardMish(Gate):
     """x·clip((x + 2)/2, 0, 1), timm's approximation of Mish."""
 
-    def __init__(self) -> None:
-        super().__init__(layers.hard_mish)
-
-    def gate(self, x: Tensor) -> Tensor:
-        """clip((x + 2)/2, 0, 1)."""
-        return 0.5 * (x + 2).clamp(0, 2)
+    activation, gate = staticmethod(layers.hard_mish), staticmethod(lambda x: 0.5 * (x + 2).clamp(0, 2))
 
 
 class HeldStarReLU(Holdable, models.metaformer.StarReLU):
@@ -257,18 +224,16 @@ class HeldStarReLU(Holdable, models.metaformer.StarReLU):
         return x if self.bias is None else x + self.bias
 
 
-_GATES: dict[Callable[[], nn.Module], tuple[type[nn.Module], ...]] = {
-    GatedSiLU: (Swish, SwishMe),
-    GatedHardswish: (HardSwish, HardSwishMe),
-    GatedGELU: (GELU,),
-    lambda: GatedGELU("tanh"): (GELUTanh,),
-    GatedQuickGELU: (QuickGELU,),
-    GatedMish: (Mish, MishMe),
-    GatedHardMish: (HardMish, HardMishMe),
-    GatedTanh: (Tanh,),
-}
-
-for _gate, _types in _GATES.items():
+for _gate, *_types in (
+    (GatedSiLU, Swish, SwishMe),
+    (GatedHardswish, HardSwish, HardSwishMe),
+    (GatedGELU, GELU),
+    (partial(GatedGELU, "tanh"), GELUTanh),
+    (GatedQuickGELU, QuickGELU),
+    (GatedMish, Mish, MishMe),
+    (GatedHardMish, HardMish, HardMishMe),
+    (GatedTanh, Tanh),
+):
     register_conversion(*_types)(lambda module, conversion, gate=_gate: gate())
 
 
@@ -366,6 +331,7 @@ _attention(models.eva.EvaAttention, "norm")
 _attention(models.nextvit.EfficientAttention, "sr", "norm")
 _attention(models.pvt_v2.Attention, "pool", "sr", "norm", "act")
 _attention(models.twins.GlobalSubSampleAttn, "sr", "norm")
+_type: type[nn.Module]
 for _type in (
     layers.attention2d.Attention2d, models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn,
     models.convit.GPSA, models.convit.MHSA, models.crossvit.CrossAttention, models.edgenext.CrossCovarianceAttn,
