@@ -44,7 +44,7 @@ types: setup ## mypy
 	@$(BIN)/mypy
 
 bench: setup ## speed and memory against plain baselines, on the GPU where there is one
-	@python -m benchmarks.step --json reports/bench.jsonl
+	@python -m benchmarks.step
 	@python -m benchmarks.distillation
 	@python -m benchmarks.guidance
 	@python -m benchmarks.gridpg

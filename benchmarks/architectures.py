@@ -1,6 +1,6 @@
 """What conversion preserves and what it costs, architecture by architecture, at random weights.
 
-    python -m benchmarks.architectures [--write docs/architectures.md] [--only resnet18 ...] [--size 64] [--threads 2]
+    python -m benchmarks.architectures [--write docs/architectures.md] [--only resnet18 ...] [--threads 2]
 
 For each architecture: the relative difference of `convert` (float32, evaluation mode), the unexplained share after `bcosify`,
 what the audit finds, and the cost of a forward pass and of a training step, B-cos against plain (both eager, taking turns,
@@ -18,15 +18,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pipelines  # noqa: F401  (first: it says how threads wait)
-
-import torch  # isort: skip
+import torch
 from torch import Tensor, nn
 
+from benchmarks import step
+from benchmarks.harness import in_turns, milliseconds, ratio
+from benchmarks.markdown import table
 from pipelines.bcos import BcosNetwork, add_inverse, audit, bcosify, dynamic_weights
 from pipelines.models import ConventionalNetwork, build
 from tests.support.families import conversion_difference, normalised, pictures, settle, shake
@@ -113,7 +115,7 @@ class Measured:
     findings: list[str]
     forward: float  # B-cos / plain
     step: float
-    plain_step: float  # seconds
+    plain_step: float  # milliseconds
 
     def failures(self) -> list[str]:
         """What is not as it should be."""
@@ -134,18 +136,23 @@ def measure(case: Case, rounds: int = ROUNDS) -> Measured:
     difference = conversion_difference(source, images)
     network = bcosify(source)
     settle(network, add_inverse(many))
-    findings = [f"{mode}: {finding}" for mode in ("training", "evaluation") for finding in _audited(network, six, mode)]
+    findings = []
+    for mode in ("training", "evaluation"):
+        findings += [f"{mode}: {finding}" for finding in audit(network.train(mode == "training"), six)]
     share, constant = unexplained_share(network, six)
-    forward, _ = ratio(infer, ConventionalNetwork(source), network, six, rounds)
-    step, plain_step = ratio(train_step, ConventionalNetwork(source), network, six, rounds)
+    plain, labels = ConventionalNetwork(source), torch.arange(case.batch) % CLASSES
+    forward, _ = cost(step.infer, plain, network, six, labels, rounds=rounds)
+    training, plain_step = cost(step.train_step, plain, network, six, labels, rounds=rounds)
     parameters = sum(parameter.numel() for parameter in source.parameters())
-    return Measured(case, parameters, difference, share, constant, findings, forward, step, plain_step)
+    return Measured(case, parameters, difference, share, constant, findings, forward, training, plain_step)
 
 
-def _audited(network: nn.Module, images: Tensor, mode: str) -> list[str]:
-    found = [str(finding) for finding in audit(network.train(mode == "training"), images)]
-    network.eval()
-    return found
+def cost(
+    function: Callable[..., None], plain: nn.Module, bcos: nn.Module, *arguments: Tensor, rounds: int
+) -> tuple[float, float]:
+    """B-cos / plain, the median of rounds in which both take turns; and the plain one's milliseconds."""
+    turns = in_turns({"plain": partial(function, plain, *arguments), "bcos": partial(function, bcos, *arguments)}, rounds)
+    return ratio(turns, "bcos", "plain"), milliseconds(turns, "plain")
 
 
 def unexplained_share(network: BcosNetwork, images: Tensor) -> tuple[float, bool]:
@@ -158,32 +165,6 @@ def unexplained_share(network: BcosNetwork, images: Tensor) -> tuple[float, bool
     actual = logits.gather(1, targets[:, None])[:, 0].double() - network.logit_bias
     share = float((actual - explained).abs().sum() / actual.abs().sum())
     return share, bool(of_mean.abs().max() > 1e-5 * actual.abs().mean())
-
-
-@torch.no_grad()
-def infer(model: nn.Module, images: Tensor) -> None:
-    """A forward pass."""
-    model.eval()(images)
-
-
-def train_step(model: nn.Module, images: Tensor) -> None:
-    """Forward and backward, no optimiser."""
-    model.train().zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(model(images), torch.arange(len(images)) % CLASSES).backward()
-
-
-def ratio(
-    function: Callable[[nn.Module, Tensor], None], plain: nn.Module, bcos: nn.Module, images: Tensor, rounds: int
-) -> tuple[float, float]:
-    """B-cos / plain, the median of rounds in which both take turns, after one that warms up; and the plain one's seconds."""
-
-    def seconds(model: nn.Module) -> float:
-        start = time.perf_counter()
-        function(model, images)
-        return time.perf_counter() - start
-
-    turns = [(seconds(plain), seconds(bcos)) for _ in range(rounds + 1)][1:]
-    return statistics.median(b / p for p, b in turns), statistics.median(p for p, _ in turns)
 
 
 COLUMNS = (
@@ -206,14 +187,8 @@ def row(found: Measured) -> list[str]:
         str(len(found.findings)),
         f"{found.forward:.2f}",
         f"{found.step:.2f}",
-        f"{1000 * found.plain_step:.0f}",
+        f"{found.plain_step:.0f}",
     ]
-
-
-def table(results: list[Measured]) -> str:
-    """The results in markdown."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(found) for found in results)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def document(results: list[Measured], command: str, threads: int) -> str:
@@ -237,7 +212,7 @@ statistics from a batch of pictures; weights of B-cos layers scaled so that feat
 - *ratios*: B-cos / plain, medians of {ROUNDS} rounds in which both take turns. At these sizes fixed costs weigh much; see
   [benchmarks](benchmarks.md) for training at size, compiled.
 
-{table(results)}
+{table(COLUMNS, map(row, results))}
 
 {len(results)} architectures. Largest difference of `convert`: {max(found.difference for found in results):.1e}; largest share
 without constants: {max(shares, default=math.nan):.1e}; findings: {sum(len(found.findings) for found in results)}. Median ratios:
@@ -250,7 +225,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the markdown page")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
-    parser.add_argument("--size", type=int, help="side of the images, for architectures that take any")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -261,7 +235,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            found = measure(replace(case, size=options.size or case.size))
+            found = measure(case)
         except Exception as error:  # the others are wanted all the same
             failures.append(f"{case.name}: {error}")
             continue

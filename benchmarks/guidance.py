@@ -1,6 +1,6 @@
 """Cost of a guided step against a plain B-cos step, and of explaining every pair of an image and its classes.
 
-    python -m benchmarks.guidance [--case resnet18-112 ...] [--rounds 7] [--json FILE]
+    python -m benchmarks.guidance [--case resnet18-112 ...] [--rounds 7]
 
 Steps: forward and backward pass, no optimiser, of classification alone (`plain`) and guided at the input with the energy loss
 (`guided`), eager and compiled, all in turns in one run; printed are medians over the rounds of the ratio to `plain` of the same
@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import pipelines  # noqa: F401  (first: it says how threads wait)
-
-import torch  # isort: skip
+import torch
 from torch import Tensor, nn
 
-from benchmarks.distillation import Case, peak_bytes, stepper
-from benchmarks.harness import MODES, in_turns, main, milliseconds, ratio
+from benchmarks.distillation import stepper
+from benchmarks.harness import Case, compare, in_turns, main, ratio
 from benchmarks.step import keep_small_features
 from pipelines.attribution import explain, explain_pairs
 from pipelines.bcos import add_inverse, bcosify, explanation_mode
@@ -35,15 +33,15 @@ from pipelines.training.objective import build_objective, memory_format
 CLASSES = 20
 LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
 CASES = {
-    "cpu": {"resnet18-112": Case("", "resnet18", 112, 16), "resnet20-64": Case("", "resnet20", 64, 64)},
-    "cuda": {"resnet50-224": Case("", "resnet50", 224, 64)},
+    "cpu": {"resnet18-112": Case("resnet18", 112, 16)},
+    "cuda": {"resnet50-224": Case("resnet50", 224, 64)},
 }
 
 
 def network(case: Case, device: str) -> nn.Module:
     """The B-cos network of a case."""
     torch.manual_seed(0)
-    return keep_small_features(bcosify(build(case.student, num_classes=CLASSES))).to(device)
+    return keep_small_features(bcosify(build(case.network, num_classes=CLASSES))).to(device)
 
 
 def images_of(case: Case, count: int, device: str) -> tuple[Tensor, Tensor]:
@@ -89,47 +87,22 @@ def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
     model = network(case, device).eval().requires_grad_(False)
     images, present = images_of(case, 64, device)
     images, present = add_inverse(images), present.bool()
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "pair by pair": partial(pair_by_pair, model, images, present),
         "all pairs": lambda: explain_pairs(partial(explain, model), images, present)[1],
     }
     one, other = (way() for way in ways.values())
-    speedup = ratio(in_turns({"eager": ways}, rounds), ("eager", "pair by pair"), ("eager", "all pairs"))
+    speedup = ratio(in_turns(ways, rounds), "pair by pair", "all pairs")
     difference = float((one - other).abs().max() / one.abs().max())
     return {"pairs": int(present.sum()), "speedup": speedup, "difference": float(f"{difference:.1e}")}
 
 
-def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The line of the report."""
+def measure(case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each mode, and one for the pairs."""
     modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
-    found: dict[str, Any] = {"case": name, "batch": case.batch, "device": device, "threads": torch.get_num_threads()}
-    turns = in_turns(modes, options.rounds)
-    for mode in modes:
-        found[f"{mode}_plain_ms"] = milliseconds(turns, (mode, "plain"))
-        found[f"{mode}_guided"] = ratio(turns, (mode, "guided"), (mode, "plain"))
-        for key in ("plain", "guided"):
-            found[f"{mode}_{key}_mb"] = round(peak_bytes(modes[mode][key]) / 1e6, 1)
-    if len(modes) == 2:
-        found["compiled_to_eager"] = ratio(turns, ("compiled", "guided"), ("eager", "guided"))
-    yield found | measure_pairs(case, device, options.rounds)
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The ratios as markdown."""
-    head = ["case", "mode", "guided / plain", "plain ms", "peak MB: plain", "guided", "compiled / eager", "pairs", "difference"]
-    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for line in lines:
-        for mode in (mode for mode in MODES if f"{mode}_guided" in line):
-            last = (
-                [line.get("compiled_to_eager", ""), "", ""]
-                if mode == "compiled"
-                else ["", f"{line['speedup']} ×", line["difference"]]
-            )
-            memory = [line[f"{mode}_{key}_mb"] for key in ("plain", "guided")]
-            cells = [line["case"], mode, line[f"{mode}_guided"], line[f"{mode}_plain_ms"], *memory, *last]
-            rows.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(rows)
+    yield from compare(modes, "plain", options.rounds)
+    yield measure_pairs(case, device, options.rounds)
 
 
 if __name__ == "__main__":
-    main(__doc__, CASES, measure, table)
+    main(__doc__, CASES, measure)

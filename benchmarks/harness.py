@@ -1,4 +1,4 @@
-"""What the benchmarks of steps share: the command line, turns, and their ratios."""
+"""What the benchmarks of steps share: the command line, turns and their ratios, memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-Steps = Mapping[str, Callable[[], Any]]
-Turn = dict[tuple[str, str], float]  # (mode, step) -> seconds
-MODES = ("eager", "compiled")
+from benchmarks.markdown import table_of
+
+Turn = Mapping[Hashable, float]  # step -> seconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the side of its images in pixels, and the batch."""
+
+    network: str
+    size: int
+    batch: int
 
 
 def clock() -> float:
@@ -24,65 +34,91 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+def seconds(function: Callable[[], Any]) -> float:
     """Wall-clock seconds of a call, the GPU's work included."""
     start = clock()
-    function(*arguments)
+    function()
     return clock() - start
 
 
-def in_turns(modes: Mapping[str, Steps], rounds: int) -> list[Turn]:
-    """Seconds of every step of every mode, all one after the other in each round; after two calls each, which compile."""
-    for steps in modes.values():
-        for step in steps.values():
-            step()
-            step()
-    return [{(mode, name): seconds(modes[mode][name]) for mode in modes for name in modes[mode]} for _ in range(rounds)]
+def in_turns(steps: Mapping[Any, Callable[[], Any]], rounds: int) -> list[Turn]:
+    """Seconds of every step, all one after the other in each round; after two calls each, which compile."""
+    for step in steps.values():
+        step()
+        step()
+    return [{name: seconds(step) for name, step in steps.items()} for _ in range(rounds)]
 
 
-def ratio(turns: Iterable[Turn], one: tuple[str, str], other: tuple[str, str]) -> float:
+def ratio(turns: Iterable[Turn], one: Hashable, other: Hashable) -> float:
     """Median over the rounds of `one` divided by `other`."""
     return round(statistics.median(turn[one] / turn[other] for turn in turns), 3)
 
 
-def milliseconds(turns: Iterable[Turn], one: tuple[str, str]) -> float:
+def milliseconds(turns: Iterable[Turn], one: Hashable) -> float:
     """Median over the rounds."""
     return round(1000 * statistics.median(turn[one] for turn in turns), 1)
 
 
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most memory that a step's tensors take at once, beside what there was before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes), default=0)
+
+
+def compare(modes: Mapping[str, Mapping[str, Callable[[], Any]]], base: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """A line for each mode: `base` in milliseconds, each other step over `base`, and each compiled step over the eager one.
+
+    The most memory that each step takes is in megabytes.
+    """
+    turns = in_turns({(mode, name): step for mode, steps in modes.items() for name, step in steps.items()}, rounds)
+    for mode, steps in modes.items():
+        line: dict[str, Any] = {"mode": mode, f"{base}_ms": milliseconds(turns, (mode, base))}
+        line |= {f"{name} / {base}": ratio(turns, (mode, name), (mode, base)) for name in steps if name != base}
+        line |= {f"{name}_mb": round(peak_bytes(step) / 1e6, 1) for name, step in steps.items()}
+        if mode == "compiled" and "eager" in modes:
+            line |= {f"{name} / eager": ratio(turns, (mode, name), ("eager", name)) for name in steps}
+        yield line
+
+
 def main(
     doc: str | None,
-    cases: Mapping[str, Mapping[str, Any]],
-    measure: Callable[[str, Any, str, argparse.Namespace], Iterable[dict[str, Any]]],
-    table: Callable[[list[dict[str, Any]]], str],
+    cases: Mapping[str, Mapping[str, Case]],
+    measure: Callable[[Any, str, argparse.Namespace], Iterable[dict[str, Any]]],
     rounds: int = 7,
+    training: bool = True,
 ) -> None:
     """Measures the cases that the command line asks for: prints the lines of each as JSON, then all as a table.
 
     Args:
         doc: what `--help` says.
         cases: device (`cpu`, `cuda`) -> name -> case.
-        measure: (name, case, device, options) -> lines; options are `mode`, `rounds` and `channels_last`.
-        table: lines -> markdown.
+        measure: (case, device, options) -> lines; options are `rounds`, and of training `mode` and `channels_last`.
         rounds: by default.
+        training: whether steps of training are measured, which may be compiled and have two layouts.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=cases[device], nargs="+", default=list(cases[device]))
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path, help="where the lines go too")
+    if training:
+        parser.add_argument("--mode", choices=("eager", "compiled"), nargs="+", default=("eager", "compiled"))
+        parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = []
     for name in options.case:
         torch.compiler.reset()
-        for line in measure(name, cases[device][name], device, options):
-            lines.append(line)
-            print(json.dumps(line), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print("\n" + table(lines))
+        case = cases[device][name]
+        for line in measure(case, device, options):
+            lines.append({"case": name, "batch": case.batch, "device": device, "threads": options.threads} | line)
+            print(json.dumps(lines[-1]), flush=True)
+    print("\n" + table_of(lines))

@@ -1,12 +1,12 @@
 """Images a second that the loader gives, that a training step takes, and that both give together: what limits a run.
 
-    dvc repro shard && python -m benchmarks.loader [--workers 0 1 2] [--layouts first last] [--threads 2] [--batches 40]
+    dvc repro shard && python -m benchmarks.loader [--workers 0 1 2] [--threads 2] [--batches 40]
 
 Reads the shards and params of the run at hand, with the training transform; the step is that of `bcosify.pretrained` (forward and
 backward pass, clipping, optimiser), with channels first and last in turns, on the GPU where `training.gpus_per_worker` asks for
 one, in `training.precision` and compiled as `training.compile` says. Prints one line of JSON for each number of decoding
 processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too, `together` is the training loop's own,
-in the last of the layouts. Batches are those of the loader; the step alone takes ten at hand, in three rounds.
+with channels last. Batches are those of the loader; the step alone takes ten at hand, in three rounds.
 """
 
 from __future__ import annotations
@@ -21,35 +21,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pipelines  # noqa: F401  (first: it says how threads wait)
-
-import torch  # isort: skip
+import torch
 
 from benchmarks.harness import clock
 from pipelines.data.loading.batch import FIELDS
-from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.methods import build_bcosification
-from pipelines.params import Params, load
+from pipelines.params import Params, load, replaced
 from pipelines.training import Job
 from pipelines.training.job import shard_batches
 from pipelines.training.loop import Run, read, rng_isolated, set_up, train_step
-from pipelines.workflow.running import shards_of, spec_of
+from pipelines.workflow import tasks
 
 
 def job_of(params: Params, layout: str) -> Job:
     """The job of B-cosifying a network of random weights, with channels `first` or `last`."""
-    optim, shards = params.bcosify.pretrained, shards_of(params.dataset)
-    spec = spec_of(params, read_manifest(shards), kind="bcos", design=optim.design())
-    return Job(
-        build=partial(build_bcosification, spec, None, optim, 0),
-        shards=shards,
-        data=params.data,
-        optim=optim,
-        training=params.training.model_copy(update={"workers": 0, "channels_last": layout == "last"}),
-        seed=0,
-        directory=str(Path("runs/loader_benchmark", layout).absolute()),
-    )
+    params = replaced(params, {"training.workers": 0, "training.channels_last": layout == "last"})
+    task, optim = tasks.bcosify(params, "pretrained"), params.bcosify.pretrained
+    directory = str(Path("runs/loader_benchmark", layout).absolute())
+    return replace(task.job(directory), build=partial(build_bcosification, task.spec, None, optim, params.seed))
 
 
 def rate(batches: Any, count: int) -> float:
@@ -78,17 +68,16 @@ def main() -> None:
     """Measures the loader with each number of processes, alone and with the step, and the step alone in both layouts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--layouts", choices=("first", "last"), nargs="+", default=["first", "last"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     params = load()
     context = Context(device=torch.device("cuda" if params.training.gpus_per_worker else "cpu"))
-    runs = {layout: set_up(context, job_of(params, layout)) for layout in options.layouts}
+    runs = {layout: set_up(context, job_of(params, layout)) for layout in ("first", "last")}
     for run in runs.values():
         run.objective.train()
-    run = runs[options.layouts[-1]]
+    run = runs["last"]
     some = list(itertools.islice(shard_batches(run.job, "train", context=context), 10))
     steps = {f"step_channels_{name}": round(value) for name, value in step_rates(runs, some).items()}
     for workers in options.workers:
@@ -100,7 +89,7 @@ def main() -> None:
             **steps,
             "together": round(rate(stepped(run, rng_isolated(read(run, "train"))), options.batches)),
         }
-        by_step = round(found["loader"] / steps[f"step_channels_{options.layouts[-1]}"], 2)
+        by_step = round(found["loader"] / steps["step_channels_last"], 2)
         print(json.dumps({"loader_workers": workers, **found, "loader_by_step": by_step}), flush=True)
 
 

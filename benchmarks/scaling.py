@@ -9,9 +9,10 @@ beside the one that was measured, gigabytes a second between nodes, and cores be
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+
+from benchmarks.markdown import table
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,6 @@ METHODS = (
 )
 
 
-def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def exchange(parameters: float, gpus: int, link: float) -> float:
     """Seconds in which a ring of GPUs adds up gradients; 300 GB/s within a node of 8, `link` GB/s where there are more."""
     return 2 * (gpus - 1) / gpus * parameters / (300e9 if gpus <= 8 else link * 1e9)
@@ -65,8 +60,8 @@ def exchange(parameters: float, gpus: int, link: float) -> float:
 
 def sizes() -> str:
     """What the data takes."""
-    heads = ("data", "images", "bytes an image", "shards", "of 1000 images")
-    heads += ("stored maps, a cell a pixel", "4 × 4 pixels", "sharding, one core")
+    heads = ["data", "images", "bytes an image", "shards", "of 1000 images"]
+    heads += ["stored maps, a cell a pixel", "4 × 4 pixels", "sharding, one core"]
     rows = []
     for data in DATA:
         in_all, maps = data.images * data.bytes_each / 1e9, data.images * EXPLANATION / 1e9
@@ -90,8 +85,8 @@ def rates(rate: float) -> str:
 
 def limits(gpu: float, link: float, cores: int) -> str:
     """What a step of each method waits for, and how long all epochs of ImageNet take; GPUs are `gpu` times as fast as an H200."""
-    heads = ("method, published batch and epochs", "GPUs", "images a GPU and step")
-    heads += ("computing, ms", "gradients, ms", "decoding, ms", "the limit", "ImageNet, all epochs")
+    heads = ["method, published batch and epochs", "GPUs", "images a GPU and step"]
+    heads += ["computing, ms", "gradients, ms", "decoding, ms", "the limit", "ImageNet, all epochs"]
     rows = []
     for method, gpus in product(METHODS, GPUS):
         share = method.batch / gpus

@@ -1,6 +1,6 @@
 """Cost of a B-cos network against the plain one it was made from: training step, inference, explanation, memory.
 
-    python -m benchmarks.step [--case resnet18-112 ...] [--mode eager compiled] [--rounds 7] [--json FILE]
+    python -m benchmarks.step [--case resnet18-112 ...] [--mode eager compiled] [--rounds 9]
 
 Three networks take turns, so that what else runs on the machine strikes all alike: `plain`, `bcos`, and (eager) `formula`, the
 same B-cos network whose layers are written out in plain autograd operations. Measures: a training step (forward and backward
@@ -14,33 +14,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import pipelines  # noqa: F401  (first: it says how threads wait)
-
-import torch  # isort: skip
+import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import main, seconds
+from benchmarks.harness import Case, in_turns, main, milliseconds, ratio
 from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, bcosify, dynamic_weights
 from pipelines.bcos.fused import set_up_compiler
 from pipelines.models import ConventionalNetwork, build
 
 CLASSES = 20
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, the side of its images in pixels, and the batch."""
-
-    network: str
-    size: int
-    batch: int
-
-
 CASES = {
     "cpu": {
         "resnet20-32": Case("resnet20", 32, 64),
@@ -60,7 +46,7 @@ class FormulaConv2d(BcosConv2d):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, H', W')."""
-        linear = nn.functional.conv2d(x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        linear = nn.functional.conv2d(x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         squares = (x_NCHW**2).sum(1, keepdim=True)
         sums = nn.functional.avg_pool2d(squares, self.kernel_size, self.stride, self.padding, divisor_override=1)  # type: ignore[arg-type]
         return linear * self.hold(linear.abs() / (sums + 1e-6).sqrt())
@@ -111,11 +97,11 @@ def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[st
     if mode == "eager" and not grouped:
         found["formula"] = copy.deepcopy(bcos)
         for module in found["formula"].modules():
-            module.__class__ = FORMULAS.get(type(module), type(module))  # type: ignore[call-overload, assignment]
+            module.__class__ = FORMULAS.get(type(module), type(module))
     for model in found.values():
         model.to(device)
         if channels_last or mode == "compiled":
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         if mode == "compiled":
             set_up_compiler()
             model.compile(fullgraph=True, dynamic=False)
@@ -174,59 +160,32 @@ def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
         for column in targets.unbind(1):
             dynamic_weights(model, images, column)
 
-    dynamic_weights(model, images, targets)
-    return statistics.median(
-        seconds(dynamic_weights, model, images, targets) / seconds(one_by_one) for _ in range(max(1, rounds // 3))
-    )
+    ways: dict[str, Callable[[], Any]] = {"at once": partial(dynamic_weights, model, images, targets), "one by one": one_by_one}
+    return ratio(in_turns(ways, max(1, rounds // 3)), "at once", "one by one")
 
 
-def measure(name: str, case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line of the report for each mode."""
+def measure(case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each mode."""
     for mode in options.mode:
         torch.compiler.reset()
-        yield measure_mode(name, case, device, mode, options.rounds, options.channels_last)
-
-
-def measure_mode(name: str, case: Case, device: str, mode: str, rounds: int, channels_last: bool) -> dict[str, Any]:
-    """One line of the report."""
-    models = networks(case, device, mode, channels_last)
-    images = torch.rand(case.batch, 6, case.size, case.size, device=device)
-    if channels_last or mode == "compiled":
-        images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (case.batch,), device=device)
-    found: dict[str, Any] = {
-        "case": name,
-        "mode": mode,
-        "batch": case.batch,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        for what, function in MEASURES.items():
-            for model in models.values():  # compiles, and warms up
-                function(model, images, labels)
-                function(model, images, labels)
-            turns = [{key: seconds(function, model, images, labels) for key, model in models.items()} for _ in range(rounds)]
-            found[f"{what}_plain_ms"] = round(1000 * statistics.median(turn["plain"] for turn in turns), 1)
-            for key in list(models)[1:]:
-                found[f"{what}_{key}"] = round(statistics.median(turn[key] / turn["plain"] for turn in turns), 3)
-        kept = {key: saved_bytes(model, images, labels) for key, model in models.items()}
-        found["saved_plain_mb"] = round(kept["plain"] / 1e6, 1)
-        found |= {f"saved_{key}": round(kept[key] / kept["plain"], 3) for key in list(models)[1:]}
-        found["twenty_classes_at_once"] = round(many_classes(models["bcos"], images, rounds), 3)
-    return found
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """The ratios as markdown."""
-    columns = ["training_step", "inference", "dynamic_weights", "saved"]
-    head = ["case", "mode", *(f"{column} {key}" for column in columns for key in ("bcos", "formula")), "20 classes at once"]
-    rows = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for line in lines:
-        ratios = [str(line.get(f"{column}_{key}", "")) for column in columns for key in ("bcos", "formula")]
-        rows.append("| " + " | ".join([line["case"], line["mode"], *ratios, str(line["twenty_classes_at_once"])]) + " |")
-    return "\n".join(rows)
+        models = networks(case, device, mode, options.channels_last)
+        images = torch.rand(case.batch, 6, case.size, case.size, device=device)
+        if options.channels_last or mode == "compiled":
+            images = images.to(memory_format=torch.channels_last)
+        labels = torch.randint(CLASSES, (case.batch,), device=device)
+        line: dict[str, Any] = {"mode": mode}
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            for what, function in MEASURES.items():
+                steps = {key: partial(function, model, images, labels) for key, model in models.items()}
+                turns = in_turns(steps, options.rounds)
+                line[f"{what}_plain_ms"] = milliseconds(turns, "plain")
+                line |= {f"{what}_{key}": ratio(turns, key, "plain") for key in list(models)[1:]}
+            kept = {key: saved_bytes(model, images, labels) for key, model in models.items()}
+            line["saved_plain_mb"] = round(kept["plain"] / 1e6, 1)
+            line |= {f"saved_{key}": round(kept[key] / kept["plain"], 3) for key in list(models)[1:]}
+            line["twenty_classes_at_once"] = many_classes(models["bcos"], images, options.rounds)
+        yield line
 
 
 if __name__ == "__main__":
-    main(__doc__, CASES, measure, table, rounds=9)
+    main(__doc__, CASES, measure, rounds=9)

@@ -1,6 +1,6 @@
 """What the resolution and precision of stored explanations cost, in likeness to the live ones and in bytes; and augmentation.
 
-    dvc repro bcosify@pretrained && python -m benchmarks.stored_maps [--images 512]
+    dvc repro bcosify@pretrained && python -m benchmarks.stored_maps
 
 For images of the validation split: the mean cosine of the teacher's dynamic weights with what a student would be given, stored at
 each resolution and precision and brought back to the image's size as the loader does. `ImageNet` is what 1,281,167 images of
@@ -10,17 +10,14 @@ flip) is from the stored one, which followed them: equal top-1, KL divergence, a
 
 from __future__ import annotations
 
-import argparse
 import random
-from pathlib import Path
 
-import pipelines  # noqa: F401  (first: it says how threads wait)
-
-import torch  # isort: skip
+import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from benchmarks.markdown import table
 from pipelines import models
 from pipelines.bcos import add_inverse, dynamic_weights
 from pipelines.data.loading.loader import loader
@@ -29,24 +26,20 @@ from pipelines.losses import distillation_loss
 from pipelines.methods.stored_explanations import scaled
 from pipelines.metrics.agreement import agreement, explanation_similarity
 from pipelines.params import load
-from pipelines.workflow.running import shards_of
+from pipelines.workflow.places import model_folder, shards_of
 
-IMAGENET, SIDE = 1_281_167, 224
+IMAGES, IMAGENET, SIDE = 512, 1_281_167, 224
 
 
 def main() -> None:
     """Measures each resolution and precision."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--teacher", type=Path, default=Path("models/bcosify/pretrained"))
-    options = parser.parse_args()
     params = load()
-    teacher, _ = models.load(options.teacher)
+    teacher, _ = models.load(model_folder("bcosify/pretrained"))
     images = torch.cat([batch["image"] for batch in loader(shards_of(params.dataset), "val", params.data, 64)])
-    images = images[: options.images]
+    images = images[:IMAGES]
     logits, live = explained(teacher, images)
     side = live.shape[-1]
-    print("| pixels a cell | precision | cosine with the live map | bytes an image | ImageNet |\n" + "| --- " * 5 + "|")
+    rows = []
     for cell in (1, 2, 4, 8):
         for precision in (torch.float32, torch.float16):
             stored = scaled(live, side // cell).to(precision)
@@ -55,7 +48,8 @@ def main() -> None:
             size = stored[0].nbytes
             whole = IMAGENET * size * (SIDE / side) ** 2
             name = str(precision).removeprefix("torch.")
-            print(f"| {cell} × {cell} | {name} | {cosine:.4f} | {size:,} | {whole / 1e9:,.0f} GB |")
+            rows.append([f"{cell} × {cell}", name, f"{cosine:.4f}", f"{size:,}", f"{whole / 1e9:,.0f} GB"])
+    print(table(["pixels a cell", "precision", "cosine with the live map", "bytes an image", "ImageNet"], rows))
     followed = train_transform(params.data, stored_map=True)
     views = [
         followed({"image": (image * 255).round().byte(), STORED_MAP: stored}, random.Random(number))
@@ -65,8 +59,8 @@ def main() -> None:
     stored = torch.stack([view[STORED_MAP] for view in views])
     same, divergence = float(agreement(of_view, logits)), float(distillation_loss(of_view, logits))
     cosine = float(explanation_similarity(maps, stored).mean())
-    print("\n| equal top-1 | KL divergence | cosine of the maps |\n| --- | --- | --- |")
-    print(f"| {same:.3f} | {divergence:.3f} | {cosine:.3f} |")
+    row = [f"{figure:.3f}" for figure in (same, divergence, cosine)]
+    print("\n" + table(["equal top-1", "KL divergence", "cosine of the maps"], [row]))
 
 
 def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:

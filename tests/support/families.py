@@ -67,7 +67,7 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
     weight is scaled so that its outputs have a standard deviation of 1.
     """
 
-    def scale(layer: nn.Module, _: object, output: Tensor) -> Tensor:
+    def scale(layer: Any, _: object, output: Tensor) -> Tensor:
         deviation = output.std().clamp_min(1e-30)
         layer.weight *= deviation ** (-1 / float(layer.b))
         return output / deviation
@@ -77,9 +77,9 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
     model.train()(images)
     for hook in hooks:
         hook.remove()
-    for module in model.modules():
-        if hasattr(module, "momentum"):
-            module.momentum = 1.0
+    norms: list[Any] = [module for module in model.modules() if hasattr(module, "momentum")]
+    for norm in norms:
+        norm.momentum = 1.0
     model(images)
     return model.eval()
 

@@ -1,0 +1,23 @@
+"""Benchmarks start, those of speed on machines that have torch alone."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import benchmarks
+
+NAMES = [f"benchmarks.{module.name}" for module in pkgutil.iter_modules(benchmarks.__path__)]
+OF_SPEED = ["benchmarks.step", "benchmarks.distillation", "benchmarks.guidance", "benchmarks.gridpg"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_finds_all_that_it_imports(name):
+    importlib.import_module(name)
+
+
+def test_steps_are_measured_without_ray_dvc_mlflow_and_webdataset():
+    missing = "import sys; sys.modules.update(dict.fromkeys(['ray', 'dvc', 'mlflow', 'webdataset', 'optuna'])); "
+    subprocess.run([sys.executable, "-c", missing + f"import {', '.join(OF_SPEED)}"], check=True)
