@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
 # slower by a third: let them spin for a moment, unless the user says how. Read when torch is first imported.
@@ -23,3 +25,16 @@ if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABL
 def cpu_count() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def environment(variable: str, value: str) -> Iterator[None]:
+    """Sets an environment variable meanwhile."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before

@@ -13,7 +13,6 @@ from pipelines.params import SearchDimension, SearchParams
 from pipelines.search.records import SETTLED, Trial, draw, read_trial, settle_trial, start_trial, trial_directory
 
 _ATTEMPTS = 100  # at values that no trial has had
-_STUDY = "search"
 
 
 class Suggestions(OptunaSearch):
@@ -24,18 +23,12 @@ class Suggestions(OptunaSearch):
     ) -> None:
         """`on_trial` gets the record of each trial that is over."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = optuna.storages.InMemoryStorage()
-        directions = [optuna.study.StudyDirection.MAXIMIZE for _ in params.metrics]
-        study = optuna.create_study(storage=storage, study_name=_STUDY, directions=directions)
-        for values in first:
-            study.enqueue_trial(values)
         super().__init__(
             space=lambda trial: define_by_run(params.space, trial),
             metric=params.metrics,
             mode=["max"] * len(params.metrics),
             sampler=optuna.samplers.TPESampler(seed=params.seed + len(first)),
-            study_name=_STUDY,
-            storage=storage,
+            points_to_evaluate=first,
         )
         self._directory, self._on_trial = directory, on_trial
         self._asked: dict[str, tuple[str, dict[str, Any]]] = {}  # Tune's id of a trial -> the one told to Optuna, its values

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+from pipelines.process import environment
 from pipelines.storage.errors import one_line
 
 if TYPE_CHECKING:
@@ -91,32 +91,15 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-@contextmanager
-def as_default(uri: str) -> Iterator[None]:
+def as_default(uri: str) -> AbstractContextManager[None]:
     """Makes `uri` the process's own tracking address meanwhile: a registry in a database resolves `models:/` through that."""
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)  # which also sets the environment's
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+    return environment("MLFLOW_TRACKING_URI", uri)
 
 
-@contextmanager
-def uploading() -> Iterator[None]:
+def uploading() -> AbstractContextManager[None]:
     """Gives requests the time that files take, unless the environment set the time."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ[name]
-    os.environ[name] = UPLOAD_TIMEOUT if before == SETTINGS[name] else before
-    try:
-        yield
-    finally:
-        os.environ[name] = before
+    return environment(name, UPLOAD_TIMEOUT if os.environ[name] == SETTINGS[name] else os.environ[name])
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:

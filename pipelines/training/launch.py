@@ -20,7 +20,7 @@ import torch
 import pipelines
 from pipelines.distributed import Context, use_threads
 from pipelines.params import TrainingParams
-from pipelines.process import OPENMP, cpu_count
+from pipelines.process import OPENMP, cpu_count, environment
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.storage.paths import absolute
@@ -145,7 +145,8 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     )
     value, lost = None, ""
     try:
-        with _default(_START_TIMEOUT, _FIXED_WAIT if isinstance(training.workers, int) else _ELASTIC_WAIT):
+        wait = _FIXED_WAIT if isinstance(training.workers, int) else _ELASTIC_WAIT
+        with environment(_START_TIMEOUT, os.environ.get(_START_TIMEOUT, wait)):
             value = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
         last = str(error).strip().splitlines()[-1]
@@ -155,18 +156,6 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     if final or lost:
         raise TrainingError(final or lost)
     return value
-
-
-@contextmanager
-def _default(variable: str, value: str) -> Iterator[None]:
-    """Sets an environment variable meanwhile, unless the user has set it."""
-    users = variable in os.environ
-    os.environ.setdefault(variable, value)
-    try:
-        yield
-    finally:
-        if not users:
-            del os.environ[variable]
 
 
 def _work(config: dict[str, Any]) -> Any:

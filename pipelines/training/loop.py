@@ -26,7 +26,7 @@ from pipelines.distributed import (
     wrap,
 )
 from pipelines.params import TrainingParams
-from pipelines.progress import EpochProgress, epoch_line
+from pipelines.progress import bar, epoch_line
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.training import checkpoints
@@ -158,16 +158,17 @@ def train_epoch(run: Run) -> dict[str, float]:
     batches = read(run, "train", epoch=run.epoch, start_batch=run.batches, earlier=run.earlier)
     check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
     rate, images, began = 0.0, 0, time.monotonic()
-    shown = (run.epoch + 1, job.optim.epochs, run.steps_per_epoch, run.batches, context.rank == 0)
-    with EpochProgress(*shown) as progress:
+    title = f"epoch {run.epoch + 1}/{job.optim.epochs}"
+    with bar(title, run.steps_per_epoch, done=run.batches, show=context.rank == 0) as progress:
         for batch in rng_isolated(batches):
             loss, rate = train_step(run, batch)
-            progress.step()
+            progress.update()
             images += len(batch["key"]) * context.world_size
             if run.step % check_every == 0:
                 stop_if_not_finite(run)
             if run.step % job.training.log_every == 0:
-                progress.note(float(loss), images / (time.monotonic() - began))
+                speed = images / (time.monotonic() - began)
+                progress.set_postfix_str(f"loss {float(loss):.4g}, {speed:.1f} images/s", refresh=False)
             due = run.step % job.training.checkpoint_every == 0 or preemption_noticed(run)
             if due and run.batches < run.steps_per_epoch:
                 save(run)

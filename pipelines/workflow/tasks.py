@@ -104,7 +104,7 @@ class Task:
 
 def pretrain(params: Params) -> Task:
     """The conventional model."""
-    spec = _spec(params, read_manifest(shards_of(params.dataset)), kind="conventional")
+    spec = _classifier_spec(params, kind="conventional")
     build = partial(build_pretrain, absolute_weights(params.model), spec, params.pretrain, params.seed)
     return Task(params, "pretrain", params.pretrain, build, spec, model=params.model)
 
@@ -112,7 +112,7 @@ def pretrain(params: Params) -> Task:
 def bcosify(params: Params, start: str) -> Task:
     """The B-cos network whose weights start `pretrained` or from `scratch`."""
     optim = getattr(params.bcosify, start)
-    spec = _spec(params, read_manifest(shards_of(params.dataset)), kind="bcos", design=optim.design())
+    spec = _classifier_spec(params, kind="bcos", design=optim.design())
     upstream = (model_folder("pretrain"),) if start == "pretrained" else ()
     conventional = model_for_all(params, upstream[0]) if upstream else None
     build = partial(build_bcosification, spec, conventional, optim, params.seed)
@@ -182,18 +182,8 @@ TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretra
 
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
     """The spec of the student, for the classes of the data, or those of the teacher if the data has no labels."""
-    student = params.distill.student
-    return ModelSpec(
-        name=student.name,
-        classes=tuple(manifest.classes) if manifest.labelled else teacher.classes,
-        image_size=params.data.image_size,
-        kind=student.kind,
-        task=manifest.task if manifest.labelled else teacher.task,  # type: ignore[arg-type]
-        mean=student.mean,
-        std=student.std,
-        options=student.options,
-        design=student.design(),
-    )
+    student, known = params.distill.student, manifest if manifest.labelled else teacher
+    return _spec(params, student, known, kind=student.kind, design=student.design())
 
 
 def explanations_origin(params: Params) -> Origin:
@@ -210,17 +200,23 @@ def check_boxes(shards: str) -> None:
             raise DataError(f"guide.dataset: no image of {split} in {shards} has a box: guidance needs some")
 
 
-def _spec(params: Params, manifest: Manifest, **more: Any) -> ModelSpec:
+def _classifier_spec(params: Params, **more: Any) -> ModelSpec:
     """The spec of a model of this run's architecture for this run's data; raises `DataError` if that has no classes."""
+    manifest = read_manifest(shards_of(params.dataset))
     if not manifest.labelled:
         raise DataError(f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)")
+    return _spec(params, params.model, manifest, **more)
+
+
+def _spec(params: Params, model: ModelParams, known: Manifest | ModelSpec, **more: Any) -> ModelSpec:
+    """The spec of `model` for the images of the run, and the classes and task of `known`."""
     return ModelSpec(
-        name=params.model.name,
-        classes=tuple(manifest.classes),
+        name=model.name,
+        classes=tuple(known.classes),
         image_size=params.data.image_size,
-        task=manifest.task,  # type: ignore[arg-type]
-        mean=params.model.mean,
-        std=params.model.std,
-        options=params.model.options,
+        task=known.task,  # type: ignore[arg-type]
+        mean=model.mean,
+        std=model.std,
+        options=model.options,
         **more,
     )

@@ -18,7 +18,8 @@ import yaml
 
 from pipelines.training.launch import RAY_ENVIRONMENT
 
-INFRA = Path(__file__).parents[2] / "infra/manifests"
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra/manifests"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
 KUBERNETES = "1.34"
@@ -131,7 +132,7 @@ def test_the_cache_of_shards_fits_its_volume() -> None:
 
 def test_cuda_of_the_image_is_that_of_the_lock() -> None:
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\d+)\.", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
-    assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (INFRA.parent / "requirements.lock").read_text(), re.MULTILINE) == [base]
+    assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE) == [base]
 
 
 def test_jobs_have_the_environment_that_submitted_ones_get() -> None:
@@ -140,7 +141,7 @@ def test_jobs_have_the_environment_that_submitted_ones_get() -> None:
 
 
 def test_ray_is_that_of_the_lock() -> None:
-    lock = (INFRA.parent / "requirements.lock").read_text()
+    lock = (ROOT / "requirements.lock").read_text()
     for cluster in clusters():
         assert f"ray=={cluster['rayVersion']}\n" in lock
         assert cluster["rayVersion"] == version("ray")

@@ -140,11 +140,11 @@ def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
     with (
         path.open("rb") as packed,
         gzip.open(packed) as content,
-        bar("unpacking", size, unit="bytes", show=progress) as advance,
+        bar("unpacking", size, unit="bytes", show=progress) as shown,
     ):
         while block := content.read(_BLOCK):
             output.write(block)
-            advance(packed.tell() - done)
+            shown.update(packed.tell() - done)
             done = packed.tell()
 
 
@@ -152,7 +152,7 @@ def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
     """Writes the entries of a zip as a tar, in their order."""
     with zipfile.ZipFile(path) as archive, tarfile.open(fileobj=output, mode="w:", format=tarfile.PAX_FORMAT) as tar:
         entries = archive.infolist()
-        with bar("unpacking", len(entries), show=progress) as advance:
+        with bar("unpacking", len(entries), show=progress) as shown:
             for entry in entries:
                 member = tarfile.TarInfo(entry.filename)
                 if entry.is_dir():
@@ -162,7 +162,7 @@ def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
                     member.size = entry.file_size
                     with archive.open(entry) as content:
                         tar.addfile(member, content)
-                advance(1)
+                shown.update(1)
 
 
 def read(raw: Path, ref: Ref) -> bytes:

@@ -94,10 +94,10 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
             write_json(note, {"url": url, "version": stream.version})
             file.truncate(stream.offset)
             file.seek(stream.offset)
-            with bar("downloading", stream.total, unit="bytes", done=stream.offset, show=progress) as advance:
+            with bar("downloading", stream.total, unit="bytes", done=stream.offset, show=progress) as shown:
                 while block := _read(stream.reader):
                     file.write(block)
-                    advance(len(block))
+                    shown.update(len(block))
     return stream.total is None or _size(partial) == stream.total
 
 

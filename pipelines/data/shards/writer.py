@@ -75,10 +75,10 @@ def write_shards(
     write = partial(_write_shard, source, Path(raw), root, description)
     total = sum(len(plan.references) for plan in plans)
     written: list[_Written] = []
-    with bar(f"shards of {description.source}", total, show=progress) as advance:
+    with bar(f"shards of {description.source}", total, show=progress) as shown:
         for result in _mapped(write, plans, workers):
             written.append(result)
-            advance(result.shard.count)
+            shown.update(result.shard.count)
     manifest = _manifest(description, splits, plans, written)
     for split, shards in manifest.splits.items():
         listed = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]

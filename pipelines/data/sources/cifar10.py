@@ -63,7 +63,7 @@ def _write_images(cache: Path, destination: Path, progress: bool) -> None:
             except RuntimeError as error:
                 raise DataError(f"{cache}: {error}; delete it and fetch again") from None
             seen: Counter[str] = Counter()
-            with bar(split, len(batch.data), show=progress) as advance:
+            with bar(split, len(batch.data), show=progress) as shown:
                 for pixels, label in zip(np.asarray(batch.data), batch.targets, strict=True):
                     name = batch.classes[label]
                     content = encode_png(pixels)
@@ -71,4 +71,4 @@ def _write_images(cache: Path, destination: Path, progress: bool) -> None:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                     seen[name] += 1
-                    advance(1)
+                    shown.update(1)

@@ -75,11 +75,11 @@ class Coco2014(AnnotatedImages):
         left_out: Counter[str] = Counter()
 
         def read(part: Instances, year: str, places: Sequence[int]) -> Iterator[tuple[Ref, Annotation]]:
-            with bar(f"annotations of {year}", len(places), show=progress) as advance:
+            with bar(f"annotations of {year}", len(places), show=progress) as shown:
                 for place in places:
                     entry = part.images[place]
                     yield files.image(year, entry["file_name"]), part.annotation(entry, check, params.crowd, left_out)
-                    advance(1)
+                    shown.update(1)
 
         train = files.instances("train2014", left_out)
         classes, count = train.classes, len(train.images)

@@ -118,17 +118,17 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
     missing = [item for item in wanted if not _chunk_path(chunks, *item).exists()]
     total, to_do = (sum(count for *_, count in items) for items in (wanted, missing))
     with ExitStack() as stack:
-        advance = stack.enter_context(bar("drawing", total, done=total - to_do, show=progress))
+        shown = stack.enter_context(bar("drawing", total, done=total - to_do, show=progress))
         if min(processes, len(missing)) <= 1:
             for item in missing:
-                advance(_draw_chunk(params, chunks, *item))
+                shown.update(_draw_chunk(params, chunks, *item))
             return
         spawn = multiprocessing.get_context("spawn")
         pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(missing)), mp_context=spawn))
         drawn: list[Future[int]] = [pool.submit(_draw_chunk, params, chunks, *item) for item in missing]
         stack.callback(pool.shutdown, cancel_futures=True)
         for future in as_completed(drawn):
-            advance(future.result())
+            shown.update(future.result())
 
 
 def _draw_chunk(params: ScenesParams, chunks: Path, split: Split, start: int, count: int) -> int:

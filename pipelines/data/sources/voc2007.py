@@ -81,11 +81,11 @@ class _Reader:
         lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
         keys = images.unique_keys({name: name for name in names})
-        with bar(f"annotations of {split}", len(names), show=progress) as advance:
+        with bar(f"annotations of {split}", len(names), show=progress) as shown:
             for name in names:
                 image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
                 yield image, self._annotation(name)
-                advance(1)
+                shown.update(1)
 
     def _annotation(self, name: str) -> Annotation:
         """The annotation of one image."""

@@ -96,11 +96,11 @@ class _Reader:
     def read(self, rows: list[Row], split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
         """The images of `rows`, which are of one split."""
         keys = images.unique_keys({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
-        with bar(f"boxes of {split}", len(rows), show=progress) as advance:
+        with bar(f"boxes of {split}", len(rows), show=progress) as shown:
             for row in rows:
                 image = archive.reference_to(self.contents, self.top + row.name, keys[row.name], self.source)
                 yield image, self._annotation(image, row)
-                advance(1)
+                shown.update(1)
 
     def _annotation(self, image: Ref, row: Row) -> Annotation:
         """The annotation of one image. Its size, which neither list has, is read from the image."""
