@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 .PHONY: help setup repro test test-fast test-infra lint types bench architectures clean lock
 
@@ -25,10 +26,10 @@ repro: setup ## run the pipeline, whatever of it changed
 	@python -m stages.tools.summary
 
 test: setup ## all tests but those that start servers
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: setup ## what to run before each commit: tests without the graph of stages, Ray and the compiler
-	@$(BIN)/python -m pytest -m "not graph and not ray and not compile and not infra"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not graph and not ray and not compile and not infra"
 
 test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (installed where there is none: Debian, as root)
 	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)
