@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.formats import archive
-from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.archive import Ref
-from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.encoded_image import image_size
 from pipelines.data.raw import images, listing
 from pipelines.data.raw.holdout import shuffled
