@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import TypeAdapter
+
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.boxes import Annotation, BoxCheck
@@ -26,6 +28,7 @@ from pipelines.storage.files import combined_sha256, file_digest, staged
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+_LINE = TypeAdapter(Annotation)
 
 
 class AnnotatedRef(NamedTuple):
@@ -55,7 +58,7 @@ class AnnotatedImages:
         Raises:
             DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
         """
-        annotation = _parse(archive.read(raw, reference.annotation))
+        annotation = _LINE.validate_json(archive.read(raw, reference.annotation))
         sample = images.load_image(raw, reference.image)
         if annotation.boxes:
             height, width = image_size(sample.image)
@@ -119,11 +122,3 @@ def write_description(raw: Path, description: Description, check: BoxCheck, othe
 def annotations_path(raw: Path, split: str) -> Path:
     """The file of a split's annotations."""
     return raw / f"{split}.annotations.jsonl"
-
-
-def _parse(line: bytes) -> Annotation:
-    """The annotation in a line that `write_split` wrote."""
-    content = json.loads(line)
-    boxes = tuple((int(label), *corners) for label, *corners in content.pop("boxes"))
-    labels = content.pop("labels")
-    return Annotation(**content, boxes=boxes, labels=None if labels is None else tuple(labels))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
@@ -27,6 +29,7 @@ from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
+_SAMPLE = TypeAdapter(Sample)
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,8 @@ class Scenes:
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
-        details = json.loads(parts["json"])
-        boxes = tuple((int(label), *corners) for label, *corners in details["boxes"])
-        labels = details.get("labels")
-        return Sample(
-            key=reference.key,
-            image=parts["png"],
-            extension="png",
-            label=details.get("label"),
-            labels=None if labels is None else tuple(labels),
-            boxes=boxes,
-            group=details["group"],
-            caption=details["caption"],
-            mask=parts["mask.png"],
-        )
+        details = {**json.loads(parts["json"]), "key": reference.key, "extension": "png"}
+        return _SAMPLE.validate_python({**details, "image": parts["png"], "mask": parts["mask.png"]})
 
     def _description(self, checksum: str) -> Description:
         """The data set of these params."""
