@@ -20,9 +20,8 @@ from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.encoded_image import image_size
 from pipelines.data.raw import images, listing
-from pipelines.data.raw.holdout import shuffled
+from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
-from pipelines.params import DatasetParams
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
 log = logging.getLogger(__name__)
@@ -38,19 +37,12 @@ class AnnotatedRef(NamedTuple):
     annotation: Ref
 
 
-class AnnotatedImages:
+class AnnotatedImages(ListedImages):
     """Reads the images with boxes that `write_split` has written."""
 
-    params: DatasetParams
-
-    def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
-        return listing.read_description(raw)
-
-    def index(self, raw: Path, split: str) -> list[AnnotatedRef]:
-        """References in the source's order; those of `train` shuffled, so that every shard has all classes."""
-        refs = [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
-        return shuffled(refs, self.params.split_seed) if split == "train" else refs
+    def references(self, raw: Path, split: str) -> list[AnnotatedRef]:
+        """References in the source's order; raises `DataError` if the split or the fetch is missing."""
+        return [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
 
     def load(self, raw: Path, reference: AnnotatedRef) -> Sample:
         """The sample at `reference`.

@@ -19,6 +19,7 @@ from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
 from pipelines.data.raw import listing
+from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
 from pipelines.process import cpu_count, mapped
@@ -31,7 +32,7 @@ _SAMPLE = TypeAdapter(Sample)
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(ListedImages):
     """Drawn scenes as a source: one tar per split of `<key>.png`, `<key>.json` and `<key>.mask.png`."""
 
     params: ScenesParams
@@ -53,13 +54,9 @@ class Scenes:
         listing.write_raw_manifest(raw, self._description(combined_sha256(checksums)))
         shutil.rmtree(chunks)
 
-    def describe(self, raw: Path) -> Description:
-        """The data set drawn into `raw`."""
-        return listing.read_description(raw)
-
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References in the order of drawing; classes come in shuffled tens."""
-        return listing.read_references(raw, split)
+        return self.references(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
