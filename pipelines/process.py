@@ -1,10 +1,16 @@
-"""This process: how its threads wait, how it keeps memory, how many cores it may use. Set before torch is imported."""
+"""This process: how its threads wait, how it keeps memory (set before torch is imported), its cores, and processes beside it."""
 
 import ctypes
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
 # slower by a third: let them spin for a moment, unless the user says how. Read when torch is first imported.
@@ -25,6 +31,17 @@ if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABL
 def cpu_count() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def mapped(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+    """`function` of each item in their order, in up to `processes` processes; after an error no further item is begun."""
+    processes = min(processes, len(items))
+    if processes < 2:
+        yield from map(function, items)
+        return
+    # Spawned, not forked: the caller may have threads, and a fork would copy their locks as they are.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, items)  # which cancels the items not yet begun when it ends early
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Boxes of annotation files, checked against their images: kept, dropped and counted, or refused."""
+"""Annotations of images, and their boxes checked against the images: kept, dropped and counted, or refused."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pipelines.data.shards.sample import DataError
+from pipelines.data.shards.sample import Box, DataError
 
 OVERHANG = 1.0  # pixels by which a box may pass the border and is clipped: annotation tools round
 LEAST = 1.0  # pixels that a side must have: what is smaller holds no pixel
@@ -20,6 +21,19 @@ _DESCRIBED: dict[Fault, str] = {
     "outside": "is outside its image of {width} x {height} pixels",
     "empty": "is empty: each side must have a pixel",
 }
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What an annotation file says of one image: size, labels and boxes; the source draws the mask from the JSON value `mask`."""
+
+    width: int  # stored pixels
+    height: int
+    boxes: tuple[Box, ...] = ()
+    label: int | None = None
+    labels: tuple[int, ...] | None = None
+    group: int | None = None
+    mask: Any = None
 
 
 class BoxCheck:

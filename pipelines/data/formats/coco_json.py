@@ -9,8 +9,7 @@ from collections import Counter
 from typing import Any, Literal
 
 from pipelines.data.formats import coco_masks
-from pipelines.data.formats.annotation import Annotation
-from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.shards.sample import Box, DataError
 
 _LISTS = ("images", "annotations", "categories")

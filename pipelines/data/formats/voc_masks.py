@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.data.formats import archive
-from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.archive import Ref
+from pipelines.data.formats.boxes import Annotation
 from pipelines.data.formats.encoded_image import DecodeError, mask_ids
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.voc_xml import VocAnnotation

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from pipelines.data.loading.decode import decode_image, decode_mask
+from pipelines.data.formats.encoded_image import mask_ids
+from pipelines.data.loading.decode import decode_image
 from pipelines.data.loading.transforms import STORED_MAP, Step, Views
 from pipelines.data.shards.manifest import Manifest, ShardError
 from pipelines.data.shards.reader import IMAGES, RawSample
@@ -91,7 +92,7 @@ class Decoder:
             corners = torch.tensor([box[1:] for box in boxes], dtype=torch.float32)
             views["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         if encoded_mask is not None and "mask" in self.fields:
-            views["mask"] = tv_tensors.Mask(decode_mask(encoded_mask))
+            views["mask"] = tv_tensors.Mask(mask_ids(encoded_mask))
         if self.explanations is not None:
             teacher_logits, views[STORED_MAP] = self.explanations.read(raw.shard, raw.key)
         views = self.transform(views, random.Random(f"{self.seed}/{self.epoch}/{raw.key}"))

@@ -10,9 +10,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_with_torchvision
 
-from pipelines.data.formats.encoded_image import DecodeError, decode_error, mask_ids
-
-__all__ = ["DecodeError", "decode_image", "decode_mask"]
+from pipelines.data.formats.encoded_image import DecodeError, decode_error
 
 WHITE = (255, 255, 255, 255)
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -44,15 +42,6 @@ def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
         raise
     except Exception as error:  # decoders meet corrupt bytes with errors of any type
         raise decode_error(error) from None
-
-
-def decode_mask(encoded: bytes) -> torch.Tensor:
-    """Instance ids of a grey (8 or 16 bit) or palette PNG: int64 (H, W), 0 is background.
-
-    Raises:
-        DecodeError: not an image, truncated, or a colour image.
-    """
-    return torch.from_numpy(mask_ids(encoded))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -15,8 +15,8 @@ from itertools import accumulate, chain, islice, pairwise
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.loading.batch import FIELDS, Batch, DecodedSample, Decoder
-from pipelines.data.loading.decode import DecodeError
 from pipelines.data.loading.sampling import Sampling, epoch_order, rank_batches, unread
 from pipelines.data.loading.transforms import eval_transform, train_transform
 from pipelines.data.shards.manifest import Shard, read_manifest

@@ -41,62 +41,18 @@ def rand_augment(views: Views, rng: random.Random, *, magnitude: int) -> Views:
     return views
 
 
-def _affine(
-    view: torch.Tensor,
-    shear: tuple[float, float] = (0.0, 0.0),
-    translate: tuple[int, int] = (0, 0),
-    centre: list[float] | None = None,
-) -> torch.Tensor:
-    """`view` sheared by degrees and moved by pixels, black coming in."""
-    return F.affine(view, 0.0, list(translate), 1.0, list(shear), interpolation=_BILINEAR, center=centre)
-
-
 def _shear(view: torch.Tensor, strength: float, axis: int) -> torch.Tensor:
     """Sheared by up to 0.3 pixels a pixel, along width (axis 0) or height (1), the upper left corner staying."""
-    degrees = math.degrees(math.atan(0.3 * strength))
-    return _affine(view, shear=(degrees, 0.0) if axis == 0 else (0.0, degrees), centre=[0.0, 0.0])
+    degrees = [0.0, 0.0]
+    degrees[axis] = math.degrees(math.atan(0.3 * strength))
+    return F.affine(view, 0.0, [0, 0], 1.0, degrees, interpolation=_BILINEAR, center=[0.0, 0.0])
 
 
 def _translate(view: torch.Tensor, strength: float, axis: int) -> torch.Tensor:
     """Moved by up to 150/331 of the width (axis 0) or height (1)."""
-    height, width = F.get_size(view)
-    pixels = int(150 / 331 * strength * (width if axis == 0 else height))
-    return _affine(view, translate=(pixels, 0) if axis == 0 else (0, pixels))
-
-
-def _rotate(view: torch.Tensor, strength: float) -> torch.Tensor:
-    """Turned by up to 30 degrees about its centre."""
-    return F.rotate(view, 30 * strength, interpolation=_BILINEAR)
-
-
-def _adjust(image: torch.Tensor, strength: float, function: Callable[[torch.Tensor, float], torch.Tensor]) -> torch.Tensor:
-    """Brightness, colour, contrast or sharpness times a factor in [0.1, 1.9]."""
-    return function(image, 1 + 0.9 * strength)
-
-
-def _posterize(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """Of each pixel's 8 bits, the upper 8 to 4."""
-    return F.posterize(image, round(8 - 4 * abs(strength)))
-
-
-def _solarize(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """Values from a threshold on are inverted: 255 alone at strength 0, all at 1."""
-    return F.solarize(image, 255 * (1 - abs(strength)))
-
-
-def _unchanged(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """The image as it is."""
-    return image
-
-
-def _autocontrast(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """Each channel stretched to the whole range."""
-    return F.autocontrast(image)
-
-
-def _equalize(image: torch.Tensor, strength: float) -> torch.Tensor:
-    """Each channel with a flat histogram."""
-    return F.equalize(image)
+    pixels = [0, 0]
+    pixels[axis] = int(150 / 331 * strength * F.get_size(view)[1 - axis])
+    return F.affine(view, 0.0, pixels, 1.0, [0.0, 0.0], interpolation=_BILINEAR)
 
 
 # Operations of a view and a strength in [-1, 1]: those that move all views, and those of the image alone.
@@ -105,16 +61,16 @@ _MOVES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "ShearY": partial(_shear, axis=1),
     "TranslateX": partial(_translate, axis=0),
     "TranslateY": partial(_translate, axis=1),
-    "Rotate": _rotate,
+    "Rotate": lambda view, strength: F.rotate(view, 30 * strength, interpolation=_BILINEAR),  # degrees, about the centre
 }
 _COLOURS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "Identity": _unchanged,
-    "Brightness": partial(_adjust, function=F.adjust_brightness),
-    "Color": partial(_adjust, function=F.adjust_saturation),
-    "Contrast": partial(_adjust, function=F.adjust_contrast),
-    "Sharpness": partial(_adjust, function=F.adjust_sharpness),
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "AutoContrast": _autocontrast,
-    "Equalize": _equalize,
+    "Identity": lambda image, strength: image,
+    "Brightness": lambda image, strength: F.adjust_brightness(image, 1 + 0.9 * strength),
+    "Color": lambda image, strength: F.adjust_saturation(image, 1 + 0.9 * strength),
+    "Contrast": lambda image, strength: F.adjust_contrast(image, 1 + 0.9 * strength),
+    "Sharpness": lambda image, strength: F.adjust_sharpness(image, 1 + 0.9 * strength),
+    "Posterize": lambda image, strength: F.posterize(image, round(8 - 4 * abs(strength))),  # the upper 8 to 4 of 8 bits stay
+    "Solarize": lambda image, strength: F.solarize(image, 255 * (1 - abs(strength))),  # inverted from this value on
+    "AutoContrast": lambda image, strength: F.autocontrast(image),  # each channel stretched to the whole range
+    "Equalize": lambda image, strength: F.equalize(image),  # each channel with a flat histogram
 }

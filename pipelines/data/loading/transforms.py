@@ -42,35 +42,22 @@ def train_transform(params: DataParams, stored_map: bool = False) -> Step:
     map and fixed view are brought to one size first, and then take the same random crop and flip.
     """
     size = params.image_size
-    if stored_map:
-        return partial(_with_stored_map, _fixed_view(params), _random_steps(params))
+    first: tuple[Step, ...]
+    drawn: tuple[Step, ...]
     match params.augment:
         case "none":
-            steps: tuple[Step, ...] = _fixed_view(params)
+            first, drawn = _fixed_view(params), ()
         case "flip":
-            steps = (*_fixed_view(params), flip)
+            first, drawn = _fixed_view(params), (flip,)
         case "pad_crop_flip":
-            steps = (partial(resize_square, size=size), partial(pad_crop, padding=params.crop_padding), flip)
+            first, drawn = (partial(resize_square, size=size),), (partial(pad_crop, padding=params.crop_padding), flip)
         case "random_resized_crop_flip":
-            steps = (partial(random_resized_crop, size=size), flip)
+            first, drawn = (), (partial(random_resized_crop, size=size), flip)
     if params.rand_augment is not None:
-        steps = (*steps, partial(rand_augment, magnitude=params.rand_augment))
-    return partial(apply, steps)
-
-
-def _random_steps(params: DataParams) -> tuple[Step, ...]:
-    """The random steps of `params.augment`, for images in their fixed view."""
-    if params.rand_augment is not None:
-        raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
-    match params.augment:
-        case "none":
-            return ()
-        case "flip":
-            return (flip,)
-        case "pad_crop_flip":
-            return (partial(pad_crop, padding=params.crop_padding), flip)
-        case "random_resized_crop_flip":
-            return (partial(random_resized_crop, size=params.image_size), flip)
+        if stored_map:
+            raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
+        drawn = (*drawn, partial(rand_augment, magnitude=params.rand_augment))
+    return partial(_with_stored_map, _fixed_view(params), drawn) if stored_map else partial(apply, (*first, *drawn))
 
 
 def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random) -> Views:

@@ -13,20 +13,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import TypeAdapter
+
 from pipelines.data.formats import archive
-from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.archive import Ref
-from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.encoded_image import image_size
 from pipelines.data.raw import images, listing
-from pipelines.data.raw.holdout import shuffled
+from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
-from pipelines.params import DatasetParams
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+_LINE = TypeAdapter(Annotation)
 
 
 class AnnotatedRef(NamedTuple):
@@ -36,19 +37,12 @@ class AnnotatedRef(NamedTuple):
     annotation: Ref
 
 
-class AnnotatedImages:
+class AnnotatedImages(ListedImages):
     """Reads the images with boxes that `write_split` has written."""
 
-    params: DatasetParams
-
-    def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
-        return listing.read_description(raw)
-
-    def index(self, raw: Path, split: str) -> list[AnnotatedRef]:
-        """References in the source's order; those of `train` shuffled, so that every shard has all classes."""
-        refs = [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
-        return shuffled(refs, self.params.split_seed) if split == "train" else refs
+    def references(self, raw: Path, split: str) -> list[AnnotatedRef]:
+        """References in the source's order; raises `DataError` if the split or the fetch is missing."""
+        return [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
 
     def load(self, raw: Path, reference: AnnotatedRef) -> Sample:
         """The sample at `reference`.
@@ -56,7 +50,7 @@ class AnnotatedImages:
         Raises:
             DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
         """
-        annotation = _parse(archive.read(raw, reference.annotation))
+        annotation = _LINE.validate_json(archive.read(raw, reference.annotation))
         sample = images.load_image(raw, reference.image)
         if annotation.boxes:
             height, width = image_size(sample.image)
@@ -120,11 +114,3 @@ def write_description(raw: Path, description: Description, check: BoxCheck, othe
 def annotations_path(raw: Path, split: str) -> Path:
     """The file of a split's annotations."""
     return raw / f"{split}.annotations.jsonl"
-
-
-def _parse(line: bytes) -> Annotation:
-    """The annotation in a line that `write_split` wrote."""
-    content = json.loads(line)
-    boxes = tuple((int(label), *corners) for label, *corners in content.pop("boxes"))
-    labels = content.pop("labels")
-    return Annotation(**content, boxes=boxes, labels=None if labels is None else tuple(labels))

@@ -9,25 +9,14 @@ from pathlib import Path
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.raw import images, listing
-from pipelines.data.raw.holdout import shuffled
 from pipelines.data.raw.images import Classes
+from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import DatasetParams
 
 
-class StoredImages:
+class StoredImages(ListedImages):
     """Reads the image folders that `write_labelled` or `write_unlabelled` has listed."""
-
-    params: DatasetParams
-
-    def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
-        return listing.read_description(raw)
-
-    def index(self, raw: Path, split: str) -> list[Ref]:
-        """References by class, then path; those of `train` shuffled, so that every shard has all classes."""
-        refs = listing.read_references(raw, split)
-        return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` where its file is gone, changed or does not decode."""

@@ -8,22 +8,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipelines.data.formats.archive import Ref
+from pipelines.data.raw.holdout import shuffled
 from pipelines.data.shards.sample import DataError, Description
+from pipelines.params import DatasetParams
 from pipelines.storage import files
 
 _MANIFEST = "manifest.json"
+_DESCRIPTION = TypeAdapter(Description)
+
+
+class ListedImages:
+    """Reads what `write_references` and `write_raw_manifest` have written: a source without `fetch` and `load`."""
+
+    params: DatasetParams
+
+    def describe(self, raw: Path) -> Description:
+        """The data set fetched into `raw`."""
+        return _DESCRIPTION.validate_python(read_raw_manifest(raw))
+
+    def index(self, raw: Path, split: str) -> list[Any]:
+        """References as `fetch` listed them; those of `train` shuffled, so that every shard has all classes."""
+        refs = self.references(raw, split)
+        return shuffled(refs, self.params.split_seed) if split == "train" else refs
+
+    def references(self, raw: Path, split: str) -> list[Any]:
+        """References as `fetch` listed them; raises `DataError` if the split or the fetch is missing."""
+        return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def write_references(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
     """Writes the references of one split to `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
     files.write(raw / f"{split}.index.jsonl", lines.encode())
-
-
-def read_references(raw: Path, split: str) -> list[Ref]:
-    """The references that `write_references` wrote; raises `DataError` if the split or the fetch is missing."""
-    return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
@@ -53,15 +72,3 @@ def read_raw_manifest(raw: Path) -> dict[str, Any]:
     if content is None:
         raise DataError(f"{path}: missing: nothing was fetched here, or not to the end; run fetch")
     return content
-
-
-def read_description(raw: Path) -> Description:
-    """The data set whose manifest lies in `raw`."""
-    manifest = read_raw_manifest(raw)
-    return Description(
-        classes=tuple(manifest["classes"]),
-        task=manifest["task"],
-        source=manifest["source"],
-        checksum=manifest["checksum"],
-        counts=dict(manifest["counts"]),
-    )

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipelines.data.shards.sample import DataError, Task
+from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest, read_json
 
 MANIFEST = "manifest.json"
@@ -82,16 +85,7 @@ class Manifest:
         return asdict(self)
 
 
-def parse_manifest(content: Any) -> Manifest:
-    """The manifest that `to_json` gave; raises KeyError, TypeError, AttributeError or ValueError."""
-    return Manifest(
-        classes=tuple(content["classes"]),
-        task=content["task"],
-        source=content["source"],
-        checksum=content["checksum"],
-        splits={split: tuple(Shard(**shard) for shard in shards) for split, shards in content["splits"].items()},
-        fields={split: tuple(fields) for split, fields in content["fields"].items()},
-    )
+_CONTENT = TypeAdapter(Manifest)
 
 
 def read_manifest(root: str) -> Manifest:
@@ -102,11 +96,11 @@ def read_manifest(root: str) -> Manifest:
     """
     try:
         content = read_json(f"{root}/{MANIFEST}")
-        manifest = None if content is None else parse_manifest(content)
+        manifest = None if content is None else _CONTENT.validate_python(content)
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ShardError(f"{root}/{MANIFEST}: not a manifest of shards ({error!r})") from None
+    except ValueError as error:
+        raise ShardError(f"{root}/{MANIFEST}: not a manifest of shards ({one_line(error)})") from None
     if manifest is None:
         raise ShardError(f"{root}: no {MANIFEST}; shards are not there, or were not written to the end")
     return manifest

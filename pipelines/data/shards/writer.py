@@ -6,9 +6,7 @@ A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<k
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from pipelines.data.shards.check import check_sample
 from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.data.shards.tar import write_tar
+from pipelines.process import mapped
 from pipelines.progress import bar
 from pipelines.storage import files
 
@@ -76,7 +75,7 @@ def write_shards(
     total = sum(len(plan.references) for plan in plans)
     written: list[_Written] = []
     with bar(f"shards of {description.source}", total, show=progress) as shown:
-        for result in _mapped(write, plans, workers):
+        for result in mapped(write, plans, min(workers, total // WORTH_A_PROCESS)):
             written.append(result)
             shown.update(result.shard.count)
     manifest = _manifest(description, splits, plans, written)
@@ -96,21 +95,6 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_S
     """The shards of one split: `references` in their order, `shard_size` at a time."""
     for number, start in enumerate(range(0, len(references), shard_size)):
         yield _ShardPlan(split, f"{split}-{number:06d}.tar", tuple(references[start : start + shard_size]))
-
-
-def _mapped(write: Callable[[_ShardPlan], _Written], plans: Sequence[_ShardPlan], workers: int) -> Iterator[_Written]:
-    """`write` of each plan, in the order of the plans; after an error no further shard is begun."""
-    processes = min(workers, len(plans), sum(len(plan.references) for plan in plans) // WORTH_A_PROCESS)
-    if processes < 2:
-        yield from map(write, plans)
-        return
-    # Spawned, not forked: the caller may have threads, and a fork would copy their locks as they are.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        try:
-            yield from pool.map(write, plans)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write_shard(source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan) -> _Written:

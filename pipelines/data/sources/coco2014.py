@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, coco_masks
-from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.archive import Contents, Ref
-from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.coco_json import Instances
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated

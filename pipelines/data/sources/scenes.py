@@ -5,32 +5,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipelines.data.drawing.scene import CLASSES, SPLITS, Split, draw
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
 from pipelines.data.raw import listing
+from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import ScenesParams
+from pipelines.process import cpu_count, mapped
 from pipelines.progress import bar
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
 _CHUNK = 500  # images drawn, kept and resumed together
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
+_SAMPLE = TypeAdapter(Sample)
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(ListedImages):
     """Drawn scenes as a source: one tar per split of `<key>.png`, `<key>.json` and `<key>.mask.png`."""
 
     params: ScenesParams
@@ -43,7 +45,7 @@ class Scenes:
         chunks = cache / f"scenes-{self._identity()[:16]}"
         chunks.mkdir(parents=True, exist_ok=True)
         raw.mkdir(parents=True, exist_ok=True)
-        _draw_chunks(self.params, chunks, processes or len(os.sched_getaffinity(0)), progress)
+        _draw_chunks(self.params, chunks, processes or cpu_count(), progress)
         checksums: dict[str, str] = {}
         for split in SPLITS:
             refs = _join(chunks, raw, split, self.params.counts.get(split, 0))
@@ -52,33 +54,17 @@ class Scenes:
         listing.write_raw_manifest(raw, self._description(combined_sha256(checksums)))
         shutil.rmtree(chunks)
 
-    def describe(self, raw: Path) -> Description:
-        """The data set drawn into `raw`."""
-        return listing.read_description(raw)
-
     def index(self, raw: Path, split: str) -> list[Ref]:
         """References in the order of drawing; classes come in shuffled tens."""
-        return listing.read_references(raw, split)
+        return self.references(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
         """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
-        details = json.loads(parts["json"])
-        boxes = tuple((int(label), *corners) for label, *corners in details["boxes"])
-        labels = details.get("labels")
-        return Sample(
-            key=reference.key,
-            image=parts["png"],
-            extension="png",
-            label=details.get("label"),
-            labels=None if labels is None else tuple(labels),
-            boxes=boxes,
-            group=details["group"],
-            caption=details["caption"],
-            mask=parts["mask.png"],
-        )
+        details = {**json.loads(parts["json"]), "key": reference.key, "extension": "png"}
+        return _SAMPLE.validate_python({**details, "image": parts["png"], "mask": parts["mask.png"]})
 
     def _description(self, checksum: str) -> Description:
         """The data set of these params."""
@@ -117,24 +103,15 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
     wanted = [(split, *span) for split, count in params.counts.items() for span in _spans(count)]
     missing = [item for item in wanted if not _chunk_path(chunks, *item).exists()]
     total, to_do = (sum(count for *_, count in items) for items in (wanted, missing))
-    with ExitStack() as stack:
-        shown = stack.enter_context(bar("drawing", total, done=total - to_do, show=progress))
-        if min(processes, len(missing)) <= 1:
-            for item in missing:
-                shown.update(_draw_chunk(params, chunks, *item))
-            return
-        spawn = multiprocessing.get_context("spawn")
-        pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(missing)), mp_context=spawn))
-        drawn: list[Future[int]] = [pool.submit(_draw_chunk, params, chunks, *item) for item in missing]
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for future in as_completed(drawn):
-            shown.update(future.result())
+    with bar("drawing", total, done=total - to_do, show=progress) as shown:
+        for count in mapped(partial(_draw_chunk, params, chunks), missing, processes):
+            shown.update(count)
 
 
-def _draw_chunk(params: ScenesParams, chunks: Path, split: Split, start: int, count: int) -> int:
+def _draw_chunk(params: ScenesParams, chunks: Path, chunk: tuple[Split, int, int]) -> int:
     """Draws one chunk into its file, whole or not at all, and returns its number of images."""
-    path = _chunk_path(chunks, split, start, count)
-    with staged(path) as unfinished, unfinished.open("wb") as file:
+    split, start, count = chunk
+    with staged(_chunk_path(chunks, *chunk)) as unfinished, unfinished.open("wb") as file:
         for index in range(start, start + count):
             file.write(_members(draw(params, split, index)))
     return count

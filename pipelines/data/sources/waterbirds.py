@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.formats import archive, cub
-from pipelines.data.formats.annotation import Annotation
 from pipelines.data.formats.archive import Contents, Ref
-from pipelines.data.formats.boxes import BoxCheck, Corners
+from pipelines.data.formats.boxes import Annotation, BoxCheck, Corners
 from pipelines.data.formats.encoded_image import DecodeError, image_size
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated, images

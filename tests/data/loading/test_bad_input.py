@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.data.loading.decode import DecodeError
+from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import ShardError
 from tests.support.loading import DATA, assert_same, evaluate, keys, train, write
