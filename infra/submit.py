@@ -184,7 +184,7 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> 
     if options.stage == "search":  # of `guide` too
         needed |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
     inputs = [publish_input(path, storage) for path in sorted(needed)]
-    told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower(), "SUBMITTED_LOCK": lock}
+    told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower()}
     write_order(place, {"stages": [asdict(stage) for stage in chosen], "inputs": inputs, "environment": told})
     return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
 

@@ -8,7 +8,7 @@ from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, shards_for_all, shards_of
 from pipelines.workflow.reports import flat, write_localisation
 from pipelines.workflow.running import stage
-from pipelines.workflow.training import stage_run
+from pipelines.workflow.training import tracked
 
 OUT = REPORTS / "evaluate"
 
@@ -22,7 +22,7 @@ def main() -> None:
         models, followers = classifiers(params, read_manifest(shards_of(params.dataset)).classes), students(params)
         upstream = (*models.values(), *followers.values())
         settings = (of_data(params.data), params.evaluate)
-        with stage_run(params, "evaluate", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
+        with tracked(params, "evaluate", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
             metrics, right = evaluate_models(params, models)
             of_students, students_right = evaluate_models(params, followers, "test", "teacher")
             write_json(OUT / "metrics.json", metrics)

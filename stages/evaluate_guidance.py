@@ -10,7 +10,7 @@ from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, model_folder, shards_for_all
 from pipelines.workflow.reports import flat
 from pipelines.workflow.running import stage
-from pipelines.workflow.training import stage_run
+from pipelines.workflow.training import tracked
 
 OUT = REPORTS / "evaluate_guidance"
 
@@ -22,7 +22,7 @@ def main() -> None:
         guided = Attribution(params.guide.guided.attribution, params.guide.guided.layer)
         settings = (of_data(params.data), params.evaluate, params.guide.splits, asdict(guided))
         upstream = tuple(models.values())
-        with stage_run(params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
+        with tracked(params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
             found = {split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits}
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)

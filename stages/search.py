@@ -10,7 +10,7 @@ from pipelines.workflow.identity import of_search
 from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
 from pipelines.workflow.submitted_job import place_of_inputs
-from pipelines.workflow.training import stage_run
+from pipelines.workflow.training import tracked
 from pipelines.workflow.trials import CODE, check_metrics, report_search, run_trial, task_of, track_trial
 
 
@@ -22,7 +22,7 @@ def main() -> None:
         check_metrics(params, task)
         folders = (Path(shards_of(task.params.dataset)), *task.upstream, STORED_EXPLANATIONS)
         settings = of_search(params, task)
-        with stage_run(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
+        with tracked(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
             work = partial(run_trial, params, place_of_inputs(params.storage.root, folders))
             first, on_trial = values_of_params(params), partial(track_trial, params, run, directory)
             start = [] if first is None else [first]

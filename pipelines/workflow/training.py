@@ -23,7 +23,7 @@ UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the tra
 
 
 @contextmanager
-def stage_run(
+def tracked(
     params: Params,
     name: str,
     *settings: Any,
@@ -69,7 +69,7 @@ def stage_run(
 def train_stage(task: Task) -> None:
     """Trains the task; leaves the best epoch's model in `models/<name>` and its figures in `reports/<name>`."""
     name, folder = task.name, Path("models", task.name)
-    with stage_run(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
+    with tracked(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
         adopt_checkpoints(task, run, directory)
         with keyed(task.section, task.optim), keyed("training", task.params.training):
             result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))

@@ -42,16 +42,16 @@ def changes(content: DictConfig) -> list[str]:
 
     What the recipe takes from elsewhere in it follows by itself, and is only named where it should not.
     """
-    recipe, wanted = f"recipe={content.recipe}", flat(content)
-    composed = flat(composition([recipe]))
+    recipe, wanted = f"recipe={content.recipe}", leaves_of(content)
+    composed = leaves_of(composition([recipe]))
     links = [key for key, value in composed.items() if isinstance(value, str) and "${" in value]
     known, own = ({key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted))
     gone = [f"~{key}" for key in known if key not in own]
     differing = [key for key, value in own.items() if key not in known or known[key] != value]
-    first = [recipe, *gone, *(f"{'' if key in known else '++'}{key}={shown(own[key])}" for key in differing)]
+    first = [recipe, *gone, *(f"{'' if key in known else '++'}{key}={in_hydras_grammar(own[key])}" for key in differing)]
     followed = composition(first)
     pairs = {link: [plain(OmegaConf.select(each, link)) for each in (content, followed)] for link in links}
-    return [*first, *(f"{link}={shown(value)}" for link, (value, follows) in pairs.items() if value != follows)]
+    return [*first, *(f"{link}={in_hydras_grammar(value)}" for link, (value, follows) in pairs.items() if value != follows)]
 
 
 def composition(overrides: Sequence[str]) -> DictConfig:
@@ -60,7 +60,7 @@ def composition(overrides: Sequence[str]) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
-def flat(content: DictConfig) -> dict[str, Any]:
+def leaves_of(content: DictConfig) -> dict[str, Any]:
     """The leaves of `content` by their keys; references to other keys as they are written."""
     return params.leaves(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
 
@@ -75,12 +75,12 @@ def under(key: str, places: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{place}.") for place in places)
 
 
-def shown(value: Any) -> str:
+def in_hydras_grammar(value: Any) -> str:
     """`value` in Hydra's grammar."""
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(in_hydras_grammar, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {in_hydras_grammar(each)}" for key, each in value.items()) + "}"
     if not isinstance(value, str):
         return json.dumps(value)
     if value.isidentifier() and yaml.safe_load(value) == value:

@@ -11,7 +11,7 @@ from pipelines.data.shards.manifest import MANIFEST
 from pipelines.params import ParamsError, load
 from pipelines.training import checkpoints, train
 from pipelines.workflow.places import shards_of
-from pipelines.workflow.training import adopt_checkpoints, stage_run
+from pipelines.workflow.training import adopt_checkpoints, tracked
 from tests.support.toy import accident, identical, toy_job, weights
 
 
@@ -28,7 +28,7 @@ def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_pat
     keys = []
 
     def execute(lost):
-        with pytest.raises(KeyError) if lost else nullcontext(), stage_run(params, "pretrain") as (run, _):
+        with pytest.raises(KeyError) if lost else nullcontext(), tracked(params, "pretrain") as (run, _):
             keys.append(run.key)
             if lost:
                 raise KeyError
