@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TINY = 1e-7  # positive energy under which a map counts as empty
+LARGEST_FACTOR = 5.0  # of the size-corrected energy loss
 
 
 def uniform_off_label_bce(logits: Tensor, targets: Tensor, off_label: float | None = None) -> Tensor:
@@ -60,16 +61,21 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     return 1 - inside / torch.where(total < TINY, 1.0, total)
 
 
-def size_corrected_energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
-    """The energy loss divided by the share of the image outside the mask: (N,) >= 0; 1 for a uniform map and any mask.
+def size_corrected_energy_loss(attributions: Tensor, masks: Tensor, alpha: float = 0.5) -> Tensor:
+    """1 - EPG/area^α, where 1 - EPG is the energy loss and area the share of the image that the mask covers: (N,) in [-4, 1].
 
-    It is 1 - (EPG - share)/(1 - share), so that a large box, in which much of any map lies, does not lower it. 0 for a mask that
-    covers the whole image.
+    In the energy loss large masks count for more, because much of any map lies in them: here the energy in a small mask counts
+    for more. The factor 1/area^α is at most LARGEST_FACTOR, so that no gradient is more than so many times the energy loss's.
 
-    Source: after Sauter et al., 2024, who find that the energy loss favours large boxes and add a term against it.
+    Args:
+        attributions: (N, h, w), signed.
+        masks: (N, H, W) of {0, 1} or bool.
+        alpha: α, in [0, 1]; at 0 this is the energy loss.
+
+    Source: Sauter et al., 2024, and their code, which has the area in pixels: λ there is the image's pixels^α times λ here.
     """
-    outside = 1 - masks.to(attributions.dtype).mean((1, 2))
-    return torch.where(outside < TINY, 0.0, energy_loss(attributions, masks) / outside.clamp_min(TINY))
+    area = masks.to(attributions.dtype).mean((1, 2))
+    return 1 - (1 - energy_loss(attributions, masks)) * area.pow(-alpha).clamp_max(LARGEST_FACTOR)
 
 
 def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:

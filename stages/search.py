@@ -11,7 +11,7 @@ from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
 from pipelines.workflow.submitted_job import place_of_inputs
 from pipelines.workflow.training import tracked
-from pipelines.workflow.trials import CODE, check_metrics, report_search, run_trial, task_of, track_trial
+from pipelines.workflow.trials import CODE, report_search, run_trial, task_of, track_trial, with_measurable_metrics
 
 
 def main() -> None:
@@ -19,15 +19,15 @@ def main() -> None:
     with stage() as params:
         check_space(params, "params.yaml: search.space")
         task = task_of(params, {})
-        check_metrics(params, task)
+        searched = with_measurable_metrics(params, task)
         folders = (Path(shards_of(task.params.dataset)), *task.upstream, STORED_EXPLANATIONS)
         settings = of_search(params, task)
         with tracked(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
-            work = partial(run_trial, params, place_of_inputs(params.storage.root, folders))
-            first, on_trial = values_of_params(params), partial(track_trial, params, run, directory)
+            work = partial(run_trial, searched, place_of_inputs(params.storage.root, folders))
+            first, on_trial = values_of_params(params), partial(track_trial, searched, run, directory)
             start = [] if first is None else [first]
-            found = search(work, params.search, params.training, directory, first=start, on_trial=on_trial)
-            report_search(run, found, params.search.metrics)
+            found = search(work, searched.search, params.training, directory, first=start, on_trial=on_trial)
+            report_search(run, found, searched.search.metrics)
 
 
 if __name__ == "__main__":

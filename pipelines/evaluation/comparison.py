@@ -21,9 +21,10 @@ from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.batches import labels_of
 from pipelines.evaluation.explained_model import load_explained_model
 from pipelines.evaluation.grids import grid_windows, play_grid_pointing_game
-from pipelines.evaluation.predictions import Predictions, floats
+from pipelines.evaluation.predictions import Predictions
 from pipelines.evaluation.scores import Scores, StudentScores
-from pipelines.metrics import multiclass_metrics
+from pipelines.evaluation.thresholds import choose_thresholds
+from pipelines.metrics import measured, multiclass_metrics
 from pipelines.params import DataParams, EvaluateParams
 
 
@@ -43,10 +44,11 @@ def evaluate(
     Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
     latter of the class that the teacher predicts. `guided` is one more explanation of all models; these were trained to decide on
     each class for itself, and F1, precision, recall and mean average precision are measured where images have one label, too.
+    `iou` is at the threshold that is best on the validation split, for each model and explanation, `iou_at_0.5` at 0.5.
 
     Returns:
         `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
-        "skipped": n}`, fractions in [0, 1]; and the predictions.
+        "skipped": n}`, fractions in [0, 1]; and the predictions. What was not measured is left out.
 
     Raises:
         DataError: nothing to evaluate, or images without labels.
@@ -54,6 +56,7 @@ def evaluate(
     if not read_manifest(shards).labelled:
         raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
     models = {name: load_explained_model(path, params.posthoc, context.device, guided) for name, path in directories.items()}
+    thresholds = None if split == "val" else choose_thresholds(context, models, shards, data, params)
     batches = partial(loader, shards, split, data, params.batch_size)
     single = [name for name, explained in models.items() if explained.spec.task == "multiclass"]
     accuracy = {name: multiclass_metrics(len(models[name].spec.classes)).to(context.device) for name in single}
@@ -76,11 +79,11 @@ def evaluate(
     predictions = Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker])
     results: dict[str, Any] = {
         name: {
-            **(floats(accuracy[name].compute()) if name in single else {}),
+            **(measured(accuracy[name].compute()) if name in single else {}),
             **(predictions.decisions(name) if name not in single or guided is not None else {}),
             **predictions.group_accuracies(name),
             **(student_scores[name].compute() if name in student_scores else {}),
-            "explanations": scores[name].compute(context),
+            "explanations": scores[name].compute(context, None if thresholds is None else thresholds[name]),
         }
         for name in models
     }

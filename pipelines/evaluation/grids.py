@@ -24,6 +24,7 @@ from pipelines.metrics import (
     grid_batches,
     grid_pointing_game,
     in_windows,
+    measured,
 )
 from pipelines.params import EvaluateParams
 
@@ -38,7 +39,7 @@ def play_grid_pointing_game(
     """Plays the grid pointing game; returns what the grids were, and the scores: model -> explanation -> score -> mean.
 
     `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
-    `gridpg_own_grids` on each model's own, as published. Where there is no grid there is no score.
+    `gridpg_own_grids` on each model's own, as published. If there is no grid, there is no score.
     """
     draw = partial(_draw, predictions, params)
     common = draw(list(models))
@@ -59,8 +60,7 @@ def play_grid_pointing_game(
                 metric = LocalisationMetric().to(context.device)
                 for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
                     metric.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
-                if grids:
-                    scores[name][explanation][key] = float(metric.compute()["mean"])
+                scores[name][explanation] |= measured({key: metric.compute()["mean"]})
     correct = eligible(predictions.labels, *predictions.logits.values())
     return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}, scores
 

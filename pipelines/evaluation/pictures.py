@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -72,25 +73,36 @@ def save_panels(
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
-def draw_front(path: str | Path, points: Mapping[int, Sequence[float]], front: Sequence[int], names: Sequence[str]) -> None:
+def draw_front(
+    path: str | Path,
+    points: Mapping[int, Sequence[float | None]],
+    front: Sequence[int],
+    names: Sequence[str],
+    note: str = "",
+) -> None:
     """Writes a PNG of the first figure over each other one: all points, those of the Pareto front joined and numbered.
 
     Args:
         path: of the PNG; its folder is made.
-        points: number -> its figures.
+        points: number -> its figures, None for one that was not measured: the point is in no plot of this figure.
         front: the numbers on the front.
         names: of the figures; a single one is shown over the numbers.
+        note: written below the plots.
     """
     others = range(1, len(names)) or (None,)
     figure = Figure(figsize=(4 * len(others), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for other, axes in zip(others, np.atleast_1d(figure.subplots(1, len(others))), strict=True):
-        where = {n: (float(n) if other is None else values[other], values[0]) for n, values in points.items()}
-        axes.plot(*zip(*where.values(), strict=True), "o", color="0.7")
-        axes.plot(*zip(*sorted(where[number] for number in front), strict=True), "o-", color="C3")
+        where = {n: (float(n) if other is None else values[other], values[0]) for n, values in points.items() if values}
+        known = {n: (x, y) for n, (x, y) in where.items() if x is not None and y is not None}
+        joined = sorted(known[number] for number in front if number in known)
+        axes.plot([x for x, _ in known.values()], [y for _, y in known.values()], "o", color="0.7")
+        axes.plot([x for x, _ in joined], [y for _, y in joined], "o-", color="C3")
         for number in front:
-            axes.annotate(str(number), where[number], textcoords="offset points", xytext=(4, 4))
-        axes.set(xlabel="trial" if other is None else names[other], ylabel=names[0])
+            if number in known:
+                axes.annotate(str(number), known[number], textcoords="offset points", xytext=(4, 4))
+        axes.set(xlabel="trial" if other is None else names[other], ylabel=names[0] if names else "")
+    figure.supxlabel("\n".join(textwrap.wrap(note, 66 * len(others))), fontsize=6, x=0.02, ha="left")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from pipelines.data.loading.batch import NO_GROUP
 from pipelines.data.shards.sample import DataError
-from pipelines.metrics import multilabel_metrics
+from pipelines.metrics import measured, multilabel_metrics
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,18 @@ class Predictions:
     def decisions(self, name: str) -> dict[str, float]:
         """`f1`, `precision`, `recall` and `mean_average_precision` of the model called `name`, each class a decision of its own.
 
-        The last is the mean over the classes that are in any image.
+        The last is the mean over the classes that are in any image. What cannot be measured, such as the precision of a model
+        that decides for no class at all, is left out.
         """
         logits = self.logits[name]
         labels = self.labels if self.labels.ndim == 2 else F.one_hot(self.labels, logits.shape[1])
+        found = measured(multilabel_metrics(logits.shape[1])(logits, labels))
         seen = labels.any(0)
+        if not seen.any():
+            return found
         scores, count = logits[:, seen].sigmoid(), int(seen.sum())
         mean = multilabel_average_precision(scores, labels[:, seen], num_labels=count, average="macro", validate_args=False)
-        return {**floats(multilabel_metrics(logits.shape[1])(logits, labels)), "mean_average_precision": float(mean)}
+        return found | measured({"mean_average_precision": mean})
 
     def group_accuracies(self, name: str) -> dict[str, float]:
         """Worst and mean accuracy over groups of the model called `name`; empty unless images have one label and a group.
@@ -73,8 +76,3 @@ class Predictions:
             accuracies = (each.bincount(hits) / counts)[counts > 0]  # of the groups that have images
             found |= {f"worst_{kind}_accuracy": float(accuracies.min()), f"mean_{kind}_accuracy": float(accuracies.mean())}
         return found
-
-
-def floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of scalar tensors."""
-    return {name: float(value) for name, value in values.items()}

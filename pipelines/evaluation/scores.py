@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +17,19 @@ from pipelines.data.loading.batch import Batch
 from pipelines.distributed import Context, gather
 from pipelines.evaluation.batches import present
 from pipelines.evaluation.explained_model import ExplainedModel
+from pipelines.evaluation.thresholds import Thresholds
 from pipelines.metrics import (
+    SIZES,
+    THRESHOLDS,
     Agreement,
     LocalisationMetric,
     UnexplainedShare,
     area_share,
-    attribution_iou,
     box_masks,
     energy_pointing_game,
     explanation_similarity,
+    iou_by_threshold,
+    measured,
     object_masks,
     select_boxes,
     size_corrected,
@@ -32,7 +38,7 @@ from pipelines.metrics import (
 )
 from pipelines.models import ModelError
 
-BOX_SIZES = {"small": (0.0, 0.1), "medium": (0.1, 0.3), "large": (0.3, 1.0)}  # share of the image: above, up to
+BOX_SIZES = dict(zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True))  # share of the image: above, up to
 
 
 class Scores:
@@ -69,26 +75,50 @@ class Scores:
                     self._add_by_size(name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown)
         return logits
 
-    def compute(self, context: Context) -> dict[str, dict[str, float]]:
+    def compute(self, context: Context, thresholds: Thresholds | None = None) -> dict[str, dict[str, float]]:
         """For each explanation the means over all workers, and how many pairs were undefined; by size of the boxes too.
 
-        `pairs_without_box` counts pairs of an image and a class that has no box there, `pairs_with_empty_boxes` those of which no
-        box covers a pixel.
+        A mean over nothing is left out. `pairs_without_box` counts pairs of an image and a class that has no box there,
+        `pairs_with_empty_boxes` those of which no box covers a pixel.
+
+        Args:
+            context: of this worker.
+            thresholds: of `iou`, as `choose_thresholds` gives them. An explanation that is not in it has no `iou`. None: these
+                are the validation images, and the threshold is chosen here. `iou_at_0.5` does not depend on it.
         """
         found: dict[str, dict[str, float]] = {}
         for name, metrics in self.metrics.items():
-            found[name] = {}
-            for key in sorted(set().union(*gather(list(metrics), context))):  # a worker may have had no image
-                value = self._metric(name, key).compute()
-                if key in ("pairs_without_box", "pairs_with_empty_boxes"):
-                    found[name][key] = int(value["undefined"])
-                elif isinstance(value, dict):
-                    found[name] |= {key: float(value["mean"]), f"{key}_undefined": int(value["undefined"])}
-                    if key.startswith("epg"):
-                        found[name][f"{key.replace('epg', 'pairs')}"] = int(value["count"])
-                else:
-                    found[name][key] = float(value)
+            keys = sorted(set().union(*gather(list(metrics), context)))  # a worker may have had no image
+            values = {key: self._metric(name, key).compute() for key in keys}
+            place = self._threshold(name, values, thresholds)
+            found[name] = {} if place is None else {"iou_threshold": THRESHOLDS[place]}
+            for key, value in values.items():
+                found[name] |= self._figures(key, value, place)
         return found
+
+    def _threshold(self, name: str, values: Mapping[str, Any], thresholds: Thresholds | None) -> int | None:
+        """The place in THRESHOLDS of the explanation's threshold; None if there is none, or no IoU was measured."""
+        if "iou" not in values or values["iou"]["mean"].isnan().any():
+            return None
+        if thresholds is None:
+            return int(values["iou"]["mean"].argmax())
+        return THRESHOLDS.index(thresholds[name]) if name in thresholds else None
+
+    @staticmethod
+    def _figures(key: str, value: Any, threshold: int | None) -> dict[str, float]:
+        """What `compute` reports of the metric `key` with this value, IoU at the threshold with this place in THRESHOLDS."""
+        if not isinstance(value, dict):
+            return measured({key: value})
+        count, undefined, mean = int(value["count"]), int(value["undefined"]), value["mean"]
+        if key in ("pairs_without_box", "pairs_with_empty_boxes"):
+            return {key: undefined}
+        found: dict[str, float] = {f"{key}_undefined": undefined}
+        if key.startswith("epg"):
+            found[key.replace("epg", "pairs")] = count
+        if not key.startswith("iou"):
+            return found | measured({key: mean})
+        at_half = measured({"iou_at_0.5": mean[THRESHOLDS.index(0.5)]}) if key == "iou" else {}
+        return found | at_half | ({} if threshold is None else measured({key: mean[threshold]}))
 
     def _explain(self, attribution: Attribution, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, K), maps (n, T, H, W), and for each of `_completeness` the sum over its map's pixels (n, T)."""
@@ -115,28 +145,37 @@ class Scores:
         self._add(name, "pairs_without_box", boxed.float(), ~boxed)
         self._add(name, "pairs_with_empty_boxes", located.float(), boxed & ~located)
         epg, without = energy_pointing_game(maps, masks), without_energy(maps)
-        for key, values, undefined in (
-            ("epg", epg, without),
-            ("size_corrected_epg", size_corrected(epg, shares), without | (shares == 1)),
-            ("iou", attribution_iou(maps, masks), without_union(maps, masks)),
-        ):
-            self._add_by_size(name, key, values, undefined, shares, located)
+        self._add_by_size(name, "epg", epg, without, shares, located)
+        self._add_by_size(name, "size_corrected_epg", size_corrected(epg, shares), without, shares, located, missing=shares == 1)
+        self._add_by_size(name, "iou", iou_by_threshold(maps, masks), without_union(maps, masks), shares, located)
 
-    def _add_by_size(self, name: str, key: str, values: Tensor, undefined: Tensor, shares: Tensor, chosen: Tensor) -> None:
-        """Adds a score (P,) of the pairs that are `chosen`, and of those of each of BOX_SIZES."""
-        self._add(name, key, values[chosen], undefined[chosen])
-        for size, (least, most) in BOX_SIZES.items():
-            of_size = chosen & (shares > least) & (shares <= most)
-            if of_size.any():
-                self._add(name, f"{key}_{size}", values[of_size], undefined[of_size])
+    def _add_by_size(
+        self,
+        name: str,
+        key: str,
+        values: Tensor,
+        undefined: Tensor,
+        shares: Tensor,
+        chosen: Tensor,
+        missing: Tensor | None = None,
+    ) -> None:
+        """Adds a score (P,), for IoU (P, T), of the pairs that are `chosen`, and of those of each of BOX_SIZES."""
+        some = {key: chosen}
+        some |= {f"{key}_{size}": chosen & (shares > least) & (shares <= most) for size, (least, most) in BOX_SIZES.items()}
+        for each, pairs in some.items():
+            if each == key or pairs.any():
+                self._add(name, each, values[pairs], undefined[pairs], None if missing is None else missing[pairs])
 
-    def _add(self, name: str, key: str, values: Tensor, undefined: Tensor) -> None:
-        self._metric(name, key).update(values, undefined)
+    def _add(self, name: str, key: str, values: Tensor, undefined: Tensor, missing: Tensor | None = None) -> None:
+        self._metric(name, key).update(values, undefined, missing)
 
-    def _metric(self, name: str, key: str) -> Metric:
-        make = UnexplainedShare if key.startswith("unexplained_share") else LocalisationMetric
+    def _metric(self, name: str, key: str) -> Any:
         if key not in self.metrics[name]:
-            self.metrics[name][key] = make().to(self.device)
+            if key.startswith("unexplained_share"):
+                metric: Metric = UnexplainedShare()
+            else:
+                metric = LocalisationMetric(len(THRESHOLDS) if key.startswith("iou") else None)
+            self.metrics[name][key] = metric.to(self.device)
         return self.metrics[name][key]
 
 
@@ -164,9 +203,9 @@ class StudentScores:
 
     def compute(self) -> dict[str, float]:
         """The means over all workers; in how many pairs of maps one is zero."""
-        found = {"agreement": float(self.agreement.compute())}
+        found = measured({"agreement": self.agreement.compute()})
         if self.explain is None:
             return found
         similarity = self.similarity.compute()
-        found["explanation_similarity"] = float(similarity["mean"])
+        found |= measured({"explanation_similarity": similarity["mean"]})
         return found | {"explanation_similarity_undefined": int(similarity["undefined"])}

@@ -55,6 +55,8 @@ class E2KD(Classification):
         self.kind, self.params, self.labelled = spec.kind, params, labelled
         self.teacher = teacher.eval().requires_grad_(False)
         self.fixed = (self.teacher,)
+        weighted = {"explanation": params.explanation_weight, "label": params.label_weight}
+        self.losses = ("loss", "distillation", *(name for name, weight in weighted.items() if weight > 0))
         self.explain_student: Explainer | None = explain[0] if explain else None
         self.explain_teacher: Explainer | None = explain[1] if explain else None
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from pipelines import models
 from pipelines.attribution import Attribution, explain, explain_pairs
@@ -24,13 +23,13 @@ from pipelines.bcos.precision import widened
 from pipelines.data.loading.batch import Batch
 from pipelines.losses import energy_loss, l1_loss, ppce_loss, rrr_loss, size_corrected_energy_loss
 from pipelines.methods.method import Classification
-from pipelines.metrics import IoU, PointingGame, box_masks, multilabel_metrics, select_boxes
+from pipelines.metrics import Accuracy, IoU, PointingGame, box_masks, multilabel_metrics, select_boxes
 from pipelines.models import ModelError, ModelSpec
 
 if TYPE_CHECKING:
     from pipelines.params import GuidanceParams
 
-LOCALISATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOCALISATION: dict[str, Callable[..., Tensor]] = {
     "energy": energy_loss,
     "l1": l1_loss,
     "rrr": rrr_loss,
@@ -55,11 +54,11 @@ class ObjectClassification(Classification):
         """`f1`, `precision`, `recall` at logit 0, and for one label an image `accuracy`."""
         kinds: dict[str, Metric | MetricCollection] = dict(multilabel_metrics(self.num_classes).items())
         if self.task == "multiclass":
-            kinds["accuracy"] = _Top1(self.num_classes, average="micro", validate_args=False)
+            kinds["accuracy"] = _AccuracyOfOneHot()
         return MetricCollection(kinds, compute_groups=False)
 
 
-class _Top1(MulticlassAccuracy):
+class _AccuracyOfOneHot(Accuracy):
     """Accuracy, of labels (N, K) of which one is 1."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -88,6 +87,9 @@ class Guidance(ObjectClassification):
         self.params = params
         self.annotated = None if annotated is None else frozenset(annotated)
         self.attribution = Attribution(params.attribution, params.layer)
+        options = {"alpha": params.alpha} if params.loss == "size_corrected_energy" else {}
+        self.localisation = partial(LOCALISATION[params.loss], **options)
+        self.losses = ("loss", "classification", *(("localisation",) if params.localisation_weight > 0 else ()))
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """`image`, `target` (N, K); where an annotated image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
@@ -114,14 +116,14 @@ class Guidance(ObjectClassification):
             return {"loss": classification, "classification": classification}
         images, masks = batch["image"], batch["mask"]
         logits, maps = explain(model, images, batch["class"], self.attribution, create_graph=True, resize=False)
-        each = LOCALISATION[self.params.loss](widened(maps), masks)
+        each = self.localisation(widened(maps), masks)
         localisation = torch.where(masks.flatten(1).any(1), each, 0.0).mean()
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
         weight = self.params.localisation_weight * self.params.batch_size  # the mean times the batch size is the sum
         return {"loss": classification + weight * localisation, "classification": classification, "localisation": localisation}
 
     def metrics(self) -> Any:
-        """Those of classification, and `epg`, `iou` of the pairs of an image and a class that has a box."""
+        """Those of classification, and `epg`, `iou` of the pairs of an image and a class that has a box; see `IoU`."""
         kinds: dict[str, Metric | MetricCollection] = dict(super().metrics().items())
         return MetricCollection(kinds | {"epg": PointingGame(), "iou": IoU()}, compute_groups=False)
 

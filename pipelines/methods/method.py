@@ -17,6 +17,7 @@ class Method(Protocol):
     module: nn.Module
     fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
     fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
+    losses: tuple[str, ...]  # names that `loss` returns, in some steps at least: an epoch can be selected by any of them
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of `loss` from a batch of the loader: tensors with one row per image. Draws its random numbers here.
@@ -33,7 +34,11 @@ class Method(Protocol):
         ...
 
     def metrics(self) -> Any:
-        """A fresh torchmetrics collection for one evaluation pass."""
+        """A fresh torchmetrics collection for one evaluation pass.
+
+        A metric's `higher_is_better` says by which direction epochs are selected and params searched. A metric whose `compute`
+        returns several figures has `figures`, a dict of their names and directions. A mean over nothing is NaN.
+        """
         ...
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
@@ -68,6 +73,7 @@ class Classification:
 
     fixed: tuple[nn.Module, ...] = ()
     fields: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
         self.module, self.task, self.num_classes = module, task, num_classes

@@ -2,11 +2,13 @@
 
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (
+    Accuracy,
     CalibrationError,
     UnexplainedShare,
     multiclass_metrics,
     multilabel_metrics,
 )
+from pipelines.metrics.directions import SIZES, higher_is_better, rising, with_arrows
 from pipelines.metrics.faithfulness import deletion, insertion, removal_curve
 from pipelines.metrics.grid import (
     Grid,
@@ -20,16 +22,18 @@ from pipelines.metrics.grid import (
     tile,
 )
 from pipelines.metrics.localisation import (
+    THRESHOLDS,
     IoU,
-    LocalisationMetric,
     PointingGame,
     area_share,
     attribution_iou,
     box_masks,
     energy_pointing_game,
+    iou_by_threshold,
     object_masks,
     select_boxes,
     size_corrected,
     without_energy,
     without_union,
 )
+from pipelines.metrics.means import LocalisationMetric, MeanScore, measured

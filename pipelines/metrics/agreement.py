@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.metrics.localisation import MeanScore
+from pipelines.metrics.means import MeanScore
 
 
 class Agreement(MeanScore):
     """Share of images with the same top-1 prediction, over batches: `update(student's logits (N, K), teacher's (N, K))`."""
+
+    higher_is_better = True
 
     def update(self, preds: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
         """Logits (N, K) of both."""

@@ -1,7 +1,7 @@
 """Classification metrics of logits, and how much of a logit its map leaves unexplained.
 
 All take logits as the model gives them. Counts are integers and sums float64, so that results do not depend on the number of
-workers or the order of batches.
+workers or the order of batches. A mean over nothing, such as the precision of a model that predicts no class at all, is NaN.
 """
 
 from __future__ import annotations
@@ -11,22 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MultilabelF1Score,
-    MultilabelPrecision,
-    MultilabelRecall,
-)
+from torchmetrics.classification import MultilabelF1Score, MultilabelPrecision, MultilabelRecall
+
+from pipelines.metrics.means import MeanScore
 
 
 def multiclass_metrics(num_classes: int) -> MetricCollection:
     """`accuracy`, `accuracy_top5` (of 6 classes or more), `calibration_error`: updated with logits (N, K), labels (N,)."""
     metrics: dict[str, Metric | MetricCollection] = {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+        "accuracy": Accuracy(),
         "calibration_error": CalibrationError(),
     }
     if num_classes >= 6:
-        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+        metrics["accuracy_top5"] = Accuracy(top=5)
     return MetricCollection(metrics, compute_groups=False)
 
 
@@ -36,11 +33,26 @@ def multilabel_metrics(num_classes: int) -> MetricCollection:
     return MetricCollection(kinds | {"recall": _Recall(num_classes)})
 
 
+class Accuracy(MeanScore):
+    """Share of images whose label is among the `top` largest logits: `update(logits (N, K), labels (N,))`."""
+
+    higher_is_better = True
+
+    def __init__(self, top: int = 1) -> None:
+        super().__init__()
+        self.top = top
+
+    def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        """Logits (N, K), labels (N,)."""
+        first = preds.argmax(1, keepdim=True) if self.top == 1 else preds.topk(self.top, dim=1).indices
+        super().update((first == target[:, None]).any(1))
+
+
 class _OfLogits:
     """torchmetrics guesses from the range of a batch whether it holds probabilities; here it gets decisions."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, average="micro", validate_args=False)  # type: ignore[call-arg]
+        super().__init__(num_classes, average="micro", validate_args=False, zero_division=torch.nan)  # type: ignore[call-arg]
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Logits (N, K), labels (N, K) of {0, 1}."""
@@ -66,6 +78,7 @@ class CalibrationError(Metric):
     models compare. torchmetrics has the same with float32 sums. Source: Guo et al., On Calibration, ICML 2017, eq. 3.
     """
 
+    higher_is_better = False
     full_state_update = False
     counts: Tensor
     correct: Tensor
@@ -96,6 +109,7 @@ class UnexplainedShare(Metric):
     `update(logits (N,) of the explained class, logit bias, contributions (N,) summed over the pixels, or maps (N, H, W))`.
     """
 
+    higher_is_better = False
     full_state_update = False
     missing: Tensor
     whole: Tensor

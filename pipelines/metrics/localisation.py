@@ -6,13 +6,17 @@ correction follows the reproducibility study of Sauter et al., 2024.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from pipelines.metrics.means import LocalisationMetric, MeanScore
 
 TINY = 1e-7
+# Candidates for the threshold of IoU. The best one is chosen on validation: maps made of few strong pixels need a low one.
+THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
@@ -44,41 +48,55 @@ def area_share(masks: Tensor) -> Tensor:
 def size_corrected(scores: Tensor, shares: Tensor) -> Tensor:
     """(EPG - share) / (1 - share): 0 for a uniform map, 1 for one inside the mask, below 0 for one that avoids it.
 
-    `scores` and `shares` are (N,). Where the mask covers the whole image (share 1) there is nothing to score: 0.
+    `scores` and `shares` are (N,). Where the mask covers the whole image (share 1) there is nothing to score: 0, which no mean
+    may count.
     """
     rest = 1 - shares
     return torch.where(rest < TINY, torch.zeros_like(scores), (scores - shares) / rest.clamp_min(TINY))
 
 
-def attribution_iou(attributions: Tensor, masks: Tensor) -> Tensor:
-    """Intersection over union of the mask and the binarised map: (N,) in [0, 1].
+def attribution_iou(attributions: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
+    """Intersection over union of the mask and the map binarised at `threshold`: (N,) in [0, 1]. See `iou_by_threshold`."""
+    return iou_by_threshold(attributions, masks, (threshold,))[:, 0]
 
-    The positive part is scaled to [0, 1] by its least and largest value and counts where it is strictly above 0.5. If these
-    differ by less than 1e-7, only the largest is used. A map without a positive part stays 0. An empty union scores 0;
-    `without_union` says which ones.
+
+def iou_by_threshold(attributions: Tensor, masks: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
+    """Intersection over union of the mask and the map binarised at each of T thresholds: (N, T) in [0, 1].
+
+    The positive part is scaled to [0, 1] by its least and largest value and counts where it is strictly above the threshold. If
+    these differ by less than 1e-7, only the largest is used. A map without a positive part stays 0. An empty union scores 0;
+    `without_union` says which ones. A map with NaN scores NaN.
 
     Args:
         attributions: (N, H, W), signed.
         masks: (N, H, W) of {0, 1} or bool.
+        thresholds: T rising values in [0, 1).
     """
     _same_shape(attributions, masks)
-    intersection, union = _overlap(attributions, masks)
-    return (intersection / union.clamp_min(1)).to(attributions.dtype)
+    bounds = torch.tensor(thresholds, dtype=attributions.dtype, device=attributions.device)
+    passed = torch.bucketize(_scaled(attributions), bounds).flatten(1)  # how many thresholds a pixel is strictly above
+    inside = masks.bool().flatten(1)
+    counts = torch.zeros(2, len(passed), len(thresholds) + 1, dtype=torch.int32, device=passed.device)
+    counts[0].scatter_add_(1, passed, torch.ones_like(passed, dtype=torch.int32))
+    counts[1].scatter_add_(1, passed, inside.int())
+    above, intersection = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # (N, T): pixels above each threshold
+    union = inside.sum(1, keepdim=True) + above - intersection
+    broken = attributions.isnan().flatten(1).any(1, keepdim=True)
+    return torch.where(broken, torch.nan, intersection / union.clamp_min(1)).to(attributions.dtype)
 
 
 def without_union(attributions: Tensor, masks: Tensor) -> Tensor:
-    """(N,) of bool: the pairs that IoU is undefined for, both map and mask empty."""
-    return _overlap(attributions, masks)[1] == 0
+    """(N,) of bool: the pairs that IoU is undefined for at every threshold, both map and mask empty."""
+    return ~((attributions > 0) | masks.bool()).flatten(1).any(1)
 
 
-def _overlap(attributions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels of intersection and of union, (N,) each."""
+def _scaled(attributions: Tensor) -> Tensor:
+    """The positive part of each map in [0, 1], as `iou_by_threshold` scales it."""
     positive = attributions.clamp_min(0)
     least, largest = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
     flat = largest - least < TINY
     scale = torch.where(flat, largest, largest - least).clamp_min(torch.finfo(positive.dtype).tiny)
-    binary, masks = torch.where(flat, positive, positive - least) / scale > 0.5, masks.bool()
-    return (binary & masks).sum((1, 2)), (binary | masks).sum((1, 2))
+    return torch.where(flat, positive, positive - least) / scale
 
 
 def box_masks(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -132,58 +150,38 @@ def select_boxes(boxes: Tensor, images: Tensor, classes: Tensor | None = None) -
     return torch.cat([place[:, None].to(boxes.dtype), boxes[box, 1:]], dim=1)
 
 
-class LocalisationMetric(Metric):
-    """Mean of a score over all (image, class) pairs; how many there were, and how many of them are undefined.
-
-    `update(scores (N,), undefined (N,) of bool)`; `compute()` gives `{"mean", "count", "undefined"}`. Undefined cases count with
-    the score that they have (0). Sums are float64, so that the order and the number of workers do not matter.
-    """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-    undefined: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("undefined", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, scores: Tensor, undefined: Tensor | None = None) -> None:
-        """Adds scores (N,), of which those with `undefined` (N,) are counted as such."""
-        self.total += scores.detach().double().sum()
-        self.count += len(scores)
-        if undefined is not None:
-            self.undefined += undefined.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """The mean (NaN without any case), the number of cases, the number of undefined ones."""
-        return {"mean": self.total / self.count, "count": self.count, "undefined": self.undefined}
-
-
-class MeanScore(LocalisationMetric):
-    """The mean of a score alone: `compute()` gives a scalar, NaN without any case."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """In the range of the score."""
-        return super().compute()["mean"]
-
-
 class PointingGame(MeanScore):
     """Mean EPG, in [0, 1]: `update(attributions (N, H, W), masks (N, H, W))`."""
+
+    higher_is_better = True
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
         """Adds the scores of N maps."""
         super().update(energy_pointing_game(attributions, masks), without_energy(attributions))
 
 
-class IoU(MeanScore):
-    """Mean IoU of binarised maps: as `PointingGame`."""
+class IoU(LocalisationMetric):
+    """Mean IoU at the threshold of THRESHOLDS where it is highest, and at 0.5: `update` as that of `PointingGame`.
+
+    It is meant for validation images, on which the threshold is chosen. Other images are then scored with this threshold.
+    """
+
+    higher_is_better = True
+    figures: ClassVar[dict[str, bool | None]] = {"iou": True, "iou_threshold": None, "iou_at_0.5": True}  # name -> direction
+
+    def __init__(self) -> None:
+        super().__init__(len(THRESHOLDS))
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
         """Adds the scores of N maps."""
-        super().update(attribution_iou(attributions, masks), without_union(attributions, masks))
+        super().update(iou_by_threshold(attributions, masks), without_union(attributions, masks))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`iou`, the `iou_threshold` at which it is reached (the lowest of equals) and `iou_at_0.5`; NaN without any pair."""
+        means = self.mean()
+        best = means.argmax()
+        threshold = torch.where(means[best].isnan(), torch.nan, means.new_tensor(THRESHOLDS)[best])
+        return {"iou": means[best], "iou_threshold": threshold, "iou_at_0.5": means[THRESHOLDS.index(0.5)]}
 
 
 def _same_shape(attributions: Tensor, masks: Tensor) -> None:

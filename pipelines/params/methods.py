@@ -131,6 +131,7 @@ class GuidanceParams(OptimiserParams):
         "knee"  # of the Pareto front of these three on `val`, the best of one; or its knee
     )
     loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
+    alpha: Fraction = 0.5  # α of size_corrected_energy: the higher, the more a small box counts; 0: as in energy
     localisation_weight: NonNegativeFloat  # λ, of the sum of the loss over the images of an effective batch
     attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
     layer: str | None = None  # name of a module whose output is explained; none: the input, for gradcam the last features

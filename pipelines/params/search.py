@@ -58,7 +58,7 @@ class SearchParams(Strict):
 
     stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide"]
     space: Annotated[list[SearchDimension], Field(min_length=1)]
-    metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]  # the higher, the better
+    metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
     trials: PositiveInt
     epochs: PositiveInt  # of a trial
     shots: PositiveInt | None = None  # training images a class that trials learn from; none: all

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
 
+from pipelines.metrics import measured
 from pipelines.params import Params, SearchDimension, param
 from pipelines.storage import files
 from pipelines.training.job import EpochRecord
@@ -27,7 +28,7 @@ class Trial(TypedDict):
     started: float  # seconds since 1970, of its first start: trials are numbered in this order
     status: Literal["running", "finished", "stopped", "failed"]  # stopped: by successive halving
     history: list[EpochRecord]
-    metrics: dict[str, float]  # of a finished one all, of a stopped one those of its last epoch
+    metrics: dict[str, float]  # what was measured: of a finished one at its best epoch, of a stopped one at its last one
     error: str  # of a failed one
 
 
@@ -74,7 +75,8 @@ def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, fl
     history: list[EpochRecord] = files.read_json(f"{place}/history.json") or []
     if metrics is None:
         metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
-    told = Trial(**{**trial, "status": status, "history": history, "metrics": dict(metrics), "error": error})  # type: ignore[typeddict-item]
+    known = {"status": status, "history": history, "metrics": measured(metrics), "error": error}
+    told = Trial(**{**trial, **known})  # type: ignore[typeddict-item]
     files.write_json(f"{place}/{RECORD}", told)
     return told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 import uuid
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import fsspec
 
+from pipelines.metrics import rising
 from pipelines.params import SearchParams, TrainingParams
 from pipelines.search.records import SETTLED, Trial, read_trial, read_trials, settle_trial, trial_directory
 from pipelines.storage import files
@@ -111,22 +113,9 @@ def _tune(
         os.environ.setdefault(variable, value)
     import pyarrow.fs
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     from pipelines.search.proposals import Suggestions
 
-    last, asha = params.epochs - 1, params.asha  # an epoch after which stopping spares nothing is no rung
-    halving = FIFOScheduler()
-    if asha is not None and asha.grace <= last:
-        halving = ASHAScheduler(
-            time_attr="epoch",
-            metric=params.metrics[0],
-            mode="max",
-            max_t=last,
-            grace_period=asha.grace,
-            reduction_factor=asha.reduction,
-            stop_last_trials=False,
-        )
     own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     if params.workers > 0:  # those take the cores, which the trial must not hold; nothing at all is no request
         own = {"memory": 1.0}
@@ -137,7 +126,7 @@ def _tune(
         tune.with_resources(partial(function, sharing=params.concurrency), own),
         tune_config=tune.TuneConfig(
             search_alg=Suggestions(params, directory, queue, on_trial),
-            scheduler=halving,
+            scheduler=_halving(params),
             num_samples=max(params.trials, len(queue)),
             max_concurrent_trials=params.concurrency,
             reuse_actors=True,  # each new process would import torch
@@ -154,6 +143,26 @@ def _tune(
         tuner.fit()
     finally:
         files.remove(storage)
+
+
+def _halving(params: SearchParams) -> Any:
+    """The scheduler of Ray Tune that ends weak trials early, by the first metric."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    from pipelines.search.proposals import mode_of
+
+    last, asha = params.epochs - 1, params.asha  # an epoch after which stopping spares nothing is no rung
+    if asha is None or asha.grace > last:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric=params.metrics[0],
+        mode=mode_of(params.metrics[0]),
+        max_t=last,
+        grace_period=asha.grace,
+        reduction_factor=asha.reduction,
+        stop_last_trials=False,
+    )
 
 
 def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int) -> None:
@@ -190,8 +199,18 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:
-    """Indices of the Pareto-optimal finished trials, best first."""
+    """Indices of the Pareto-optimal finished trials, best first.
+
+    By a metric that a trial has not measured, it is worse than all that have: it is on the front only if another metric alone
+    brings it there.
+    """
     finished = [number for number, trial in enumerate(found) if trial["status"] == "finished"]
-    points = [tuple(found[number]["metrics"][name] for name in metrics) for number in finished]
+    points = [_point(found[number], metrics) for number in finished]
     best = pareto.front(points, width=1e-9)  # no bins: as measured
     return [finished[index] for index in sorted(best, key=points.__getitem__, reverse=True)]
+
+
+def _point(trial: Trial, metrics: Sequence[str]) -> tuple[float, ...]:
+    """The trial's metrics, turned so that the higher is the better; -inf for one that was not measured."""
+    known = trial["metrics"]
+    return tuple(rising(name, known[name]) if name in known else -math.inf for name in metrics)

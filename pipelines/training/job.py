@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import nn
 from pipelines.data.loading.loader import loader
 from pipelines.distributed import Context
 from pipelines.errors import UserError
+from pipelines.metrics import higher_is_better
 from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import checkpoints, pareto
 
@@ -130,61 +131,107 @@ class Result:
         module.load_state_dict(checkpoints.load(self.directory, self.history[-1]["step"])["model"])
 
 
-def best_record(history: list[EpochRecord], optim: OptimiserParams) -> EpochRecord:
+Directions = Mapping[str, bool | None]  # metric -> whether the higher is the better; None if neither is
+
+
+def directions(method: Method) -> dict[str, bool | None]:
+    """The directions of all figures by which an epoch of `method` may be asked to be selected.
+
+    They come from the evaluation metrics (torchmetrics' `higher_is_better`); the method's own losses get better as they fall.
+    """
+    found: dict[str, bool | None] = {}
+    for name, metric in method.metrics().items():
+        figures: Directions = getattr(metric, "figures", {name: metric.higher_is_better})
+        found |= {f"val/{figure}": direction for figure, direction in figures.items()}
+    return found | {f"train/{name}": False for name in getattr(method, "losses", ("loss",))}
+
+
+def best_record(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> EpochRecord:
     """The one of `kept_records` with the best `select`, the first of equals; the knee of the front if `select` is `knee`.
 
     Raises:
-        TrainingError: a record has no such metric.
+        TrainingError: see `check_objectives`.
     """
-    kept = kept_records(history, optim)
+    known = _by_name(history) if known is None else known
+    kept = kept_records(history, optim, known)
     if len(kept) == 1:
         return kept[0]
     if optim.select == "knee":
-        return kept[pareto.knee([_point(record, optim.objectives) for record in kept])]
+        return kept[pareto.knee([_point(record, optim.objectives, known) for record in kept])]
     name = next((name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select)
-    return max(kept, key=lambda record: _point(record, (name,)))
+    return max(kept, key=lambda record: _point(record, (name,), known))
 
 
-def kept_records(history: list[EpochRecord], optim: OptimiserParams) -> list[EpochRecord]:
+def kept_records(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> list[EpochRecord]:
     """The records whose checkpoints are worth keeping: the best by `optim.objectives`, the Pareto front if there are several.
 
     As soon as one epoch was validated, only such epochs count. Epochs before `optim.settled` (a scheduled B is not yet what it
-    shall be) or below a floor count only as long as there are no others. A metric is the better the higher, or the lower where
-    its name contains `loss`.
+    shall be) or below a floor count only as long as there are no others. By a metric that an epoch has not measured, this epoch
+    is worse than all others.
+
+    Args:
+        history: of the run.
+        optim: what to select by.
+        known: the directions of the run's figures; None: those that `higher_is_better` knows by their names.
 
     Raises:
-        TrainingError: a record has no such metric.
+        TrainingError: see `check_objectives`.
     """
-    validated = [record for record in history if any(name.startswith("val/") for name in record["metrics"])]
+    validated = [record for record in history if _is_validated(record)]
     if not validated:
         return history[-1:]
+    known = _by_name(history) if known is None else known
+    check_objectives(optim, known)
     wanted = [record for record in validated if record["epoch"] >= optim.settled and not _below_floor(record, optim)]
     candidates = wanted or validated
-    points = [_point(record, optim.objectives) for record in candidates]
+    points = [_point(record, optim.objectives, known) for record in candidates]
     if len(optim.objectives) == 1:
         return [max(zip(candidates, points, strict=True), key=lambda pair: pair[1])[0]]
     return [candidates[index] for index in pareto.front(points)]
 
 
-def _point(record: EpochRecord, names: Sequence[str]) -> tuple[float, ...]:
-    """The record's metrics of these names, the higher the better."""
-    metrics = record["metrics"]
-    for name in names:
-        if name not in metrics:
-            raise TrainingError(f"select: no metric {name!r}; there are {', '.join(sorted(metrics))}")
-    values = (-metrics[name] if "loss" in name else metrics[name] for name in names)
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
+def check_objectives(optim: OptimiserParams, known: Directions) -> None:
+    """Raises `TrainingError` if an objective is none of the `known` figures, or has no direction."""
+    names = ", ".join(name for name, direction in known.items() if direction is not None)
+    for objective in optim.objectives:
+        if objective not in known:
+            raise TrainingError(f"select: no metric {objective!r}; there are {names}")
+        if known[objective] is None:
+            raise TrainingError(f"select: it is not known whether {objective!r} should rise or fall; choose one of {names}")
+
+
+def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
+    """Raises `TrainingError` if epochs were validated and none of them has measured an objective: then none is the best."""
+    validated = [record["metrics"] for record in history if _is_validated(record)]
+    for objective in optim.objectives:
+        if validated and not any(objective in metrics for metrics in validated):
+            raise TrainingError(f"select: {objective!r} was measured in no epoch, because no image gave a case of it")
+
+
+def _is_validated(record: EpochRecord) -> bool:
+    return any(name.startswith("val/") for name in record["metrics"])
+
+
+def _by_name(history: list[EpochRecord]) -> Directions:
+    """The directions of the figures in `history`, as far as their names are known."""
+    return {name: higher_is_better(name) for record in history for name in record["metrics"]}
+
+
+def _point(record: EpochRecord, names: Sequence[str], known: Directions) -> tuple[float, ...]:
+    """The record's metrics of these names, turned so that the higher is the better; -inf for one that was not measured."""
+    values = ((record["metrics"].get(name, math.nan), known[name]) for name in names)
+    return tuple(-math.inf if math.isnan(value) else value if higher else -value for value, higher in values)
 
 
 def _below_floor(record: EpochRecord, optim: OptimiserParams) -> bool:
     return any(record["metrics"].get(name, math.inf) < floor for name, floor in optim.floors.items())
 
 
-def is_finished(history: list[EpochRecord], optim: OptimiserParams) -> bool:
+def is_finished(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> bool:
     """Whether a run with this history has nothing left to train: all epochs done, its patience at an end, or below a floor."""
     if not history:
         return False
     if history[-1]["epoch"] >= optim.epochs or _below_floor(history[-1], optim):
         return True
-    best = best_record(history, optim)["epoch"]
+    best = best_record(history, optim, known)["epoch"]
     return optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience

@@ -25,7 +25,7 @@ from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
-from pipelines.training.job import Job, Result, TrainingError, best_record, is_finished, kept_records
+from pipelines.training.job import Job, Result, TrainingError, best_record, check_measured, is_finished, kept_records
 from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
@@ -55,13 +55,16 @@ def train(job: Job, sharing: int = 1) -> Result:
     """
     check_batch_size(job.optim.batch_size, job.training)
     summary = checkpoints.newest(job.directory)
-    if summary is not None and is_finished(summary["history"], job.optim):
+    if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
         history = summary["history"]
         files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
         report(job, history)
     else:
         history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
-    return Result(job.directory, history, best_record(history, job.optim), kept_records(history, job.optim))
+        summary = checkpoints.newest(job.directory)
+    known = (summary or {}).get("directions")
+    check_measured(history, job.optim)
+    return Result(job.directory, history, best_record(history, job.optim, known), kept_records(history, job.optim, known))
 
 
 def check_batch_size(batch_size: int, training: TrainingParams) -> None:

@@ -30,7 +30,16 @@ from pipelines.progress import bar, epoch_line
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.training import checkpoints
-from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
+from pipelines.training.job import (
+    Directions,
+    EpochRecord,
+    Job,
+    TrainingError,
+    check_objectives,
+    directions,
+    is_finished,
+    kept_records,
+)
 from pipelines.training.objective import build_objective, memory_format
 from pipelines.training.optim import clip_gradients, match_memory_formats, optimiser, set_learning_rate
 from pipelines.training.validation import evaluate_split
@@ -70,6 +79,7 @@ class Run:
     objective: nn.Module  # the method's losses: compiled where the params say so, in DDP where there are several workers
     optimiser: torch.optim.Optimizer
     steps_per_epoch: int
+    directions: Directions  # of the figures by which an epoch can be selected
     epoch: int = 0  # finished epochs
     batches: int = 0  # steps done in the epoch at hand
     earlier: list[tuple[int, int]] = field(default_factory=list)  # those of other numbers of workers: (workers, steps)
@@ -89,7 +99,7 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
     run = set_up(context, job)
     if job.optim.epochs == 0 and not run.history:
         finish_epoch(run, train_metrics={})
-    while not is_finished(run.history, job.optim):
+    while not is_finished(run.history, job.optim, run.directions):
         finish_epoch(run, train_metrics=train_epoch(run))
     return run.history
 
@@ -102,14 +112,14 @@ def set_up(context: Context, job: Job) -> Run:
     method = job.build()
     for module in (method.module, *method.fixed):
         module.to(context.device)
-    check_selection(job, method)
+    known = check_selection(job, method)
     steps_per_epoch = len(job.batches(job, "train", context=context))
     if steps_per_epoch == 0 and job.optim.epochs > 0:
         raise TrainingError(f"{job.shards}: the train split gives no batch of {job.optim.batch_size}")
 
     objective = build_objective(method, job.training)
     groups = method.parameter_groups(job.optim.weight_decay)
-    run = Run(job, context, method, objective, optimiser(groups, job.optim), steps_per_epoch)
+    run = Run(job, context, method, objective, optimiser(groups, job.optim), steps_per_epoch, known)
     run.first_bad = run.first_bad.to(context.device)
     seed_rank(job.seed, context.rank + 1)  # other random numbers (dropout) on every rank
     summary = broadcast(checkpoints.newest(job.directory) if context.rank == 0 else None, context)
@@ -119,12 +129,11 @@ def set_up(context: Context, job: Job) -> Run:
     return run
 
 
-def check_selection(job: Job, method: Method) -> None:
-    """Raises `TrainingError` where an objective is neither one of the training nor an evaluation metric of the method."""
-    names = [f"val/{name}" for name in method.metrics()] + ["train/loss"]
-    for objective in job.optim.objectives:
-        if objective not in names and not objective.startswith("train/"):
-            raise TrainingError(f"select: no metric {objective!r}; there are {', '.join(names)}")
+def check_selection(job: Job, method: Method) -> Directions:
+    """The directions of the method's figures; raises `TrainingError` if the epochs of `job` cannot be selected by them."""
+    known = directions(method)
+    check_objectives(job.optim, known)
+    return known
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:
@@ -324,6 +333,8 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
         batches = read(run, "val")
         values = evaluate_split(run.method, run.method.module, rng_isolated(batches), context, job.training.precision)
+        if not values:
+            stop(run, f"val: no image could be evaluated after epoch {run.epoch}, so no epoch can be selected")
         values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
@@ -348,9 +359,10 @@ def save(run: Run) -> None:
     if run.context.rank != 0:
         return
     optim = run.job.optim
-    keep = {record["step"] for record in kept_records(run.history, optim)} if run.history else set()
+    keep = {record["step"] for record in kept_records(run.history, optim, run.directions)} if run.history else set()
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
     summary = {"epoch": run.epoch, "batches": run.batches, "earlier": run.earlier, "history": run.history}
+    summary["directions"] = dict(run.directions)
     with full_disk_in_one_line(run):
         checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last)
 

@@ -34,14 +34,17 @@ def _dominates(one: Point, other: Point) -> bool:
 
 
 def knee(points: Sequence[Point]) -> int:
-    """Index of the point nearest to the best value of every figure, each scaled to [0, 1] over the points; first of equals."""
-    columns = [[value if math.isfinite(value) else 0.0 for value in column] for column in zip(*points, strict=True)]
-    scaled = [_shortfalls(column) for column in columns]
+    """Index of the point nearest to the best value of every figure, each scaled to [0, 1] over the points; first of equals.
+
+    What is not finite is as far from the best value as the worst one.
+    """
+    scaled = [_shortfalls(column) for column in zip(*points, strict=True)]
     distances = [sum(missing**2 for missing in row) for row in zip(*scaled, strict=True)]
     return distances.index(min(distances))
 
 
 def _shortfalls(values: Sequence[float]) -> list[float]:
     """How far each value is from the best one, of the distance between the worst and the best."""
-    best, span = max(values), max(values) - min(values)
-    return [(best - value) / span if span else 0.0 for value in values]
+    finite = [value for value in values if math.isfinite(value)]
+    best, span = max(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+    return [((best - value) / span if span else 0.0) if math.isfinite(value) else 1.0 for value in values]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.distributed import Context, broadcast_buffers, to_device
+from pipelines.metrics import measured
 
 if TYPE_CHECKING:
     from pipelines.methods.method import Method
@@ -21,7 +22,8 @@ def evaluate_split(
     """The method's metrics of `module` (not wrapped by DDP) in evaluation mode over all ranks' batches.
 
     Ranks may have different numbers of batches, none among them: nothing is exchanged before the end, when
-    torchmetrics gathers the states. The same values are returned on every rank. `module` is left in its former mode.
+    torchmetrics gathers the states. The same values are returned on every rank. A metric that had no case (NaN) is left out.
+    `module` is left in its former mode.
     """
     training = module.training
     broadcast_buffers(module, context)
@@ -31,4 +33,4 @@ def evaluate_split(
         for batch in batches:
             method.update(metrics, module, to_device(batch, context.device))
     module.train(training)
-    return {name: float(value) for name, value in metrics.compute().items()}
+    return measured(metrics.compute())

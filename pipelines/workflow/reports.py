@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pipelines.metrics import with_arrows
 from pipelines.storage.files import write_json
 from pipelines.training import Result
 from pipelines.workflow.places import REPORTS
@@ -35,7 +36,7 @@ def report_training(name: str, result: Result, objectives: Sequence[str]) -> Non
         front = [
             {
                 "epoch": row["epoch"],
-                **{objective: row["metrics"][objective] for objective in objectives},
+                **{objective: row["metrics"][objective] for objective in objectives if objective in row["metrics"]},
                 "checkpoint": f"{result.directory}/checkpoints/step-{row['step']:08d}",
                 "chosen": row["epoch"] == best["epoch"],
             }
@@ -65,12 +66,34 @@ def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
                 writer.writerow([label, scores.get("gridpg"), scores.get("epg")])
 
 
-def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The trials on the front of a search and their values; `stages.tools.search_apply` makes an experiment of one."""
+def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], trials: int) -> Table:
+    """The trials on the front of a search of so many `trials`; `stages.tools.search_apply` makes an experiment of one.
+
+    `metrics` that none of them has measured have no column.
+    """
+    metrics = [name for name in metrics if any(name in row["metrics"] for row in rows)]
     keys = dict.fromkeys(key for row in rows for key in row["values"])
-    table = Table("trial on the front", *metrics, *(key.rpartition(".")[2] for key in keys))
+    heads = (*with_arrows(metrics), *(key.rpartition(".")[2] for key in keys))
+    table = Table("trial on the front", *heads, caption=what_a_search_shows(trials), caption_justify="left")
     for row in rows:
         values = (row["values"].get(key, "") for key in keys)
         drawn = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        table.add_row(str(row["trial"]), *(f"{row['metrics'][name]:.3f}" for name in metrics), *drawn)
+        table.add_row(str(row["trial"]), *(cell(row["metrics"].get(name), ".3f") for name in metrics), *drawn)
     return table
+
+
+def what_a_search_shows(trials: int) -> str:
+    """How far a search of so many trials reaches, in a sentence.
+
+    Of n random points one lies in the best share q of a space with probability 1 - (1 - q)^n (Bergstra and Bengio, 2012).
+    """
+    share = 1 - 0.05 ** (1 / trials)
+    return (
+        f"What {trials} trials can show: random ones find, in 19 of 20 searches, a point in the best {share:.0%} of the space. "
+        "Each has one seed: smaller differences than those between seeds say nothing."
+    )
+
+
+def cell(value: float | None, form: str) -> str:
+    """A figure in a table, such as `0.123` for the form `.3f`; empty if it was not measured."""
+    return "" if value is None else f"{value:{form}}"

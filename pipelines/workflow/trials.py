@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,19 +20,25 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.pictures import draw_front
+from pipelines.metrics import rising, with_arrows
 from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
 from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.storage.files import write_json
-from pipelines.training import EpochRecord, Result, launch, train
+from pipelines.training import EpochRecord, Result, TrainingError, launch, train
+from pipelines.training.job import directions
 from pipelines.workflow.places import REPORTS, shards_for_all
-from pipelines.workflow.reports import trials_table
+from pipelines.workflow.reports import trials_table, what_a_search_shows
 from pipelines.workflow.submitted_job import enter_inputs
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 
 CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
 OUT = REPORTS / "search"
+UNMEASURED = {  # metric -> why a trial may have no value of it
+    "val/gridpg": "too few classes have an image that the network gets right with confidence, so there is no grid",
+    **dict.fromkeys(("val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"), "no map has energy, or no box a pixel"),
+}
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
 
 
@@ -47,17 +54,33 @@ def task_of(params: Params, values: Mapping[str, Any]) -> Task:
     return replace(task, subset=subset)
 
 
-def check_metrics(params: Params, task: Task) -> None:
-    """Raises `ParamsError` if a metric of the search is not one that trials have."""
-    each_epoch = [f"val/{name}" for name in task.build().metrics()]
-    boxes = "boxes" in read_manifest(task.job("").shards).fields.get("val", ())
-    at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + ["val/epg", "val/size_corrected_epg", "val/iou"] * boxes
+def with_measurable_metrics(params: Params, task: Task) -> Params:
+    """`params` with those metrics of the search that trials can measure on this data; prints which one they cannot.
+
+    Raises:
+        ParamsError: a metric is not one that trials have, has no direction, or none is left.
+    """
+    known = directions(task.build())
+    each_epoch = [name for name, direction in known.items() if name.startswith("val/") and direction is not None]
+    manifest, cells = read_manifest(task.job("").shards), params.evaluate.grid_size**2
+    of_boxes = ["val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"]
+    at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + of_boxes * ("boxes" in manifest.fields.get("val", ()))
     for number, name in enumerate(params.search.metrics):
         halves = number == 0 and params.search.asha is not None
         allowed = each_epoch if halves else dict.fromkeys([*each_epoch, *at_the_end])
+        if known.get(name, True) is None:
+            raise ParamsError(f"search.metrics: it is not known whether {name!r} should rise or fall; take {', '.join(allowed)}")
         if name not in allowed:
             which = "the first one, by which search.asha judges each epoch, can be" if halves else "there are"
             raise ParamsError(f"search.metrics: no metric {name!r}; {which} {', '.join(allowed)}")
+    classes = len(task.spec.classes)
+    left = [name for name in params.search.metrics if name != "val/gridpg" or classes >= cells]
+    if left != params.search.metrics:
+        cause = f"val/gridpg cannot be measured: a grid shows {cells} classes (evaluate.grid_size), the data has {classes}"
+        if not left:
+            raise ParamsError(f"search.metrics: {cause}")
+        print(f"search.metrics: {cause}; trials are chosen by {', '.join(left)}", flush=True)
+    return params.model_copy(update={"search": params.search.model_copy(update={"metrics": left})})
 
 
 def run_trial(
@@ -70,7 +93,7 @@ def run_trial(
 ) -> dict[str, float]:
     """Trains with `values`; returns the metrics of the best epoch on the validation split. See `pipelines.search.tune.Work`.
 
-    `place` has the inputs of the search, for trials on nodes that have the code alone.
+    What was not measured is left out. `place` has the inputs of the search, for trials on nodes that have the code alone.
     """
     enter_inputs(place)
     task = task_of(params, values)
@@ -83,7 +106,7 @@ def run_trial(
     if missing:
         arguments = (task, job.shards, result, params.evaluate)
         judged = launch(judge, *arguments, training=job.training, storage=directory, sharing=sharing)
-        found |= {name: judged.get(name, 0.0) for name in missing}  # 0 if no image is classified well enough for a grid
+        found |= {name: judged[name] for name in missing if name in judged}
     return found
 
 
@@ -104,7 +127,10 @@ def judge(context: Context, task: Task, shards: str, result: Result, params: Eva
 def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: Trial) -> None:
     """Prints how a trial ended, and logs it to MLflow as a child of the search's run."""
     drawn = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in trial["values"].items())
-    figures = [f"{name} {trial['metrics'][name]:.3f}" for name in params.search.metrics if name in trial["metrics"]]
+    metrics = params.search.metrics
+    figures = [f"{name} {trial['metrics'][name]:.3f}" for name in metrics if name in trial["metrics"]]
+    if trial["status"] == "finished":
+        figures += [f"{name} not measured ({UNMEASURED.get(name, 'it had no case')})" for name in _without(trial, metrics)]
     print(f"trial {trial['status']}: {', '.join(figures) or trial['error']} ({drawn})", flush=True)
     tracking.child_run(
         run,
@@ -118,9 +144,21 @@ def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: T
     )
 
 
+def _without(trial: Trial, metrics: Sequence[str]) -> list[str]:
+    """Those of `metrics` that the trial has not measured."""
+    return [name for name in metrics if name not in trial["metrics"]]
+
+
 def report_search(run: tracking.StageRun, found: Sequence[Trial], names: Sequence[str]) -> None:
-    """Reports the trials and their Pareto front in `reports/search`, in MLflow and on the console."""
-    best = front(found, names)
+    """Reports the trials and their Pareto front in `reports/search`, in MLflow and on the console.
+
+    Raises:
+        TrainingError: no finished trial has measured any of the metrics `names`. The trials are in `reports/search` by then.
+    """
+    finished = [trial for trial in found if trial["status"] == "finished"]
+    unmeasured = [name for name in names if all(name in _without(trial, names) for trial in finished)]
+    known = [name for name in names if name not in unmeasured]
+    best = front(found, known) if known else []
     rows: list[dict[str, Any]] = [
         {
             "trial": number,
@@ -131,13 +169,20 @@ def report_search(run: tracking.StageRun, found: Sequence[Trial], names: Sequenc
         for number, trial in enumerate(found)
     ]
     of_front = [rows[number] for number in best]
-    highest = {name: max(row["metrics"][name] for row in of_front) for name in names}
+    values = {name: [row["metrics"][name] for row in of_front if name in row["metrics"]] for name in known}
+    best_values = {name: max(some, key=partial(rising, name)) for name, some in values.items()}
     write_json(OUT / "trials.json", rows)
     write_json(OUT / "front.json", of_front)
-    write_json(OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **highest})
-    points = {row["trial"]: [row["metrics"][name] for name in names] for row in rows if row["status"] == "finished"}
-    draw_front(OUT / "front.png", points, best, names)
-    Console(highlight=False).print(trials_table(names, of_front))
-    run.metrics(highest)
+    write_json(OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **best_values})
+    points = {row["trial"]: [row["metrics"].get(name) for name in known] for row in rows if row["status"] == "finished"}
+    shows = what_a_search_shows(len(rows))
+    draw_front(OUT / "front.png", points, best, with_arrows(known), note=shows)
+    for name in unmeasured:
+        print(f"{name} was measured in no trial: {UNMEASURED.get(name, 'it had no case')}", flush=True)
+    if not known:
+        raise TrainingError(f"search.metrics: no trial has measured {' or '.join(names)}; the trials are in {OUT}/trials.json")
+    Console(highlight=False).print(trials_table(known, of_front, len(rows)))
+    run.metrics(best_values)
+    run.tag("search.shows", shows)
     for name in ("trials.json", "front.json", "front.png"):
         run.artifact(OUT / name)

@@ -11,7 +11,7 @@ from rich.table import Table
 from pipelines import tracking
 from pipelines.params import load
 from pipelines.workflow.places import REPORTS
-from pipelines.workflow.reports import trials_table
+from pipelines.workflow.reports import cell, trials_table
 
 
 def main() -> None:
@@ -19,21 +19,21 @@ def main() -> None:
     metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())
     students = json.loads((REPORTS / "evaluate/students.json").read_text())
     guidance = json.loads((REPORTS / "evaluate_guidance/metrics.json").read_text())
-    best = json.loads((REPORTS / "search/front.json").read_text())
+    best, trials = (json.loads((REPORTS / f"search/{name}.json").read_text()) for name in ("front", "trials"))
     version = json.loads((REPORTS / "register.json").read_text())
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
     for name, of_model in metrics["models"].items():
         for row, (explanation, scores) in enumerate(of_model["explanations"].items() or [("", {})]):
             right = of_model.get("accuracy", of_model.get("f1"))  # multiclass, multilabel
-            first = (name, f"{right:.1%}") if row == 0 else ("", "")
-            cells = [scores.get(key) for key in ("gridpg", "epg", "unexplained_share")]
-            table.add_row(*first, explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
+            first = (name, cell(right, ".1%")) if row == 0 else ("", "")
+            figures = [scores.get(key) for key in ("gridpg", "epg", "unexplained_share")]
+            table.add_row(*first, explanation, *(cell(figure, ".3g") for figure in figures))
     console.print(table)
     console.print(followers(students["models"]))
     for split, found in guidance.items():
         console.print(guided(split, found["models"]))
-    console.print(trials_table(load().search.metrics, best))
+    console.print(trials_table(load().search.metrics, best, len(trials)))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
     console.print(f"registry   {version['uri']} (version {version['version']})")
@@ -48,22 +48,20 @@ def followers(models: dict[str, Any]) -> Table:
     for name, found in models.items():
         scores: dict[str, float] = next(iter(found["explanations"].values()), {})
         right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
-        cells = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
-        shown = ["" if share is None else f"{share:.1%}" for share in right] + ["" if x is None else f"{x:.3g}" for x in cells]
-        table.add_row(name, *shown)
+        figures = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
+        table.add_row(name, *(cell(share, ".1%") for share in right), *(cell(figure, ".3g") for figure in figures))
     return table
 
 
 def guided(split: str, models: dict[str, Any]) -> Table:
     """The classifier before and after guidance."""
-    keys = ("epg", "on_object_epg", "size_corrected_epg", "iou")
-    heads = ("energy pointing game", "on the object", "size-corrected", "IoU")
+    keys = ("epg", "on_object_epg", "size_corrected_epg", "iou", "iou_threshold", "iou_at_0.5")
+    heads = ("energy pointing game", "on the object", "size-corrected", "IoU", "at threshold", "IoU at 0.5")
     table = Table(f"classifier ({split})", "F1 or accuracy", "explanation", *heads)
     for name, found in models.items():
         for explanation, scores in found["explanations"].items() or [("", {})]:
-            cells = [scores.get(key) for key in keys]
-            right = found.get("f1", found.get("accuracy"))
-            table.add_row(name, f"{right:.1%}", explanation, *("" if cell is None else f"{cell:.3g}" for cell in cells))
+            right = cell(found.get("f1", found.get("accuracy")), ".1%")
+            table.add_row(name, right, explanation, *(cell(scores.get(key), ".3g") for key in keys))
     return table
 
 

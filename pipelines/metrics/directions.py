@@ -1,0 +1,42 @@
+"""Which way a figure gets better. Search, selection and reports ask here, so that all of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HIGHER = frozenset(
+    (
+        *("accuracy", "accuracy_top5", "f1", "precision", "recall", "mean_average_precision", "agreement"),
+        *(f"{kind}_{group}_accuracy" for kind in ("worst", "mean") for group in ("group", "class_group")),
+        *("gridpg", "gridpg_own_grids", "epg", "on_object_epg", "size_corrected_epg", "iou", "iou_at_0.5"),
+        "explanation_similarity",
+    )
+)
+LOWER = frozenset(("calibration_error", "unexplained_share", "unexplained_share_as_published"))
+LOSSES = frozenset(("loss", "distillation", "explanation", "label", "classification", "localisation"))
+SIZES = ("small", "medium", "large")  # of boxes: `epg_small` has the direction of `epg`
+
+
+def higher_is_better(name: str) -> bool | None:
+    """Whether a figure named like `val/epg_small` gets better as it rises; None if it has no known direction.
+
+    The metrics' classes say the same (torchmetrics' `higher_is_better`). Losses (`train/distillation`, or any name with `loss`)
+    get better as they fall.
+    """
+    group, _, metric = name.rpartition("/")
+    stem, _, size = metric.rpartition("_")
+    metric = stem if size in SIZES else metric
+    if metric in HIGHER:
+        return True
+    falls = metric in LOWER or "loss" in metric or (group == "train" and metric in LOSSES)
+    return False if falls else None
+
+
+def rising(name: str, value: float) -> float:
+    """`value` of the figure called `name`, turned so that the higher is the better."""
+    return -value if higher_is_better(name) is False else value
+
+
+def with_arrows(names: Sequence[str]) -> list[str]:
+    """The names for tables and plots; `↓` marks those that get better as they fall."""
+    return [f"{name} ↓" if higher_is_better(name) is False else name for name in names]
