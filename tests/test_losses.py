@@ -51,13 +51,17 @@ MASKS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
         (losses.l1_loss, [(0 + 0 + 0.5 + 0.5) / 4, 1 / 4]),
         (losses.rrr_loss, [0.25 + 0.25, 0.0]),
         (losses.ppce_loss, [-math.log(0.5) / 2, 100.0]),
+        (losses.size_corrected_energy_loss, [1 - 3 / 4 / math.sqrt(1 / 2), 1.0]),
     ],
 )
 def test_localisation_losses_by_hand(loss, expected):
     torch.testing.assert_close(loss(MAPS, MASKS), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("loss", [losses.energy_loss, losses.l1_loss, losses.rrr_loss, losses.ppce_loss])
+LOCALISATION = [losses.energy_loss, losses.l1_loss, losses.rrr_loss, losses.ppce_loss, losses.size_corrected_energy_loss]
+
+
+@pytest.mark.parametrize("loss", LOCALISATION)
 def test_localisation_losses_are_of_each_image_and_have_finite_gradients(loss):
     torch.manual_seed(0)
     maps, masks = torch.randn(3, 4, 4), (torch.rand(3, 8, 8) > 0.5).float()
@@ -69,6 +73,38 @@ def test_localisation_losses_are_of_each_image_and_have_finite_gradients(loss):
     torch.testing.assert_close(values[:1], loss(maps[:1], masks[:1]))
     values.sum().backward()
     assert maps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_the_size_corrected_energy_loss_is_that_of_sauter_et_al(alpha):
+    torch.manual_seed(0)
+    maps, masks = torch.randn(3, 8, 8), torch.zeros(3, 8, 8)
+    masks[0, :, :4], masks[1, 2:, 1:], masks[2] = 1, 1, 1
+    energy, area = 1 - losses.energy_loss(maps, masks), masks.mean((1, 2))
+    torch.testing.assert_close(losses.size_corrected_energy_loss(maps, masks, alpha), 1 - energy / area**alpha)
+
+
+SIDE = 224
+MASKS = {  # pixels of the mask, counted from the first one
+    "2 % outside": round(0.98 * SIDE**2),
+    "one pixel outside": SIDE**2 - 1,
+    "2 % inside": round(0.02 * SIDE**2),
+    "one pixel inside": 1,
+    "all": SIDE**2,
+    "none": 0,
+}
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("pixels", MASKS.values(), ids=MASKS)
+def test_the_gradient_of_the_size_corrected_loss_is_at_most_5_times_the_energy_losses(pixels, alpha):
+    mask = (torch.arange(SIDE**2) < pixels).float().view(1, SIDE, SIDE)
+    maps = torch.randn(1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (plain,) = torch.autograd.grad(losses.energy_loss(maps, mask).sum(), maps)
+    value = losses.size_corrected_energy_loss(maps, mask, alpha)
+    (corrected,) = torch.autograd.grad(value.sum(), maps)
+    assert corrected.norm() <= 5.001 * plain.norm()
+    assert -4 <= value.item() <= 1
 
 
 def test_an_empty_mask_costs_nothing_in_ppce():

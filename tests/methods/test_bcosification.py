@@ -239,7 +239,7 @@ def test_the_best_model_is_saved_with_the_b_that_it_was_validated_with(tmp_path:
 
 
 def test_no_epoch_before_the_end_of_the_schedule_is_the_best(tmp_path: Path) -> None:
-    optim = choices(b_mode="scheduled", b_epochs=3, select="train/b_mean", patience=None)
+    optim = choices(b_mode="scheduled", b_epochs=3, select="train/loss", patience=None)
     history = train(job_of(tmp_path / "run", optim)).history
     for record in history:  # B itself would be best at the end; its complement at the start
         record["metrics"]["loss of b"] = record["metrics"]["train/b_mean"]

@@ -10,12 +10,13 @@ from pipelines import models
 from pipelines.attribution import attribute, explain, explain_pairs
 from pipelines.bcos import add_inverse, bcosify
 from pipelines.distributed import to_device
-from pipelines.losses import energy_loss
+from pipelines.losses import energy_loss, size_corrected_energy_loss
 from pipelines.methods import Guidance, ObjectClassification, build_classifier, build_guidance, classifier_spec
 from pipelines.methods.guidance import LOCALISATION, dilated, draw_classes
-from pipelines.metrics import box_masks
+from pipelines.metrics import box_masks, measured
 from pipelines.models import ModelError, ModelSpec
 from pipelines.params import GuidanceParams, TrainingParams
+from pipelines.training.job import directions
 from pipelines.training.objective import build_objective
 
 CLASSES, SIDE = 4, 8
@@ -144,6 +145,28 @@ def test_the_loss_is_classification_and_the_sum_over_the_guided_images(name):
     torch.testing.assert_close(losses["localisation"], each.sum() / 4)
 
 
+def test_alpha_is_that_of_the_size_corrected_loss():
+    torch.manual_seed(0)
+    plain, corrected = method(), method(loss="size_corrected_energy", alpha=0.25)
+    prepared = plain.prepare(batch())
+    maps = attribute(corrected.module, prepared["image"], prepared["class"])
+    each = size_corrected_energy_loss(maps, prepared["mask"], 0.25)
+    torch.testing.assert_close(corrected.loss(corrected.module, prepared)["localisation"], each.mean())
+    nothing = method(loss="size_corrected_energy", alpha=0)
+    torch.testing.assert_close(nothing.loss(nothing.module, prepared), plain.loss(plain.module, prepared))
+
+
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_the_losses_by_which_an_epoch_can_be_selected_are_those_that_there_are(weight):
+    guidance = method(localisation_weight=weight)
+    losses = guidance.loss(guidance.module, guidance.prepare(batch()))
+    assert set(losses) == set(guidance.losses)
+    known = directions(guidance)
+    assert known["val/iou"] is known["val/iou_at_0.5"] is True
+    assert known["val/iou_threshold"] is None
+    assert {known[f"train/{name}"] for name in losses} == {False}
+
+
 def test_parts_of_a_batch_add_up_to_the_whole():
     torch.manual_seed(0)
     guidance = method()
@@ -266,8 +289,9 @@ def test_metrics_are_those_of_the_pairs_with_a_box():
     guidance.update(metrics, guidance.module, some)
     assert metrics["epg"].count == metrics["iou"].count == 7
     found = metrics.compute()
-    assert set(found) == {"f1", "precision", "recall", "epg", "iou"}
-    assert all(0 <= value <= 1 for value in found.values())
+    assert set(found) == {"f1", "precision", "recall", "epg", "iou", "iou_threshold", "iou_at_0.5"}
+    assert all(0 <= value <= 1 for value in measured(found).values())
+    assert found["iou"] >= found["iou_at_0.5"]
 
 
 def test_one_label_an_image_is_classified_by_as_many_decisions_and_judged_by_accuracy_too():

@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from pipelines.metrics import (
+    THRESHOLDS,
+    IoU,
     LocalisationMetric,
     area_share,
     attribution_iou,
     box_masks,
     energy_pointing_game,
+    iou_by_threshold,
+    measured,
     object_masks,
     select_boxes,
     size_corrected,
@@ -55,6 +59,57 @@ def test_iou_scales_by_minimum_and_maximum_and_a_flat_map_counts_everywhere():
     raised = torch.tensor([[[10.0, 11.0], [12.0, 12.0]]])
     assert attribution_iou(raised, mask([0, 0], [1, 1])).item() == 1
     assert attribution_iou(torch.full((1, 2, 2), 5.0), mask([1, 0], [0, 0])).item() == pytest.approx(0.25)
+
+
+def test_iou_at_each_threshold_is_that_of_the_map_binarised_there():
+    torch.manual_seed(0)
+    maps, masks = torch.randn(5, 6, 7).pow(3), torch.rand(5, 6, 7) > 0.6
+    maps[3], masks[4] = -1, False
+    positive = maps.clamp_min(0)
+    least, largest = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
+    scaled = (positive - least) / (largest - least).clamp_min(1e-30)
+    expected = [((scaled > t) & masks).sum((1, 2)) / ((scaled > t) | masks).sum((1, 2)).clamp_min(1) for t in THRESHOLDS]
+    torch.testing.assert_close(iou_by_threshold(maps, masks), torch.stack(expected, 1))
+    torch.testing.assert_close(attribution_iou(maps, masks, 0.1), expected[THRESHOLDS.index(0.1)])
+    maps[0, 0, 0] = torch.nan
+    assert iou_by_threshold(maps, masks).isnan().all(1).tolist() == [True, False, False, False, False]
+
+
+def peaked(strength: float) -> torch.Tensor:
+    """A map whose weak pixels fill its right half, beside one strong pixel there."""
+    maps = torch.zeros(1, 4, 4)
+    maps[:, :, 2:] = strength
+    maps[:, 0, 3] = 1
+    return maps
+
+
+def test_the_threshold_is_chosen_by_the_mean_over_all_images():
+    masks = torch.zeros(1, 4, 4)
+    masks[:, :, 2:] = 1
+    metric = IoU()
+    metric.update(peaked(0.06), masks)
+    metric.update(peaked(0.015), masks)
+    found = measured(metric.compute())
+    assert (found["iou"], found["iou_threshold"]) == (1, pytest.approx(0.001))
+    assert found["iou_at_0.5"] == pytest.approx(1 / 8)  # the strong pixel alone
+    noisy = peaked(0.06)
+    noisy[:, :3, :2] = 0.012  # which is above all thresholds below 0.02
+    metric.update(noisy, masks)
+    assert measured(metric.compute())["iou_threshold"] == pytest.approx(0.001)  # better for two of three maps
+    for _ in range(3):
+        metric.update(noisy, masks)
+    assert measured(metric.compute())["iou_threshold"] == pytest.approx(0.02)
+
+
+def test_the_chosen_threshold_does_not_depend_on_how_batches_are_split():
+    torch.manual_seed(0)
+    maps, masks = torch.randn(60, 8, 8).pow(5), torch.rand(60, 8, 8) > 0.7
+    whole, parts = IoU(), [IoU(), IoU()]
+    whole.update(maps, masks)
+    for index, start in enumerate(range(0, 60, 13)):
+        parts[index % 2].update(maps[start : start + 13], masks[start : start + 13])
+    parts[0].merge_state(parts[1])
+    assert measured(parts[0].compute()) == pytest.approx(measured(whole.compute()), abs=1e-9)
 
 
 def test_an_empty_union_scores_0_and_is_said_to_be_undefined():

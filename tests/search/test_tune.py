@@ -14,7 +14,7 @@ import yaml
 from pipelines.params import AshaParams, Params, SearchDimension, SearchParams, TrainingParams, replaced, validate
 from pipelines.search.proposals import define_by_run
 from pipelines.search.records import Trial, draw, read_trials, settle_trial, start_trial, trial_directory, values_of_params
-from pipelines.search.tune import front, search
+from pipelines.search.tune import _halving, front, search
 from pipelines.training import TrainingError
 from tests.support import toy
 from tests.support.driver import run_until_killed
@@ -83,6 +83,33 @@ def test_the_front_is_of_finished_trials_that_no_other_beats() -> None:
     found: list[Any] = [{"status": "finished", "metrics": {"val/a": a, "val/b": b}} for a, b in points]
     found[-1] = {"status": "stopped", "metrics": {"val/a": 0.95}}
     assert front(found, ["val/a", "val/b"]) == [4, 1, 0]
+
+
+def test_what_falls_is_better_low_and_what_was_not_measured_is_worse_than_all() -> None:
+    metrics = ["val/accuracy", "val/calibration_error"]
+    measured: list[dict[str, float]] = [
+        {"val/accuracy": 0.7, "val/calibration_error": 0.3},
+        {"val/accuracy": 0.7, "val/calibration_error": 0.1},
+        {"val/accuracy": 0.6},
+        {"val/accuracy": 0.8},
+        {"val/accuracy": 0.2, "val/calibration_error": 0.05},
+    ]
+    found: list[Any] = [{"status": "finished", "metrics": of_trial} for of_trial in measured]
+    assert front(found, metrics) == [3, 1, 4]
+    assert front(found, metrics[1:]) == [4]
+
+
+@pytest.mark.parametrize(("metric", "better"), [("val/accuracy", 1.0), ("val/calibration_error", -1.0)])
+def test_successive_halving_goes_on_with_the_better_trials(metric: str, better: float) -> None:
+    halving = _halving(toy_search(metrics=[metric], asha=AshaParams(grace=1, reduction=2)))
+    assert halving._metric_op == better
+
+
+def test_a_record_has_no_figure_that_was_not_measured(tmp_path: Path) -> None:
+    place = trial_directory(str(tmp_path), {"x.lr": 0.1})
+    found = {"val/accuracy": 0.5, "val/gridpg": float("nan")}
+    assert settle_trial(place, start_trial(place, {"x.lr": 0.1}), "finished", found)["metrics"] == {"val/accuracy": 0.5}
+    assert "NaN" not in Path(place, "trial.json").read_text()
 
 
 def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(tmp_path: Path, ray_workers: None) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
+from pipelines.metrics import Accuracy
 from pipelines.params import OptimiserParams
 from pipelines.storage import files
-from pipelines.training import Context, EpochRecord, TrainingError, checkpoints, loop, train
+from pipelines.training import Context, EpochRecord, Job, TrainingError, checkpoints, loop, train
 from pipelines.training.job import best_record, is_finished
 from tests.support.toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
 
@@ -100,6 +102,90 @@ def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -
     assert best_record(history, chosen_by("val/loss"))["epoch"] == 2
     with pytest.raises(TrainingError, match="no metric 'val/f1'; there are val/accuracy, val/loss"):
         best_record(history, chosen_by("val/f1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "best"),
+    [
+        ("val/accuracy", 0.5, 0.7, 2),
+        ("val/calibration_error", 0.2, 0.1, 2),
+        ("val/unexplained_share", 0.1, 0.2, 1),
+        ("train/distillation", 3.0, 4.0, 1),
+        ("train/localisation", 3.0, 2.0, 2),
+        ("val/iou_at_0.5", 0.3, 0.2, 1),
+    ],
+)
+def test_the_best_epoch_is_the_one_where_a_metric_is_better(name: str, first: float, second: float, best: int) -> None:
+    history = [record(epoch, accuracy=0.5) for epoch in (1, 2)]
+    for row, value in zip(history, (first, second), strict=True):
+        row["metrics"][name] = value
+    assert best_record(history, chosen_by(name))["epoch"] == best
+
+
+def test_an_epoch_that_did_not_measure_the_metric_is_never_the_best() -> None:
+    history = [record(1, accuracy=0.5), record(2, accuracy=0.5, precision=0.1), record(3, accuracy=0.5)]
+    assert best_record(history, chosen_by("val/precision"))["epoch"] == 2
+    falling = [record(1, accuracy=0.5), record(2, accuracy=0.5, calibration_error=0.9), record(3, accuracy=0.5)]
+    assert best_record(falling, chosen_by("val/calibration_error"))["epoch"] == 2
+
+
+def test_a_run_selects_by_the_direction_that_its_metric_has(tmp_path: Path) -> None:
+    result = train(toy_job(tmp_path / "run", select="val/calibration"))
+    found = [row["metrics"]["val/calibration"] for row in result.history]
+    assert len(set(found)) == 3
+    assert result.best["metrics"]["val/calibration"] == min(found)
+    again = train(toy_job(tmp_path / "run", select="val/calibration"))  # a finished run knows it too
+    assert again.best == result.best
+
+
+@pytest.mark.parametrize("select", ["val/count", "train/lr", "train/dropout", "val/skipped", "train/nonsense"])
+def test_what_has_no_direction_is_refused_before_any_step(tmp_path: Path, select: str) -> None:
+    job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select=select)
+    with pytest.raises(TrainingError, match=rf"^select: [^\n]*'{select}'[^\n]*val/accuracy[^\n]*train/loss$"):
+        train(job)
+    assert not (tmp_path / "marker").exists()
+
+
+class Unmeasured(ToyMethod):
+    """Its accuracy has no case in the first `epochs` epochs."""
+
+    epochs, asked = 1, 0
+
+    def metrics(self) -> Any:
+        self.asked += 1
+        metrics = super().metrics()
+        if self.asked <= 1 + self.epochs:  # the loop asks once before the first epoch
+            metrics["accuracy"].compute = lambda: torch.tensor(torch.nan)
+        return metrics
+
+
+def test_a_metric_without_a_case_is_absent_and_its_epoch_not_the_best(tmp_path: Path) -> None:
+    result = train(toy_job(tmp_path / "run", Unmeasured, epochs=2))
+    assert [("val/accuracy" in row["metrics"]) for row in result.history] == [False, True]
+    assert result.best["epoch"] == 2
+    assert "NaN" not in (tmp_path / "run/history.json").read_text()
+
+
+def test_a_metric_without_a_case_in_any_epoch_ends_the_run(tmp_path: Path) -> None:
+    class Never(Unmeasured):
+        epochs = 9
+
+    with pytest.raises(TrainingError, match=r"^select: 'val/accuracy' was measured in no epoch"):
+        train(toy_job(tmp_path / "run", Never, epochs=2))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_validation_without_an_image_ends_the_run_after_its_first_epoch(tmp_path: Path) -> None:
+    class Unseen(ToyMethod):
+        def metrics(self) -> Any:
+            return MetricCollection({"accuracy": Accuracy()})
+
+    def without_val(job: Job, split: str, **place: Any) -> Any:
+        return toy_batches(job, split, **place) if split == "train" else []
+
+    job = replace(toy_job(tmp_path / "run", Unseen), batches=without_val)
+    with pytest.raises(TrainingError, match=r"^val: no image could be evaluated after epoch 1"):
+        train(job)
 
 
 def test_patience_counts_epochs_since_the_best(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_the_knee_is_nearest_to_the_best_of_everything():
     assert knee([(1.0, 0.0), (0.9, 0.8), (0.0, 1.0)]) == 1
     assert knee([(0.3, 0.3)]) == 0
     assert knee([(0.5, 0.2), (0.5, 0.4), (0.5, math.nan)]) == 1
+    assert knee([(0.9, -0.2), (0.9, -0.4), (0.9, -math.inf)]) == 0  # of figures that fall 0 would be the best
+    assert knee([(0.5, -math.inf), (0.9, -math.inf)]) == 1
 
 
 def record(epoch: int, f1: float, epg: float, iou: float) -> EpochRecord:

@@ -1,0 +1,103 @@
+"""The threshold of IoU is chosen on validation images, for each model and explanation; what has no case is absent."""
+
+import json
+
+import pytest
+import torch
+
+from pipelines import models
+from pipelines.attribution import attribute
+from pipelines.bcos import add_inverse
+from pipelines.data.loading.loader import loader
+from pipelines.data.shards.manifest import MANIFEST
+from pipelines.evaluation import ExplainedModel, Scores, evaluate
+from pipelines.evaluation.predictions import Predictions
+from pipelines.metrics import THRESHOLDS, attribution_iou, box_masks
+from pipelines.models import ModelSpec
+from pipelines.params import DataParams, EvaluateParams
+from pipelines.training import Context
+from tests.support.drawn import CLASSES, drawn_shards
+
+DATA = DataParams(image_size=32, augment="none")
+PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3, posthoc=("gradcam",))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 2, "val": 12, "test": 14})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("conventional", "bcos"):
+        torch.manual_seed(0)
+        spec = ModelSpec("resnet8", CLASSES, 32, kind)
+        models.save(folder / kind, models.assemble(spec), spec)
+    return {kind: str(folder / kind) for kind in ("conventional", "bcos")}
+
+
+def mean_iou(shards, split, folder, method, threshold):
+    (batch,) = loader(shards, split, DATA, 50)
+    model, _ = models.load(folder)
+    maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=method)
+    return attribution_iou(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:]), threshold).double().mean().item()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_threshold_is_the_best_of_the_list_on_validation(shards, folders, split):
+    found = evaluate(Context(), folders, shards, DATA, PARAMS, split)[0]["models"]
+    for name, method in (("conventional", "gradcam"), ("bcos", "bcos")):
+        scores = found[name]["explanations"][method]
+        on_val = [mean_iou(shards, "val", folders[name], method, threshold) for threshold in THRESHOLDS]
+        assert on_val[THRESHOLDS.index(scores["iou_threshold"])] == pytest.approx(max(on_val), abs=1e-6)
+        expected = {
+            key: mean_iou(shards, split, folders[name], method, t)
+            for key, t in (("iou", scores["iou_threshold"]), ("iou_at_0.5", 0.5))
+        }
+        assert {key: scores[key] for key in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_boxes_in_validation_there_is_no_iou_but_at_one_half(shards, folders, tmp_path):
+    content = json.loads((tmp_path.parent / shards / MANIFEST).read_text())
+    content["fields"]["val"] = []
+    for path in (tmp_path.parent / shards).iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    found = evaluate(Context(), {"bcos": folders["bcos"]}, str(tmp_path), DATA, PARAMS)[0]
+    scores = found["models"]["bcos"]["explanations"]["bcos"]
+    assert "iou_at_0.5" in scores
+    assert not {"iou", "iou_threshold", "iou_small", "iou_medium"} & set(scores)
+    assert "NaN" not in json.dumps(found)
+
+
+def scores_of(masks, boxed):
+    """The figures of flat maps beside these masks."""
+    spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
+    scores = Scores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
+    scores.metrics["map"] = {}
+    scores._add_boxes("map", torch.ones(len(masks), 8, 8), masks, boxed=boxed)
+    return scores.compute(Context())["map"]
+
+
+def test_boxes_that_cover_no_pixel_measure_nothing():
+    found = scores_of(torch.zeros(3, 8, 8, dtype=torch.bool), torch.tensor([True, True, False]))
+    assert found["pairs"] == 0
+    assert (found["pairs_with_empty_boxes"], found["pairs_without_box"]) == (2, 1)
+    assert not {"epg", "size_corrected_epg", "iou", "iou_threshold", "iou_at_0.5"} & set(found)
+    assert "NaN" not in json.dumps(found)
+
+
+def test_boxes_of_whole_images_have_no_size_corrected_score():
+    found = scores_of(torch.ones(2, 8, 8, dtype=torch.bool), torch.tensor([True, True]))
+    assert found["epg"] == 1
+    assert "size_corrected_epg" not in found
+    assert found["size_corrected_epg_undefined"] == 2
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, 2, dtype=torch.long), torch.tensor([[1, 0], [0, 1], [1, 1]])])
+def test_decisions_about_nothing_are_absent(labels):
+    predictions = Predictions(["a", "b", "c"], labels, {"model": torch.full((3, 2), -1.0)}, torch.full((3,), -1))
+    found = predictions.decisions("model")
+    assert set(found) == ({"f1", "recall", "mean_average_precision"} if labels.any() else set())
