@@ -50,9 +50,10 @@ SEEDS = ("seed", "distill.shots_seed", "guide.guided.annotated_seed")
 RESULTS = REPORTS / "experiments.jsonl"
 FIGURES = (
     *("accuracy", "f1", "worst_group_accuracy", "mean_group_accuracy", "worst_class_group_accuracy", "agreement"),
-    *("explanation_similarity", "gridpg_own_grids", "unexplained_share", "unexplained_share_as_published", "epg", "iou"),
+    *("explanation_similarity", "gridpg_own_grids", "unexplained_share", "unexplained_share_as_published", "epg"),
+    *("iou", "iou_threshold", "iou_at_0.5"),
     *("on_object_epg", "size_corrected_epg", "epg_small", "epg_medium", "epg_large", "train/b_mean", "train/bias_abs_mean"),
-    *("teacher_accuracy", "teacher_f1", "teacher_epg", "teacher_iou"),
+    *("teacher_accuracy", "teacher_f1", "teacher_epg", "teacher_iou", "teacher_iou_at_0.5"),
 )
 
 

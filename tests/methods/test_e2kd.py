@@ -19,6 +19,7 @@ from pipelines.methods import E2KD, build_e2kd, check_pair
 from pipelines.models import ModelError, ModelSpec
 from pipelines.params import DataParams, DistillationParams, StudentParams, TrainingParams
 from pipelines.training import Job, TrainingError, checkpoints, train
+from pipelines.training.job import directions
 from pipelines.training.objective import build_objective
 
 CLASSES, SIDE = ("a", "b", "c"), 8
@@ -347,6 +348,22 @@ def test_any_other_pair_fits() -> None:
     check_pair(spec_of("bcos"), spec_of("conventional"), explained=False)
     check_pair(spec_of("conventional"), spec_of("conventional"), explained=True)
     check_pair(spec_of("conventional"), spec_of("bcos"), explained=True)
+
+
+@pytest.mark.parametrize("values", [{}, {"explanation_weight": 0.0}, {"label_weight": 0.5}])
+def test_an_epoch_can_be_selected_by_each_loss_that_there_is(teachers: dict[str, Path], values: dict[str, float]) -> None:
+    method = method_of(teachers["bcos"], **values)
+    losses = method.loss(method.module, method.prepare(batch_of()))
+    assert {f"train/{name}": False for name in losses} == {k: v for k, v in directions(method).items() if k.startswith("train/")}
+
+
+def test_the_epoch_with_the_least_distillation_loss_is_the_best(teachers: dict[str, Path], tmp_path: Path) -> None:
+    build = partial(method_of, teachers["bcos"])
+    result = train(job_of(tmp_path / "run", build, settings(select="train/distillation", epochs=3)))
+    found = [row["metrics"]["train/distillation"] for row in result.history]
+    assert result.best["metrics"]["train/distillation"] == min(found) < max(found)
+    with pytest.raises(TrainingError, match=r"^select: no metric 'train/localisation'; there are .*train/distillation"):
+        train(job_of(tmp_path / "other", build, settings(select="train/localisation")))
 
 
 def test_a_metric_to_select_by_that_unlabelled_data_does_not_have_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
