@@ -97,7 +97,7 @@ class Scores:
         return found
 
     def _threshold(self, name: str, values: Mapping[str, Any], thresholds: Thresholds | None) -> int | None:
-        """The place in THRESHOLDS of the explanation's threshold; None if there is none, or no IoU was measured."""
+        """The place in THRESHOLDS of the explanation's threshold; None without a threshold or any IoU."""
         if "iou" not in values or values["iou"]["mean"].isnan().any():
             return None
         if thresholds is None:
@@ -106,7 +106,7 @@ class Scores:
 
     @staticmethod
     def _figures(key: str, value: Any, threshold: int | None) -> dict[str, float]:
-        """What `compute` reports of the metric `key` with this value, IoU at the threshold with this place in THRESHOLDS."""
+        """What `compute` reports of the metric `key`; `threshold` is the place in THRESHOLDS of the one for IoU."""
         if not isinstance(value, dict):
             return measured({key: value})
         count, undefined, mean = int(value["count"]), int(value["undefined"]), value["mean"]
@@ -159,7 +159,7 @@ class Scores:
         chosen: Tensor,
         missing: Tensor | None = None,
     ) -> None:
-        """Adds a score (P,), for IoU (P, T), of the pairs that are `chosen`, and of those of each of BOX_SIZES."""
+        """Adds a score (P,), or (P, T) for IoU, of the `chosen` pairs, and of those with each of BOX_SIZES."""
         some = {key: chosen}
         some |= {f"{key}_{size}": chosen & (shares > least) & (shares <= most) for size, (least, most) in BOX_SIZES.items()}
         for each, pairs in some.items():

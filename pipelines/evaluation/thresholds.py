@@ -1,4 +1,4 @@
-"""The threshold of IoU, chosen on the validation split for each model and explanation (Rao et al., ICCV 2023)."""
+"""The threshold of IoU: chosen on the validation split, for each model and explanation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Thresholds = dict[str, float]  # name of an explanation -> threshold
 def choose_thresholds(
     context: Context, models: Mapping[str, ExplainedModel], shards: str, data: DataParams, params: EvaluateParams
 ) -> dict[str, Thresholds]:
-    """For each model, the thresholds with the highest mean IoU on the validation split; the same on every worker.
+    """For each model, the thresholds with the highest mean IoU on the validation split.
 
-    An explanation has no threshold if the validation split has no boxes.
+    They are the same on every worker. An explanation has no threshold if the validation split has no boxes.
     """
     metrics = {model: {name: IoU().to(context.device) for name in of.explanations} for model, of in models.items()}
     if "boxes" in read_manifest(shards).fields.get("val", ()):

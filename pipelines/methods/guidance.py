@@ -123,7 +123,7 @@ class Guidance(ObjectClassification):
         return {"loss": classification + weight * localisation, "classification": classification, "localisation": localisation}
 
     def metrics(self) -> Any:
-        """Those of classification, and `epg`, `iou` of the pairs of an image and a class that has a box; see `IoU`."""
+        """Those of classification, and `epg` and `IoU`'s of the pairs of an image and a class that has a box."""
         kinds: dict[str, Metric | MetricCollection] = dict(super().metrics().items())
         return MetricCollection(kinds | {"epg": PointingGame(), "iou": IoU()}, compute_groups=False)
 

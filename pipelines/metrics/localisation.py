@@ -56,7 +56,7 @@ def size_corrected(scores: Tensor, shares: Tensor) -> Tensor:
 
 
 def attribution_iou(attributions: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Intersection over union of the mask and the map binarised at `threshold`: (N,) in [0, 1]. See `iou_by_threshold`."""
+    """Intersection over union of mask and map at one `threshold`: (N,) in [0, 1]; see `iou_by_threshold`."""
     return iou_by_threshold(attributions, masks, (threshold,))[:, 0]
 
 
@@ -161,9 +161,9 @@ class PointingGame(MeanScore):
 
 
 class IoU(LocalisationMetric):
-    """Mean IoU at the threshold of THRESHOLDS where it is highest, and at 0.5: `update` as that of `PointingGame`.
+    """Mean IoU at the threshold of THRESHOLDS where it is highest, and at 0.5.
 
-    It is meant for validation images, on which the threshold is chosen. Other images are then scored with this threshold.
+    `update` takes what that of `PointingGame` takes. It is meant for validation images, on which the threshold is chosen. Other images are then scored with this threshold.
     """
 
     higher_is_better = True
@@ -177,7 +177,7 @@ class IoU(LocalisationMetric):
         super().update(iou_by_threshold(attributions, masks), without_union(attributions, masks))
 
     def compute(self) -> dict[str, Tensor]:
-        """`iou`, the `iou_threshold` at which it is reached (the lowest of equals) and `iou_at_0.5`; NaN without any pair."""
+        """`iou`, the `iou_threshold` where it is reached (the lowest of equals), `iou_at_0.5`; NaN without any."""
         means = self.mean()
         best = means.argmax()
         threshold = torch.where(means[best].isnan(), torch.nan, means.new_tensor(THRESHOLDS)[best])

@@ -1,4 +1,4 @@
-"""Means of scores over images or over pairs of an image and a class, and what becomes of a mean over nothing.
+"""Means of scores over images, or over pairs of an image and a class.
 
 A mean over nothing is NaN inside a metric, and absent from every report: `measured` leaves it out.
 """
@@ -34,7 +34,7 @@ class LocalisationMetric(Metric):
     undefined: Tensor
 
     def __init__(self, scores: int | None = None, **kwargs: Any) -> None:
-        """`scores`: T, the number of scores of a pair; None if a pair has one score, and `scores` the shape (N,)."""
+        """`scores` is T, the number of scores of a pair; None for the shape (N,)."""
         super().__init__(**kwargs)
         shape = () if scores is None else (scores,)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")

@@ -76,7 +76,7 @@ def mode_of(metric: str) -> str:
 
 
 def tpe(trials: int, seed: int) -> optuna.samplers.TPESampler:
-    """The sampler for a search of so many trials, of which at most a third, and at most 10, are drawn at random.
+    """The sampler of a search of `trials` trials: at most a third of them, and at most 10, are random.
 
     Dimensions are drawn together, those under a condition (`when`) in a group of their own.
     """

@@ -201,7 +201,7 @@ def check_objectives(optim: OptimiserParams, known: Directions) -> None:
 
 
 def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
-    """Raises `TrainingError` if epochs were validated and none of them has measured an objective: then none is the best."""
+    """Raises `TrainingError` if no validated epoch has measured an objective: then none is the best."""
     validated = [record["metrics"] for record in history if _is_validated(record)]
     for objective in optim.objectives:
         if validated and not any(objective in metrics for metrics in validated):
@@ -218,7 +218,7 @@ def _by_name(history: list[EpochRecord]) -> Directions:
 
 
 def _point(record: EpochRecord, names: Sequence[str], known: Directions) -> tuple[float, ...]:
-    """The record's metrics of these names, turned so that the higher is the better; -inf for one that was not measured."""
+    """The record's metrics of these names, turned so that the higher is the better; -inf if not measured."""
     values = ((record["metrics"].get(name, math.nan), known[name]) for name in names)
     return tuple(-math.inf if math.isnan(value) else value if higher else -value for value, higher in values)
 

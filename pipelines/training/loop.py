@@ -130,7 +130,7 @@ def set_up(context: Context, job: Job) -> Run:
 
 
 def check_selection(job: Job, method: Method) -> Directions:
-    """The directions of the method's figures; raises `TrainingError` if the epochs of `job` cannot be selected by them."""
+    """The directions of the method's figures; raises `TrainingError` if `job` cannot select epochs by them."""
     known = directions(method)
     check_objectives(job.optim, known)
     return known

@@ -34,9 +34,9 @@ def _dominates(one: Point, other: Point) -> bool:
 
 
 def knee(points: Sequence[Point]) -> int:
-    """Index of the point nearest to the best value of every figure, each scaled to [0, 1] over the points; first of equals.
+    """Index of the point nearest to the best value of every figure; first of equals.
 
-    What is not finite is as far from the best value as the worst one.
+    Each figure is scaled to [0, 1] over the points. What is not finite is as far from the best value as the worst one.
     """
     scaled = [_shortfalls(column) for column in zip(*points, strict=True)]
     distances = [sum(missing**2 for missing in row) for row in zip(*scaled, strict=True)]

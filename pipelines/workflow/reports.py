@@ -67,9 +67,9 @@ def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
 
 
 def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], trials: int) -> Table:
-    """The trials on the front of a search of so many `trials`; `stages.tools.search_apply` makes an experiment of one.
+    """The trials on the front of a search of `trials` trials.
 
-    `metrics` that none of them has measured have no column.
+    `stages.tools.search_apply` makes an experiment of one. `metrics` that none of them has measured have no column.
     """
     metrics = [name for name in metrics if any(name in row["metrics"] for row in rows)]
     keys = dict.fromkeys(key for row in rows for key in row["values"])

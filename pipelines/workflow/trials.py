@@ -55,7 +55,7 @@ def task_of(params: Params, values: Mapping[str, Any]) -> Task:
 
 
 def with_measurable_metrics(params: Params, task: Task) -> Params:
-    """`params` with those metrics of the search that trials can measure on this data; prints which one they cannot.
+    """`params` with the metrics of the search that trials can measure here; prints which one they cannot.
 
     Raises:
         ParamsError: a metric is not one that trials have, has no direction, or none is left.
