@@ -64,8 +64,9 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 def size_corrected_energy_loss(attributions: Tensor, masks: Tensor, alpha: float = 0.5) -> Tensor:
     """1 - EPG/area^α, area the share of the image that the mask covers: (N,) in [-4, 1].
 
-    1 - EPG is the energy loss. There large masks have it easier, because much of any map lies in them: here the energy in a small mask counts
-    for more. The factor 1/area^α is at most LARGEST_FACTOR, so that no gradient is more than so many times the energy loss's.
+    1 - EPG is the energy loss, in which large masks have it easier, because much of any map lies in them. Here the energy in a
+    small mask counts for more. The factor 1/area^α is at most LARGEST_FACTOR, and so is the ratio of this loss's gradient to the
+    energy loss's.
 
     Args:
         attributions: (N, h, w), signed.

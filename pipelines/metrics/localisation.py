@@ -163,7 +163,8 @@ class PointingGame(MeanScore):
 class IoU(LocalisationMetric):
     """Mean IoU at the threshold of THRESHOLDS where it is highest, and at 0.5.
 
-    `update` takes what that of `PointingGame` takes. It is meant for validation images, on which the threshold is chosen. Other images are then scored with this threshold.
+    `update` takes what that of `PointingGame` takes. The metric is meant for validation images, on which the threshold is chosen;
+    other images are then scored with this threshold.
     """
 
     higher_is_better = True
