@@ -85,7 +85,7 @@ def test_the_size_corrected_energy_loss_is_that_of_sauter_et_al(alpha):
 
 
 SIDE = 224
-MASKS = {  # pixels of the mask, counted from the first one
+PIXELS = {  # of the mask, counted from the first one
     "2 % outside": round(0.98 * SIDE**2),
     "one pixel outside": SIDE**2 - 1,
     "2 % inside": round(0.02 * SIDE**2),
@@ -96,7 +96,7 @@ MASKS = {  # pixels of the mask, counted from the first one
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("pixels", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("pixels", PIXELS.values(), ids=PIXELS)
 def test_the_gradient_of_the_size_corrected_loss_is_at_most_5_times_the_energy_losses(pixels, alpha):
     mask = (torch.arange(SIDE**2) < pixels).float().view(1, SIDE, SIDE)
     maps = torch.randn(1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -60,7 +60,8 @@ def play_grid_pointing_game(
                 metric = LocalisationMetric().to(context.device)
                 for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
                     metric.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
-                scores[name][explanation] |= measured({key: metric.compute()["mean"]})
+                if grids:
+                    scores[name][explanation] |= measured({key: metric.compute()["mean"]})
     correct = eligible(predictions.labels, *predictions.logits.values())
     return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}, scores
 

@@ -26,12 +26,13 @@ def choose_thresholds(
 
     They are the same on every worker. An explanation has no threshold if the validation split has no boxes.
     """
+    if "boxes" not in read_manifest(shards).fields.get("val", ()):
+        return {model: {} for model in models}
     metrics = {model: {name: IoU().to(context.device) for name in of.explanations} for model, of in models.items()}
-    if "boxes" in read_manifest(shards).fields.get("val", ()):
-        for batch in loader(shards, "val", data, params.batch_size, context=context, fields=("boxes",)):
-            batch = to_device(batch, context.device)
-            for model, explained in models.items():
-                _update(metrics[model], explained, batch)
+    for batch in loader(shards, "val", data, params.batch_size, context=context, fields=("boxes",)):
+        batch = to_device(batch, context.device)
+        for model, explained in models.items():
+            _update(metrics[model], explained, batch)
     found = {model: {name: measured(each.compute()) for name, each in of.items()} for model, of in metrics.items()}
     return {
         model: {name: values["iou_threshold"] for name, values in of.items() if "iou_threshold" in values}
