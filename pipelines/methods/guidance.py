@@ -61,7 +61,7 @@ class ObjectClassification(Classification):
 class _AccuracyOfOneHot(Accuracy):
     """Accuracy, of labels (N, K) of which one is 1."""
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
         super().update(preds, target.argmax(1))
 
 

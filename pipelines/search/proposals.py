@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
@@ -33,7 +34,8 @@ class Suggestions(Searcher):
         super().__init__(metric=params.metrics, mode=modes)  # type: ignore[arg-type]
         seed = params.seed + len(first)
         self._tpe, self._random = tpe(params.trials, seed), optuna.samplers.RandomSampler(seed=seed + 1)
-        self.study = optuna.create_study(directions=[f"{mode}imize" for mode in modes], sampler=self._tpe)
+        directions = [StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE for mode in modes]
+        self.study = optuna.create_study(directions=directions, sampler=self._tpe)
         for values in first:
             self.study.enqueue_trial(values)
         self._space, self._directory, self._on_trial = params.space, directory, on_trial
