@@ -195,6 +195,8 @@ register_conversion(nn.GroupNorm)(recast_to(BcosGroupNorm))
 @register_conversion(nn.Conv2d)
 def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
     of_image = module is conversion.image_layer
+    if of_image and module.groups > 1:
+        raise ConversionError(f"{conversion.path!r} takes the image in {module.groups} groups: give its weight with groups=1")
     layer = BcosConv2d(
         module.in_channels * (2 if of_image else 1),
         module.out_channels,

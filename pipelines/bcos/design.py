@@ -35,6 +35,7 @@ WANTED = {  # what a choice acts on
 }
 WITHOUT_EFFECT = {"bias": "keep", "stem_pool": "keep", "gap_reorder": False, "activation": "keep"}  # as if not chosen
 CLASSIFIERS = {"fc", "classifier", "head", "heads", "head_dist", "linear", "last_linear", "logits"}  # usual names of a classifier
+KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages of modules whose pools are known
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "mish", "tanh"}
 
 P = ParamSpec("P")
@@ -112,7 +113,7 @@ def bcosify(
         "bias": [name for name, _ in network.named_parameters() if is_bias(name)],
         "norm": [name for name, module in network.named_modules() if isinstance(module, BcosBatchNorm)],
         "stem_pool": _places(network, _is_stem_pool)[:1],
-        "gap_reorder": _places(network, _is_global_pool)[-1:] if classes is not None else [],
+        "gap_reorder": [name for name in _places(network, _is_global_pool) if classes and _classifies(network, name)][-1:],
         "activation": [name for name in _places(network, _is_activation) if not _is_in_a_factor(network, name)],
     }
     design = {
@@ -174,21 +175,14 @@ def _drawn(weight: nn.Parameter, max_out: int) -> nn.Parameter:
 def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None = None) -> int | None:
     """K, from the last B-cos layer of the converted `network`; `None` if `model` gives features, not logits.
 
-    The last layer is no classifier where a norm or a gate is defined after it, or a ReLU (unless the layer is a convolution of
-    single places, as in SqueezeNet), or `nn.Identity` in the place of a classifier.
+    The last layer is no classifier where a norm or a gate follows it, or a ReLU (unless the layer is a convolution of single
+    places, as in SqueezeNet), or `nn.Identity` stands in the place of a classifier.
 
     Raises:
         ConversionError: a single class, for which there is no default `logit_bias`.
     """
-    leaves = [(name, module) for name, module in network.named_modules() if next(module.children(), None) is None]
-    last = max(index for index, (_, module) in enumerate(leaves) if isinstance(module, BcosConv2d | BcosLinear))
-    layer: Any = leaves[last][1]
-    of_places = isinstance(layer, BcosConv2d) and math.prod(layer.kernel_size) == 1
-    for name, module in leaves[last + 1 :]:
-        removed = isinstance(module, nn.Identity) and name.rpartition(".")[2] in CLASSIFIERS
-        if removed or isinstance(module, Holdable) or (isinstance(module, nn.ReLU) and not of_places):
-            return None
-    if getattr(model, "num_classes", None) == 0:  # timm's features
+    layer: Any = _last_as_defined(network) or _last_as_run(network)
+    if layer is None or getattr(model, "num_classes", None) == 0:  # of timm's networks without a classifier
         return None
     classes = layer.out_channels if isinstance(layer, BcosConv2d) else layer.out_features
     if classes < 2 and logit_bias is None:
@@ -196,21 +190,79 @@ def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None
     return classes
 
 
+def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
+    """The last B-cos layer in the order of definition, if what is defined after it may follow a classifier."""
+    leaves = [(name, module) for name, module in network.named_modules() if next(module.children(), None) is None]
+    last = max(index for index, (_, module) in enumerate(leaves) if isinstance(module, BcosConv2d | BcosLinear))
+    layer = leaves[last][1]
+    for name, module in leaves[last + 1 :]:
+        removed = isinstance(module, nn.Identity) and name.rpartition(".")[2] in CLASSIFIERS
+        if removed or isinstance(module, Holdable) or (isinstance(module, nn.ReLU) and not _sees_single_places(layer)):
+            return None
+    return layer
+
+
+def _last_as_run(network: BcosNetwork) -> nn.Module | None:
+    """The B-cos layer that gives the output, but for pools and reshaping, as far as `torch.fx` can trace the network."""
+    graph = _traced(network)
+    node = graph and next(reversed(graph.nodes))
+    while node and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+        module = network.body.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, BcosConv2d | BcosLinear):
+            return module
+        if node.op in ("placeholder", "get_attr") or isinstance(module, Holdable | nn.ReLU):
+            return None
+    return None
+
+
+def _sees_single_places(layer: nn.Module) -> bool:
+    return isinstance(layer, BcosConv2d) and math.prod(layer.kernel_size) == 1
+
+
 def _check_no_functions(network: BcosNetwork) -> None:
     """Raises ConversionError where activations are functions in a forward pass, as far as `torch.fx` can trace the network."""
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(network.body)
-    except Exception:  # control flow that depends on the input: nothing can be said
-        return
-    for node in graph.nodes:
+    graph = _traced(network)
+    for node in graph.nodes if graph else ():
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op in ("call_function", "call_method") and name in FUNCTIONS:
-            path, _ = tracer.node_name_to_scope[node.name]
+            path = node.meta["path"]
             raise ConversionError(
                 f"activation='remove' cannot take {name} away, a function in the forward of "
                 f"{type(network.body.get_submodule(path)).__name__} at {path or 'the top'!r}: make it a module"
             )
+
+
+def _classifies(network: BcosNetwork, pool: str) -> bool:
+    """Whether what follows the global pool of this name follows from it alone, unlike in a squeeze-excitation.
+
+    Modules of torchvision, timm and this project are known; others are traced, and trusted if they cannot be.
+    """
+    parent = network.get_submodule(pool.rpartition(".")[0])
+    if parent is network.body or type(parent).__module__.partition(".")[0] in KNOWN:
+        return True
+    graph = _traced(network)
+    after: set[fx.Node] = set()
+    for node in graph.nodes if graph else ():
+        if node.op == "call_module" and f"body.{node.target}" == pool:
+            after.add(node)
+        elif after.intersection(node.all_input_nodes):
+            if not after.issuperset(each for each in node.all_input_nodes if each.op != "get_attr"):
+                return False
+            after.add(node)
+    return True
+
+
+def _traced(network: BcosNetwork) -> fx.Graph | None:
+    """The graph of the body, whose nodes have the `path` of the module around them in `meta`; `None` if it cannot be traced."""
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(network.body)
+    except Exception:  # control flow that depends on the input
+        return None
+    for node in graph.nodes:
+        node.meta["path"] = tracer.node_name_to_scope[node.name][0]
+    return graph
 
 
 class _Tracer(fx.Tracer):

@@ -117,7 +117,10 @@ def _list(*_: Any) -> list[Any]:
     return []
 
 
-FRAMEWORKS = ("lightning.", "lightning_fabric.", "lightning_utilities.", "mmengine.", "omegaconf.", "pytorch_lightning.")
+FRAMEWORKS = (
+    *("lightning.", "lightning_fabric.", "lightning_utilities.", "mmengine.", "omegaconf.", "pytorch_lightning.", "typing."),
+    *("torch.amp.", "torch.cuda.amp.", "torch.nn.modules.loss.", "torch.optim."),
+)
 DICTS = (  # subclasses of dict, which become one
     *("easydict.EasyDict", "fvcore.common.config.CfgNode", "ml_collections.config_dict.config_dict.ConfigDict"),
     *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
@@ -148,5 +151,5 @@ def _stand_ins(path: Path) -> list[Any]:
     with contextlib.suppress(Exception):  # the older format, or a damaged file: torch.load says so
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         known = {name for _, name in filter(lambda each: isinstance(each, tuple), _harmless())}
-        return [(_Ignored, name) for name in unknown if name not in known and name.startswith((*FRAMEWORKS, "typing."))]
+        return [(_Ignored, name) for name in unknown if name not in known and name.startswith(FRAMEWORKS)]
     return []

@@ -1,6 +1,7 @@
 """Design choices act, or say that they did not: an error where they were asked for."""
 
 import logging
+import math
 import sys
 
 import pytest
@@ -128,6 +129,56 @@ def test_an_embedding_tower_has_no_logit_bias(name):
     assert network.logit_bias == 0
     assert not any(isinstance(module, LocationsToBatch) for module in network.modules())
     assert bcosify(TOWERS["its own"](), logit_bias=-3.0).logit_bias == -3.0
+
+
+class HeadFirst(nn.Module):
+    """A network whose classifier is defined before the rest."""
+
+    def __init__(self, last=True):
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.last = last
+
+    def forward(self, x):
+        x = self.features(x).flatten(1)
+        return self.fc(x) if self.last else x
+
+
+def test_a_classifier_is_found_wherever_it_is_defined():
+    assert bcosify(HeadFirst()).logit_bias == pytest.approx(-math.log(4))
+    assert bcosify(HeadFirst(last=False)).logit_bias == 0
+    assert bcosify(build("squeezenet1_1", num_classes=7)).logit_bias == pytest.approx(-math.log(6))
+
+
+class Excited(nn.Module):
+    """A gate that pools, before a global pool that is a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.gate = Gated()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.gate(self.conv(x)).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.reduce = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x * self.reduce(self.pool(x))
+
+
+def test_the_pool_of_a_gate_is_not_taken_for_that_of_the_classifier():
+    network = bcosify(Excited())
+    assert not network.design["gap_reorder"]
+    assert network(add_inverse(pictures(2, 12))).shape == (2, 5)
+    with pytest.raises(ConversionError, match="gap_reorder"):
+        bcosify(Excited(), gap_reorder=True)
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

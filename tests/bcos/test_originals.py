@@ -149,6 +149,11 @@ def test_a_hook_around_layers_is_refused_too():
         convert(model)
 
 
+def test_an_image_layer_of_groups_is_refused():
+    with pytest.raises(ConversionError, match="'0' takes the image in 3 groups"):
+        convert(network(lambda layer: nn.Conv2d(3, 6, 3, groups=3), 0))
+
+
 def test_programs_of_torchscript_are_refused():
     with pytest.raises(ConversionError, match="TorchScript"):
         convert(torch.jit.trace(network(), torch.rand(1, 3, 12, 12)))

@@ -129,6 +129,12 @@ def test_weights_are_preferred_to_their_averages(state, caplog):
     assert "taken from 'state_dict', not from state_dict_ema" in caplog.text
 
 
+def test_optimisers_and_losses_beside_the_weights_are_not_looked_at(state):
+    optimiser = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimiser, 3)
+    assert loads(saved({"model": state, "scheduler": schedule, "criterion": nn.CrossEntropyLoss()}), state)
+
+
 def test_objects_of_frameworks_are_not_looked_at(state):
     framework = types.ModuleType("omegaconf.dictconfig")
     framework.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
