@@ -19,6 +19,7 @@ from pipelines.attribution.gradcam import gradcam, last_features
 from pipelines.attribution.gradients import bcos, input_x_gradient
 from pipelines.attribution.integrated_gradients import integrated_gradients
 from pipelines.bcos.explain import dynamic_weights, frozen
+from pipelines.bcos.explanation import recording, usable
 
 
 class AttributionMethod(Protocol):
@@ -141,8 +142,8 @@ def _eagerly(
     create_graph: bool,
 ) -> tuple[Tensor, Tensor]:
     eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.enable_grad(), nullcontext() if create_graph else frozen(model):
-        logits, maps = compute(model, images, targets)
+    with eager, recording(), nullcontext() if create_graph else frozen(model):
+        logits, maps = compute(model, usable(images), None if targets is None else usable(targets))
         if resize and maps.shape[-2:] != images.shape[-2:]:
             maps_NTHW = maps if maps.ndim == 4 else maps.unsqueeze(1)
             maps_NTHW = F.interpolate(maps_NTHW, size=images.shape[-2:], mode="bilinear", align_corners=False)

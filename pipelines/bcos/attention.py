@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pipelines.bcos.convert import Conversion, ConversionError, register_conversion
+from pipelines.bcos.convert import Conversion, register_conversion
+from pipelines.bcos.errors import ConversionError
 from pipelines.bcos.explanation import Holdable
 
 

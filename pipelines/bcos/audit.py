@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipelines.bcos.convert import ConversionError
-from pipelines.bcos.explanation import Explanation, explaining
+from pipelines.bcos.errors import ConversionError
+from pipelines.bcos.explanation import Explanation, explaining, recording, usable
 
 # Linear, or piecewise linear, in all their tensors together; names as in autograd's graph, in snake case. What is cut off above
 # (ReLU6, clamp) is not among them: beyond the limit it is a constant that no pixel carries, where a gate limit/x could be held.
@@ -85,9 +85,8 @@ def audit(network: nn.Module, images: Tensor) -> list[Finding]:
     """
     calls: list[tuple[int, int, str]] = []
     writes = _Writes()
-    images = images.detach().requires_grad_()
-    with _untouched(network), _noting(network, calls), explaining(network, Explanation(detach=True)), torch.enable_grad(), writes:
-        logits = network(images)
+    with recording(), _untouched(network), _noting(network, calls), explaining(network, Explanation(detach=True)), writes:
+        logits = network(usable(images).detach().requires_grad_())
     found: dict[str, list[str]] = {}
     for node, outputs in sorted(_graph(logits.grad_fn).items(), key=lambda item: item[0]._sequence_nr()):
         number, operation = node._sequence_nr(), _operation(node.name())

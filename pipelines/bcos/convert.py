@@ -1,22 +1,21 @@
 """Conversion of an ordinary network to a B-cos network, by module type.
 
-`convert` preserves the function: every layer becomes its B-cos counterpart at B = 1, from the same weights. `bcosify` then makes
-the design choices of Arya et al., B-cosification, NeurIPS 2024. Rules say what becomes of a module type; `register_conversion`
-adds one:
+`convert` preserves the function: every layer becomes its B-cos counterpart at B = 1, with the same weights. Rules say what
+becomes of a module type; `register_conversion` adds one:
 
     @register_conversion(MyBlock)
     def _(module, conversion):
         return MyBcosBlock(conversion.child(module.conv, "conv"), ...)
 
 A rule returns the module that stands in the converted network. It converts those of the original's children that it keeps by
-`conversion.child`, or several or all of them by `conversion.children`.
+`conversion.child`, or several or all of them by `conversion.children`. A parameter whose value stays remains the same object, so
+what is tied stays tied and what is frozen stays frozen; `conversion.derived` replaces one whose value changes.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
@@ -26,7 +25,6 @@ from torch import nn
 from pipelines.bcos.activations import (
     BcosAvgPool2d,
     BcosReLU,
-    Gate,
     GatedGELU,
     GatedHardswish,
     GatedMish,
@@ -34,17 +32,18 @@ from pipelines.bcos.activations import (
     GatedSiLU,
     GatedTanh,
 )
-from pipelines.bcos.explanation import Explainable, Holdable, HoldState
-from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
+from pipelines.bcos.errors import ConversionError
+from pipelines.bcos.explanation import Explainable, HoldState
+from pipelines.bcos.layers import BcosConv2d, BcosLinear
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm, BcosGroupNorm, BcosLayerNorm
-from pipelines.errors import UserError
+from pipelines.bcos.originals import plain_copy
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
-
-class ConversionError(UserError, ValueError):
-    """A network that cannot be converted: one line that names the module and what to do."""
+NEUTRAL = {"__init__", "__repr__", "extra_repr", "reset_parameters"}  # methods that do not change what a module computes
+LIBRARIES = {"timm", "torchvision"}  # packages whose module types have rules in `RULES`
+RULES = "pipelines.models.rules"  # imported when the first module of such a package is converted, whatever was imported before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Conversion:
     norm: NormMode = "uncentered"
     image_layer: nn.Module | None = None  # the layer that takes the image
     done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # shared modules stay shared
+    replaced: dict[torch.Tensor, tuple[nn.Parameter, str]] = dataclasses.field(default_factory=dict)  # see `derived`
 
     def child(self, module: nn.Module, name: str) -> nn.Module:
         """The converted `module`, which is `name` in the module whose rule this is."""
@@ -81,6 +81,26 @@ class Conversion:
             module.__dict__["hold_state"] = HoldState()
         return module
 
+    def derived(self, source: torch.Tensor, value: torch.Tensor) -> nn.Parameter:
+        """The parameter of this `value` that replaces the parameter `source`; frozen if `source` is.
+
+        Raises:
+            ConversionError: `source` is tied: elsewhere it is replaced by another value.
+        """
+        if source not in self.replaced:
+            self.replaced[source] = nn.Parameter(value.detach().to(source.dtype), source.requires_grad), self.path
+            return self.replaced[source][0]
+        known, path = self.replaced[source]
+        if known.shape != value.shape or not torch.equal(known, value.to(known.dtype)):
+            raise _tied(path, self.path)
+        return known
+
+
+def _tied(path: str, other: str) -> ConversionError:
+    return ConversionError(
+        f"{path!r} and {other!r} share a parameter, which a conversion would make two: untie them (give one of them a copy)"
+    )
+
 
 Rule = Callable[[nn.Module, Conversion], nn.Module]
 RuleT = TypeVar("RuleT", bound=Callable[..., nn.Module])
@@ -88,7 +108,10 @@ _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Makes the decorated function (module, conversion) -> module the rule of these types, but not of their subclasses."""
+    """Makes the decorated function (module, conversion) -> module the rule of these types.
+
+    Subclasses have it too if they override nothing that the type has, except in `NEUTRAL`.
+    """
 
     def register(rule: RuleT) -> RuleT:
         for module_type in types:
@@ -115,14 +138,31 @@ def recast_to(to: type[nn.Module]) -> Rule:
 
 def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
     if module not in conversion.done:
-        rule = _RULES.get(type(module), _walk)
-        conversion.done[module] = rule(module, conversion)
+        training = module.training
+        converted = _rule_of(type(module))(module, conversion)
+        converted.training = training
+        conversion.done[module] = converted
     return conversion.done[module]
+
+
+def _rule_of(kind: type[nn.Module]) -> Rule:
+    """The rule of a module type: its own, or that of a base of which it overrides nothing that matters."""
+    if LIBRARIES.intersection(base.__module__.partition(".")[0] for base in kind.__mro__):
+        try:
+            importlib.import_module(RULES)
+        except ImportError as error:
+            raise ConversionError(f"the rules that convert a {kind.__name__} cannot be imported: {error}") from None
+    overridden: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if base in _RULES and not any(hasattr(base, name) for name in overridden):
+            return _RULES[base]
+        overridden |= {name for name, value in vars(base).items() if callable(value) or isinstance(value, property)} - NEUTRAL
+    return _walk
 
 
 def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
     """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
-    of_torch = type(module).__module__.startswith("torch.nn.")
+    of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     owns = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     leaf = next(module.children(), None) is None
     if of_torch or owns or leaf:
@@ -155,6 +195,8 @@ register_conversion(nn.GroupNorm)(recast_to(BcosGroupNorm))
 @register_conversion(nn.Conv2d)
 def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
     of_image = module is conversion.image_layer
+    if of_image and module.groups > 1:
+        raise ConversionError(f"{conversion.path!r} takes the image in {module.groups} groups: give its weight with groups=1")
     layer = BcosConv2d(
         module.in_channels * (2 if of_image else 1),
         module.out_channels,
@@ -167,16 +209,16 @@ def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
         b=1.0,
         padding_mode=module.padding_mode,
     )
-    weight = module.weight.detach()
+    weight: torch.Tensor = module.weight
     if of_image:  # [z, -z] through [W, -W]/2 is W z
-        weight = torch.cat([weight, -weight], dim=1) / 2
+        weight = conversion.derived(weight, torch.cat([weight, -weight], dim=1) / 2)
     return _with_parameters(layer, weight, module.bias)
 
 
 @register_conversion(nn.Linear)
 def _linear(module: nn.Linear, conversion: Conversion) -> nn.Module:
     layer = BcosLinear(module.in_features, module.out_features, module.bias is not None, b=1.0)
-    return _with_parameters(layer, module.weight.detach(), module.bias)
+    return _with_parameters(layer, module.weight, module.bias)
 
 
 @register_conversion(nn.BatchNorm2d, nn.BatchNorm1d)
@@ -184,24 +226,31 @@ def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
     if module.running_mean is None or module.running_var is None:
         raise ConversionError(f"{conversion.path!r}: a BatchNorm without running statistics cannot be converted")
     centered = conversion.norm == "centered"
+    weight: nn.Parameter | None = module.weight
+    bias: nn.Parameter | None = module.bias
+    mean, var = module.running_mean, module.running_var
     layer = BcosBatchNorm(
         module.num_features,
         module.eps,
-        module.momentum,
-        module.affine,
-        bias=module.affine or not centered,
+        module.momentum if module.track_running_stats else 0.0,
+        affine=weight is not None,
+        bias=bias is not None or not centered,
         centered=centered,
-    )
-    weight: torch.Tensor | None = module.weight
-    bias: torch.Tensor | None = module.bias
-    mean, var = module.running_mean, module.running_var
+    ).to(var)
     if conversion.norm == "uncentered":  # the mean's part moves into the bias
         shift = -mean * torch.rsqrt(var + module.eps)
-        bias = shift if weight is None or bias is None else bias + weight * shift
-    layer = _with_parameters(layer, weight, bias)
-    layer.running_var.copy_(var)
-    if layer.running_mean is not None:
-        layer.running_mean.copy_(mean)
+        shift = shift if weight is None else weight * shift
+        bias = (
+            nn.Parameter(shift, weight is None or weight.requires_grad)
+            if bias is None
+            else conversion.derived(bias, bias + shift)
+        )
+    _with_parameters(layer, weight, bias)
+    layer.running_var = var
+    if centered:
+        layer.running_mean = mean
+    if module.num_batches_tracked is not None:
+        layer.num_batches_tracked = module.num_batches_tracked
     return layer
 
 
@@ -223,18 +272,15 @@ for plain, gated in (
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
-@torch.no_grad()
 def _with_parameters(layer: LayerT, weight: torch.Tensor | None, bias: torch.Tensor | None) -> LayerT:
-    """`layer`, of the weight's type and device, with copies of these as its parameters."""
-    if weight is not None:
-        layer.to(weight)
-        layer.weight.copy_(weight)  # type: ignore[operator]
-    if bias is not None:
-        layer.bias.copy_(bias)  # type: ignore[operator]
+    """`layer` with these as its parameters: the same objects; tensors that are no parameters are not trained."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            setattr(layer, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), False))
     return layer
 
 
-# The two verbs --------------------------------------------------------------------------------------------------------
+# The verb -------------------------------------------------------------------------------------------------------------
 
 
 def convert(
@@ -247,7 +293,8 @@ def convert(
     """The B-cos network at B = 1 that computes what `model` computes.
 
     Args:
-        model: takes normalised images (N, 3, H, W), gives logits (N, K). It is left untouched.
+        model: takes normalised images (N, 3, H, W), gives logits (N, K). It is left untouched. What is tied stays tied, what is
+            frozen stays frozen, and each module keeps its training mode, its device and its precision.
         mean, std: of RGB, those that `model` was trained with, for images in [0, 1].
         norm: `uncentered` moves a BatchNorm's mean into its bias; `centered` keeps subtracting it; `uncentered_unshifted` neither
             subtracts nor moves it, which changes the function.
@@ -257,81 +304,39 @@ def convert(
         the normalised image, up to rounding.
 
     Raises:
-        ConversionError: a module without a rule, or no layer that takes three channels.
+        ConversionError: a module without a rule, no layer that takes three channels, or something that a conversion would lose,
+            see `originals.plain_copy`.
     """
-    body = copy.deepcopy(model)
-    body = _convert(body, Conversion(norm=norm, image_layer=_image_layer(body)))
-    return BcosNetwork(body, mean, std).train(model.training)
+    with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
+        body = plain_copy(model)
+        conversion = Conversion(norm=norm, image_layer=_image_layer(body))
+        before = set(body.modules())
+        network = BcosNetwork(_convert(body, conversion), mean, std)
+    network.training = model.training
+    _train_as_parents(network, before.union(conversion.done.values()))
+    for parameter in network.parameters():
+        if parameter in conversion.replaced:
+            _, path = conversion.replaced[parameter]
+            raise _tied(path, next(name for name, other in network.body.named_parameters() if other is parameter))
+    return _like_its_weights(network)
 
 
-def bcosify(
-    model: nn.Module,
-    *,
-    b: float = 2.0,
-    b_mode: ExponentMode = "fixed",
-    bias: Literal["remove", "decay", "keep"] = "remove",
-    norm: NormMode = "uncentered",
-    stem_pool: Literal["average", "keep"] = "average",
-    gap_reorder: bool = True,
-    activation: Literal["keep", "remove"] = "keep",
-    logit_bias: float | None = None,
-    temperature: float = 1.0,
-    normalize_weight: bool = False,
-    max_out: int = 1,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-) -> BcosNetwork:
-    """The B-cos network made from `model`, ready for fine-tuning; `model` itself is left untouched.
+def _train_as_parents(module: nn.Module, known: set[nn.Module]) -> None:
+    """Sets the training mode of all modules inside `module` that are not `known` to that of the modules around them."""
+    for child in module.children():
+        if child not in known:
+            child.training = module.training
+        _train_as_parents(child, known)
 
-    Args:
-        model: takes normalised images (N, 3, H, W), gives logits (N, K).
-        b: exponent of every B-cos layer, >= 1.
-        b_mode: `fixed`; `scheduled`: `set_b` moves it; `learned`: a parameter of each layer, kept at 1 or above.
-        bias: `remove` takes every bias away, the norms' included; `decay` and `keep` keep them (the optimiser decays, or not).
-        norm: of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, as in `convert`.
-        stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
-        gap_reorder: classify every location, then average, where the classifier follows a global average pool.
-        activation: `remove` takes the ReLUs and gated activations away, but for those that compute a factor (squeeze-excitation).
-        logit_bias: added to every logit; `None`: -log(K - 1), so that each class starts at probability 1/K.
-        temperature: T, by which logits are divided.
-        normalize_weight: rows of norm 1, for training from scratch.
-        max_out: units of which each output of a B-cos layer is the maximum. More than one are drawn at random, all of them:
-            for training from scratch too.
-        mean, std: as in `convert`.
 
-    Returns:
-        (N, 6, H, W) in [0, 1] -> logits (N, K), in the training mode of `model`.
-
-    Source: Arya et al., B-cosification, NeurIPS 2024, section 3.
-    """
-    network = convert(model, mean=mean, std=std, norm=norm)
-    layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
-    for layer in layers:
-        layer._configure(b, max_out, normalize_weight, b_mode)
-        if max_out > 1:
-            layer.weight = nn.Parameter(layer.weight.new_empty(max_out * len(layer.weight), *layer.weight.shape[1:]))
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # as torch's own layers start
-    if bias == "remove":
-        for module in network.modules():
-            for name in [name for name in module._parameters if is_bias(name)]:
-                module.register_parameter(name, None)
-    if stem_pool == "average":
-        _replace(network.body, _is_stem_pool, 0, BcosAvgPool2d(3, 2, 1, count_include_pad=True))
-    if gap_reorder:
-        _replace(network.body, _is_global_pool, -1, LocationsToBatch())
-    if activation == "remove":
-        for name, module in list(network.named_modules()):
-            if isinstance(module, nn.ReLU | Gate) and not _is_in_a_factor(network, name):
-                network.set_submodule(name, nn.Identity())
-    network.logit_bias = -math.log(_class_count(layers) - 1) if logit_bias is None else logit_bias
-    network.temperature = temperature
+def _like_its_weights(network: BcosNetwork) -> BcosNetwork:
+    """`network` with mean and deviation on the device of its weights and, where these are of half precision, of their type."""
+    weight = next(network.body.parameters())
+    low = weight.is_floating_point() and weight.dtype.itemsize < 4
+    for name in ("mean", "std"):
+        buffer = getattr(network, name)
+        setattr(network, name, buffer.to(weight.device, weight.dtype if low else buffer.dtype))
     return network
-
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter of this (dotted) name is a bias, which `bcosify(bias="remove")` takes away."""
-    last = name.rpartition(".")[2]
-    return last == "bias" or last.endswith("_bias")
 
 
 def _image_layer(model: nn.Module) -> nn.Module:
@@ -343,36 +348,3 @@ def _image_layer(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d | nn.Linear) and getattr(module, "in_channels", None) == 3:
             return module
     raise ConversionError("no layer of this network takes three channels, so where the image enters is unknown")
-
-
-def _class_count(layers: list[BcosConv2d | BcosLinear]) -> int:
-    """K, from the last layer."""
-    last = layers[-1]
-    classes = last.out_channels if isinstance(last, BcosConv2d) else last.out_features
-    if classes < 2:
-        raise ConversionError(f"the default logit bias needs two classes or more, the last layer has {classes}: give logit_bias")
-    return classes
-
-
-def _is_in_a_factor(network: nn.Module, name: str) -> bool:
-    """Whether the module of this name only helps to compute the factor of a layer around it, as in a squeeze-excitation."""
-    places = name.split(".")
-    return any(isinstance(network.get_submodule(".".join(places[:end])), Holdable) for end in range(1, len(places)))
-
-
-def _is_stem_pool(module: nn.Module) -> bool:
-    if not isinstance(module, nn.MaxPool2d):
-        return False
-    shape = zip((module.kernel_size, module.stride, module.padding), (3, 2, 1), strict=True)
-    return all(value in (wanted, (wanted, wanted)) for value, wanted in shape)
-
-
-def _is_global_pool(module: nn.Module) -> bool:
-    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-
-
-def _replace(model: nn.Module, wanted: Callable[[nn.Module], bool], index: int, new: nn.Module) -> None:
-    """Puts `new` in place of one of the `wanted` modules: the first (index 0) or the last (-1), in the order of definition."""
-    names = [name for name, module in model.named_modules() if wanted(module)]
-    if names:
-        model.set_submodule(names[index], new)

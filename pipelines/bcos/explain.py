@@ -10,7 +10,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.bcos.explanation import Explanation, TracedExplanation, explaining
+from pipelines.bcos.explanation import Explanation, TracedExplanation, explaining, recording, usable
 from pipelines.bcos.network import BcosNetwork
 
 TINY = 1e-12
@@ -25,7 +25,8 @@ def dynamic_weights(
     """Logits, and the rows of W(x) for one class or several classes of each image, from one forward pass.
 
     Args:
-        model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not.
+        model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not, frozen or not. The caller
+            may be in any gradient mode, and in autocast.
         images: (N, 6, H, W) in [0, 1].
         targets: (N,) class indices, or (N, T) for T classes of each image, which take one backward pass per class. `None`: the
             class that the model predicts.
@@ -41,9 +42,12 @@ def dynamic_weights(
     if torch.compiler.is_compiling():
         return _traced(model, images, targets, create_graph)
     explanation, own = Explanation(detach=not create_graph), not create_graph or not images.requires_grad
-    if own:
-        images = images.detach().requires_grad_()
-    with torch.enable_grad(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
+    with recording(), nullcontext() if create_graph else frozen(model), explaining(model, explanation):
+        images, targets = usable(images), None if targets is None else usable(targets)
+        if own:
+            images = images.detach().requires_grad_()
+        if create_graph and torch.is_autocast_enabled(images.device.type):
+            torch.clear_autocast_cache()  # without gradients, a pass before this one cached weights that have none
         with _entry_noted(model, explanation) if create_graph and own else nullcontext():
             logits = model(images)
         explanation.of_input = True

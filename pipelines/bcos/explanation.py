@@ -85,6 +85,18 @@ def _outside(value: Tensor) -> Tensor:
     return torch._C._functorch._unwrap_for_grad(value, 1)
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """In the block autograd records, whatever gradient mode the caller is in: `no_grad` or `inference_mode`."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.enable_grad():
+        yield
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """`tensor`, as a copy if it was made in inference mode, where autograd must not keep it."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 class _Held(torch.autograd.Function):
     """The identity, whose gradient is withheld while its explanation holds."""
 
@@ -173,17 +185,19 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     Factors of a forward pass made in the block are held in the backward passes that follow it. Once one of these was taken with
     `create_graph=True` (W(x) goes into a loss), they are released when the block ends, so that the loss has its full gradient.
-    Re-entrant and exception-safe; one thread at a time for one model.
+    Re-entrant and exception-safe; one thread at a time for one model. Autograd records in the block, also where the caller has
+    turned it off; tensors that were made in inference mode before the block must be cloned in it.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
     """
     current = next((state.explanation for state in hold_states(model)), None)
     if current is not None and not current.detach:  # nested: the outer block decides when to release
-        yield model
+        with recording():
+            yield model
         return
     explanation = Explanation()
     try:
-        with explaining(model, explanation):
+        with recording(), explaining(model, explanation):
             yield model
     finally:
         explanation.holding = not explanation.differentiated

@@ -69,8 +69,9 @@ class _Bcos(Holdable):
         if max_out < 1:
             raise ValueError(f"max_out must be at least 1, not {max_out}")
         self.b_mode, self._fixed_b = b_mode, check_exponent(b)
-        self.register_buffer("b_value", torch.tensor(float(b)) if b_mode == "scheduled" else None)
-        self.register_parameter("b_offset", nn.Parameter(torch.tensor(b - 2.0)) if b_mode == "learned" else None)
+        device = self.weight.device
+        self.register_buffer("b_value", torch.tensor(float(b), device=device) if b_mode == "scheduled" else None)
+        self.register_parameter("b_offset", nn.Parameter(torch.tensor(b - 2.0, device=device)) if b_mode == "learned" else None)
         self.max_out, self.normalize_weight = max_out, normalize_weight
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ class BcosNetwork(nn.Module):
         super().__init__()
         self.body = body
         self.logit_bias, self.temperature = logit_bias, temperature
+        self.design: dict[str, Any] = {}  # the arguments of `bcosify` as they took effect
         mean_6, std_6 = six_channel_statistics(mean, std)
         self.register_buffer("mean", mean_6, persistent=False)
         self.register_buffer("std", std_6, persistent=False)

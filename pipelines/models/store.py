@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 import fsspec
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
+from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
@@ -37,7 +39,10 @@ class ModelSpec:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the architecture's constructor
-    design: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of `bcosify`
+    design: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # keyword arguments of `bcosify`; on disk as they took effect
+    weights_view: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the weights it began with: `Preprocessing.view`
 
 
 class ConventionalNetwork(nn.Module):
@@ -62,20 +67,34 @@ class ConventionalNetwork(nn.Module):
         return self.network((images[:, :3] - self.mean[:3, None, None]) / self.std[:3, None, None])
 
 
-def assemble(spec: ModelSpec, network: nn.Module | None = None) -> nn.Module:
-    """The model that `spec` describes, from `network` (as `build` gives it; by default one with random weights)."""
+def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool = True) -> nn.Module:
+    """The model that `spec` describes, from `network` (as `build` gives it; by default one with random weights).
+
+    Raises:
+        ConversionError: see `bcosify`; a design choice that is not the default finds nothing to act on, if `check` is set. For
+            models that were made before, it is not: their design is what they have.
+    """
     network = network or build(spec.name, num_classes=len(spec.classes), options=spec.options)
     if spec.kind == "conventional":
         return ConventionalNetwork(network, spec.mean, spec.std)
-    return bcosify(network, mean=spec.mean, std=spec.std, **spec.design)
+    defaults = inspect.signature(bcosify).parameters
+    asked = frozenset(name for name, value in spec.design.items() if value != defaults[name].default)
+    return bcosify(network, mean=spec.mean, std=spec.std, **spec.design, asked=asked if check else frozenset())
 
 
 def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Writes `model` (as `assemble` makes it from `spec`) to `directory`."""
+    """Writes `model` (as `assemble` makes it from `spec`) to `directory`, with the design choices as they took effect."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state, stored = {}, set()
+    for key, value in model.state_dict().items():
+        place = value.untyped_storage().data_ptr()
+        shared = place in stored  # a tied parameter is written under each of its names
+        stored.add(place)
+        state[key] = value.detach().cpu().clone() if shared else value.detach().cpu().contiguous()
     safetensors.torch.save_file(state, directory / WEIGHTS)
+    if isinstance(model, BcosNetwork):
+        spec = dataclasses.replace(spec, design={**spec.design, **model.design})
     write_json(directory / CONFIG, dataclasses.asdict(spec))
 
 
@@ -90,6 +109,7 @@ def local_folder(directory: str | Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be explained
 def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
     """The model in `directory` (or at any fsspec URL), in evaluation mode, and its spec.
 
@@ -99,7 +119,7 @@ def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
     """
     with local_folder(directory) as folder:
         spec = read_spec(folder)
-        model = assemble(spec)
+        model = assemble(spec, check=False)
         load_strictly(model, read_state_dict(str(folder / WEIGHTS)), str(directory))
     return model.eval(), spec
 
@@ -116,7 +136,7 @@ def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
     with local_folder(directory) as folder:
         read_spec(folder)
         state = read_state_dict(str(folder / WEIGHTS))
-    model = assemble(spec)
+    model = assemble(spec, check=False)
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)][-1]
     own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     kept = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}

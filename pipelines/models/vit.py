@@ -196,11 +196,10 @@ register_conversion(Attention)(lambda module, conversion: conversion.children(mo
 
 @register_conversion(PatchLinear)
 def _patch_linear(module: PatchLinear, conversion: Conversion) -> nn.Module:
-    weight = module.weight.detach()
+    weight = module.weight
     if module is conversion.image_layer:  # channels come last: [W, -W]/2 for each pixel of the patch
         of_pixel = weight.unflatten(1, (-1, module.in_channels))
-        weight = torch.cat([of_pixel, -of_pixel], dim=2).flatten(1) / 2
-    plain = nn.Linear(weight.shape[1], len(weight), module.bias is not None).to(weight)
-    state = {"weight": weight} if module.bias is None else {"weight": weight, "bias": module.bias}
-    plain.load_state_dict(state)
+        weight = conversion.derived(weight, torch.cat([of_pixel, -of_pixel], dim=2).flatten(1) / 2)
+    plain = nn.Linear(weight.shape[1], len(weight), module.bias is not None)
+    plain.weight, plain.bias = weight, module.bias
     return conversion.child(plain, "linear")

@@ -1,46 +1,85 @@
-"""Weights files: safetensors, or torch files read without unpickling; checked key by key before they are used."""
+"""Weights files: read by their content, without running code from them, and checked key by key before they are used."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-import safetensors.torch
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pipelines.models.checkpoints import read_content
 from pipelines.models.errors import WeightsError
 from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest
 
+log = logging.getLogger(__name__)
+
 StateDict = dict[str, Tensor]
+
+SUFFIXES = (
+    *("bin", "ckpt", "gz", "h5", "model", "msgpack", "npz", "onnx", "pickle", "pkl"),
+    *("pt", "pt2", "pth", "safetensors", "tar", "th", "torchscript", "weights", "zip"),
+)
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")  # moving averages of the same weights
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # put before all keys by wrappers of networks
+INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # put anywhere in a key
+
+
+def names_a_file(weights: str) -> bool:
+    """Whether `weights` is a local file or URL, and no tag of a library: an existing file, or a name that looks like one."""
+    looks = re.search(rf"[/\\]|\.({'|'.join(SUFFIXES)})$|^\w+://", weights, re.IGNORECASE)
+    return looks is not None or Path(weights).is_file()
 
 
 def read_state_dict(source: str, sha256: str | None = None) -> StateDict:
     """The tensors of a local file or URL, by parameter name.
 
-    Wrappers (`state_dict`, `model`) and the `module.` prefix of DataParallel are taken off.
+    What training scripts put around a state dict (`WRAPPERS`; moving averages only where there is nothing else), and the
+    `module.` and `_orig_mod.` of DataParallel and torch.compile in its keys, are taken off.
 
     Raises:
-        WeightsError: no such file, another sha256, neither safetensors nor a plain torch file of tensors (code is never run).
+        WeightsError: no such file, another sha256, a file that cannot be read without running code, or no state dict in it.
     """
     path = _local(source, sha256)
     if sha256 is not None and (actual := file_digest(path)) != sha256:
         raise WeightsError(f"weights {source}: sha256 is {actual}, {sha256} was expected")
-    try:
-        content = (
-            safetensors.torch.load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
+    content = read_content(path, source)
+    state = _state_dict(content, source)
+    return {_unwrapped(key): value for key, value in state.items() if key != "n_averaged"}
+
+
+def fitted(state: StateDict, network: nn.Module, source: str) -> StateDict:
+    """`state` under the keys of `network`: without what stands before them, such as Lightning's `model.`.
+
+    Keys of other things beside the network (losses, metrics) are left out then, and the log says so.
+
+    Raises:
+        WeightsError: there are several such networks in `state`.
+    """
+    wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
+    if not wanted or wanted <= state.keys():
+        return state
+    probe = max(wanted, key=len)
+    found = [key[: -len(probe)] for key in state if key.endswith(f".{probe}")]
+    whole = [prefix for prefix in found if all(prefix + key in state for key in wanted)]
+    usual = [prefix for prefix in whole if re.fullmatch(f"({'|'.join(map(re.escape, PREFIXES))})+", prefix)]
+    if len(usual or whole) > 1:
+        raise WeightsError(
+            f"weights {source}: several networks of this architecture, under {', '.join(map(repr, usual or whole))}: "
+            "save the state_dict of one of them"
         )
-    except pickle.UnpicklingError:
-        raise WeightsError(f"weights {source}: refused, it holds more than tensors (unpickling would run code)") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"weights {source}: not a readable weights file ({one_line(error)})") from None
-    return _tensors(content, source)
+    prefix = (usual or whole or [_common(state)])[0]
+    others = [key for key in state if not key.startswith(prefix)]
+    if others:
+        log.info("weights %s: the network is under %r; left out are %s", source, prefix, few(others))
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
@@ -62,21 +101,45 @@ def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
         "misshaped": sorted(misshaped),
     }
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {_few(keys)}" for kind, keys in problems.items() if keys)
+        told = "; ".join(f"{kind}: {few(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(f"weights {source} do not fit {type(model).__name__}: {told}")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise WeightsError(f"weights {source} do not fit {type(model).__name__}: {one_line(error)}") from None
 
 
-def _few(keys: list[str], most: int = 5) -> str:
+def few(keys: list[str], most: int = 5) -> str:
+    """The first of `keys`, and how many more there are."""
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _common(state: StateDict) -> str:
+    """The prefix of wrappers that all keys have: then the error about missing and unexpected keys names the others."""
+    prefix = ""
+    while more := next((each for each in PREFIXES if state and all(key.startswith(prefix + each) for key in state)), None):
+        prefix += more
+    return prefix
+
+
+def _unwrapped(key: str) -> str:
+    key = INSIDE.sub("", key)
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
 
 
 def _local(source: str, sha256: str | None) -> Path:
     """The file itself, or its copy in torch's hub cache."""
     if urlparse(source).scheme not in ("http", "https"):
         path = Path(source.removeprefix("file://")).expanduser()
+        if path.is_dir():
+            inside = [child.name for child in sorted(path.iterdir()) if names_a_file(child.name)]
+            raise WeightsError(f"weights {source}: a folder; name a file in it ({few(inside) or 'it has none'})")
         if not path.is_file():
-            raise WeightsError(f"weights {source}: no such file (none, a tag of the library, a file or a URL is wanted)")
+            raise WeightsError(
+                f"weights {source}: no such file (none, a tag of the library, a local file or an http address is wanted)"
+            )
         return path
     name = hashlib.sha256(source.encode()).hexdigest()[:16] + "-" + Path(urlparse(source).path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -89,10 +152,50 @@ def _local(source: str, sha256: str | None) -> Path:
     return path
 
 
-def _tensors(content: object, source: str) -> StateDict:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"weights {source}: not a dict of tensors by parameter name")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+def _state_dict(content: object, source: str) -> StateDict:
+    """The state dict in the content of a checkpoint; raises WeightsError that lists what is inside instead."""
+    inner = content
+    while isinstance(inner, Mapping) and (key := _wrapper(inner)) is not None:
+        averaged = [name for name in AVERAGED if name != key and isinstance(inner.get(name), Mapping)]
+        if key in AVERAGED or averaged:
+            log.info("weights %s: taken from %r%s", source, key, f", not from {few(averaged)}" if averaged else "")
+        inner = inner[key]
+    tensors = _tensors(inner)
+    if not tensors:
+        raise WeightsError(
+            f"weights {source}: no state dict where one is looked for (the file itself, or {', '.join(WRAPPERS)} in it). "
+            f"It holds {_described(content)}. Save the network's state_dict() alone"
+        )
+    return tensors
+
+
+def _wrapper(content: Mapping[object, object]) -> str | None:
+    """The key under which `content` has its state dict; `None` if it is one itself, or has none."""
+    usual = next((key for key in (*WRAPPERS, *AVERAGED) if isinstance(content.get(key), Mapping) and content[key]), None)
+    if usual is not None or _tensors(content):
+        return usual
+    states = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping) and _tensors(value)]
+    return states[0] if len(states) == 1 else None
+
+
+def _tensors(content: object) -> StateDict:
+    """The tensors and arrays of a mapping by name, without the numbers and texts beside them."""
+    if not isinstance(content, Mapping):
+        return {}
+    found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor | np.ndarray)}
+    try:
+        return {key: torch.as_tensor(value) for key, value in found.items()}
+    except (TypeError, ValueError):  # arrays of texts or objects
+        return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _described(content: object, depth: int = 2) -> str:
+    """What a checkpoint holds, in words: its keys, and the shapes of its tensors."""
+    if isinstance(content, Tensor | np.ndarray):
+        return str(tuple(content.shape))
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    inside = f"a dict of {len(content)}"
+    if depth == 0 or not content:
+        return inside
+    return f"{inside} ({few([f'{key}: {_described(value, depth - 1)}' for key, value in content.items()])})"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torchvision
@@ -16,7 +15,7 @@ from torch import nn
 from pipelines.models.cifar import CifarResNet
 from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
-from pipelines.models.weights import StateDict, load_strictly, read_state_dict
+from pipelines.models.weights import StateDict, fitted, load_strictly, names_a_file, read_state_dict
 from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def build(
             l), `xfixup_resnet50` (X-DNN: 18, 34, 50, 101, 152), a torchvision name, a timm name; `torchvision:name` and
             `timm:name` say which library, where both have it torchvision's is taken.
         weights: `none` for random ones, a tag of the library (torchvision: `IMAGENET1K_V2`, `DEFAULT`; timm: `pretrained` or the
-            tag after the dot), or a local file or URL.
+            tag after the dot), or a local file (which a tag of the same name never hides) or URL.
         num_classes: K; where the weights' head has another number, it is replaced by a new one, and the log says so. By
             default the weights' own, or the library's default.
         sha256: of the weights file, checked before it is read.
@@ -55,7 +54,7 @@ def build(
         WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
     """
     construct, pretrained = _constructors(name, options or {})
-    of_file = re.search(r"[/\\]|\.(th|pth|pt|tar|safetensors|bin)$|^\w+://", weights)
+    of_file = weights != "none" and names_a_file(weights)
     if sha256 is not None and not of_file:
         raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
     try:
@@ -69,7 +68,9 @@ def build(
         raise ModelError(f"{name} does not take the options {options}: {error}") from None
     try:
         model = pretrained(weights)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+    except KeyError:
+        raise WeightsError(f"weights {weights!r} of {name}: neither a tag that it has nor a file here") from None
+    except (ValueError, RuntimeError, OSError) as error:
         raise WeightsError(f"weights {weights!r} of {name}: {error}") from None
     return _with_head(model, num_classes, weights)
 
@@ -78,8 +79,9 @@ Constructor = Callable[[int | None], nn.Module]
 
 
 def _from_file(construct: Constructor, weights: str, sha256: str | None, num_classes: int | None) -> nn.Module:
-    state = read_state_dict(weights, sha256)
-    model = construct(_classes_of(state, construct(None)))
+    like = construct(None)
+    state = fitted(read_state_dict(weights, sha256), like, weights)
+    model = construct(_classes_of(state, like))
     load_strictly(model, state, weights)
     return _with_head(model, num_classes, weights)
 
@@ -90,19 +92,29 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
     def by_classes(make: Callable[..., nn.Module]) -> Constructor:
         return lambda classes: make(**({} if classes is None else {"num_classes": classes}), **options)
 
+    library, plain = library_of(name)
+    if library == "own":
+        return by_classes(OWN[plain]), _no_tags
+    if library == "torchvision":
+        get = torchvision.models.get_model
+        return by_classes(lambda **more: get(plain, weights=None, **more)), lambda tag: get(plain, weights=tag, **options)
+    create = timm.create_model
+    return (
+        by_classes(lambda **more: create(plain, **more)),
+        lambda tag: create(plain if tag == "pretrained" else f"{plain}.{tag}", pretrained=True, **options),
+    )
+
+
+def library_of(name: str) -> tuple[Literal["own", "torchvision", "timm"], str]:
+    """The library that has the network `name`, and its name there; raises ModelError with the nearest names."""
     library, _, plain = name.rpartition(":")
     own = plain.removeprefix("cifar_") if plain.startswith("cifar_resnet") else plain
     if library == "" and own in OWN:
-        return by_classes(OWN[own]), _no_tags
+        return "own", own
     if library in ("", "torchvision") and plain in torchvision.models.list_models(module=torchvision.models):
-        get = torchvision.models.get_model
-        return by_classes(lambda **more: get(plain, weights=None, **more)), lambda tag: get(plain, weights=tag, **options)
+        return "torchvision", plain
     if library in ("", "timm") and timm.is_model(plain):
-        create = timm.create_model
-        return (
-            by_classes(lambda **more: create(plain, **more)),
-            lambda tag: create(plain if tag == "pretrained" else f"{plain}.{tag}", pretrained=True, **options),
-        )
+        return "timm", plain
     known = [*OWN, *torchvision.models.list_models(), *timm.list_models()]
     near = ", ".join(difflib.get_close_matches(plain, known, 5)) or "see torchvision.models and timm.list_models()"
     raise ModelError(f"unknown model {name!r}; near it: {near}")

@@ -15,8 +15,8 @@ class ModelParams(Strict):
     name: str  # `resnet20` (CIFAR), a torchvision name, a timm name, or `torchvision:name`, `timm:name`
     weights: str = "none"  # `none`, a library tag such as IMAGENET1K_V2, or a local file or URL
     sha256: Sha256 | None = None  # of the file that `weights` names
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] | None = None  # of RGB; none: the weights' own, ImageNet's where these say nothing
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise
     options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
 
 

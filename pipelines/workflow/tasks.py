@@ -23,8 +23,8 @@ from pipelines.methods import (
     classifier_spec,
 )
 from pipelines.methods.stored_explanations import origin_of
-from pipelines.models import ModelSpec, read_spec
-from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed
+from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
+from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed, param
 from pipelines.training import Job
 from pipelines.workflow.places import (
     STORED_EXPLANATIONS,
@@ -183,7 +183,7 @@ TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretra
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
     """The spec of the student, for the classes of the data, or those of the teacher if the data has no labels."""
     student, known = params.distill.student, manifest if manifest.labelled else teacher
-    return _spec(params, student, known, kind=student.kind, design=student.design())
+    return _spec(params, "distill.student", known, kind=student.kind, design=student.design())
 
 
 def explanations_origin(params: Params) -> Origin:
@@ -205,18 +205,30 @@ def _classifier_spec(params: Params, **more: Any) -> ModelSpec:
     manifest = read_manifest(shards_of(params.dataset))
     if not manifest.labelled:
         raise DataError(f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)")
-    return _spec(params, params.model, manifest, **more)
+    return _spec(params, "model", manifest, **more)
 
 
-def _spec(params: Params, model: ModelParams, known: Manifest | ModelSpec, **more: Any) -> ModelSpec:
-    """The spec of `model` for the images of the run, and the classes and task of `known`."""
+def _spec(params: Params, section: str, known: Manifest | ModelSpec, **more: Any) -> ModelSpec:
+    """The spec of the model in `section` of the params for the images of the run, and the classes and task of `known`."""
+    model: ModelParams = param(params, section)
+    preprocessing = chosen_preprocessing(
+        model.name,
+        model.weights,
+        model.options,
+        mean=model.mean,
+        std=model.std,
+        image_size=params.data.image_size,
+        eval_resize=params.data.eval_resize,
+        section=section,
+    )
     return ModelSpec(
         name=model.name,
         classes=tuple(known.classes),
         image_size=params.data.image_size,
         task=known.task,  # type: ignore[arg-type]
-        mean=model.mean,
-        std=model.std,
-        options=model.options,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        options={**preprocessing.options, **model.options},
+        weights_view=preprocessing.view,
         **more,
     )

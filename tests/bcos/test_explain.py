@@ -271,3 +271,56 @@ def test_without_targets_the_predicted_class_is_explained():
     same_logits, wanted = dynamic_weights(model, x, logits.argmax(1))
     assert torch.equal(logits, same_logits)
     assert torch.equal(weights, wanted)
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_explanations_are_the_same_whatever_gradient_mode_their_caller_is_in(mode, frozen):
+    model, target = small_network().eval().requires_grad_(not frozen), torch.tensor([0, 1, 2, 0])
+    expected_logits, expected = dynamic_weights(model, images(), target)
+    with MODES[mode]():
+        x, classes = images(), target.clone()  # in inference mode these are inference tensors
+        for create_graph in (False, True):
+            logits, weights = dynamic_weights(model, x, classes, create_graph=create_graph)
+            torch.testing.assert_close(logits, expected_logits)
+            torch.testing.assert_close(weights, expected)
+        _, several = dynamic_weights(model, x, classes[:, None].expand(4, 2))
+        torch.testing.assert_close(several[:, 1], expected)
+        with explanation_mode(model):
+            point = x.clone().requires_grad_()
+            (found,) = torch.autograd.grad(model(point).gather(1, target[:, None]).sum(), point)
+        torch.testing.assert_close(found, expected)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    if not frozen:
+        weights.square().sum().backward()
+        assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name.endswith("weight"))
+
+
+def test_autocast_without_gradients_before_an_explanation_leaves_its_gradients():
+    model, target = small_network().float().eval(), torch.tensor([0, 1, 2, 0])
+    x = images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            model(x)  # autocast keeps its copies of the weights, without their graph
+        _, weights = dynamic_weights(model, x, target, create_graph=True)
+    weights.square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        _, in_inference = dynamic_weights(model, x, target)
+    torch.testing.assert_close(in_inference, weights.detach())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_a_network_made_in_inference_mode_is_explained():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = bcosify(build("resnet8", num_classes=3)).eval()
+        _, found = dynamic_weights(model, images().float())
+    torch.testing.assert_close(found, dynamic_weights(model, images().float())[1])

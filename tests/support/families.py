@@ -27,6 +27,7 @@ from pipelines.bcos import (
     dynamic_weights,
     explanation_mode,
 )
+from pipelines.bcos.design import class_count
 from pipelines.bcos.explanation import Explanation
 from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD
 
@@ -146,6 +147,7 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, **choices: Any) -> B
         the network, float64, for further checks.
     """
     network = bcosify(shake(model), logit_bias=0.0, **choices).double()
+    assert class_count(model, network) is not None, "taken for a network without a classifier"
     images = add_inverse(images.double())
     settle(network, images)
     with torch.no_grad():

@@ -7,9 +7,9 @@ from pipelines.data.shards.manifest import MANIFEST, Manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.methods import check_pair
 from pipelines.models import ModelError, ModelSpec
-from pipelines.params import keyed, load
+from pipelines.params import keyed, load, replaced
 from pipelines.training import TrainingError
-from pipelines.workflow.tasks import Task, check_boxes
+from pipelines.workflow.tasks import Task, check_boxes, student_spec
 
 
 def shards(folder, **fields):
@@ -42,3 +42,16 @@ def test_a_teacher_that_does_not_fit_is_told_by_its_key():
     student = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
     with pytest.raises(ModelError, match=r"^distill\.teacher: a conventional teacher"), keyed("distill", params.distill):
         check_pair(student, teacher, explained=True)
+
+
+def test_a_model_is_normalised_as_its_weights_want_it():
+    half, own = (0.5, 0.5, 0.5), (0.4, 0.5, 0.6)
+    known = ModelSpec("resnet8", ("a", "b"), 32, "conventional")
+    vit = {"distill.student.name": "timm:vit_tiny_patch16_224", "distill.student.weights": "pretrained"}
+    manifest = Manifest(known.classes, "multiclass", "nowhere", "0" * 64, {}, {})
+    spec = student_spec(replaced(load(), vit), manifest, known)
+    assert (spec.mean, spec.std, spec.weights_view["interpolation"]) == (half, half, "bicubic")
+    spec = student_spec(replaced(load(), {**vit, "distill.student.mean": own}), manifest, known)
+    assert (spec.mean, spec.std) == (own, half)
+    spec = student_spec(load(), manifest, known)
+    assert (spec.mean, spec.weights_view) == (ModelSpec.mean, {})

@@ -178,7 +178,7 @@ def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -
     if hasattr(module, "gain"):
         rows = rows * (module.gain.detach().flatten(1) * module.scale)
         del module.gain
-    module.weight = nn.Parameter(rows.view_as(module.weight))
+    module.weight = conversion.derived(module.weight, rows.view_as(module.weight))
     if getattr(module, "same_pad", False):
         return _conv_same(module, conversion)
     return conversion.by_rule_of(nn.Conv2d, module)
