@@ -117,7 +117,7 @@ class DistillParams(Strict):
     teacher: str  # folder of a model, or `models:/name@alias` in the registry
     after: str  # what DVC makes, and watches, before the teacher is taken: a path
     student: StudentParams
-    shots: PositiveInt | None = None  # training images a class; none: all of them
+    shots: PositiveInt | None = None  # training images a class, or all of a class that has fewer; none: all of them
     shots_seed: int = 0  # draws which ones
     frozen: FrozenParams
     kd: DistillationParams

@@ -18,6 +18,7 @@ from pipelines.params.evaluation import EvaluateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams
 from pipelines.params.search import SearchParams
 from pipelines.params.training import ModelParams, StorageParams, TrainingParams
+from pipelines.storage.errors import one_line
 
 
 class TrackingParams(Strict):
@@ -73,9 +74,9 @@ def load(path: str | Path = "params.yaml") -> Params:
         ParamsError: the file is not YAML, or a key, type or value is wrong; one line for each.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ParamsError(f"{path}: {error}") from None
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: not read: {one_line(error)}") from None
     return validate(content, source=str(path))
 
 

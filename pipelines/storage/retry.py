@@ -88,6 +88,9 @@ def is_transient(error: Exception) -> bool:
     """Whether the same call may succeed later."""
     if isinstance(error, OSError):
         return not isinstance(error, FINAL) and error.errno not in FULL
+    status = getattr(error, "status", 0)  # of aiohttp: an HTTP server that refuses would refuse again
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+        return False
     return of_a_client(error) and "Credentials" not in type(error).__name__
 
 

@@ -18,10 +18,11 @@ from pipelines.data.loading.loader import loader
 from pipelines.data.shards.sample import Sample
 from pipelines.data.shards.writer import write_shards
 from pipelines.data.sources import get
-from pipelines.params import DataParams
+from pipelines.params import DataParams, ImageFolderParams
 
 SHARED = Path(os.environ.get("BCOS_SHARED", Path(__file__).parents[3] / "shared"))
 SPLITS = ("train", "val", "test")
+CLASSES = ("ant", "bee", "cat")  # of `photo_folder`
 
 
 def fetched(some: Any, tmp_path: Path):
@@ -54,6 +55,31 @@ def sharded(some: Any, tmp_path: Path) -> str:
     source, raw = fetched(some, tmp_path)
     write_shards(source, raw, tmp_path / "shards", shard_size=50, progress=False)
     return str(tmp_path / "shards")
+
+
+def photo_folder(root: Path) -> Path:
+    """A folder of noise images, each another one, in three classes: 8 a class in `train`, 2 in `test`."""
+    seed = 0
+    for split, count in (("train", 8), ("test", 2)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                seed += 1
+                (root / split / name / f"{number:02d}.png").write_bytes(encoded(seed))
+    return root
+
+
+def image_folder(root: Any, **changes: Any) -> ImageFolderParams:
+    """Params of the images at `root`, six of which are held out."""
+    return ImageFolderParams(**{"source": "imagefolder", "root": str(root), "val_count": 6, **changes})
+
+
+def encoded(seed: int, kind: str = "png", mode: str = "RGB") -> bytes:
+    """A noise image of 5 x 6 pixels."""
+    array = np.random.default_rng(seed).integers(0, 256, (6, 5, len(mode)), np.uint8)
+    output = io.BytesIO()
+    Image.fromarray(array[..., 0] if mode == "L" else array, mode).save(output, kind)
+    return output.getvalue()
 
 
 def write_files(root: Path, files: Mapping[str, bytes | str]) -> Path:

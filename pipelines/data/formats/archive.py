@@ -1,26 +1,40 @@
-"""Folders, tars, tar.gz and zips as lists of files with random access."""
+"""The files of a data set, whatever holds them: listed by path, referred to, and read.
+
+A `Contents` has every entry of its folder or archive: as a file, as a folder, or as unusable, with the reason. So whoever takes
+samples from it can count what it leaves out.
+"""
 
 from __future__ import annotations
 
-import gzip
-import os
 import posixpath
-import tarfile
-import zipfile
-import zlib
+import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-import fsspec
-
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.shards.sample import DataError
-from pipelines.progress import bar
-from pipelines.storage.files import staged
+from pipelines.errors import UserError
+from pipelines.storage import files
+from pipelines.storage.errors import one_line
 
-_BLOCK = 1 << 20  # bytes
 WHOLE_FILE = -1  # the offset of a member that is a file of its own
+UNKNOWN = -1  # the size of a member whose storage does not tell it
+
+# Why an entry is not usable
+HIDDEN = "hidden files and by-products of operating systems"
+REPLACED = "entries that a later one of the same name replaces"
+NOTHING = "links to nothing"
+CIRCLE = "links in a circle"
+OUTSIDE = "links that lead out of the archive"
+SPECIAL = "entries that are neither files nor folders"
+UNREADABLE = "files that may not be read"
+LINKS = (NOTHING, CIRCLE, OUTSIDE)
+
+_BY_PRODUCTS = ("__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN")
+_NOT_TEXT = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates (undecoded bytes), line separators
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,121 +62,108 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """The files and folders of an archive by their path in it, with `/` between parts."""
+    """The entries of a folder or archive, by their path in it: printable text with `/` between parts.
+
+    Attributes:
+        files: where each file lies.
+        folders: all folders that are listed as such.
+        unusable: (path, reason) of each entry that is neither, such as a link to nothing.
+    """
 
     files: dict[str, Member]
     folders: frozenset[str]
+    unusable: tuple[tuple[str, str], ...] = ()
+
+    def left_out(self) -> LeftOut:
+        """A new count of what is left out, with the unusable entries in it."""
+        left_out = LeftOut()
+        for path, reason in self.unusable:
+            left_out.add(reason, path)
+        return left_out
 
 
-def list_folder(root: str) -> Contents:
-    """The files under a folder, local (links are followed) or at any fsspec URL."""
-    if "://" in root:
-        return _list_remote(root)
-    files, folders = {}, set()
-    for folder, _, names in os.walk(root, followlinks=True):
-        inside = Path(folder).relative_to(root).as_posix()
-        folders.add(inside)
-        for name in names:
-            path = os.path.join(folder, name)
-            files[posixpath.normpath(f"{inside}/{name}")] = Member(path, WHOLE_FILE, os.path.getsize(path))
-    return Contents(files, frozenset(folders - {"."}))
+class Listing:
+    """Collects the entries of a folder or archive."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Member] = {}
+        self._folders: set[str] = set()
+        self._unusable: list[tuple[str, str]] = []
+        self._hidden: set[str] = set()
+
+    def file(self, name: str, member: Member) -> None:
+        """Adds the file `name`, a path in the archive."""
+        path = self._visible(name)
+        if path is not None:
+            if path in self._files:
+                self._unusable.append((path, REPLACED))
+            self._files[path] = member
+
+    def folder(self, name: str) -> None:
+        """Adds the folder `name`."""
+        path = self._visible(name)
+        if path is not None:
+            self._folders.add(path)
+
+    def unusable(self, name: str, reason: str) -> None:
+        """Adds the entry `name`, which is not usable for `reason`."""
+        path = self._visible(name)
+        if path is not None:
+            self._unusable.append((path, reason))
+
+    def contents(self) -> Contents:
+        """The entries so far."""
+        hidden = [(path, HIDDEN) for path in sorted(self._hidden)]
+        return Contents(self._files, frozenset(self._folders), (*sorted(self._unusable), *hidden))
+
+    def _visible(self, name: str) -> str | None:
+        """The path of the entry `name`; None if it is hidden or the root. A hidden folder counts as one entry."""
+        path = as_text(in_archive(name))
+        parts = path.split("/")
+        hidden = next((number for number, part in enumerate(parts, 1) if is_hidden(part)), None)
+        if hidden is not None:
+            self._hidden.add("/".join(parts[:hidden]))
+        return path if path and hidden is None else None
 
 
-def _list_remote(root: str) -> Contents:
-    """The files under an fsspec URL."""
-    filesystem, base = fsspec.core.url_to_fs(root)
-    base = base.rstrip("/")
-    files, folders = {}, set()
-    for path, info in filesystem.find(base, withdirs=True, detail=True).items():
-        inside = path[len(base) :].strip("/")
-        if info["type"] == "directory":
-            folders.add(inside)
-        else:
-            files[inside] = Member(filesystem.unstrip_protocol(path), WHOLE_FILE, info["size"])
-    return Contents(files, frozenset(folders - {""}))
+@contextmanager
+def damage_named(source: str, fault: str) -> Iterator[None]:
+    """Raises `DataError`, which names `source` and its `fault`, for an error of whatever reads an archive.
 
-
-def list_tar(path: Path, place: str, source: str) -> Contents:
-    """The regular files in the uncompressed tar at `path`, whose members get `place` as their file.
-
-    Raises:
-        DataError: the file is not a tar or was cut short; the error names `source`.
+    Readers of archives meet damaged bytes with errors of any type. Errors of the disk are raised as they are.
     """
-    files, folders = {}, set()
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name).lstrip("/")
-                if member.isdir():
-                    folders.add(name)
-                elif member.isreg():
-                    files[name] = Member(place, member.offset_data, member.size)
-            file.seek(tar.offset)
-            ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
-        raise DataError(f"{source}: not a whole tar ({error}): get it again") from None
-    if not ended:
-        raise DataError(f"{source}: the tar has no end: it was cut short; get it again")
-    return Contents(files, frozenset(folders - {"."}))
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{source}: {fault} ({one_line(error)}): get it again") from None
 
 
-def is_plain_tar(path: Path) -> bool:
-    """Whether the file is an uncompressed tar; raises `DataError` if it is no archive at all."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"\x1f\x8b" or start == b"PK\x03\x04":
-        return False
-    try:
-        tarfile.open(path, "r:").close()
-    except tarfile.TarError:
-        raise DataError(f"{path}: not a tar, tar.gz or zip") from None
-    return True
+def in_archive(name: str) -> str:
+    """The name of an entry as a path in its archive; empty for the root."""
+    path = posixpath.normpath(name).lstrip("/")
+    return "" if path == "." else path
 
 
-def to_tar(path: Path, destination: Path, progress: bool) -> None:
-    """Unpacks a tar.gz, or turns a zip, into one uncompressed tar, atomically.
-
-    Raises:
-        DataError: the archive is damaged, cut short or encrypted.
-    """
-    with path.open("rb") as file:
-        unpack = _gunzip if file.read(2) == b"\x1f\x8b" else _zip_to_tar
-    with staged(destination) as unpacked, unpacked.open("wb") as output:
-        try:
-            unpack(path, output, progress)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
-            raise DataError(f"{path}: damaged, cut short or encrypted ({error}): get it again") from None
+def is_hidden(part: str) -> bool:
+    """Whether one part of a path is a hidden file's, or a by-product of an operating system."""
+    return part.startswith((".", *_BY_PRODUCTS)) and part != ".."
 
 
-def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes the content of a gzip file."""
-    done, size = 0, path.stat().st_size
-    with (
-        path.open("rb") as packed,
-        gzip.open(packed) as content,
-        bar("unpacking", size, unit="bytes", show=progress) as shown,
-    ):
-        while block := content.read(_BLOCK):
-            output.write(block)
-            shown.update(packed.tell() - done)
-            done = packed.tell()
+def as_text(name: str) -> str:
+    """`name` as text in one line: bytes that are not UTF-8, control characters and line ends become escapes."""
+    if name.isprintable():
+        return name
+    return "".join(_escaped(letter) if unicodedata.category(letter) in _NOT_TEXT else letter for letter in name)
 
 
-def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes the entries of a zip as a tar, in their order."""
-    with zipfile.ZipFile(path) as archive, tarfile.open(fileobj=output, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-        entries = archive.infolist()
-        with bar("unpacking", len(entries), show=progress) as shown:
-            for entry in entries:
-                member = tarfile.TarInfo(entry.filename)
-                if entry.is_dir():
-                    member.type = tarfile.DIRTYPE
-                    tar.addfile(member)
-                else:
-                    member.size = entry.file_size
-                    with archive.open(entry) as content:
-                        tar.addfile(member, content)
-                shown.update(1)
+def _escaped(letter: str) -> str:
+    """A control character as Python writes it, the byte that a surrogate stands for as `\\xNN`."""
+    byte = ord(letter) - 0xDC00  # see `surrogateescape` of the module codecs
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
 
 
 def read(raw: Path, ref: Ref) -> bytes:
@@ -171,17 +172,23 @@ def read(raw: Path, ref: Ref) -> bytes:
     Raises:
         DataError: the file is gone, or the member no longer has the size that was listed.
     """
-    start = max(ref.offset, 0)
     try:
-        opened = fsspec.open(ref.name, "rb") if "://" in ref.name else (raw / ref.name).open("rb")
-        with opened as file:
-            file.seek(start)
-            content: bytes = file.read(ref.size if ref.offset != WHOLE_FILE else -1)
+        content = files.read(ref.name) if "://" in ref.name else _read_local(raw / ref.name, ref)
     except OSError as error:
-        raise DataError(f"{ref.name}: cannot be read ({error.strerror or error}); was it moved? run fetch again") from None
-    if len(content) != ref.size:
-        raise DataError(f"{ref.name}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again")
+        reason = error.strerror or one_line(error)
+        raise DataError(f"{as_text(ref.name)}: cannot be read ({reason}); was it moved? run fetch again") from None
+    if ref.size not in (UNKNOWN, len(content)):
+        raise DataError(f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again")
     return content
+
+
+def _read_local(path: Path, ref: Ref) -> bytes:
+    """The bytes of a member of the file at `path`."""
+    with path.open("rb") as file:
+        if ref.offset == WHOLE_FILE:
+            return file.read()
+        file.seek(ref.offset)
+        return file.read(ref.size)
 
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
@@ -193,7 +200,8 @@ def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
     """A reference, called `key`, to the file `path` of `contents`; raises `DataError` if it is missing."""
     member = contents.files.get(path)
     if member is None:
-        raise DataError(f"{source}: {path} is missing")
+        reasons = [f" ({reason})" for name, reason in contents.unusable if f"{path}/".startswith(f"{name}/")]
+        raise DataError(f"{source}: {path} is missing{''.join(reasons[:1])}")
     return Ref(key, member.place, member.offset, member.size, path=path)
 
 
@@ -203,13 +211,12 @@ def folder_with(contents: Contents, marker: str, source: str) -> str:
     Raises:
         DataError: there is no such file; the error names the top folders.
     """
-    names = [name for name in visible(contents.files) if f"/{name}".endswith(f"/{marker}")]
+    names = [name for name in contents.files if f"/{name}".endswith(f"/{marker}")]
     if not names:
-        top = sorted({name.partition("/")[0] for name in visible(contents.files)})
-        raise DataError(f"{source}: {marker} is missing; there is: {', '.join(top[:10]) or 'nothing'}")
+        raise DataError(f"{source}: {marker} is missing; there is: {top_names(contents.files)}")
     return min((name.removesuffix(marker) for name in names), key=lambda folder: (folder.count("/"), folder))
 
 
-def visible(names: Iterable[str]) -> Iterator[str]:
-    """The names without those that have a part that is hidden or a by-product of an operating system."""
-    return (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+def top_names(paths: Iterable[str]) -> str:
+    """The first parts of these paths, at most ten of them, for a message."""
+    return ", ".join(sorted({path.partition("/")[0] for path in paths})[:10]) or "nothing"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.shards.sample import Box, DataError
 
 OVERHANG = 1.0  # pixels by which a box may pass the border and is clipped: annotation tools round
@@ -41,16 +41,17 @@ class BoxCheck:
 
     Args:
         on_bad_box: `raise` ends with an error, `skip` drops the box; its class stays a label of the image.
+        left_out: counts the boxes that are dropped, by fault.
         expected: faults that the data set is known for; boxes with one are dropped in any case.
 
     Attributes:
-        dropped: boxes dropped so far, by fault.
+        left_out: as given.
         clipped: boxes clipped so far, of an overhang of at most `OVERHANG`.
     """
 
-    def __init__(self, on_bad_box: Literal["raise", "skip"], expected: Collection[str] = ()) -> None:
+    def __init__(self, on_bad_box: Literal["raise", "skip"], left_out: LeftOut, expected: Collection[str] = ()) -> None:
         self._skipped = {"inverted", "outside", "empty"} if on_bad_box == "skip" else set(expected)
-        self.dropped: Counter[str] = Counter()
+        self.left_out = left_out
         self.clipped = 0
 
     def __call__(self, corners: Sequence[float], width: int, height: int, where: str) -> Corners | None:
@@ -70,7 +71,7 @@ class BoxCheck:
         if fault not in self._skipped:
             told = _DESCRIBED[fault].format(width=width, height=height)
             raise DataError(f"{where}: box {list(corners)} {told}; correct it, or set on_bad_box: skip to leave it out")
-        self.dropped[fault] += 1
+        self.left_out.add(f"{fault} boxes", where)
         return None
 
 

@@ -9,8 +9,10 @@ from collections import Counter
 from typing import Any, Literal
 
 from pipelines.data.formats import coco_masks
+from pipelines.data.formats.archive import as_text
 from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.shards.sample import Box, DataError
+from pipelines.storage.errors import one_line
 
 _LISTS = ("images", "annotations", "categories")
 
@@ -39,13 +41,16 @@ class Instances:
                 coco.createIndex()
             self.classes = tuple(str(coco.cats[number]["name"]) for number in sorted(coco.cats))
             self.images = [_image(coco.imgs[number]) for number in sorted(coco.imgs)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: an entry has not what COCO's have: {error!r}") from None
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: an entry has not what COCO's have: {one_line(repr(error))}") from None
         self._labels = {number: label for label, number in enumerate(sorted(coco.cats))}
         self._of_image = coco.imgToAnns
         for name, entries in (("images", coco.imgs), ("annotations", coco.anns), ("categories", coco.cats)):
             if len(entries) != len(coco.dataset[name]):
                 raise DataError(f"{path}: of {len(coco.dataset[name])} {name} only {len(entries)} have an id of their own")
+        names = Counter(image["file_name"] for image in self.images)
+        if len(names) < len(self.images):
+            raise DataError(f"{path}: images has {names.most_common(1)[0][0]} more than once: an image has one entry")
         for entry in coco.anns.values():
             if entry["image_id"] not in coco.imgs:
                 raise DataError(f"{path}: annotation {entry['id']} is of image {entry['image_id']}, which is not in images")
@@ -54,10 +59,8 @@ class Instances:
                     f"{path}: annotation {entry['id']} is of category {entry['category_id']}, which is not in categories"
                 )
 
-    def annotation(
-        self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"], left_out: Counter[str]
-    ) -> Annotation:
-        """The annotation of one of `images`; adds to the counts of `left_out`. See `Coco2014` for crowds.
+    def annotation(self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"]) -> Annotation:
+        """The annotation of one of `images`; adds to the counts of `check.left_out`. See `Coco2014` for crowds.
 
         Raises:
             DataError: a box or a segmentation makes no sense; the error names the annotation.
@@ -72,22 +75,23 @@ class Instances:
             if not is_crowd or crowd != "ignore":
                 labels.add(self._labels[entry["category_id"]])
             if is_crowd and crowd != "box":
-                left_out["crowd regions"] += 1
+                check.left_out.add("crowd regions", where)
                 continue
             corners = check(_corners(entry, where), width, height, where)
             if corners is not None:
                 boxes.append((self._labels[entry["category_id"]], *corners))
                 shapes.append(coco_masks.encode(entry.get("segmentation"), height, width, where))
         whole = bool(shapes) and None not in shapes
-        left_out["masks that would lack an object"] += bool(shapes) and not whole
+        if shapes and not whole:
+            check.left_out.add("masks that would lack an object", image["file_name"])
         return Annotation(width, height, tuple(boxes), labels=tuple(sorted(labels)), mask=shapes if whole else None)
 
     def _read(self, content: bytes) -> dict[str, Any]:
         """The file's content, with its three lists."""
         try:
             dataset = json.loads(content)
-        except ValueError as error:
-            raise DataError(f"{self._path}: not whole JSON ({error}): get it again") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self._path}: not whole JSON ({one_line(error)}): get it again") from None
         for name in _LISTS:
             if not isinstance(dataset, dict) or not isinstance(dataset.get(name), list):
                 raise DataError(f"{self._path}: has no list of {name}: it is not a file of COCO instances")
@@ -98,7 +102,7 @@ def _image(entry: dict[str, Any]) -> dict[str, Any]:
     """The fields of an image's entry that are used."""
     return {
         "id": entry["id"],
-        "file_name": str(entry["file_name"]),
+        "file_name": as_text(str(entry["file_name"])),
         "width": int(entry["width"]),
         "height": int(entry["height"]),
     }

@@ -15,15 +15,19 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import fsspec
+from urllib.parse import quote
 
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
-from pipelines.storage.files import file_digest, read_json, write_json
+from pipelines.storage.errors import one_line
+from pipelines.storage.files import file_digest, file_system, read_json, write_json
+from pipelines.storage.retry import retry
 
 _BLOCK = 1 << 18  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+_MAGIC = (b"\x1f\x8b", b"PK\x03\x04", b"PK\x05\x06")  # of gzip and zip
+_MAGIC_OF_TAR = slice(257, 262), b"ustar"
 
 
 @dataclass
@@ -64,16 +68,63 @@ def download(
             if _receive(url, partial, trusted=digest is not None, progress=progress):
                 break
             reason = f"the connection ended after {_size(partial)} bytes"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429:
-                raise DataError(f"{url}: {error.code} {error.reason}: check the address and the right to read it") from None
-            reason = str(error)
+        except _BROKEN as error:
+            reason = _transient(error, url)
         failures = 0 if _size(partial) > before else failures + 1
         if failures < attempts:
             time.sleep(pause * 2**failures)
     else:
         raise DataError(f"{url}: {reason}; what has arrived is kept: run again to go on from there")
     _accept(url, partial, destination, digest)
+
+
+def is_http(url: str) -> bool:
+    """Whether `url` is an http or https address."""
+    return url.startswith(("http://", "https://"))
+
+
+def is_file(url: str, *, attempts: int = 5, pause: float = 1.0) -> bool:
+    """Whether there is a file at `url` (http, https or any fsspec URL), rather than a folder.
+
+    An http server answers with a web page where it lists a folder; what begins as an archive does is a file whatever the server
+    says. Other storages are asked.
+
+    Raises:
+        DataError: there is nothing, or the storage cannot be reached.
+    """
+    if not is_http(url):
+        try:
+            filesystem, path = file_system(url)
+            info = retry(lambda: filesystem.info(path), url)
+        except FileNotFoundError:
+            raise DataError(f"{url}: no such file or folder") from None
+        except (OSError, ValueError, ImportError) as error:  # a storage without a library, or none that is known
+            raise DataError(f"{url}: cannot be read ({one_line(error)}): check the address and the right to read it") from None
+        return info.get("type", "file" if info.get("size") else "directory") == "file"
+    for attempt in range(attempts):
+        try:
+            with _open_http(url, 0, None).reader as response:
+                return not _is_web_page(response.read(512), response.headers.get_content_type())
+        except _BROKEN as error:
+            reason = _transient(error, url)
+        if attempt + 1 < attempts:
+            time.sleep(pause * 2**attempt)
+    raise DataError(f"{url}: {reason}: check the address")
+
+
+def _is_web_page(start: bytes, content_type: str) -> bool:
+    """Whether a response is a web page, by its first 512 bytes and its type."""
+    place, magic = _MAGIC_OF_TAR
+    if start.startswith(_MAGIC) or start[place] == magic:
+        return False
+    return content_type == "text/html" or start.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def _transient(error: Exception, url: str) -> str:
+    """The text of an error after which another attempt may succeed; raises `DataError` for any other one."""
+    if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429):
+        raise DataError(f"{url}: {error.code} {error.reason}: check the address and the right to read it") from None
+    return one_line(error)
 
 
 def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
@@ -114,18 +165,18 @@ def _read(reader: Any) -> bytes:
 
 def _open(url: str, offset: int, version: str | None) -> _Stream:
     """The remote file from byte `offset` on if it still has the known `version`, else from its start."""
-    if url.startswith(("http://", "https://")):
+    if is_http(url):
         return _open_http(url, offset, version)
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = file_system(url)
     try:
-        info = filesystem.info(path)
-        current = f"{info['size']}-{filesystem.ukey(path)}"
+        size = filesystem.info(path).get("size")
+        current = f"{size}-{filesystem.ukey(path)}"
         offset = offset if version == current else 0
         reader = filesystem.open(path, "rb")
         reader.seek(offset)
     except OSError as error:
         raise DataError(f"{url}: cannot be read ({error}): check the address and the right to read it") from None
-    return _Stream(reader, offset, info["size"], current)
+    return _Stream(reader, offset, size, current)
 
 
 def _open_http(url: str, offset: int, version: str | None) -> _Stream:
@@ -136,7 +187,8 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
         if version is not None:
             headers["If-Range"] = version
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+        quoted = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
+        response = urllib.request.urlopen(urllib.request.Request(quoted, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and offset:  # nothing lies beyond `offset`: what is there is all of the file, or not part of it
             if error.headers.get("Content-Range") == f"bytes */{offset}":
@@ -146,13 +198,17 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
     etag = response.headers.get("ETag", "")
     current = etag if etag.startswith('"') else response.headers.get("Last-Modified")
     if response.status == 206:
-        span, _, total = response.headers["Content-Range"].removeprefix("bytes ").partition("/")
-        if int(span.split("-")[0]) == offset:
-            return _Stream(response, offset, int(total) if total.isdigit() else None, current)
+        span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        if span.partition("-")[0] == str(offset):
+            return _Stream(response, offset, _count(total), current)
         response.close()
         return _open_http(url, 0, None)
-    length = response.headers.get("Content-Length")
-    return _Stream(response, 0, None if length is None else int(length), current)
+    return _Stream(response, 0, _count(response.headers.get("Content-Length", "")), current)
+
+
+def _count(text: str) -> int | None:
+    """The number in a header; None if there is none."""
+    return int(text) if text.isdigit() else None
 
 
 def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> None:

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.data.formats import archive
-from pipelines.data.formats.archive import Contents
-from pipelines.data.formats.download import download
+from pipelines.data.formats.archive import Contents, Member
+from pipelines.data.formats.download import download, is_file
+from pipelines.data.formats.folders import list_folder
+from pipelines.data.formats.packed import kind_of, to_tar
+from pipelines.data.formats.tars import list_tar
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+_LONGEST = 100  # characters of a downloaded file's name
 _UNPACKED = "images.tar"
 
 
@@ -30,27 +32,32 @@ class Official(NamedTuple):
 def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
     """The files at `root`, and the sha256 of an archive's bytes or of a folder's sorted paths and sizes.
 
+    Whether `root` is a folder or an archive, and of which kind, is decided by its content, not by its name.
+
     Raises:
         DataError: nothing is there, or its sha256 is not `sha256`.
     """
     raw.mkdir(parents=True, exist_ok=True)
     path = Path(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
     remote = "://" in root and not root.startswith("file://")
-    if remote and root.endswith(_ARCHIVES):
-        path = cache / f"{hashlib.sha256(root.encode()).hexdigest()[:12]}-{posixpath.basename(root)}"
+    if remote and "::" in root:
+        raise DataError(f"{root}: is an address within another one: give that of the archive or folder itself")
+    if remote and is_file(root):
+        name = posixpath.basename(root.partition("?")[0])[-_LONGEST:]
+        path = cache / f"{hashlib.sha256(root.encode()).hexdigest()[:12]}-{name}"
         download(root, path, digest=sha256 and f"sha256:{sha256}", progress=progress)
-    elif remote or path.is_dir():
+    elif remote or os.path.isdir(path):
         if sha256 is not None:
             raise DataError(f"{root}: sha256 is of a file, and this is a folder: leave sha256 out")
-        contents = archive.list_folder(root if remote else str(path))
+        contents = list_folder(root if remote else str(path))
         return contents, combined_sha256({name: str(item.size) for name, item in contents.files.items()})
-    elif not path.is_file():
-        raise DataError(f"{root}: no such file or folder")
+    elif not os.path.isfile(path) or not os.access(path, os.R_OK):
+        raise DataError(f"{root}: no such file or folder, or no right to read it")
     found = file_digest(path)
     if sha256 is not None and found != sha256:
         raise DataError(f"{root}: has sha256 {found}, where {sha256} was expected")
-    if not remote and archive.is_plain_tar(path):
-        return archive.list_tar(path, str(path), str(path)), found
+    if not remote and kind_of(path) == "tar":
+        return list_tar(path, str(path), str(path), raw), found
     return _unpacked(path, raw, _UNPACKED, progress), found
 
 
@@ -61,8 +68,9 @@ def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, 
         DataError: an archive cannot be downloaded, has another digest, or is damaged.
     """
     raw.mkdir(parents=True, exist_ok=True)
-    files: dict[str, archive.Member] = {}
+    files: dict[str, Member] = {}
     folders: set[str] = set()
+    unusable: list[tuple[str, str]] = []
     sums = {}
     for name, (url, digest) in archives.items():
         packed = cache / posixpath.basename(url)
@@ -71,14 +79,15 @@ def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, 
         contents = _unpacked(packed, raw, f"{name}.tar", progress)
         files |= contents.files
         folders |= contents.folders
-    return Contents(files, frozenset(folders)), combined_sha256(sums)
+        unusable += contents.unusable
+    return Contents(files, frozenset(folders), tuple(unusable)), combined_sha256(sums)
 
 
 def _unpacked(path: Path, raw: Path, name: str, progress: bool) -> Contents:
     """Turns an archive into the plain tar `name` in `raw`; returns its contents."""
-    if archive.is_plain_tar(path):
+    if kind_of(path) == "tar":
         with staged(raw / name) as copy:
             shutil.copyfile(path, copy)
     else:
-        archive.to_tar(path, raw / name, progress)
-    return archive.list_tar(raw / name, name, str(path))
+        to_tar(path, raw / name, progress)
+    return list_tar(raw / name, name, str(path), raw)

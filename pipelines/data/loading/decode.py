@@ -1,4 +1,4 @@
-"""Encoded images as tensors. The one place where pixels are decoded."""
+"""Encoded images as tensors."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_with_torchvision
 
-from pipelines.data.formats.encoded_image import DecodeError, decode_error
-
-WHITE = (255, 255, 255, 255)
-ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+from pipelines.data.formats.encoded_image import decoded, open_image, to_rgb
 
 
 def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
@@ -21,37 +18,23 @@ def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
 
     Grey is repeated, palettes are looked up, CMYK is converted, 16 bits are cut to the upper 8, and transparent pixels are laid
     on white. RGB and grey JPEG is decoded by torchvision's libjpeg-turbo, half as fast again as Pillow and the copy to a tensor;
-    every other image by Pillow.
+    every other image by Pillow, as `formats.encoded_image` says.
 
     Args:
         encoded: a file in any format that Pillow reads.
         apply_exif: turn the image as its EXIF orientation says; False if boxes or masks are in stored pixels.
 
     Raises:
-        DecodeError: not an image, truncated, larger than Pillow's limit on pixels, or of floating-point pixels.
+        DecodeError: not an image, truncated, larger than Pillow's limit on pixels, or of floating-point pixels. Damaged metadata
+            is ignored.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))  # reads the header alone
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+    def decode(content: bytes) -> torch.Tensor:
+        header = Image.open(io.BytesIO(content))  # which does not decode yet
+        if header.format == "JPEG" and header.mode in ("RGB", "L"):
+            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             return decode_with_torchvision(buffer, ImageReadMode.RGB, apply_exif_orientation=apply_exif)
-        if apply_exif:
-            image = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
-    except DecodeError:
-        raise
-    except Exception as error:  # decoders meet corrupt bytes with errors of any type
-        raise decode_error(error) from None
+        pixels = np.array(to_rgb(open_image(content, apply_exif=apply_exif)))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB."""
-    if image.mode in ALPHA_MODES or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, WHITE)
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16: Pillow would clip them, not scale them
-        return Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DecodeError("floating-point pixels have no known range; store 8 or 16 bits")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return decoded(encoded, decode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -12,6 +13,8 @@ from typing import Any
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.reader import read_samples
 from pipelines.data.shards.sample import DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
 
     Samples are ranked by a hash of `seed` and key: the draw depends on nothing else, and a larger draw by the same seed contains
     the smaller ones. If images have several labels, the first `shots` of each class are taken, and a class may get more images
-    through the draws of others.
+    through the draws of others. All images are taken of a class that has fewer; the log says how many such classes there are.
 
     Args:
         root: shards: a folder or any fsspec URL.
@@ -44,7 +47,7 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
         seed: of the draw.
 
     Raises:
-        DataError: a class has fewer images, or the data has no labels.
+        DataError: the data has no labels, or no image of the split has one.
     """
     manifest = read_manifest(root)
     if not manifest.labelled:
@@ -54,10 +57,15 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
         for label in known["labels"] if manifest.task == "multilabel" else [known["label"]]:
             members[label].append((_rank(seed, key), number, key))
     chosen: dict[int, str] = {}
-    for name, of_class in zip(manifest.classes, members, strict=True):
-        if len(of_class) < shots:
-            raise DataError(f"shots: {shots} images a class are asked for; class {name!r} has {len(of_class)} in {split}")
+    for of_class in members:
         chosen |= {number: key for _, number, key in sorted(of_class)[:shots]}
+    if not chosen:
+        raise DataError(f"shots: no image of {split} has a class")
+    fewer = [(len(of_class), name) for name, of_class in zip(manifest.classes, members, strict=True) if len(of_class) < shots]
+    if fewer:
+        count, name = min(fewer)
+        told = (shots, len(fewer), len(members), split, name, count)
+        log.warning("shots: %d images a class; %d of %d classes have fewer in %s and give all (%r has %d)", *told)
     return Subset(split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen)))
 
 

@@ -7,8 +7,8 @@ and each image lies, so that no process that writes shards parses the original a
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +18,11 @@ from pydantic import TypeAdapter
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.boxes import Annotation, BoxCheck
-from pipelines.data.formats.encoded_image import image_size
+from pipelines.data.formats.encoded_image import DecodeError, image_size
 from pipelines.data.raw import images, listing
 from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.storage.files import combined_sha256, file_digest, staged
-
-log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _LINE = TypeAdapter(Annotation)
@@ -50,15 +48,11 @@ class AnnotatedImages(ListedImages):
         Raises:
             DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
         """
-        annotation = _LINE.validate_json(archive.read(raw, reference.annotation))
+        annotation = _LINE.validate_python(json.loads(archive.read(raw, reference.annotation)))
         sample = images.load_image(raw, reference.image)
         if annotation.boxes:
-            height, width = image_size(sample.image)
-            if (width, height) != (annotation.width, annotation.height):
-                raise DataError(
-                    f"{reference.image.path}: has {width} x {height} pixels; its boxes were drawn on "
-                    f"{annotation.width} x {annotation.height}"
-                )
+            with suppress(DecodeError):  # training raises or skips what does not decode, as `data.on_error` says
+                _check_size(image_size(sample.image), annotation, reference.image.path)
         return replace(
             sample,
             boxes=annotation.boxes,
@@ -71,6 +65,14 @@ class AnnotatedImages(ListedImages):
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
         """The PNG of instance ids; None if the source has no mask of this image."""
         return None
+
+
+def _check_size(found: tuple[int, int], annotation: Annotation, path: str) -> None:
+    """Raises `DataError` unless the size `found` of an image, (height, width), is the one that its boxes were drawn on."""
+    height, width = found
+    if (width, height) != (annotation.width, annotation.height):
+        drawn = f"{annotation.width} x {annotation.height}"
+        raise DataError(f"{path}: has {width} x {height} pixels; its boxes were drawn on {drawn}")
 
 
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
@@ -86,14 +88,13 @@ def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]
     return len(refs)
 
 
-def write_description(raw: Path, description: Description, check: BoxCheck, others: Mapping[str, int] | None = None) -> None:
+def write_description(raw: Path, description: Description, check: BoxCheck) -> None:
     """Writes the manifest of the splits to `raw`, with the numbers of things left out, and logs these.
 
     Args:
         raw: has every split, as `write_split` wrote it.
         description: of the data set; the manifest's checksum covers the annotations as well.
         check: the one that all boxes went through.
-        others: numbers of other things left out, by their name.
 
     Raises:
         DataError: a split has no image.
@@ -101,14 +102,9 @@ def write_description(raw: Path, description: Description, check: BoxCheck, othe
     for split in SPLITS:
         if not description.counts[split]:
             raise DataError(f"{description.source}: {split} has no image")
-    counted = {**{f"{fault} boxes": count for fault, count in check.dropped.items()}, **(others or {})}
-    left_out = {what: count for what, count in sorted(counted.items()) if count}
-    if left_out:
-        told = ", ".join(f"{count} {what}" for what, count in left_out.items())
-        log.warning("%s: left out: %s", description.source, told)
     sums = {split: file_digest(annotations_path(raw, split)) for split in SPLITS}
     checksum = combined_sha256({"files": description.checksum, **sums})
-    listing.write_raw_manifest(raw, replace(description, checksum=checksum), left_out=left_out, boxes_clipped=check.clipped)
+    listing.write_raw_manifest(raw, replace(description, checksum=checksum), check.left_out, boxes_clipped=check.clipped)
 
 
 def annotations_path(raw: Path, split: str) -> Path:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Contents, Ref
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.raw import images, listing
 from pipelines.data.raw.images import Classes
 from pipelines.data.raw.listing import ListedImages
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.params import DatasetParams
+
+log = logging.getLogger(__name__)
 
 
 class StoredImages(ListedImages):
@@ -40,14 +46,18 @@ def write_labelled(
     Raises:
         DataError: a split is missing or empty, a class is empty, or a class is missing from `train`.
     """
-    found = {split: images.classes_of(contents, folder, source) for split, folder in folders.items()}
+    left_out = _outside(contents, folders)
+    found = {split: images.classes_of(contents, folder, source, left_out) for split, folder in folders.items()}
     for split in ("train", "test"):
         if not found[split] and not (split == "train" and train_optional):
-            top = sorted({name.partition("/")[0] for name in archive.visible(contents.files)})
-            raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {', '.join(top[:10]) or 'nothing'}")
+            there = archive.top_names(contents.files)
+            raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {there}")
     classes = _class_names(found, source, folders)
-    refs = {split: images.references(contents, found.get(split, {}), classes) for split in ("train", "val", "test")}
-    _write(refs, raw, params, Description(classes, "multiclass", source, checksum, {}))
+    refs = {
+        split: images.references(contents, folders[split], found[split], classes) if split in folders else []
+        for split in ("train", "val", "test")
+    }
+    _write(refs, raw, params, Description(classes, "multiclass", source, checksum, {}), left_out)
 
 
 def write_unlabelled(
@@ -60,13 +70,25 @@ def write_unlabelled(
     Raises:
         DataError: `train` is missing or empty.
     """
-    refs = {split: images.unlabelled(contents, folder) for split, folder in folders.items()}
+    left_out = _outside(contents, folders)
+    refs = {split: images.unlabelled(contents, folder, source, left_out) for split, folder in folders.items()}
     if not refs["train"]:
-        raise DataError(f"{source}: no images in {folders['train']}/")
-    _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}))
+        raise DataError(f"{source}: no images in {folders['train']}/; there is: {archive.top_names(contents.files)}")
+    _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}), left_out)
 
 
-def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description) -> None:
+def _outside(contents: Contents, folders: Mapping[str, str]) -> LeftOut:
+    """What is left out so far: unusable entries, and files that are in the folder of no split."""
+    left_out = contents.left_out()
+    prefixes = tuple(f"{posixpath.normpath(folder)}/" for folder in folders.values())
+    reason = f"files outside of {', '.join(prefixes)}"
+    for path in sorted(contents.files):
+        if not path.startswith(prefixes):
+            left_out.add(reason, path)
+    return left_out
+
+
+def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description, left_out: LeftOut) -> None:
     """Holds validation images out of `train` if there are none, and writes the indexes and the manifest."""
     if refs["train"] and not refs["val"]:
         if params.val_count is None:
@@ -74,7 +96,8 @@ def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, descrip
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
         listing.write_references(raw, split, listed)
-    listing.write_raw_manifest(raw, replace(description, counts={split: len(listed) for split, listed in refs.items()}))
+    counts = {split: len(listed) for split, listed in refs.items()}
+    listing.write_raw_manifest(raw, replace(description, counts=counts), left_out)
 
 
 def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str, str]) -> tuple[str, ...]:
@@ -84,4 +107,7 @@ def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str
         missing = sorted(set(found[split]) - set(found["train"])) if found["train"] else []
         if missing:
             raise DataError(f"{source}: class {missing[0]} is in {folders[split]} but not in {folders['train']}")
+    for one, other in pairwise(sorted(names, key=lambda name: (name.casefold(), name))):
+        if one.casefold() == other.casefold():
+            log.warning("%s: classes %s and %s differ in upper and lower case alone: they are two classes", source, one, other)
     return tuple(names)

@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import logging
 import posixpath
-import re
-from collections import Counter
+import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Contents, Ref
+from pipelines.data.formats.encoded_image import DecodeError, as_16_bits, decoded, open_image, to_rgb
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.raw.holdout import held_out
+from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.sample import DataError, Sample
 
-log = logging.getLogger(__name__)
-
-_KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
-_ENCODED_ANEW = {".bmp", ".gif", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}  # stored as PNG
+_KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
+_ENCODED_ANEW = {".bmp", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}  # stored as PNG
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # what PNG holds without loss
+_NO_IMAGES = "files that are not images by their names"
 
 Classes = dict[str, list[str]]  # class -> paths of its images in the archive
 
 
-def classes_of(contents: Contents, folder: str, where: str) -> Classes:
-    """The images below `folder/<class>/`, by class, sorted; empty if there is no such folder.
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its name."""
+    return posixpath.splitext(path)[1].lower() in {*_KEPT, *_ENCODED_ANEW}
+
+
+def classes_of(contents: Contents, folder: str, where: str, left_out: LeftOut) -> Classes:
+    """The images below `folder/<class>/`, by class, sorted; empty if there is no such folder. Other files go to `left_out`.
+
+    The names of classes are in Unicode's composed form (NFC), so that a class has one name whatever system packed a split.
 
     Raises:
-        DataError: a class folder is empty, or images lie outside of class folders.
+        DataError: a class folder is empty, images lie outside of class folders, or an entry cannot be read.
     """
+    _check_entries(contents, folder, where)
     prefix = posixpath.normpath(folder) + "/"
     classes: Classes = {
-        name.removeprefix(prefix): []
-        for name in archive.visible(sorted(contents.folders))
+        _composed(name.removeprefix(prefix)): []
+        for name in sorted(contents.folders)
         if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
     }
-    loose, others = [], []
-    for name in archive.visible(sorted(contents.files)):
-        if not name.startswith(prefix):
-            continue
-        suffix = posixpath.splitext(name)[1].lower()
-        class_name, slash, _ = name.removeprefix(prefix).partition("/")
-        if suffix not in _KEPT and suffix not in _ENCODED_ANEW:
-            others.append(name)
-            if slash:
-                classes.setdefault(class_name, [])
-        elif not slash:
-            loose.append(name)
-        else:
-            classes.setdefault(class_name, []).append(name)
-    if others:
-        log.warning("%s: %d files are not images by their names and are left out, such as %s", where, len(others), others[0])
+    loose = []
+    for path in sorted(contents.files):
+        if path.startswith(prefix):
+            class_name, slash, _ = path.removeprefix(prefix).partition("/")
+            images = classes.setdefault(_composed(class_name), []) if slash else loose
+            if is_image(path):
+                images.append(path)
+            else:
+                left_out.add(_NO_IMAGES, path)
     if loose:
         raise DataError(f"{where}: {len(loose)} images lie in {folder}/ itself, such as {loose[0]}: sort by {folder}/<class>/")
     for class_name, images in classes.items():
@@ -63,39 +65,57 @@ def classes_of(contents: Contents, folder: str, where: str) -> Classes:
     return classes
 
 
-def references(contents: Contents, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
-    """A reference for each image, class by class in label order, with unique keys safe in file names."""
-    listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
-    keys = unique_keys({path: f"{name}_{_stem(path, name)}" for path, name, _ in listed})
-    refs = []
-    for path, _, label in listed:
-        member = contents.files[path]
-        refs.append(Ref(keys[path], member.place, member.offset, member.size, label, path))
-    return refs
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
-def unlabelled(contents: Contents, folder: str) -> list[Ref]:
-    """A reference for each image anywhere below `folder`, in the order of their paths."""
+def _check_entries(contents: Contents, folder: str, where: str) -> None:
+    """Raises `DataError` if `folder`, a class folder or an image in it is there and cannot be read.
+
+    Other links that are broken are left out; but a class that vanishes would make other labels.
+    """
+    top = posixpath.normpath(folder)
+    for path, reason in contents.unusable:
+        is_folder = f"{top}/".startswith(f"{path}/") or (posixpath.dirname(path) == top and not is_image(path))
+        if is_folder and reason in archive.LINKS:
+            raise DataError(f"{where}: {path}: {reason}: mend or remove it")
+        if path.startswith(f"{top}/") and is_image(path) and reason == archive.UNREADABLE:
+            raise DataError(f"{where}: {path} may not be read: give the right to read it, or remove it")
+
+
+def references(contents: Contents, folder: str, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
+    """A reference for each image below `folder/<class>/`, class by class in label order, with unique keys."""
     prefix = posixpath.normpath(folder) + "/"
-    below = [name for name in archive.visible(sorted(contents.files)) if name.startswith(prefix)]
-    paths = [name for name in below if posixpath.splitext(name)[1].lower() in {*_KEPT, *_ENCODED_ANEW}]
-    keys = unique_keys({path: posixpath.splitext(path.removeprefix(prefix))[0] for path in paths})
-    members = [(path, contents.files[path]) for path in paths]
-    return [Ref(keys[path], member.place, member.offset, member.size, None, path) for path, member in members]
+    listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
+    keys = keys_of({path: f"{name}_{_stem(path.removeprefix(prefix).partition('/')[2])}" for path, name, _ in listed})
+    return [_reference(contents, path, keys[path], label) for path, _, label in listed]
 
 
-def unique_keys(names: Mapping[str, str]) -> dict[str, str]:
-    """Keys by path: `names` made safe in file names, with a hash of the path where two would be equal."""
-    safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
-    taken = Counter(safe.values())
-    return {
-        path: key if taken[key] == 1 else f"{key}-{hashlib.sha256(path.encode()).hexdigest()[:12]}" for path, key in safe.items()
-    }
+def unlabelled(contents: Contents, folder: str, where: str, left_out: LeftOut) -> list[Ref]:
+    """A reference for each image anywhere below `folder`, in the order of their paths. Other files go to `left_out`.
+
+    Raises:
+        DataError: an image or the folder cannot be read.
+    """
+    _check_entries(contents, folder, where)
+    prefix = posixpath.normpath(folder) + "/"
+    below = [path for path in sorted(contents.files) if path.startswith(prefix)]
+    paths = [path for path in below if is_image(path)]
+    for path in below:
+        if not is_image(path):
+            left_out.add(_NO_IMAGES, path)
+    keys = keys_of({path: _stem(path.removeprefix(prefix)) for path in paths})
+    return [_reference(contents, path, keys[path], None) for path in paths]
 
 
-def _stem(path: str, class_name: str) -> str:
-    """The path of an image below its class folder, without suffix."""
-    return posixpath.splitext(path.partition(f"/{class_name}/")[2])[0]
+def _stem(path: str) -> str:
+    """A path without its suffix."""
+    return posixpath.splitext(path)[0]
+
+
+def _reference(contents: Contents, path: str, key: str, label: int | None) -> Ref:
+    member = contents.files[path]
+    return Ref(key, member.place, member.offset, member.size, label, path)
 
 
 def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[Ref]]:
@@ -107,25 +127,36 @@ def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[R
 def load_image(raw: Path, ref: Ref) -> Sample:
     """The sample at `ref`: the bytes of JPEG, PNG and WebP, the PNG of the pixels of other formats.
 
+    The bytes of a file that does not decode are kept in any format: training raises or skips it, as `data.on_error` says.
+
     Raises:
-        DataError: the file is gone or changed, or is of another format and does not decode.
+        DataError: the file is gone or changed.
     """
     content = archive.read(raw, ref)
     suffix = posixpath.splitext(ref.path)[1].lower()
-    if suffix in _KEPT:
-        return Sample(ref.key, content, _KEPT[suffix], label=ref.label)
-    return Sample(ref.key, _as_png(content, ref.path), "png", label=ref.label)
+    if suffix not in _KEPT:
+        with suppress(DecodeError):
+            content = _as_png(content, ref.path)
+    return Sample(ref.key, content, _KEPT.get(suffix, "png"), label=ref.label)
 
 
-def _as_png(content: bytes, path: str) -> bytes:
-    """The PNG of an encoded image's first frame, pixel for pixel, turned upright as EXIF says."""
+def _as_png(encoded: bytes, name: str) -> bytes:
+    """The PNG of the first frame of the image called `name`, turned upright; it decodes to what the image decodes to.
+
+    Pixels stay as they are where PNG can hold them, and become 8-bit RGB otherwise.
+
+    Raises:
+        DecodeError: it does not decode; the error names it.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: does not decode ({error}): repair or remove it") from None
-    if upright.mode not in _PNG_MODES:
-        raise DataError(f"{path}: PNG cannot hold its pixels (mode {upright.mode}): convert it to 8-bit RGB first")
+        image = decoded(encoded, partial(open_image, apply_exif=True))
+        if image.mode.startswith("I"):
+            image = Image.fromarray(as_16_bits(image))
+        elif image.mode not in _PNG_MODES:
+            image = to_rgb(image)
+    except DecodeError as error:
+        raise DecodeError(f"{name}: does not decode: {error}") from None
     output = io.BytesIO()
-    upright.save(output, "png", compress_level=6)
+    image.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    image.save(output, "png", compress_level=6)
     return output.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pipelines.data.formats.archive import Ref
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.raw.holdout import shuffled
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import DatasetParams
@@ -42,7 +43,7 @@ class ListedImages:
 def write_references(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
     """Writes the references of one split to `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
-    files.write(raw / f"{split}.index.jsonl", lines.encode())
+    files.write(raw / f"{split}.index.jsonl", lines.encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
@@ -55,8 +56,14 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
         return [json.loads(line) for line in lines]
 
 
-def write_raw_manifest(raw: Path, description: Description, **details: Any) -> None:
-    """Writes `manifest.json`: the description, the bytes and sha256 of each file in `raw`, and `details`."""
+def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | None = None, **details: Any) -> None:
+    """Writes `manifest.json`: the description, what was left out, bytes and sha256 of each file in `raw`, and `details`.
+
+    What was left out is logged as well.
+    """
+    left_out = left_out or LeftOut()
+    left_out.log(description.source)
+    details["left_out"] = dict(sorted(left_out.counts.items()))
     written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != _MANIFEST]
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
     files.write_json(raw / _MANIFEST, {**asdict(description), **details, "files": listed})

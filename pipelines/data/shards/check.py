@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 
 from pipelines.data.formats.encoded_image import DecodeError, image_size, mask_ids
-from pipelines.data.shards.sample import DataError, Description, Sample
+from pipelines.data.shards.sample import KEY, LONGEST_KEY, DataError, Description, Sample
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-LONGEST_KEY = 90  # so that `<key>.mask.png` fits into the 100 bytes of a tar header's name
 EXTENSIONS = ("jpg", "png", "webp")
 
 
 def check_sample(sample: Sample, description: Description) -> None:
     """Raises `DataError` unless `sample` fits the data set that `description` describes.
 
-    The pixels are not decoded, because the reader raises or skips what does not decode; but the size of an image with boxes or
-    a mask must be readable to check these.
+    Images are not decoded, because the reader raises or skips what does not decode. Where not even the header can be read, boxes
+    and mask are not compared with the image.
     """
-    if not KEY.fullmatch(sample.key) or len(sample.key) > LONGEST_KEY:
+    if not KEY.fullmatch(sample.key):
         raise DataError(f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, '_' and '-' alone")
     if sample.extension not in EXTENSIONS:
         raise DataError(f"{sample.key}: extension {sample.extension!r} is not one of {', '.join(EXTENSIONS)}")
@@ -56,8 +54,10 @@ def _check_labels(sample: Sample, description: Description) -> None:
 
 def _check_geometry(sample: Sample, classes: int) -> None:
     """Raises `DataError` if a box is empty, outside its image or of no class, or the mask does not fit."""
+    size = mask = None
+    with suppress(DecodeError):
+        size = image_size(sample.image)
     try:
-        height, width = image_size(sample.image)
         mask = None if sample.mask is None else mask_ids(sample.mask)
     except DecodeError as error:
         raise DataError(f"{sample.key}: boxes and mask cannot be checked: {error}") from None
@@ -65,13 +65,14 @@ def _check_geometry(sample: Sample, classes: int) -> None:
         label, xmin, ymin, xmax, ymax = box
         if not (xmin < xmax and ymin < ymax):  # so written, NaN is caught as well
             raise DataError(f"{sample.key}: box {box} is empty; xmin < xmax and ymin < ymax are needed")
-        if xmin < 0 or ymin < 0 or xmax > width or ymax > height:
-            raise DataError(f"{sample.key}: box {box} is outside its image of {width} x {height} pixels")
+        if xmin < 0 or ymin < 0 or (size is not None and (xmax > size[1] or ymax > size[0])):
+            where = "" if size is None else f" of {size[1]} x {size[0]} pixels"
+            raise DataError(f"{sample.key}: box {box} is outside its image{where}")
         if not 0 <= label < classes:
             raise DataError(f"{sample.key}: box {box} has class {label}; there are {classes} classes")
     if mask is None:
         return
-    if tuple(mask.shape) != (height, width):
-        raise DataError(f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; its image has {width} x {height}")
+    if size is not None and mask.shape != size:
+        raise DataError(f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; its image has {size[1]} x {size[0]}")
     if sample.boxes and int(mask.max()) > len(sample.boxes):
         raise DataError(f"{sample.key}: mask names instance {int(mask.max())}; there are {len(sample.boxes)} boxes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,9 @@ from pipelines.errors import UserError
 
 Task = Literal["multiclass", "multilabel", "caption", "unlabelled"]
 Box = tuple[int, float, float, float, float]
+
+LONGEST_KEY = 90  # so that `<key>.mask.png` fits into the 100 bytes of a tar header's name
+KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_KEY}}}")
 
 
 class DataError(UserError, ValueError):
@@ -20,7 +24,7 @@ class Sample:
     """One image with its labels, boxes, group, caption and mask.
 
     Attributes:
-        key: unique in its split; letters, digits, `_` and `-` alone.
+        key: unique in its split, and matches `KEY`; `raw.keys` makes such keys.
         image: the encoded image, as the source has it.
         extension: `jpg`, `png` or `webp`.
         label: class index, if the task is multiclass.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data.formats import archive
 from pipelines.data.formats.download import download
 from pipelines.data.formats.png import encode_png
 from pipelines.data.formats.roots import open_root
+from pipelines.data.formats.tars import list_tar
 from pipelines.data.raw.image_folders import StoredImages, write_labelled
 from pipelines.data.shards.sample import DataError
 from pipelines.params import Cifar10Params
@@ -44,7 +44,7 @@ class Cifar10(StoredImages):
         digest = f"sha256:{params.sha256}" if params.sha256 else f"md5:{CIFAR10.tgz_md5}"
         download(CIFAR10.url, packed, digest=digest, progress=progress)
         _write_images(cache, raw / _IMAGES, progress)
-        contents = archive.list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url)
+        contents = list_tar(raw / _IMAGES, _IMAGES, CIFAR10.url, raw)
         checksum = file_digest(packed)
         write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {CIFAR10.url}", checksum=checksum)
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import posixpath
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.data.formats import archive, coco_masks
 from pipelines.data.formats.archive import Contents, Ref
 from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.coco_json import Instances
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated
 from pipelines.data.raw.annotated import AnnotatedImages
 from pipelines.data.raw.holdout import held_out
+from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import Coco2014Params
 from pipelines.progress import bar
@@ -70,28 +70,29 @@ class Coco2014(AnnotatedImages):
         if params.val_count is None:
             raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train2014")
         files = _Files.of(params.root, raw, cache, progress, source)
-        check = BoxCheck(params.on_bad_box, expected=("empty",))
-        left_out: Counter[str] = Counter()
+        check = BoxCheck(params.on_bad_box, files.left_out(), expected=("empty",))
 
         def read(part: Instances, year: str, places: Sequence[int]) -> Iterator[tuple[Ref, Annotation]]:
+            keys = keys_of({entry["file_name"]: posixpath.splitext(entry["file_name"])[0] for entry in part.images})
             with bar(f"annotations of {year}", len(places), show=progress) as shown:
                 for place in places:
                     entry = part.images[place]
-                    yield files.image(year, entry["file_name"]), part.annotation(entry, check, params.crowd, left_out)
+                    name = entry["file_name"]
+                    yield files.image(year, name, keys[name]), part.annotation(entry, check, params.crowd)
                     shown.update(1)
 
-        train = files.instances("train2014", left_out)
+        train = files.instances("train2014", check.left_out)
         classes, count = train.classes, len(train.images)
         chosen = held_out([0] * count, params.val_count, params.split_seed)
         rest = [place for place in range(count) if place not in chosen]
         sizes = {"train": annotated.write_split(raw, "train", read(train, "train2014", rest))}
         sizes["val"] = annotated.write_split(raw, "val", read(train, "train2014", sorted(chosen)))
         del train  # gigabytes
-        test = files.instances("val2014", left_out)
+        test = files.instances("val2014", check.left_out)
         if test.classes != classes:
             raise DataError(f"{source}: instances_val2014.json has other categories than instances_train2014.json")
         sizes["test"] = annotated.write_split(raw, "test", read(test, "val2014", range(len(test.images))))
-        annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check, left_out)
+        annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
         """The PNG of instance ids; None if a box of the image has no segmentation."""
@@ -124,16 +125,20 @@ class _Files:
         top = archive.folder_with(contents, "annotations/instances_train2014.json", source)
         return cls(raw, contents, raw, contents, top, source, checksum)
 
-    def instances(self, year: str, left_out: Counter[str]) -> Instances:
+    def left_out(self) -> LeftOut:
+        """A new count of what is left out, with the unusable entries of all files in it."""
+        return replace(self.images, unusable=tuple({*self.images.unusable, *self.notes.unusable})).left_out()
+
+    def instances(self, year: str, left_out: LeftOut) -> Instances:
         """The annotations of `train2014` or `val2014`; counts in `left_out` the images that they do not list."""
         path = f"{self.top}annotations/instances_{year}.json"
         found = Instances(archive.read_file(self.notes_at, self.notes, path, self.source), path)
         listed = {f"{self.top}{year}/{entry['file_name']}" for entry in found.images}
-        there = {name for name in archive.visible(self.images.files) if name.startswith(f"{self.top}{year}/")}
-        left_out[f"images without an entry in {path}"] += len(there - listed)
+        for name in sorted(self.images.files.keys() - listed):
+            if name.startswith(f"{self.top}{year}/"):
+                left_out.add(f"images without an entry in {path}", name)
         return found
 
-    def image(self, year: str, name: str) -> Ref:
+    def image(self, year: str, name: str, key: str) -> Ref:
         """A reference to one image."""
-        key = re.sub(r"[^A-Za-z0-9_-]", "_", posixpath.splitext(name)[0])
         return archive.reference_to(self.images, f"{self.top}{year}/{name}", key, self.source)

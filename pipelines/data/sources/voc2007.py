@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.formats import archive, voc_masks
-from pipelines.data.formats.archive import Contents, Ref
+from pipelines.data.formats.archive import Contents, Ref, as_text
 from pipelines.data.formats.boxes import Annotation, BoxCheck
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.formats.voc_xml import CLASSES, VocAnnotation, parse
-from pipelines.data.raw import annotated, images
+from pipelines.data.raw import annotated
 from pipelines.data.raw.annotated import AnnotatedImages
-from pipelines.data.shards.sample import Box, Description
+from pipelines.data.raw.keys import keys_of
+from pipelines.data.shards.sample import Box, DataError, Description
 from pipelines.params import Voc2007Params
 from pipelines.progress import bar
 
@@ -54,8 +56,8 @@ class Voc2007(AnnotatedImages):
         top = archive.folder_with(contents, "ImageSets/Main/train.txt", source)
         reader = _Reader(raw, contents, top, source, self.params)
         sizes = {split: annotated.write_split(raw, split, reader.read(split, progress)) for split in annotated.SPLITS}
-        description = Description(CLASSES, "multilabel", source, checksum, sizes)
-        annotated.write_description(raw, description, reader.check, reader.left_out)
+        reader.count_unlisted()
+        annotated.write_description(raw, Description(CLASSES, "multilabel", source, checksum, sizes), reader.check)
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
         """The PNG of instance ids; None if VOC does not segment the image."""
@@ -71,20 +73,32 @@ class _Reader:
     def __init__(self, raw: Path, contents: Contents, top: str, source: str, params: Voc2007Params) -> None:
         self._raw, self._contents, self._top, self._source = raw, contents, top, source
         self._difficult = params.difficult
-        self.check = BoxCheck(params.on_bad_box)
-        self.left_out: Counter[str] = Counter()
+        self.left_out = contents.left_out()
+        self.check = BoxCheck(params.on_bad_box, self.left_out)
+        self._listed: set[str] = set()
 
     def read(self, split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
         """The images of `split` in their official order."""
         path = f"{self._top}ImageSets/Main/{split}.txt"
         lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
-        names = [line.split()[0] for line in lines if line.strip()]
-        keys = images.unique_keys({name: name for name in names})
+        names = [as_text(line.split()[0]) for line in lines if line.strip()]
+        keys = keys_of({name: name for name in names})
+        if len(keys) < len(names):
+            raise DataError(f"{path}: names {Counter(names).most_common(1)[0][0]} more than once: an image is one sample")
+        self._listed.update(names)
         with bar(f"annotations of {split}", len(names), show=progress) as shown:
             for name in names:
                 image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
                 yield image, self._annotation(name)
                 shown.update(1)
+
+    def count_unlisted(self) -> None:
+        """Counts the images and annotations of images that none of the splits read has."""
+        for folder, kind in (("JPEGImages", "images"), ("Annotations", "annotations of images")):
+            prefix = f"{self._top}{folder}/"
+            for path in sorted(self._contents.files):
+                if path.startswith(prefix) and posixpath.splitext(path.removeprefix(prefix))[0] not in self._listed:
+                    self.left_out.add(f"{kind} that no split lists", path)
 
     def _annotation(self, name: str) -> Annotation:
         """The annotation of one image."""
@@ -96,7 +110,7 @@ class _Reader:
         for number, item in enumerate(read.objects, 1):
             corners = None
             if item.difficult and not self._difficult:
-                self.left_out["difficult objects"] += 1
+                self.left_out.add("difficult objects", f"{path}: object {number}")
             else:
                 labels.add(item.label)
                 corners = self.check(item.corners, read.width, read.height, f"{path}: object {number}")
@@ -112,5 +126,6 @@ class _Reader:
         if path not in self._contents.files:
             return None
         mask = voc_masks.plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
-        self.left_out["masks that do not fit their objects"] += mask is None
+        if mask is None:
+            self.left_out.add("masks that do not fit their objects", path)
         return mask

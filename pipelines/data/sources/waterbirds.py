@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.formats import archive, cub
-from pipelines.data.formats.archive import Contents, Ref
+from pipelines.data.formats.archive import Contents, Ref, as_text
 from pipelines.data.formats.boxes import Annotation, BoxCheck, Corners
 from pipelines.data.formats.encoded_image import DecodeError, image_size
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.raw import annotated, images
 from pipelines.data.raw.annotated import AnnotatedImages
+from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import WaterbirdsParams
 from pipelines.progress import bar
@@ -33,6 +35,11 @@ class Row(NamedTuple):
     y: int
     split: str
     place: int
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether this is a training image of a bird on the other background."""
+        return self.split == "train" and self.y != self.place
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,20 @@ class Waterbirds(AnnotatedImages):
         boxes, boxes_checksum = cub.read_boxes(params.cub_root, cache, progress)
         top = archive.folder_with(contents, "metadata.csv", source)
         rows = _read_rows(archive.read_file(raw, contents, f"{top}metadata.csv", source), f"{source}: {top}metadata.csv")
-        usual = [row for row in rows if row.split != "train" or row.y == row.place]
-        left_out = Counter({"training images of the smaller groups": len(rows) - len(usual)} if params.variant == 100 else {})
-        reader = _Reader(raw, contents, top, source, boxes, BoxCheck(params.on_bad_box))
+        left_out = contents.left_out()
+        _count_unlisted(contents, top, rows, boxes, left_out)
+        if params.variant == 100:
+            for row in rows:
+                if row.is_unusual:
+                    left_out.add("training images of the smaller groups", row.name)
+            rows = [row for row in rows if not row.is_unusual]
+        reader = _Reader(raw, contents, top, source, boxes, BoxCheck(params.on_bad_box, left_out))
         sizes = {}
         for split in annotated.SPLITS:
-            chosen = [row for row in (usual if params.variant == 100 else rows) if row.split == split]
+            chosen = [row for row in rows if row.split == split]
             sizes[split] = annotated.write_split(raw, split, reader.read(chosen, split, progress))
         total = combined_sha256({"images": checksum, "boxes": boxes_checksum})
-        annotated.write_description(raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check, left_out)
+        annotated.write_description(raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check)
 
 
 SOURCE = Waterbirds
@@ -94,7 +106,7 @@ class _Reader:
 
     def read(self, rows: list[Row], split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
         """The images of `rows`, which are of one split."""
-        keys = images.unique_keys({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
+        keys = keys_of({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
         with bar(f"boxes of {split}", len(rows), show=progress) as shown:
             for row in rows:
                 image = archive.reference_to(self.contents, self.top + row.name, keys[row.name], self.source)
@@ -102,16 +114,30 @@ class _Reader:
                 shown.update(1)
 
     def _annotation(self, image: Ref, row: Row) -> Annotation:
-        """The annotation of one image. Its size, which neither list has, is read from the image."""
+        """The annotation of one image. Its size, which neither list has, is read from the image.
+
+        An image that does not decode has no box; training raises or skips it, as `data.on_error` says.
+        """
         if row.name not in self.boxes:
             raise DataError(f"{self.source}: {row.name} has no box in CUB-200-2011")
         try:
             height, width = image_size(archive.read(self.raw, image))
-        except DecodeError as error:
-            raise DataError(f"{image.path}: its boxes cannot be checked: {error}") from None
-        corners = self.check(self.boxes[row.name], width, height, image.path)
+            corners = self.check(self.boxes[row.name], width, height, image.path)
+        except DecodeError:
+            self.check.left_out.add("boxes of images that do not decode", image.path)
+            height, width, corners = 0, 0, None
         boxes = () if corners is None else ((row.y, *corners),)
         return Annotation(width, height, boxes, label=row.y, group=2 * row.y + row.place)
+
+
+def _count_unlisted(contents: Contents, top: str, rows: Sequence[Row], boxes: Mapping[str, Corners], left_out: LeftOut) -> None:
+    """Counts the images and boxes that `rows`, all lines of `metadata.csv`, do not name."""
+    names = {row.name for row in rows}
+    for path in sorted(contents.files):
+        if path.startswith(top) and images.is_image(path) and path.removeprefix(top) not in names:
+            left_out.add("images that metadata.csv does not name", path)
+    for name in sorted(boxes.keys() - names):
+        left_out.add("boxes of images that metadata.csv does not name", name)
 
 
 def _read_rows(content: bytes, where: str) -> list[Row]:
@@ -124,7 +150,10 @@ def _read_rows(content: bytes, where: str) -> list[Row]:
     for line in reader:
         place_of = f"{where}: line {reader.line_num}"
         y, split, place = (_number(line[column], column, choices, place_of) for column, choices in _RANGES.items())
-        rows.append(Row(line["img_filename"], y, annotated.SPLITS[split], place))
+        rows.append(Row(as_text(line["img_filename"] or ""), y, annotated.SPLITS[split], place))
+    names = Counter(row.name for row in rows)
+    if len(names) < len(rows):
+        raise DataError(f"{where}: names {names.most_common(1)[0][0]} more than once: an image has one line")
     return rows
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pipelines.data.formats.boxes import BoxCheck
+from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.shards.sample import DataError
 
 SIZE = (100, 50)  # width, height
@@ -18,7 +19,7 @@ SIZE = (100, 50)  # width, height
     ],
 )
 def test_a_box_is_kept_within_its_image(corners, clipped):
-    check = BoxCheck("raise")
+    check = BoxCheck("raise", LeftOut())
     assert check(corners, *SIZE, "x") == clipped
     assert check.clipped == (corners != clipped)
 
@@ -38,12 +39,12 @@ def test_a_box_is_kept_within_its_image(corners, clipped):
 )
 def test_a_bad_box_is_refused_by_name_or_dropped_and_counted(corners, fault):
     with pytest.raises(DataError, match=rf"^some\.xml: object 3: box \[{corners[0]}, .* is {fault}[^\n]*on_bad_box: skip[^\n]*$"):
-        BoxCheck("raise")(corners, *SIZE, "some.xml: object 3")
-    for check in (BoxCheck("skip"), BoxCheck("raise", expected=(fault,))):
+        BoxCheck("raise", LeftOut())(corners, *SIZE, "some.xml: object 3")
+    for check in (BoxCheck("skip", LeftOut()), BoxCheck("raise", LeftOut(), expected=(fault,))):
         assert check(corners, *SIZE, "x") is None
-        assert check.dropped == {fault: 1}
+        assert check.left_out.counts == {f"{fault} boxes": 1}
 
 
 def test_a_number_that_is_not_finite_is_never_skipped():
     with pytest.raises(DataError, match="not finite"):
-        BoxCheck("skip")((0, float("nan"), 10, 10), *SIZE, "x")
+        BoxCheck("skip", LeftOut())((0, float("nan"), 10, 10), *SIZE, "x")

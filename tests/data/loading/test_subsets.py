@@ -64,13 +64,31 @@ def test_of_several_labels_each_class_has_at_least_its_share(tmp_path):
     assert len(drawn.keys) == len(set(drawn.keys)) <= 9
 
 
-def test_too_few_images_and_no_labels_are_one_line(tmp_path):
-    root = write(tmp_path / "one", [plain(index) for index in range(8)])
-    with pytest.raises(DataError, match=r"^shots: 3 images a class are asked for; class 'star' has 2 in train$"):
-        few_shot(root, "train", 3, seed=0)
+def test_a_class_of_fewer_images_gives_them_all_and_the_log_counts_such_classes(tmp_path, caplog):
+    samples = [plain(index, label=label) for index, label in enumerate([0] * 9 + [1] * 2 + [2])]
+    root = write(tmp_path, samples)
+    drawn = few_shot(root, "train", 3, seed=0)
+    assert Counter(samples[number].label for number in drawn.numbers) == {0: 3, 1: 2, 2: 1}
+    assert caplog.messages == ["shots: 3 images a class; 2 of 3 classes have fewer in train and give all ('star' has 1)"]
+    caplog.clear()
+    assert len(few_shot(root, "train", 1, seed=0).keys) == 3
+    assert caplog.messages == []
+
+
+def test_of_several_labels_a_class_without_images_gives_none(tmp_path, caplog):
+    samples = [plain(index, label=None, labels=(0, 1)) for index in range(5)]
+    root = write(tmp_path, samples, task="multilabel")
+    assert len(few_shot(root, "train", 2, seed=0).keys) == 2
+    assert caplog.messages == ["shots: 2 images a class; 1 of 3 classes have fewer in train and give all ('star' has 0)"]
+
+
+def test_no_labels_are_one_line(tmp_path):
     captions = [plain(index, label=None, caption="a shape") for index in range(8)]
     with pytest.raises(DataError, match=r"^shots: images without labels cannot be drawn class by class$"):
-        few_shot(write(tmp_path / "other", captions, task="caption"), "train", 1, seed=0)
+        few_shot(write(tmp_path / "one", captions, task="caption"), "train", 1, seed=0)
+    unlabelled = [plain(index, label=None, labels=()) for index in range(8)]
+    with pytest.raises(DataError, match=r"^shots: no image of train has a class$"):
+        few_shot(write(tmp_path / "other", unlabelled, task="multilabel"), "train", 1, seed=0)
 
 
 def test_the_loader_gives_the_subset_alone_each_image_once(root):

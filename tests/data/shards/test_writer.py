@@ -139,7 +139,8 @@ def one_box(*box):
         (rich(0, mask=encoded(noise(0, 4, 8)[..., 0])), "k0000: mask of 8 x 4 pixels; its image has 8 x 8"),
         (rich(0, mask=encoded(noise(0)[..., 0] | 128)), "k0000: mask names instance .*; there are 2 boxes"),
         (rich(0, mask=encoded(noise(0))), "k0000: boxes and mask cannot be checked: mask: mode RGB"),
-        (rich(0, image=b"nothing"), "k0000: boxes and mask cannot be checked: not an image"),
+        (rich(0, image=b"nothing", mask=b"nothing"), "k0000: boxes and mask cannot be checked: mask: not an image"),
+        (one_box(1, 5.0, 0.0, 3.0, 4.0), "k0000: box .* is empty"),
     ],
 )
 def test_bad_sample_is_refused_by_name_and_leaves_nothing(tmp_path, sample, says):
@@ -175,9 +176,9 @@ def test_key_that_comes_twice_is_refused(tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_image_that_does_not_decode_is_left_to_the_reader(tmp_path):
-    write(tmp_path, [plain(0, image=b"nothing")])
-    assert read_manifest(tmp_path).count("train") == 1
+def test_image_that_does_not_decode_is_left_to_the_reader_whatever_is_known_of_it(tmp_path):
+    write(tmp_path, [plain(0, image=b"nothing"), rich(1, image=b"nothing"), rich(3, image=b"")])
+    assert read_manifest(tmp_path).count("train") == 3
 
 
 def test_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):

@@ -280,6 +280,22 @@ def test_an_image_that_is_missing_is_named_and_one_that_is_not_listed_is_counted
         fetched(params(coco), tmp_path)
 
 
+def test_an_image_with_two_entries_is_named(coco, tmp_path):
+    images = [{"id": number, "file_name": name_of("train2014", 1), "width": WIDTH, "height": HEIGHT} for number in (1, 2)]
+    annotate(coco, images=images)
+    with pytest.raises(DataError, match=r"images has COCO_train2014_000000000001\.jpg more than once"):
+        fetched(params(coco), tmp_path)
+
+
+def test_names_that_would_be_one_key_or_none_are_told_apart(coco, tmp_path):
+    names = ["a b.jpg", "a_b.jpg", "x" * 100 + ".jpg"]
+    images = [{"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT} for number, name in enumerate(names, 1)]
+    write_files(coco, {f"train2014/{name}": jpeg(WIDTH, HEIGHT, number) for number, name in enumerate(names)})
+    annotate(coco, images=images)
+    assert sharded(params(coco), tmp_path)
+    assert len(by_key(params(coco), tmp_path)) == 4
+
+
 def test_missing_instances_are_named(coco, tmp_path):
     (coco / "annotations/instances_train2014.json").unlink()
     with pytest.raises(DataError, match=r"instances_train2014\.json is missing; there is: annotations, train2014, val2014"):

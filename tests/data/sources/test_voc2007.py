@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.formats.roots import Official
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.sample import DataError
@@ -236,6 +237,27 @@ def test_what_is_missing_is_named(voc, tmp_path, gone, told):
     with pytest.raises(DataError, match=rf"^voc2007: [^\n]*{told}[^\n]*$"):
         fetched(params(voc), tmp_path)
     assert not (tmp_path / "raw/manifest.json").exists()
+
+
+def test_images_and_annotations_that_no_split_lists_are_counted(voc, tmp_path):
+    write_files(voc, {"JPEGImages/000009.jpg": jpeg(4, 4), "Annotations/000009.xml": xml(), "Annotations/000010.xml": "cut"})
+    fetched(params(voc), tmp_path)
+    assert left_out(tmp_path) == {"images that no split lists": 1, "annotations of images that no split lists": 2}
+
+
+def test_an_image_that_a_split_lists_twice_is_named(voc, tmp_path):
+    (voc / "ImageSets/Main/train.txt").write_text("000001\n000001\n")
+    with pytest.raises(DataError, match=r"ImageSets/Main/train\.txt: names 000001 more than once"):
+        fetched(params(voc), tmp_path)
+
+
+def test_an_image_that_does_not_decode_is_left_to_the_loader(voc, tmp_path):
+    (voc / "JPEGImages/000001.jpg").write_bytes(b"no photo")
+    root = sharded(params(voc), tmp_path)
+    with pytest.raises(DecodeError, match="000001: does not decode"):
+        list(loader(root, "train", DataParams(image_size=60), 1))
+    batches = loader(root, "train", DataParams(image_size=60, on_error="skip"), 1)
+    assert (list(batches), batches.skipped) == ([], 1)
 
 
 def test_an_empty_split_is_named(voc, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.formats import cub
+from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.formats.roots import Official
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.sample import DataError
@@ -27,6 +28,7 @@ BIRDS = [
     ("002.Wren", 0, 1, 1),
     ("002.Wren", 0, 2, 0),
 ]
+CROW = {"boxes of images that metadata.csv does not name": 1}  # in CUB alone
 HEADER = "img_id,img_filename,y,split,place,place_filename"
 
 
@@ -82,7 +84,7 @@ def test_splits_are_those_of_the_metadata(birds, tmp_path):
 def test_variant_100_has_no_training_bird_on_unusual_ground(birds, tmp_path):
     read = samples(params(birds, variant=100), tmp_path)
     assert sorted(sample.group for sample in read["train"]) == [0, 3]
-    assert left_out(tmp_path) == {"training images of the smaller groups": 2}
+    assert left_out(tmp_path) == {"training images of the smaller groups": 2, **CROW}
     whole = samples(params(birds), tmp_path)
     assert (read["val"], read["test"]) == (whole["val"], whole["test"])
 
@@ -174,7 +176,7 @@ def test_boxes_that_make_no_sense_are_told_in_one_line(birds, tmp_path, file, ol
 def test_a_bad_box_is_left_out_on_demand(birds, tmp_path):
     edit(tmp_path / "CUB_200_2011/bounding_boxes.txt", "100 0.0 2.0 20.0 10.0", "100 0.0 2.0 60.0 10.0")
     assert by_key(params(birds, on_bad_box="skip"), tmp_path)["Albatross_0000_55"].boxes == ()
-    assert left_out(tmp_path) == {"outside boxes": 1}
+    assert left_out(tmp_path) == {"outside boxes": 1, **CROW}
 
 
 @pytest.mark.parametrize("file", ["metadata.csv", "../CUB_200_2011/images.txt", "../CUB_200_2011/bounding_boxes.txt"])
@@ -184,7 +186,27 @@ def test_a_missing_file_is_named(birds, tmp_path, file):
         fetched(params(birds), tmp_path)
 
 
-def test_an_image_that_does_not_decode_is_named(birds, tmp_path):
-    (birds / name_of(3)).write_bytes(b"no photo")
-    with pytest.raises(DataError, match=r"Albatross_0003_55\.jpg: its boxes cannot be checked: not an image"):
+def test_an_image_that_does_not_decode_is_counted_and_left_to_the_loader(birds, tmp_path, caplog):
+    (birds / name_of(2)).write_bytes(b"no photo")
+    root = sharded(params(birds), tmp_path)
+    assert left_out(tmp_path) == {"boxes of images that do not decode": 1, **CROW}
+    assert f"left out: 1 boxes of images that do not decode, such as {name_of(2)}" in caplog.text
+    with pytest.raises(DecodeError, match="Albatross_0002_55: does not decode"):
+        list(loader(root, "val", DataParams(image_size=60), 2))
+    batches = loader(root, "val", DataParams(image_size=60, on_error="skip"), 2)
+    assert [batch["label"].tolist() for batch in batches] == [[0]]
+    assert batches.skipped == 1
+
+
+def test_images_and_boxes_that_the_metadata_does_not_name_are_counted(birds, tmp_path):
+    write_files(birds, {"004.New/New_1.jpg": jpeg(4, 4), "README.txt": "not an image", "004.New/.DS_Store": ""})
+    fetched(params(birds), tmp_path)
+    hidden = {"hidden files and by-products of operating systems": 1}
+    assert left_out(tmp_path) == {"images that metadata.csv does not name": 1, **CROW, **hidden}
+
+
+def test_an_image_with_two_lines_is_named(birds, tmp_path):
+    with open(birds / "metadata.csv", "a") as file:
+        file.write(f"9,{name_of(2)},1,0,1,/x/y.jpg\n")
+    with pytest.raises(DataError, match=rf"metadata\.csv: names {name_of(2)} more than once"):
         fetched(params(birds), tmp_path)
