@@ -65,7 +65,7 @@ def save_panels(
         for row, title in enumerate(titles):
             for column, (name, panels) in enumerate(columns.items()):
                 axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
-                axes[row, column].set_title(title if column == 0 else name)
+                axes[row, column].set_title(title if column == 0 else name, parse_math=False)  # names may have a $
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))

@@ -16,8 +16,8 @@ NASTY = (
 )
 
 
-def outcome(call: Callable[[], Any]) -> str:
-    """`OK`, or the line with which `call` ends; an error of any other kind, or of more lines, fails the test."""
+def outcome(call: Callable[[], Any], lines: int | None = 1) -> str:
+    """`OK`, or the `lines` (None: any number) with which `call` ends; an error of any other kind fails the test."""
     try:
         call()
     except UserError as error:
@@ -25,7 +25,7 @@ def outcome(call: Callable[[], Any]) -> str:
     else:
         return OK
     assert said.strip()
-    assert "\n" not in said
+    assert lines in (None, len(said.splitlines())), said
     return said
 
 

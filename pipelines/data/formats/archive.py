@@ -6,6 +6,7 @@ samples from it can count what it leaves out.
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -130,14 +131,15 @@ class Listing:
 def damage_named(source: str, fault: str) -> Iterator[None]:
     """Raises `DataError`, which names `source` and its `fault`, for an error of whatever reads an archive.
 
-    Readers of archives meet damaged bytes with errors of any type. Errors of the disk are raised as they are.
+    Readers of archives meet damaged bytes with errors of any type, also of an invalid seek. Errors of the disk are raised as they
+    are.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise DataError(f"{source}: {fault} ({one_line(error)}): get it again") from None
 

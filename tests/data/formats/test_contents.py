@@ -159,20 +159,18 @@ def test_members_of_tars(tmp_path, members, files, unusable):
 
 @pytest.mark.parametrize("form", ["gnu", "pax --sparse-version=0.0", "pax --sparse-version=0.1", "pax --sparse-version=1.0"])
 def test_sparse_members_have_their_holes(tmp_path, form):
-    content = {"a.bmp": b"head" + bytes(1 << 16) + b"tail", "b.bmp": bytes(1 << 16), "c.bmp": b"dense"}
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    archived = [
-        "tar",
-        "-Scf",
-        tmp_path / "some.tar",
-        "--hole-detection=raw",
-        *f"--format={form}".split(),
-        "-C",
-        tmp_path,
-        *content,
-    ]
-    subprocess.run(archived, check=True)
+    parts = {"a.bmp": (b"head", b"tail"), "b.bmp": (b"", b""), "c.bmp": (b"dense", b"")}
+    content = {}
+    for name, (head, tail) in parts.items():
+        with open(tmp_path / name, "wb") as file:
+            file.write(head)
+            if name != "c.bmp":
+                file.truncate(len(head) + (1 << 17))  # a hole
+                file.seek(0, os.SEEK_END)
+            file.write(tail)
+        content[name] = (tmp_path / name).read_bytes()
+    options = ["--hole-detection=raw", *f"--format={form}".split(), "-C", tmp_path]
+    subprocess.run(["tar", "-Scf", tmp_path / "some.tar", *options, *content], check=True)
     assert (tmp_path / "some.tar").stat().st_size < 1 << 16
     assert content_of(listed(tmp_path / "some.tar"), tmp_path) == content
 
@@ -191,7 +189,7 @@ def test_tars_joined_by_cat_are_one(tmp_path, padding):
     (tmp_path / "all.tar").write_bytes((bytes(512 * padding)).join(joined) + b"junk")
     assert content_of(listed(tmp_path / "all.tar"), tmp_path) == {name: name.encode() for name in "abc"}
     (tmp_path / "cut.tar").write_bytes(b"".join(joined)[: len(joined[0]) + 700])
-    with pytest.raises(DataError, match=r"^source: the tar has no end"):
+    with pytest.raises(DataError, match=r"^source: (the tar has no end|not a whole tar)"):
         listed(tmp_path / "cut.tar")
 
 

@@ -120,6 +120,10 @@ class Terse(MemoryFileSystem):
     store: ClassVar = {}
     pseudo_dirs: ClassVar = [""]
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("terse://", "memory://"))
+
     def info(self, path, **options):
         return self._terse(super().info(path, **options))
 
