@@ -1,11 +1,10 @@
 """Stage `register`: the B-cosified model and its evidence as a version in the model registry; run again, it changes nothing."""
 
-import json
 from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.storage.files import write_json
+from pipelines.storage.files import required_json, write_json
 from pipelines.workflow.evaluating import BCOS_NAMES
 from pipelines.workflow.places import REPORTS, shards_of
 from pipelines.workflow.reports import flat
@@ -16,7 +15,7 @@ def main() -> None:
     """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`."""
     with stage() as params:
         start = params.bcosify.starts[0]
-        metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())["models"][BCOS_NAMES[start]]
+        metrics = required_json(REPORTS / "evaluate/metrics.json")["models"][BCOS_NAMES[start]]
         version = tracking.register(
             Path("models/bcosify", start),
             experiment=params.tracking.experiment,

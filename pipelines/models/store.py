@@ -20,6 +20,7 @@ from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork,
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
+from pipelines.storage.errors import DamagedFileError, one_line
 from pipelines.storage.files import file_digest, read_json, write_json
 from pipelines.storage.publish import pull
 from pipelines.storage.retry import is_remote
@@ -149,8 +150,10 @@ def read_spec(directory: str | Path) -> ModelSpec:
     content = read_json(Path(directory) / CONFIG)
     if content is None:
         raise FileNotFoundError(f"no model in {directory}: {CONFIG} and {WEIGHTS} are wanted there")
-    tuples = {key: tuple(content[key]) for key in ("classes", "mean", "std")}
-    return ModelSpec(**{**content, **tuples})
+    try:
+        return ModelSpec(**{**content, **{key: tuple(content[key]) for key in ("classes", "mean", "std")}})
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(f"{directory}/{CONFIG}: not what `save` writes ({one_line(error)}): save it again") from None
 
 
 def digest(directory: str | Path) -> str:

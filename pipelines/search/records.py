@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict
 from pipelines.metrics import measured
 from pipelines.params import Params, SearchDimension, param
 from pipelines.storage import files
+from pipelines.storage.lease import check_held
 from pipelines.training.job import EpochRecord
 
 RECORD = "trial.json"
@@ -66,13 +67,14 @@ def trial_directory(directory: str, values: Mapping[str, Any]) -> str:
 
 def start_trial(place: str, values: dict[str, Any]) -> Trial:
     """The record of the trial at `place`, a new one where there is none; what is not settled is running from now on."""
-    trial: Any = files.read_json(f"{place}/{RECORD}") or {"values": values, "started": time.time()}
+    trial: Any = _record(place) or {"values": values, "started": time.time()}
     return trial if trial.get("status") in SETTLED else settle_trial(place, trial, "running")
 
 
 def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
-    """Writes the record with this status, and returns it."""
-    history: list[EpochRecord] = files.read_json(f"{place}/history.json") or []
+    """Writes the record with this status, and returns it; raises `LeaseError` if another search has taken over."""
+    check_held(place)
+    history: list[EpochRecord] = files.read_record(f"{place}/history.json", list) or []
     if metrics is None:
         metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
     known = {"status": status, "history": history, "metrics": measured(metrics), "error": error}
@@ -82,11 +84,20 @@ def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, fl
 
 
 def read_trial(place: str) -> Trial:
-    """The record at `place`."""
-    return files.read_json(f"{place}/{RECORD}")
+    """The record at `place`; raises `FileNotFoundError` if there is none."""
+    trial = _record(place)
+    if trial is None:
+        raise FileNotFoundError(f"{place}: no record of a trial")
+    return trial
+
+
+def _record(place: str) -> Trial | None:
+    """The record at `place`; None if there is none, or a crash has left it unreadable: then its trial is run again."""
+    trial: Any = files.read_record(f"{place}/{RECORD}", dict)
+    return trial if trial is not None and Trial.__required_keys__ <= trial.keys() else None
 
 
 def read_trials(directory: str) -> list[Trial]:
     """The records of a search, in the order in which the trials started: a trial's place in it is its number."""
-    found = [files.read_json(f"{directory}/trials/{name}/{RECORD}") for name in files.names_in(f"{directory}/trials")]
+    found = [_record(f"{directory}/trials/{name}") for name in files.names_in(f"{directory}/trials")]
     return sorted(filter(None, found), key=lambda trial: (trial["started"], json.dumps(trial["values"])))

@@ -16,6 +16,7 @@ from pipelines.metrics import rising
 from pipelines.params import SearchParams, TrainingParams
 from pipelines.search.records import SETTLED, Trial, read_trial, read_trials, settle_trial, trial_directory
 from pipelines.storage import files
+from pipelines.storage.lease import Lease, check_held, held
 from pipelines.training import pareto
 from pipelines.training.job import EpochRecord, TrainingError
 from pipelines.training.launch import FINAL, cluster
@@ -81,11 +82,12 @@ def search(
     else:
         before = [trial["values"] for trial in known]
         queue = [*before, *(values for values in first if values not in before)][: max(params.trials, len(before))]
-        with cluster(_together(params, training)):
-            _tune(work, params, training, directory, queue, on_trial)
+        with held(directory) as lease, cluster(_together(params, training)):
+            _tune(work, params, training, directory, queue, on_trial, lease)
         found = read_trials(directory)
     for trial in found:
         if trial["status"] in SETTLED:
+            check_held(directory)
             files.remove(f"{trial_directory(directory, trial['values'])}/checkpoints")
     lost = sum(trial["status"] == "running" for trial in found)
     if lost:
@@ -107,8 +109,9 @@ def _tune(
     directory: str,
     queue: list[dict[str, Any]],
     on_trial: Callable[[Trial], None],
+    lease: Lease,
 ) -> None:
-    """`search`, on the Ray that is initialised."""
+    """`search`, on the Ray that is initialised, under its lease of `directory`."""
     for variable, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import pyarrow.fs
@@ -119,7 +122,7 @@ def _tune(
     own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     if params.workers > 0:  # those take the cores, which the trial must not hold; nothing at all is no request
         own = {"memory": 1.0}
-    function = partial(_trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd())
+    function = partial(_trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd(), lease=lease)
     storage, name = f"{directory}/ray", uuid.uuid4().hex
     filesystem, root = fsspec.core.url_to_fs(storage)
     tuner = tune.Tuner(
@@ -142,7 +145,7 @@ def _tune(
     try:
         tuner.fit()
     finally:
-        files.remove(storage)
+        files.remove(f"{storage}/{name}")
 
 
 def _halving(params: SearchParams) -> Any:
@@ -165,7 +168,7 @@ def _halving(params: SearchParams) -> Any:
     )
 
 
-def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int) -> None:
+def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int, lease: Lease) -> None:
     """A trial, in a process of Ray Tune. It ends once its record is written: what that says holds after any kill."""
     from ray import tune
 
@@ -184,18 +187,19 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
         for record in trial["history"]:
             report(record)
         return
-    try:
-        found = work(config, here, report, sharing)
-    except Exception as error:
-        known = isinstance(error, TrainingError | ValueError)
-        if not isinstance(error, FINAL):
-            raise  # Ray Tune starts the trial again
-        if not known:
-            traceback.print_exc()
-        settle_trial(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
-        return
-    settle_trial(here, trial, "finished", found)
-    files.remove(f"{here}/checkpoints")
+    with held(here, under=lease):
+        try:
+            found = work(config, here, report, sharing)
+        except Exception as error:
+            known = isinstance(error, TrainingError | ValueError)
+            if not isinstance(error, FINAL):
+                raise  # Ray Tune starts the trial again
+            if not known:
+                traceback.print_exc()
+            settle_trial(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
+            return
+        settle_trial(here, trial, "finished", found)
+        files.remove(f"{here}/checkpoints")
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:

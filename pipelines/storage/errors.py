@@ -15,6 +15,10 @@ class StorageError(UserError, OSError):
         self.errno = errno
 
 
+class DamagedFileError(UserError, ValueError):
+    """A file of this project that cannot be read as what it is, such as one that a crash has cut: one line that names it."""
+
+
 def one_line(error: object) -> str:
     """The text of an error in one line of at most 300 characters; its type, if it has no text."""
     return " ".join(str(error).split())[:_LONGEST] or type(error).__name__

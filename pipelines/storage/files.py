@@ -1,25 +1,32 @@
 """Files at a path or any fsspec URL: written whole or not at all, read, hashed, as JSON.
 
-A file on this machine is written under a temporary name beside its own and then renamed; an object store gets it in one put.
+A file on this machine is written under a temporary name beside its own, synced to the disk, and then renamed, so that neither a
+killed process nor a crash of the machine leaves a part of it; an object store gets it in one put.
 A remote storage that fails for a while is tried again; see `retry`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
+import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from pipelines.storage.errors import StorageError, one_line
+from pipelines.storage.errors import DamagedFileError, StorageError, one_line
 from pipelines.storage.retry import FULL, is_remote, retried, retry
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
 
@@ -32,9 +39,35 @@ def file_system(place: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
     """Makes a folder on a storage that has folders; never makes a bucket."""
-    protocols = filesystem.protocol
-    if not BUCKETS & set((protocols,) if isinstance(protocols, str) else protocols):
-        filesystem.makedirs(path, exist_ok=True)
+    protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+    if BUCKETS & protocols:
+        return
+    here = (Path(path), *Path(path).parents) if "file" in protocols else ()
+    new = [folder for folder in here if not folder.exists()]
+    filesystem.makedirs(path, exist_ok=True)
+    for folder in new:
+        sync_folder(folder.parent)
+
+
+def rename(path: Path, target: str | Path) -> None:
+    """Gives a written file of this machine its final name; no crash leaves a part of it under that name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    path.replace(target)
+    sync_folder(Path(target).parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names of the files in a folder of this machine are on its disk."""
+    with suppress(OSError):  # some file systems sync files alone, and a folder may be one to write to only
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -57,7 +90,7 @@ def staged(place: str | Path) -> Iterator[Path]:
         path = Path(folder, f".{PurePosixPath(target).name}.{uuid.uuid4().hex}.tmp")
         try:
             yield path
-            path.replace(target)
+            rename(path, target)
         finally:
             path.unlink(missing_ok=True)
     except FileNotFoundError:  # of what is copied to `place`, or of a bucket
@@ -88,6 +121,45 @@ def write(place: str | Path, content: bytes) -> None:
 
 
 @retried
+def create(place: str | Path, content: bytes) -> bool:
+    """Writes a file unless there is one of that name; returns whether the file is there with this very content.
+
+    Of several processes that create the same file at the same time, one gets True, on this machine and on storages that can put
+    an object on the condition that there is none (S3, GCS). On others each may get True, the last one for good.
+
+    Args:
+        place: of the file.
+        content: which nobody else would write: an answer that was lost is told from another's file by it.
+    """
+    filesystem, target = file_system(place)
+    make_folder(filesystem, str(PurePosixPath(target).parent))
+    try:
+        if is_remote(place):
+            _put_new(filesystem, target, content)
+            return filesystem.cat_file(target) == content
+        with open(target, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(Path(target).parent)
+    except FileExistsError:
+        return filesystem.cat_file(target) == content
+    return True
+
+
+def _put_new(filesystem: fsspec.AbstractFileSystem, target: str, content: bytes) -> None:
+    """Puts an object; raises `FileExistsError` if there is one."""
+    try:
+        filesystem.pipe_file(target, content, mode="create")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        if filesystem.exists(target):  # a store without the condition, which answers "not implemented"
+            raise FileExistsError(target) from None
+        filesystem.pipe_file(target, content)
+
+
+@retried
 def read(place: str | Path) -> bytes:
     """The content of a file."""
     filesystem, path = file_system(place)
@@ -100,11 +172,40 @@ def write_json(place: str | Path, value: Any) -> None:
 
 
 def read_json(place: str | Path) -> Any:
-    """The value of a JSON file; None if there is no such file. Raises `ValueError` if it is not JSON."""
+    """The value of a JSON file; None if there is no such file.
+
+    Raises:
+        DamagedFileError: it is not JSON; a `ValueError`.
+    """
     try:
         return json.loads(read(place))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise DamagedFileError(f"{place}: not JSON ({one_line(error)}): run again what writes it") from None
+
+
+def required_json(place: str | Path) -> Any:
+    """The value of a JSON file, as `read_json`; raises `FileNotFoundError` if there is no such file."""
+    value = read_json(place)
+    if value is None:
+        raise FileNotFoundError(f"{place}: missing: run what writes it")
+    return value
+
+
+def read_record(place: str | Path, kind: type[T]) -> T | None:
+    """The value of a JSON file that this project keeps for itself and can do without.
+
+    None if there is no such file, and, with a line in the log, if a crash has left something else than a `kind` there.
+    """
+    try:
+        value = read_json(place)
+        if value is None or isinstance(value, kind):
+            return value
+    except DamagedFileError:
+        pass
+    log.warning("%s: unreadable, as a crash leaves a file; taken as not there", place)
+    return None
 
 
 @retried

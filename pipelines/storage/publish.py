@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipelines.storage.errors import StorageError, one_line
-from pipelines.storage.files import file_system, make_folder
-from pipelines.storage.retry import retry
+from pipelines.storage.files import file_system, make_folder, staged
+from pipelines.storage.retry import is_remote, retry
 
 
 def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
@@ -29,8 +30,12 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
         if retry(partial(filesystem.exists, f"{root}/{marker}"), url):
             return url
         for name in (*others, marker):
-            make_folder(filesystem, str(PurePosixPath(root, name).parent))
-            retry(partial(filesystem.put_file, str(Path(folder, name)), f"{root}/{name}"), url)
+            if is_remote(url):
+                make_folder(filesystem, str(PurePosixPath(root, name).parent))
+                retry(partial(filesystem.put_file, str(Path(folder, name)), f"{root}/{name}"), url)
+            else:
+                with staged(f"{root}/{name}") as path:
+                    shutil.copyfile(Path(folder, name), path)
     except FileNotFoundError as error:
         raise StorageError(f"{folder} cannot be put to {url}: {one_line(error)}") from None
     return url

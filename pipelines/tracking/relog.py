@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for directory in parser.parse_args(arguments).directories:
         journal = Journal(directory)
         if not journal.exists:
-            print(f"{directory}: nothing was tracked here (no tracking/run.json)", file=sys.stderr)
+            there = (journal.root / "run.json").is_file()
+            why = "tracking/run.json is unreadable: run the stage again" if there else "no tracking/run.json"
+            print(f"{directory}: nothing was tracked here ({why})", file=sys.stderr)
             failed += 1
             continue
         for each in (journal, *children(directory)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.tracking.journal import Journal, metric_rows, now
 from pipelines.tracking.provenance import git_tags, input_hashes, lock_hash, version_tags
 from pipelines.tracking.server import complaint, connect, project_root, shown, tracking_uri, where_to_look
-from pipelines.tracking.sync import PARENT_TAG, log_metrics, sync
+from pipelines.tracking.sync import PARENT_TAG, log_metrics, log_rows, sync
 
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
@@ -32,6 +32,7 @@ def stage_run(
     directory: str | Path,
     inputs: Mapping[str, str] | None = None,
     key: str | None = None,
+    taken_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[StageRun]:
     """Tracks one execution of a stage. An unfinished one found in `directory` (the stage was killed) goes on as the same run.
 
@@ -46,15 +47,17 @@ def stage_run(
             with the same end here.
         inputs: name -> path (or identifying text) of each input, for `lock_hash`.
         key: `StageRun.key` of an unfinished execution whose journal is lost with its machine: it goes on as the same run.
+        taken_over: asked where the block raises: whether another process goes on with this run.
 
     Yields:
-        The run. It ends FINISHED, or FAILED where the block raises.
+        The run. It ends FINISHED, or FAILED where the block raises and no other process goes on with it.
     """
     run = StageRun.begin(stage, experiment, params, directory, inputs or {}, key)
     try:
         yield run
     except BaseException:
-        run.end("FAILED")
+        if not taken_over():
+            run.end("FAILED")
         raise
     run.end("FINISHED")
 
@@ -142,12 +145,13 @@ class StageRun:
         self._journal.add_metrics(values, step)
         if self.run_id is not None and not self._journal.head["warned"]:
             with _warning(self._journal, self._uri):
-                log_metrics(connect(self._uri), self.run_id, self._journal.metrics())
+                log_metrics(connect(self._uri), self.run_id, self._journal)
 
     def history(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Completes the per-epoch metrics from a training's history (`Result.history`); what is there already stays."""
-        for record in records:
-            self._journal.add_metrics(record["metrics"], record["epoch"])
+        missing = sum([self._journal.add_metrics(record["metrics"], record["epoch"]) for record in records])
+        if missing:  # a worker on another machine may have logged them
+            self._journal.forget_sent()
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Keeps a copy of a file or folder; uploaded to `folder` of the run's artifacts when the stage ends."""
@@ -201,16 +205,17 @@ class EpochLogger:
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Logs `record["metrics"]` at step `record["epoch"]`; a record that was logged before changes nothing."""
         journal = Journal(self.directory)
-        rows = metric_rows(record["metrics"], record["epoch"])
-        if journal.exists:
+        if here := journal.exists:
             journal.add_metrics(record["metrics"], record["epoch"])
-            rows = journal.metrics()
         began = monotonic()
         if self.run_id is None or began < self._ask_at:
             return
         answered = False
         with _warning(journal, self.uri):
-            log_metrics(connect(self.uri), self.run_id, rows)
+            if here:
+                log_metrics(connect(self.uri), self.run_id, journal)
+            else:
+                log_rows(connect(self.uri), self.run_id, metric_rows(record["metrics"], record["epoch"]))
             answered = True
         if not answered:
             ended = monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.tracking.journal import Journal, MetricRow
@@ -27,8 +27,10 @@ def sync(journal: Journal, uri: str) -> Run:
     head = journal.head
     run = find_or_create_run(client, uri, head)
     run_id = run.info.run_id
+    if journal.sent(run_id) is None and not run.data.metrics:
+        journal.note_sent(run_id, 0)
     log_params_and_tags(client, run, head["params"], head["tags"] | parent_tag(client, run, head["tags"]))
-    log_metrics(client, run_id, journal.metrics())
+    log_metrics(client, run_id, journal)
     for dataset in head["datasets"]:
         log_dataset(client, run_id, dataset)
     if journal.artifacts.is_dir():
@@ -71,14 +73,27 @@ def log_params_and_tags(client: MlflowClient, run: Run, params: Mapping[str, str
         client.log_batch(run.info.run_id, tags=some_tags)
 
 
-def log_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricRow]) -> None:
-    """Logs the rows whose metric has no value yet at their step."""
+def log_metrics(client: MlflowClient, run_id: str, journal: Journal) -> None:
+    """Logs the metrics of the journal that the run does not have, in one request per 1000.
+
+    The journal says which those are. Where it does not (it is younger than the run, because its machine was lost, or another
+    machine has logged beside it) the server is asked. A request whose answer was lost is made again: MLflow drops equal rows.
+    """
+    lines, sent = journal.line_count, journal.sent(run_id)
+    rows = journal.metrics(sent or 0)
+    if sent is None:
+        logged = {(key, item.step) for key in {row["key"] for row in rows} for item in client.get_metric_history(run_id, key)}
+        rows = [row for row in rows if (row["key"], row["step"]) not in logged]
+    log_rows(client, run_id, rows)
+    if lines != sent:
+        journal.note_sent(run_id, lines)
+
+
+def log_rows(client: MlflowClient, run_id: str, rows: Sequence[MetricRow]) -> None:
+    """Logs the rows."""
     from mlflow.entities import Metric
 
-    rows = list(rows)
-    logged = {(key, item.step) for key in {row["key"] for row in rows} for item in client.get_metric_history(run_id, key)}
-    missing = [Metric(**row) for row in rows if (row["key"], row["step"]) not in logged]
-    for some in chunks(missing, 1000):
+    for some in chunks([Metric(**row) for row in rows], 1000):
         client.log_batch(run_id, metrics=some)
 
 

@@ -95,6 +95,7 @@ class Job:
         batches: makes the batches of a split, called as `shard_batches` is.
         subset: numbers of the training samples to read, see `loader`; None: all samples.
         explanations: root of stored explanations of the training samples, which then come with them.
+        owner: names the driver under whose lease the run writes, see `storage.lease`; `train` sets it.
     """
 
     build: Callable[[], Method]
@@ -109,6 +110,7 @@ class Job:
     batches: Callable[..., Batches] = shard_batches
     subset: tuple[int, ...] | None = None
     explanations: str | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipelines.params import TrainingParams
 from pipelines.process import OPENMP, cpu_count, environment
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
+from pipelines.storage.lease import LeaseError, held
 from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
 from pipelines.training.job import Job, Result, TrainingError, best_record, check_measured, is_finished, kept_records
@@ -30,7 +32,7 @@ from pipelines.training.loop import fit, report
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
 # that fails for a while) are worth a restart.
-FINAL = (TrainingError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+FINAL = (TrainingError, LeaseError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 # Read by Ray when it is imported or starts workers; the user's own settings win.
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
@@ -52,16 +54,19 @@ def train(job: Job, sharing: int = 1) -> Result:
 
     Raises:
         TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
+        LeaseError: another driver is training in the same directory.
     """
     check_batch_size(job.optim.batch_size, job.training)
-    summary = checkpoints.newest(job.directory)
-    if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
-        history = summary["history"]
-        files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
-        report(job, history)
-    else:
-        history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
+    with held(job.directory) as lease:
         summary = checkpoints.newest(job.directory)
+        if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
+            history = summary["history"]
+            files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
+            report(job, history)
+        else:
+            job = replace(job, owner=lease.owner)
+            history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
+            summary = checkpoints.newest(job.directory)
     known = (summary or {}).get("directions")
     check_measured(history, job.optim)
     return Result(job.directory, history, best_record(history, job.optim, known), kept_records(history, job.optim, known))
@@ -188,7 +193,7 @@ def _work(config: dict[str, Any]) -> Any:
         fn, args = cloudpickle.loads(config["call"])
         return fn(here, *args)
     except FINAL as error:
-        known = isinstance(error, TrainingError | ValueError)
+        known = isinstance(error, TrainingError | LeaseError | ValueError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         if not known:
             traceback.print_exc()

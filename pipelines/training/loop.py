@@ -6,7 +6,7 @@ import errno
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from pipelines.params import TrainingParams
 from pipelines.progress import bar, epoch_line
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
+from pipelines.storage.lease import Lease, writer
 from pipelines.training import checkpoints
 from pipelines.training.job import (
     Directions,
@@ -88,6 +89,7 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     first_bad: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))  # step of the first bad loss
     preempted: bool = False  # whether a node of the workers is about to be taken away
+    lease: Lease | None = None  # of rank 0, which alone writes
 
 
 def fit(context: Context, job: Job) -> list[EpochRecord]:
@@ -95,12 +97,15 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
 
     Raises:
         TrainingError: the loss or a weight is not finite, the disk is full, or the params do not fit together.
+        LeaseError: another driver has the run's directory.
     """
-    run = set_up(context, job)
-    if job.optim.epochs == 0 and not run.history:
-        finish_epoch(run, train_metrics={})
-    while not is_finished(run.history, job.optim, run.directions):
-        finish_epoch(run, train_metrics=train_epoch(run))
+    with writer(job.directory, job.owner) if context.rank == 0 else nullcontext() as lease:
+        run = set_up(context, job)
+        run.lease = lease
+        if job.optim.epochs == 0 and not run.history:
+            finish_epoch(run, train_metrics={})
+        while not is_finished(run.history, job.optim, run.directions):
+            finish_epoch(run, train_metrics=train_epoch(run))
     return run.history
 
 
@@ -343,6 +348,8 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     if context.rank == 0:
         print(epoch_line(run.epoch, job.optim.epochs, metrics), flush=True)
         with full_disk_in_one_line(run):
+            if run.lease is not None:
+                run.lease.check_newest()
             files.write_json(f"{job.directory}/history.json", run.history)
             report(job, run.history)
     if context.report is not None:
@@ -364,7 +371,7 @@ def save(run: Run) -> None:
     summary = {"epoch": run.epoch, "batches": run.batches, "earlier": run.earlier, "history": run.history}
     summary["directions"] = dict(run.directions)
     with full_disk_in_one_line(run):
-        checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last)
+        checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last, run.lease)
 
 
 @contextmanager
@@ -382,7 +389,7 @@ def report(job: Job, history: list[EpochRecord]) -> None:
     """Offers `job.on_epoch` each record that it has not taken yet, in order."""
     if job.on_epoch is None:
         return
-    before = files.read_json(f"{job.directory}/reported.json") or {}
+    before = files.read_record(f"{job.directory}/reported.json", dict) or {}
     taken = before.get("records", 0) if before.get("key") == job.report_key else 0
     for record in history[taken:]:
         try:

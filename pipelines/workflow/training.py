@@ -12,6 +12,7 @@ from pipelines import models, tracking
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.params import Params, ParamsError, keyed
 from pipelines.storage import files
+from pipelines.storage.lease import held
 from pipelines.storage.paths import absolute, run_directory
 from pipelines.training import Result, checkpoints, train
 from pipelines.workflow import identity
@@ -40,30 +41,36 @@ def tracked(
         upstream: folders of the models of earlier stages that the outcome depends on.
         code: the modules that compute the outcome.
         context: what the data is for, as MLflow shows it.
+
+    Raises:
+        LeaseError: another driver runs this very stage; nothing of it is touched.
     """
     shards = shards_of(params.dataset)
     manifest = read_manifest(shards)
     origin = (manifest.digest, identity.code_digest(*code), *(models.digest(path) for path in upstream))
     directory = run_directory(params.storage.root, name, params.dataset, *settings, *origin)
     outlives = "://" in directory  # the journal is on this machine, and may be lost with it
-    with tracking.stage_run(
-        name,
-        experiment=params.tracking.experiment,
-        params=params.model_dump(mode="json"),
-        directory=directory,
-        inputs={"shards": shards, **{path.name: str(path) for path in upstream}},
-        key=files.read_json(f"{directory}/{UNFINISHED}") if outlives else None,
-    ) as run:
+    with held(directory) as lease:
+        with tracking.stage_run(
+            name,
+            experiment=params.tracking.experiment,
+            params=params.model_dump(mode="json"),
+            directory=directory,
+            inputs={"shards": shards, **{path.name: str(path) for path in upstream}},
+            key=files.read_record(f"{directory}/{UNFINISHED}", str) if outlives else None,
+            taken_over=lambda: lease.lost,
+        ) as run:
+            if outlives:
+                files.write_json(f"{directory}/{UNFINISHED}", run.key)
+            run.dataset(manifest.to_json(), name=params.dataset, context=context)
+            yield run, directory
+            lease.check()
         if outlives:
-            files.write_json(f"{directory}/{UNFINISHED}", run.key)
-        run.dataset(manifest.to_json(), name=params.dataset, context=context)
-        yield run, directory
-    if outlives:
-        try:
-            files.write_json(f"{directory}/{UNFINISHED}", None)
-        except OSError as error:  # the stage is done
-            told = "run again, the stage would go on with this MLflow run"
-            print(f"{directory}/{UNFINISHED} stays: {error}; {told}", file=sys.stderr)
+            try:
+                files.write_json(f"{directory}/{UNFINISHED}", None)
+            except OSError as error:  # the stage is done
+                told = "run again, the stage would go on with this MLflow run"
+                print(f"{directory}/{UNFINISHED} stays: {error}; {told}", file=sys.stderr)
 
 
 def train_stage(task: Task) -> None:
@@ -93,8 +100,9 @@ def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> Non
         return
     if checkpoints.newest(absolute(source)) is None:
         raise ParamsError(f"training.resume: there is no whole checkpoint in {source}")
-    if checkpoints.newest(directory) is None:
-        checkpoints.copy(absolute(source), directory)
+    with held(directory) as lease:
+        if checkpoints.newest(directory) is None:
+            checkpoints.copy(absolute(source), directory, lease)
     run.tag("resumed_from", absolute(source))
 
 

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from pipelines import params
+from pipelines.storage.files import required_json
 from pipelines.workflow.places import REPORTS
 from pipelines.workflow.running import stage
 
@@ -25,7 +26,7 @@ from pipelines.workflow.running import stage
 def main(arguments: Sequence[str]) -> int:
     """Runs `dvc exp run` for the trial of the first argument; its exit status."""
     with stage():
-        trials = json.loads((REPORTS / "search/trials.json").read_text())
+        trials = required_json(REPORTS / "search/trials.json")
         number, *others = arguments
         if not number.isdecimal() or int(number) >= len(trials):
             raise params.ParamsError(f"{number}: there is no such trial; {REPORTS}/search/trials.json has 0 to {len(trials) - 1}")

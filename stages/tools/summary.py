@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.console import Console
@@ -10,17 +9,19 @@ from rich.table import Table
 
 from pipelines import tracking
 from pipelines.params import load
+from pipelines.storage.files import required_json
 from pipelines.workflow.places import REPORTS
 from pipelines.workflow.reports import cell, trials_table
+from pipelines.workflow.running import stage
 
 
 def main() -> None:
     """Prints the evaluated models side by side, and where their pictures and the registered version are."""
-    metrics = json.loads((REPORTS / "evaluate/metrics.json").read_text())
-    students = json.loads((REPORTS / "evaluate/students.json").read_text())
-    guidance = json.loads((REPORTS / "evaluate_guidance/metrics.json").read_text())
-    best, trials = (json.loads((REPORTS / f"search/{name}.json").read_text()) for name in ("front", "trials"))
-    version = json.loads((REPORTS / "register.json").read_text())
+    metrics = required_json(REPORTS / "evaluate/metrics.json")
+    students = required_json(REPORTS / "evaluate/students.json")
+    guidance = required_json(REPORTS / "evaluate_guidance/metrics.json")
+    best, trials = (required_json(REPORTS / f"search/{name}.json") for name in ("front", "trials"))
+    version = required_json(REPORTS / "register.json")
     console = Console(highlight=False)
     table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
     for name, of_model in metrics["models"].items():
@@ -66,4 +67,5 @@ def guided(split: str, models: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    with stage():
+        main()

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipelines.errors import UserError
 from pipelines.models import ModelSpec, WeightsError, assemble, build, load, read_spec, save
 from pipelines.storage.publish import publish
 
@@ -160,3 +161,10 @@ def test_a_conventional_model_normalises_its_first_three_channels():
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\0\0", b'{"name": "resnet8"'])
+def test_a_damaged_description_of_a_model_is_one_line(tmp_path, content):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"^[^\n]*model\.json: not [^\n]*$"):
+        read_spec(tmp_path)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
-import s3fs
 
+from pipelines.errors import UserError
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError, one_line
-from tests.support import servers
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of an S3 server that refuses every fifth request."""
-    with servers.Storage() as storage, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        storage.share = 0.2
-        yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture(params=["path", "file", "memory", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place that does not exist yet."""
-    if request.param == "s3":
-        return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
-    places = {"path": str(tmp_path / "a/b"), "file": f"file://{tmp_path}/a/b", "memory": f"memory://files/{tmp_path.name}"}
-    return places[request.param]
+from tests.support.disk import Disk
 
 
 def test_what_is_written_is_read(folder: str) -> None:
@@ -108,3 +88,65 @@ def test_any_error_is_one_line() -> None:
     assert one_line(ValueError("a\n  b\tc ")) == "a b c"
     assert one_line(TimeoutError()) == "TimeoutError"
     assert len(one_line(ValueError("x" * 1000))) == 300
+
+
+def test_no_crash_leaves_a_part_of_a_file_under_its_name(tmp_path: Path) -> None:
+    files.write(tmp_path / "run/file", b"old content")
+    with Disk(tmp_path) as disk:
+        files.write(tmp_path / "run/file", b"new content")
+        files.write(tmp_path / "run/made/later/file", b"new content")
+        with files.staged(tmp_path / "run/large") as path:
+            path.write_bytes(b"new content")
+    assert len(disk.places) > 20
+    for place in disk.places:
+        there = {name: content for name, content in place.content.items() if not Path(name).name.startswith(".")}
+        assert there.pop("run/file") in (b"old content", b"new content"), place
+        assert set(there.values()) <= {b"new content"}, place
+    assert {**disk.places[-1].content} == dict.fromkeys(("run/file", "run/made/later/file", "run/large"), b"new content")
+
+
+def test_one_of_many_creates_a_file(folder: str) -> None:
+    contents = [str(number).encode() for number in range(6)]
+    with ThreadPoolExecutor(1 if folder.startswith("memory") else len(contents)) as pool:  # memory is of one thread
+        got = list(pool.map(lambda content: files.create(f"{folder}/lock", content), contents))
+    assert got.count(True) == 1
+    assert files.read(f"{folder}/lock") == contents[got.index(True)]
+    assert files.create(f"{folder}/lock", contents[got.index(True)])  # again: the answer was lost
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b'{"a": 1', b"\xff\xfe", b"nonsense"])
+def test_a_damaged_file_is_one_line_or_for_what_can_be_made_again_no_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    place = tmp_path / "value.json"
+    place.write_bytes(content)
+    with pytest.raises(UserError, match=r"value\.json: not JSON \([^\n]*\): run again what writes it$"):
+        files.read_json(place)
+    with caplog.at_level(logging.WARNING):
+        assert files.read_record(place, dict) is None
+    assert len(caplog.records) == 1
+    assert place.read_bytes() == content
+
+
+def test_a_record_is_of_its_type_and_what_is_required_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "value.json"
+    assert files.read_record(place, dict) is None
+    with pytest.raises(FileNotFoundError, match=r"value\.json: missing"):
+        files.required_json(place)
+    files.write_json(place, [1])
+    assert files.read_record(place, dict) is None
+    assert files.read_record(place, list) == files.required_json(place) == [1]
+
+
+def test_a_store_that_has_no_conditional_put_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, put = fsspec.filesystem("memory"), type(fsspec.filesystem("memory")).pipe_file
+
+    def refuse(self: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        put(self, path, value)
+
+    monkeypatch.setattr(type(memory), "pipe_file", refuse)
+    assert files.create("memory://store/lock", b"mine")
+    assert not files.create("memory://store/lock", b"yours")
+    assert files.read("memory://store/lock") == b"mine"

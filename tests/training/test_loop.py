@@ -20,7 +20,7 @@ from tests.support.toy import ToyMethod, accident, identical, toy_batches, toy_j
 
 
 def kept_steps(directory: Path) -> list[int]:
-    return sorted(int(folder.name.removeprefix("step-")) for folder in (directory / "checkpoints").iterdir())
+    return sorted(int(folder.name.split("-")[1]) for folder in (directory / "checkpoints").iterdir())
 
 
 def record(epoch: int, **metrics: float) -> EpochRecord:

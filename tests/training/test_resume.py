@@ -44,7 +44,7 @@ def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(tmp
     with pytest.raises(ConnectionError):
         train(toy_job(tmp_path / "run", accident("raise", 12, tmp_path / "marker"), keep_last=9))
     folders = sorted((tmp_path / "run/checkpoints").iterdir())
-    assert [folder.name for folder in folders][-2:] == ["step-00000008", "step-00000010"]
+    assert [folder.name[:13] for folder in folders][-2:] == ["step-00000008", "step-00000010"]
     state = folders[-1] / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
     (folders[-2] / "complete.json").unlink()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import io
-import os
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +19,7 @@ from urllib.parse import quote
 from pipelines.data.shards.sample import DataError
 from pipelines.progress import bar
 from pipelines.storage.errors import one_line
-from pipelines.storage.files import file_digest, file_system, read_json, write_json
+from pipelines.storage.files import file_digest, file_system, read_record, rename, write_json
 from pipelines.storage.retry import retry
 
 _BLOCK = 1 << 18  # bytes
@@ -134,7 +133,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
     another file: the download then starts anew.
     """
     note = partial.with_name(partial.name + ".json")
-    known = (read_json(note) if partial.exists() else None) or {}
+    known = (read_record(note, dict) if partial.exists() else None) or {}
     version = known.get("version") if known.get("url") == url else None
     resumable = known.get("url") == url and (version is not None or trusted)
     stream = _open(url, _size(partial) if resumable else 0, version)
@@ -217,7 +216,7 @@ def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> N
     if found != digest:
         partial.unlink()
         raise DataError(f"{url}: the content has {found}, where {digest} was expected: it was removed")
-    os.replace(partial, destination)
+    rename(partial, destination)
     partial.with_name(partial.name + ".json").unlink(missing_ok=True)
 
 

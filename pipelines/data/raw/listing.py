@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.left_out import LeftOut
@@ -16,6 +16,7 @@ from pipelines.data.raw.holdout import shuffled
 from pipelines.data.shards.sample import DataError, Description
 from pipelines.params import DatasetParams
 from pipelines.storage import files
+from pipelines.storage.errors import one_line
 
 _MANIFEST = "manifest.json"
 _DESCRIPTION = TypeAdapter(Description)
@@ -28,7 +29,10 @@ class ListedImages:
 
     def describe(self, raw: Path) -> Description:
         """The data set fetched into `raw`."""
-        return _DESCRIPTION.validate_python(read_raw_manifest(raw))
+        try:
+            return _DESCRIPTION.validate_python(read_raw_manifest(raw))
+        except ValidationError as error:
+            raise DataError(f"{raw / _MANIFEST}: damaged ({one_line(error)}); run fetch again") from None
 
     def index(self, raw: Path, split: str) -> list[Any]:
         """References as `fetch` listed them; those of `train` shuffled, so that every shard has all classes."""
@@ -52,8 +56,11 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no such split; splits are train, val and test")
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); run fetch again") from None
 
 
 def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | None = None, **details: Any) -> None:

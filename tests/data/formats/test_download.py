@@ -223,3 +223,12 @@ def test_an_fsspec_url_is_resumed(tmp_path, monkeypatch):
 def test_a_missing_fsspec_url_is_named(tmp_path):
     with pytest.raises(DataError, match="memory://sources/none"):
         download("memory://sources/none", tmp_path / "none", progress=False)
+
+
+@pytest.mark.parametrize("note", [b"", b"\0\0", b"[1]", b'{"url": "htt'])
+def test_a_note_that_a_crash_left_unreadable_is_none(server, tmp_path, note):
+    (tmp_path / "file.part").write_bytes(CONTENT[:400_000])
+    (tmp_path / "file.part.json").write_bytes(note)
+    get(server, tmp_path / "file", digest=SHA256)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -1,0 +1,155 @@
+"""What a crash leaves: the files below a folder, as they would be found after it, at each place where a process changes them.
+
+A killed process leaves what it has written, half a write too. A machine that loses its power also forgets the content that was
+not synced, and the names of files in folders that were not synced.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is found below the folder after a crash."""
+
+    before: str  # the next thing that the process would have done
+    kind: str  # "kill" or "power"
+    content: dict[str, bytes]  # of each file
+    folders: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.kind} before {self.before}"
+
+    def restore(self, folder: Path) -> None:
+        """Puts the files into an empty folder."""
+        for name in self.folders:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name, content in self.content.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+class Disk:
+    """Watches what this process does below `root` while the block runs, and takes down each place where it might crash."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.places = root, list[Place]()
+        self._synced: dict[int, bytes] = {}  # inode of a file that is not synced -> the content that is on the disk
+        self._names: dict[Path, bytes | None] = {}  # path with a name that is not synced -> what the disk has there
+
+    def __enter__(self) -> Disk:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._patches = ExitStack()
+        opened = builtins.open
+        for module in (builtins, io):
+            self._patches.enter_context(mock.patch.object(module, "open", partial(self._open, opened)))
+        for name in ("fsync", "replace", "rename", "unlink", "remove", "rmdir", "mkdir"):
+            self._patches.enter_context(mock.patch.object(os, name, self._watched(name, getattr(os, name))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+        self._take("end")
+
+    def _here(self, path: Any, dir_fd: int | None = None) -> Path | None:
+        """The path, if it is below the root."""
+        if isinstance(path, int):
+            path = os.readlink(f"/proc/self/fd/{path}")
+        elif dir_fd is not None:
+            path = Path(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
+        path = Path(os.path.abspath(path))
+        return path if path == self.root or self.root in path.parents else None
+
+    def _open(self, opened: Any, file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
+        """`open`, whose file is watched if it is opened for writing."""
+        path = None if isinstance(file, int) else self._here(file)
+        if path is None or not set(mode) & set("wax+"):
+            return opened(file, mode, *args, **more)
+        self._take(f"open {path.name}")
+        before = path.read_bytes() if path.exists() else None
+        real = opened(file, mode, *args, **more)
+        inode = os.fstat(real.fileno()).st_ino
+        if before is None:
+            self._synced[inode] = b""  # also where a deleted file had that inode
+            self._names.setdefault(path, None)
+        else:
+            self._synced.setdefault(inode, before)
+        return _File(real, path, self)
+
+    def _watched(self, name: str, call: Any) -> Any:
+        """A function of `os`, before which a crash may come."""
+
+        def watched(path: Any, *args: Any, dir_fd: int | None = None, **more: Any) -> Any:
+            here = self._here(path, dir_fd)
+            options = more if dir_fd is None else {**more, "dir_fd": dir_fd}
+            if here is None:
+                return call(path, *args, **options)
+            self._take(f"{name} {here.name}")
+            target = Path(os.path.abspath(args[0])) if name in ("replace", "rename") else here
+            before = target.read_bytes() if target.is_file() else None
+            value = None if name == "fsync" else call(path, *args, **options)
+            if name == "fsync" and here.is_dir():
+                self._names = {each: content for each, content in self._names.items() if each.parent != here}
+            elif name == "fsync":
+                self._synced.pop(here.stat().st_ino, None)
+            elif name in ("replace", "rename", "mkdir"):
+                self._names.setdefault(target, before)
+                self._names.pop(here, None) if target != here else None
+            else:
+                self._names.pop(here, None)
+            return value
+
+        return watched
+
+    def _take(self, before: str) -> None:
+        """Takes down what a crash would leave now, of either kind."""
+        paths = list(self.root.rglob("*"))
+        folders = {path for path in paths if path.is_dir()}
+        kill = {path: path.read_bytes() for path in paths if path not in folders}
+        power = {path: self._synced.get(path.stat().st_ino, content) for path, content in kill.items()}
+        left = set(folders)
+        for lost, content in self._names.items():
+            if content is not None:
+                power[lost] = content
+            else:
+                power = {path: value for path, value in power.items() if path != lost and lost not in path.parents}
+                left = {path for path in left if path != lost and lost not in path.parents}
+        for kind, found, there in (("kill", kill, folders), ("power", power, left)):
+            named = {str(path.relative_to(self.root)): content for path, content in found.items()}
+            self.places.append(Place(before, kind, named, frozenset(str(path.relative_to(self.root)) for path in there)))
+
+
+class _File:
+    """A file opened for writing, which a crash may find half written."""
+
+    def __init__(self, file: Any, path: Path, disk: Disk) -> None:
+        self._file, self._path, self._disk = file, path, disk
+
+    def write(self, content: Any) -> int:
+        for part in (content[: len(content) // 2], content[len(content) // 2 :]):
+            self._file.write(part)
+            self._file.flush()
+            self._disk._take(f"write {self._path.name}")
+        return len(content)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
