@@ -17,6 +17,7 @@ from pipelines.training import checkpoints, pareto
 
 if TYPE_CHECKING:
     from pipelines.methods.method import Method
+    from pipelines.models import ModelSpec
 
 
 class TrainingError(UserError, RuntimeError):
@@ -51,6 +52,8 @@ def shard_batches(
 ) -> Batches:
     """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
 
+    Batches of other splits are as large as the largest part of a batch that training takes at once.
+
     Args:
         job: the run.
         split: its name in the manifest.
@@ -66,7 +69,7 @@ def shard_batches(
         job.shards,
         split,
         job.data,
-        job.optim.batch_size // context.world_size,
+        job.optim.batch_size if train else job.training.largest_part(job.optim.batch_size),
         context=context,
         train=train,
         seed=job.seed,
@@ -94,6 +97,7 @@ class Job:
         batches: makes the batches of a split, called as `shard_batches` is.
         subset: numbers of the training samples to read, see `loader`; None: all samples.
         explanations: root of stored explanations of the training samples, which then come with them.
+        spec: of the model, where it is one of this project: then images of the data's size are passed through it before training.
     """
 
     build: Callable[[], Method]
@@ -108,6 +112,7 @@ class Job:
     batches: Callable[..., Batches] = shard_batches
     subset: tuple[int, ...] | None = None
     explanations: str | None = None
+    spec: ModelSpec | None = None
 
 
 @dataclass(frozen=True)
