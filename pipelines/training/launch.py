@@ -132,7 +132,7 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
 
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             policy = _failure_policy(self.run_config.failure_config, directory)
-            return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})
+            return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})  # type: ignore[misc]
 
     name = uuid.uuid4().hex  # a used name would bring back its old state
     storage = f"{directory}/ray"
@@ -271,7 +271,8 @@ def cluster(training: TrainingParams) -> Iterator[None]:
         else:
             _start_local(training, folder=ends.enter_context(_ray_folder()))
         ends.callback(ray.shutdown)
-        _check_resources(training)
+        _check_gpus(training)
+        _check_cpus(training)
         yield
 
 
@@ -298,19 +299,26 @@ def _connect(address: str) -> None:
         raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {one_line(error)}") from None
 
 
-def _check_resources(training: TrainingParams) -> None:
-    """Raises `TrainingError` if the GPUs that the least number of workers needs, or a node for a worker, cannot come."""
+def _check_gpus(training: TrainingParams) -> None:
+    """Raises `TrainingError` if the GPUs that the least number of workers needs cannot come."""
     import ray
 
-    least, each, has = training.least_workers, training.cpus_per_worker, ray.cluster_resources()
+    least, has = training.least_workers, ray.cluster_resources()
     wanted = least * training.gpus_per_worker
     if wanted > has.get("GPU", 0) and not _autoscales():
         found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
         raise TrainingError(f"gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
+
+
+def _check_cpus(training: TrainingParams) -> None:
+    """Raises `TrainingError` if no node has the CPUs that one worker needs, and none can come."""
+    import ray
+
+    wanted = training.cpus_per_worker
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-    if each > largest > 0 and not _autoscales():
+    if wanted > largest > 0 and not _autoscales():
         raise TrainingError(
-            f"cpus_per_worker: a worker with its loader's processes needs a node of {each:g} CPUs; the largest has {largest:g}"
+            f"cpus_per_worker: a worker with its loader's processes needs a node of {wanted:g} CPUs; the largest has {largest:g}"
         )
 
 

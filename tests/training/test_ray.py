@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from pipelines.data.shards.writer import write_shards
-from pipelines.params import DataParams
+from pipelines.params import DataParams, TrainingParams
 from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
 from pipelines.training.job import shard_batches
+from pipelines.training.launch import _check_cpus
 from tests.support import toy
 from tests.support.driver import run_until_killed
 from tests.support.toy import (
@@ -119,13 +120,19 @@ def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp
     assert found == own
 
 
+def test_a_worker_that_no_node_has_cpus_for_is_refused() -> None:
+    _check_cpus(TrainingParams(workers=64))  # they come one after the other
+    with pytest.raises(TrainingError, match=r"^cpus_per_worker: a worker with its loader's processes needs a node of 4097 CPUs"):
+        _check_cpus(TrainingParams().with_loader(4096))
+
+
 def test_a_run_that_goes_on_may_fail_more_often_than_between_two_checkpoints(tmp_path: Path) -> None:
     job = toy_job(tmp_path / "run", partial(Unlucky, str(tmp_path), (3, 9)), workers=1, max_failures=1)
     assert [record["step"] for record in train(job).history] == [6, 12, 18]
     assert sorted(path.name for path in tmp_path.glob("failed-at-*")) == ["failed-at-3", "failed-at-9"]
-    again = toy_job(tmp_path / "again", partial(Unlucky, str(tmp_path), (4, 5)), workers=1, max_failures=1, checkpoint_every=100)
-    with pytest.raises(TrainingError, match=r"^the workers failed more than 1 times without a new checkpoint: .*accident at 5"):
-        train(again)
+    never = toy_job(tmp_path / "never", partial(Unlucky, str(tmp_path), (5,)), workers=1, max_failures=0)
+    with pytest.raises(TrainingError, match=r"^the workers failed more than 0 times without a new checkpoint: .*accident at 5"):
+        train(never)
 
 
 @pytest.mark.compile
