@@ -6,7 +6,7 @@ import errno
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,13 @@ from pipelines.distributed import (
     to_device,
     wrap,
 )
+from pipelines.models.image_size import image_size_errors, pass_grey_images
 from pipelines.progress import bar, epoch_line
 from pipelines.storage import files
 from pipelines.training import checkpoints
 from pipelines.training.job import EpochRecord, Job, TrainingError, is_finished, kept_records
 from pipelines.training.objective import build_objective
 from pipelines.training.optim import clip_gradients, match_memory_formats, optimiser, set_learning_rate
-from pipelines.training.preflight import build_method
 from pipelines.training.step import compute_gradients, errors_in_one_line
 from pipelines.training.validation import evaluate_split
 
@@ -99,6 +99,7 @@ def set_up(context: Context, job: Job) -> Run:
     method = build_method(job)
     for module in (method.module, *method.fixed):
         module.to(context.device)
+    check_selection(job, method)
     steps_per_epoch = len(job.batches(job, "train", context=context))
     if steps_per_epoch == 0 and job.optim.epochs > 0:
         raise TrainingError(f"{job.shards}: the train split gives no batch of {job.optim.batch_size}")
@@ -113,6 +114,24 @@ def set_up(context: Context, job: Job) -> Run:
         resume(run, summary)
     run.objective = wrap(objective, context)
     return run
+
+
+def build_method(job: Job) -> Method:
+    """The method of `job`; raises `ModelError` if its model, as `job.spec` describes it, takes no images of the data's size."""
+    size = job.data.image_size
+    with image_size_errors(job.spec, size) if job.spec else nullcontext():
+        method = job.build()
+        if job.spec:
+            pass_grey_images(method.module, size)
+    return method
+
+
+def check_selection(job: Job, method: Method) -> None:
+    """Raises `TrainingError` where an objective is neither one of the training nor an evaluation metric of the method."""
+    names = [f"val/{name}" for name in method.metrics()] + ["train/loss"]
+    for objective in job.optim.objectives:
+        if objective not in names and not objective.startswith("train/"):
+            raise TrainingError(f"select: no metric {objective!r}; there are {', '.join(names)}")
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:
