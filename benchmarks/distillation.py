@@ -27,8 +27,8 @@ from pipelines.methods import E2KD
 from pipelines.methods.method import Method
 from pipelines.models import ModelSpec, build
 from pipelines.params import DistillationParams, TrainingParams
-from pipelines.training.loop import in_memory_format
 from pipelines.training.objective import build_objective, memory_format
+from pipelines.training.step import in_memory_format
 
 CLASSES = tuple(map(str, range(20)))
 EVERY = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +33,9 @@ def use_threads(local_world_size: int) -> None:
     torch.set_num_threads(max(1, cpu_count() // local_world_size))
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """Seeds this process's generators (python, numpy, torch, CUDA), differently on each rank."""
-    value = int(numpy.random.SeedSequence([seed, rank]).generate_state(1)[0])
+def seed_rank(seed: int, rank: int, step: int = 0) -> None:
+    """Seeds this process's generators (python, numpy, torch, CUDA), differently on each rank and at each step."""
+    value = int(numpy.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
     random.seed(value)
     numpy.random.seed(value)
     torch.manual_seed(value)
@@ -76,6 +76,11 @@ def wrap(objective: nn.Module, context: Context) -> nn.Module:
     return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
+def unwrapped(objective: nn.Module) -> nn.Module:
+    """`objective` without the DistributedDataParallel around it."""
+    return objective.module if isinstance(objective, DistributedDataParallel) else objective
+
+
 def gradient_sync(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
     return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
@@ -111,6 +116,31 @@ def all_reduce_min(value: torch.Tensor, context: Context) -> float:
     if context.world_size > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return float(value)
+
+
+def all_reduce_sum(values: Sequence[float], context: Context) -> torch.Tensor:
+    """The sums of all ranks' `values`, float32 on the device of `context`; does not wait for a GPU."""
+    sums = torch.stack([torch.full((), value, dtype=torch.float32, device=context.device) for value in values])
+    if context.world_size > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def average_gradients(module: nn.Module, context: Context) -> None:
+    """Sets gradients to their mean over the ranks, as DDP does, where DDP cannot because a rank has computed none.
+
+    Parameters without a gradient on any rank keep none.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if context.world_size == 1 or not parameters:
+        return
+    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=context.device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for parameter in (parameter for parameter, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere):
+        mean = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        mean = mean.contiguous()
+        dist.all_reduce(mean)
+        parameter.grad = torch.empty_like(parameter).copy_(mean / context.world_size)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def main() -> None:
             work = partial(run_trial, searched, place_of_inputs(params.storage.root, folders))
             first, on_trial = values_of_params(params), partial(track_trial, searched, run, directory)
             start = [] if first is None else [first]
-            found = search(work, searched.search, params.training, directory, first=start, on_trial=on_trial)
+            training = params.training.with_loader(task.params.data.loader_workers)
+            found = search(work, searched.search, training, directory, first=start, on_trial=on_trial)
             report_search(run, found, searched.search.metrics)
 
 

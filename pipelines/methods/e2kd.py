@@ -65,14 +65,16 @@ class E2KD(Classification):
         with_labels = self.params.label_weight > 0 or self.params.mixup > 0
         made = super().prepare(batch) if with_labels else {"image": add_inverse(batch["image"])}
         matched = self.explain_teacher is not None and batch.get("step", 0) % self.params.explain_every == 0
+        parts = made["image"].tensor_split(batch.get("parts", 1))  # which bound the memory of the teacher, too
         if self.params.explanations == "frozen":
             logits = batch["teacher_logits"]
             made |= {"teacher_maps": batch["teacher_maps"]} if matched else {}
         elif self.explain_teacher is not None and matched:
-            logits, maps = self.explain_teacher(self.teacher, made["image"])
+            explained = [self.explain_teacher(self.teacher, part) for part in parts]
+            logits, maps = (torch.cat(each) for each in zip(*explained, strict=True))
             made["teacher_maps"] = _single(maps)
         else:
-            logits = self._taught(made["image"])
+            logits = torch.cat([self._taught(part) for part in parts])
         return {**made, "teacher_logits": _single(logits)}
 
     def targets(self, batch: Batch) -> Tensor:

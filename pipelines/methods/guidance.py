@@ -69,8 +69,8 @@ class Guidance(ObjectClassification):
     """BCE(logits, labels) + λ·Σ_i L_loc(A_i, M_i) (eq. 1 and 2).
 
     A_i is the attribution of image i for one class, drawn uniformly from its labels at each step; M_i the union of this class's
-    boxes. Images without labels, or without a box of the class, have no L_loc. The sum goes over the images of an effective
-    batch, over all workers and parts, as it does where λ was published.
+    boxes. Images without labels, or without a box of the class, have no L_loc. The sum goes over the images of a step, those of
+    all workers and parts, as it does where λ was published.
 
     Args:
         module, task, num_classes: as in `Classification`.
@@ -92,9 +92,9 @@ class Guidance(ObjectClassification):
         self.losses = ("loss", "classification", *(("localisation",) if params.localisation_weight > 0 else ()))
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image`, `target` (N, K); where an annotated image has boxes `class` (N,), drawn from its labels, and `mask` (N, H, W).
+        """`image`, `target` (N, K); if an annotated image has boxes `class` (N,), drawn from its labels, `mask` (N, H, W).
 
-        Nothing here waits for a GPU.
+        With them comes `count` (N,), the number of images of the step. Nothing here waits for a GPU.
         """
         made = super().prepare(batch)
         if self.params.localisation_weight == 0:
@@ -107,20 +107,21 @@ class Guidance(ObjectClassification):
         if not len(boxes):
             return made
         masks = box_masks(dilated(boxes, self.params.dilation, size), drawn, size)
-        return {**made, "class": drawn, "mask": masks & made["target"].bool().any(1)[:, None, None]}
+        count = drawn.new_ones(len(drawn), dtype=torch.float32) * batch.get("step_images", self.params.batch_size)
+        return {**made, "class": drawn, "mask": masks & made["target"].bool().any(1)[:, None, None], "count": count}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, and its parts: `classification`, and in a step with boxes `localisation`, the mean over all images."""
+        """`loss`, and its parts: `classification`, and if λ > 0 `localisation`, the mean over all images, also unguided ones."""
         if "mask" not in batch:
             classification = super().loss(model, batch)["loss"]
-            return {"loss": classification, "classification": classification}
+            losses = {"loss": classification, "classification": classification}
+            return losses if self.params.localisation_weight == 0 else losses | {"localisation": torch.zeros_like(classification)}
         images, masks = batch["image"], batch["mask"]
         logits, maps = explain(model, images, batch["class"], self.attribution, create_graph=True, resize=False)
-        each = self.localisation(widened(maps), masks)
-        localisation = torch.where(masks.flatten(1).any(1), each, 0.0).mean()
+        each = torch.where(masks.flatten(1).any(1), self.localisation(widened(maps), masks), 0.0)
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
-        weight = self.params.localisation_weight * self.params.batch_size  # the mean times the batch size is the sum
-        return {"loss": classification + weight * localisation, "classification": classification, "localisation": localisation}
+        together = self.params.localisation_weight * (each * batch["count"]).mean()  # the mean times the count is the sum
+        return {"loss": classification + together, "classification": classification, "localisation": each.mean()}
 
     def metrics(self) -> Any:
         """Those of classification, and `epg` and `IoU`'s of the pairs of an image and a class that has a box."""
@@ -128,14 +129,29 @@ class Guidance(ObjectClassification):
         return MetricCollection(kinds | {"epg": PointingGame(), "iou": IoU()}, compute_groups=False)
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`."""
+        """Takes an evaluation batch into `metrics`; only pairs with a box are explained."""
         targets = self.targets(batch)
-        images, present = add_inverse(batch["image"]), targets.bool()
-        logits, maps = explain_pairs(partial(explain, model, attribution=self.attribution), images, present)
-        rows, classes = present.nonzero(as_tuple=True)
-        masks = box_masks(select_boxes(batch["boxes"], rows, classes), classes, (maps.shape[-2], maps.shape[-1]))
+        images, size = add_inverse(batch["image"]), (batch["image"].shape[-2], batch["image"].shape[-1])
+        rows, classes = targets.bool().nonzero(as_tuple=True)
+        masks = box_masks(select_boxes(batch["boxes"], rows, classes), classes, size)
         located = masks.flatten(1).any(1)
-        metrics.update(preds=logits, target=targets.long(), attributions=widened(maps[located]), masks=masks[located])
+        present = torch.zeros_like(targets, dtype=torch.bool)
+        present[rows[located], classes[located]] = True
+        logits, maps = self._explain_pairs(model, images, present)
+        metrics.update(preds=logits, target=targets.long(), attributions=widened(maps), masks=masks[located])
+
+    def _explain_pairs(self, model: nn.Module, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """`explain_pairs`, without a graph for images that have no pair."""
+        explained, explain_some = present.any(1), partial(explain, model, attribution=self.attribution)
+        if explained.all():
+            logits, maps = explain_pairs(explain_some, images, present)
+            return logits, maps
+        logits, maps = images.new_zeros(present.shape), images.new_zeros(len(images), *images.shape[-2:])[:0]
+        logits[~explained] = model(images[~explained]).to(logits)
+        if explained.any():
+            of_explained, maps = explain_pairs(explain_some, images[explained], present[explained])
+            logits[explained] = of_explained.to(logits)
+        return logits, maps
 
 
 def draw_classes(targets: Tensor) -> Tensor:

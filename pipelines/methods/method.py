@@ -22,7 +22,8 @@ class Method(Protocol):
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of `loss` from a batch of the loader: tensors with one row per image. Draws its random numbers here.
 
-        Beside what the loader gives, `batch` has `step`, the number of optimiser steps done: a resumed run has the same.
+        Beside what the loader gives, `batch` has `step`, the number of optimiser steps done (a resumed run has the same);
+        `step_images`, a scalar tensor, the images of this step on all workers; `parts`, in how many parts the loss will be taken.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -31,15 +32,15 @@ class TrainingParams(Strict):
 
     workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1  # 0: this process; N; [MIN, MAX]: elastic
     gpus_per_worker: NonNegativeFloat = 0.0
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: PositiveFloat = 1.0  # its loader's processes included; at least one for each and one for itself
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: PositiveInt = 1  # parts of a worker's batch whose gradients make one step; more where workers are missing
+    accumulate: PositiveInt = 1  # parts of a worker's batch whose gradients make one step; more if workers are missing
     channels_last: bool = True  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
     checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
     checkpoint_every: PositiveInt = 100  # steps
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
-    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without end
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group between two checkpoints; -1: without end
     resize_every: NonNegativeFloat = 60.0  # seconds after which elastic workers look for nodes that came
     log_every: PositiveInt = 20  # steps
     resume: str | None = None  # directory of a stage's run whose code or params were others: its checkpoints are gone on with
@@ -48,6 +49,23 @@ class TrainingParams(Strict):
     def most_workers(self) -> int:
         """How many workers there may be, this process counted as one."""
         return max(1, self.workers) if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def least_workers(self) -> int:
+        """How few workers there may be, this process counted as one."""
+        return max(1, self.workers) if isinstance(self.workers, int) else self.workers[0]
+
+    def largest_part(self, batch_size: int) -> int:
+        """Images that a worker takes at once of a batch of `batch_size` over all workers, when all workers are there.
+
+        It bounds a worker's memory: with fewer workers, each takes more parts, none larger.
+        """
+        return math.ceil(math.ceil(batch_size / self.most_workers) / self.accumulate)
+
+    def with_loader(self, processes: int) -> TrainingParams:
+        """These params with CPUs for a worker that has so many loader processes: one for each, and one for itself."""
+        needed = 1.0 + processes if processes else 0.0
+        return self.model_copy(update={"cpus_per_worker": max(self.cpus_per_worker, needed)})
 
     @model_validator(mode="after")
     def _least_and_most(self) -> TrainingParams:

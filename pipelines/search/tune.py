@@ -19,7 +19,7 @@ from pipelines.storage import files
 from pipelines.storage.lease import Lease, check_held, held
 from pipelines.training import pareto
 from pipelines.training.job import EpochRecord, TrainingError
-from pipelines.training.launch import FINAL, cluster
+from pipelines.training.launch import cluster, is_final
 
 # Read by Ray Tune; the user's own settings win.
 _TUNE_ENVIRONMENT = {
@@ -192,7 +192,7 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
             found = work(config, here, report, sharing)
         except Exception as error:
             known = isinstance(error, TrainingError | ValueError)
-            if not isinstance(error, FINAL):
+            if not is_final(error):
                 raise  # Ray Tune starts the trial again
             if not known:
                 traceback.print_exc()

@@ -18,6 +18,7 @@ from pipelines.training import checkpoints, pareto
 
 if TYPE_CHECKING:
     from pipelines.methods.method import Method
+    from pipelines.models import ModelSpec
 
 
 class TrainingError(UserError, RuntimeError):
@@ -52,6 +53,8 @@ def shard_batches(
 ) -> Batches:
     """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
 
+    Batches of other splits are as large as the largest part of a batch that training takes at once.
+
     Args:
         job: the run.
         split: its name in the manifest.
@@ -67,7 +70,7 @@ def shard_batches(
         job.shards,
         split,
         job.data,
-        job.optim.batch_size // context.world_size,
+        job.optim.batch_size if train else job.training.largest_part(job.optim.batch_size),
         context=context,
         train=train,
         seed=job.seed,
@@ -96,6 +99,7 @@ class Job:
         subset: numbers of the training samples to read, see `loader`; None: all samples.
         explanations: root of stored explanations of the training samples, which then come with them.
         owner: names the driver under whose lease the run writes, see `storage.lease`; `train` sets it.
+        spec: of the model, where it is one of this project: then images of the data's size are passed through it before training.
     """
 
     build: Callable[[], Method]
@@ -111,6 +115,7 @@ class Job:
     subset: tuple[int, ...] | None = None
     explanations: str | None = None
     owner: str = ""
+    spec: ModelSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
+import tempfile
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
@@ -21,7 +23,7 @@ import torch
 import pipelines
 from pipelines.distributed import Context, use_threads
 from pipelines.params import TrainingParams
-from pipelines.process import OPENMP, cpu_count, environment
+from pipelines.process import OPENMP, SOCKET_NAME, cpu_count, environment, short_folder
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 from pipelines.storage.lease import LeaseError, held
@@ -29,10 +31,19 @@ from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
 from pipelines.training.job import Job, Result, TrainingError, best_record, check_measured, is_finished, kept_records
 from pipelines.training.loop import fit, report
+from pipelines.training.preflight import check, check_batch_size
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 
 # Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
 # that fails for a while) are worth a restart.
-FINAL = (TrainingError, LeaseError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+FINAL = (
+    *(TrainingError, LeaseError, ValueError, TypeError, LookupError, AttributeError, ImportError),
+    *(AssertionError, ArithmeticError, NotImplementedError, RecursionError),
+)
+# What torch says of tensors that do not fit together, in a plain RuntimeError, as of all else.
+_SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?|channels|dtype|scalar type|state_dict)\b")
 # Read by Ray when it is imported or starts workers; the user's own settings win.
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
@@ -46,6 +57,9 @@ RAY_ENVIRONMENT = {
 # as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.
 _START_TIMEOUT, _FIXED_WAIT, _ELASTIC_WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300", "30"
 _WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+# By these Ray Train's helpers look for their own cluster. Otherwise they look for any on this machine, and stop if it has two.
+_OWN_ADDRESS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_LONGEST_SESSION = "/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store"  # what Ray adds to its folder
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
@@ -55,6 +69,7 @@ def train(job: Job, sharing: int = 1) -> Result:
     Raises:
         TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
         LeaseError: another driver is training in the same directory.
+        UserError: see `check`.
     """
     check_batch_size(job.optim.batch_size, job.training)
     with held(job.directory) as lease:
@@ -64,6 +79,8 @@ def train(job: Job, sharing: int = 1) -> Result:
             files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
             report(job, history)
         else:
+            if job.training.workers != 0:  # before Ray is started; in this process `fit` does the same
+                check(job)
             job = replace(job, owner=lease.owner)
             history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
             summary = checkpoints.newest(job.directory)
@@ -72,18 +89,10 @@ def train(job: Job, sharing: int = 1) -> Result:
     return Result(job.directory, history, best_record(history, job.optim, known), kept_records(history, job.optim, known))
 
 
-def check_batch_size(batch_size: int, training: TrainingParams) -> None:
-    """Raises `TrainingError` unless every allowed number of workers can share the effective batch equally, in equal parts."""
-    workers, parts, most = training.workers, training.accumulate, training.most_workers
-    least = most if isinstance(workers, int) else workers[0]
-    bad = [str(count) for count in range(least, most + 1) if batch_size % (count * (parts if count == most else 1))]
-    if bad:
-        in_parts = f", each of which takes {parts} parts (training.accumulate)" if parts > 1 else ""
-        raise TrainingError(
-            f"batch_size {batch_size} (over all workers) cannot be shared equally by {', '.join(bad)} of the "
-            f"workers {workers}{in_parts}: choose a multiple of every number of workers that may occur"
-            + (" times the parts" if parts > 1 else "")
-        )
+def is_final(error: Exception) -> bool:
+    """Whether a restarted worker would meet the error again."""
+    plain = type(error) is RuntimeError and "gloo" not in str(error)
+    return isinstance(error, FINAL) or (plain and _SHAPES.search(str(error)) is not None)
 
 
 def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage: str, sharing: int = 1) -> Any:
@@ -92,7 +101,8 @@ def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage
     Args:
         fn: a module-level function; what it returns is made of plain Python values, without tensors.
         args: picklable values.
-        training: `workers` and resources are used. Workers that die are replaced `max_failures` times.
+        training: `workers` and resources are used. Workers that die are replaced `max_failures` times, and as often again
+            once there is a new checkpoint in `storage`.
         storage: folder or fsspec URL where Ray keeps its state for the time being, seen by all workers.
         sharing: processes like this one that share the machine's cores, where `fn` runs in this process.
 
@@ -104,7 +114,7 @@ def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage
         use_threads(sharing)
         return fn(Context(device=_device(training)), *args)
     with cluster(training):
-        return _launch_on_ray(fn, args, training, f"{absolute(storage)}/ray")
+        return _launch_on_ray(fn, args, training, absolute(storage))
 
 
 def _device(training: TrainingParams) -> torch.device:
@@ -116,15 +126,24 @@ def _device(training: TrainingParams) -> torch.device:
     return torch.device("cuda")
 
 
-def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, storage: str) -> Any:
+def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, directory: str) -> Any:
     """`launch` on Ray Train workers, on the Ray that is initialised."""
     import pyarrow.fs
-    from ray import cloudpickle
+    from ray import cloudpickle, get_runtime_context
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    class Trainer(TorchTrainer):
+        """Ray's, which has no public way to choose how failures are counted."""
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            policy = _failure_policy(self.run_config.failure_config, directory)
+            return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})  # type: ignore[misc]
+
     name = uuid.uuid4().hex  # a used name would bring back its old state
+    storage = f"{directory}/ray"
     filesystem, root = fsspec.core.url_to_fs(storage)
     gpus = training.gpus_per_worker
     config = {
@@ -133,7 +152,7 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
         "gpus": gpus,
         "watch": os.environ.get(_WATCH) != "0",
     }
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _work,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -154,16 +173,42 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     value, lost = None, ""
     try:
         wait = _FIXED_WAIT if isinstance(training.workers, int) else _ELASTIC_WAIT
-        with environment(_START_TIMEOUT, os.environ.get(_START_TIMEOUT, wait)):
+        ENV_VARS_TO_PROPAGATE.update(_OWN_ADDRESS)
+        with ExitStack() as meanwhile:
+            meanwhile.enter_context(environment(_START_TIMEOUT, os.environ.get(_START_TIMEOUT, wait)))
+            for variable in _OWN_ADDRESS:
+                meanwhile.enter_context(environment(variable, get_runtime_context().gcs_address))
             value = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
         last = str(error).strip().splitlines()[-1]
-        lost = f"the workers failed more than {training.max_failures} times: {last}"
+        lost = f"the workers failed more than {training.max_failures} times without a new checkpoint: {last}"
     final = files.read_json(f"{config['failure']}/failure.json")
     files.remove(config["failure"])
     if final or lost:
         raise TrainingError(final or lost)
     return value
+
+
+def _failure_policy(config: Any, directory: str) -> FailurePolicy:
+    """Ray's own policy, whose count of the workers' failures begins anew with each checkpoint in `directory`."""
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+
+    class BetweenCheckpoints(DefaultFailurePolicy):  # local, so that it travels by value: Ray's controller need not import torch
+        def __init__(self) -> None:
+            super().__init__(config)
+            self._known: list[str] = []
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            try:
+                filesystem, path = files.file_system(directory)
+                found = sorted(filesystem.glob(f"{path}/checkpoints/*/complete.json"))
+            except Exception:  # the storage is away, and says so in errors of its own
+                found = self._known
+            if found != self._known:
+                self._known, self._worker_group_failures = found, 0
+            return super().make_decision(training_failed_error)
+
+    return BetweenCheckpoints()
 
 
 def _work(config: dict[str, Any]) -> Any:
@@ -192,9 +237,11 @@ def _work(config: dict[str, Any]) -> Any:
     try:
         fn, args = cloudpickle.loads(config["call"])
         return fn(here, *args)
-    except FINAL as error:
+    except Exception as error:
+        if not is_final(error):
+            raise
         known = isinstance(error, TrainingError | LeaseError | ValueError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+        message = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
         if not known:
             traceback.print_exc()
         files.write_json(f"{config['failure']}/failure.json", message)
@@ -226,15 +273,15 @@ def cluster(training: TrainingParams) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        _connect(os.environ["RAY_ADDRESS"])
-    else:
-        _start_local(training)
-    try:
+    with ExitStack() as ends:
+        if os.environ.get("RAY_ADDRESS"):
+            _connect(os.environ["RAY_ADDRESS"])
+        else:
+            _start_local(training, folder=ends.enter_context(_ray_folder()))
+        ends.callback(ray.shutdown)
         _check_gpus(training)
+        _check_cpus(training)
         yield
-    finally:
-        ray.shutdown()
 
 
 def ray_environment() -> dict[str, str]:
@@ -261,15 +308,26 @@ def _connect(address: str) -> None:
 
 
 def _check_gpus(training: TrainingParams) -> None:
-    """Raises `TrainingError` where the GPUs that the least number of workers needs cannot come."""
+    """Raises `TrainingError` if the GPUs that the least number of workers needs cannot come."""
     import ray
 
-    least = training.workers if isinstance(training.workers, int) else training.workers[0]
+    least, has = training.least_workers, ray.cluster_resources()
     wanted = least * training.gpus_per_worker
-    has = ray.cluster_resources()
     if wanted > has.get("GPU", 0) and not _autoscales():
         found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
         raise TrainingError(f"gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
+
+
+def _check_cpus(training: TrainingParams) -> None:
+    """Raises `TrainingError` if no node has the CPUs that one worker needs, and none can come."""
+    import ray
+
+    wanted = training.cpus_per_worker
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if wanted > largest > 0 and not _autoscales():
+        raise TrainingError(
+            f"cpus_per_worker: a worker with its loader's processes needs a node of {wanted:g} CPUs; the largest has {largest:g}"
+        )
 
 
 def _autoscales() -> bool:
@@ -292,8 +350,26 @@ def is_autoscaled(types: Mapping[str, str] | None) -> bool:
     return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
 
 
-def _start_local(training: TrainingParams) -> None:
-    """Starts Ray on this machine, with as many logical CPUs as the workers ask for."""
+@contextmanager
+def _ray_folder() -> Iterator[str | None]:
+    """A folder for a Ray on this machine if Ray's own is too long for the names of its sockets; else None.
+
+    Raises:
+        TrainingError: there is no shorter one.
+    """
+    named = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    if named is None or len(os.fsencode(f"{os.environ[named]}/ray{_LONGEST_SESSION}")) <= SOCKET_NAME:
+        yield None
+        return
+    if short_folder() is None:
+        most = SOCKET_NAME - len(f"/ray{_LONGEST_SESSION}")
+        raise TrainingError(f"{named} is too long for Ray's sockets: RAY_TMPDIR must be a folder of at most {most} characters")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=short_folder(), ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _start_local(training: TrainingParams, folder: str | None) -> None:
+    """Starts Ray on this machine, with as many logical CPUs as the workers ask for; `folder`: Ray's, None for its default."""
     import ray
 
     # There is no preemption here to watch for. Without a dashboard one of Ray Train's helpers warns each second: all of
@@ -310,6 +386,7 @@ def _start_local(training: TrainingParams) -> None:
         object_store_memory=_OBJECT_STORE,
         logging_level=logging.ERROR,
         logging_config=ray.LoggingConfig(log_level="ERROR"),
+        _temp_dir=folder,
     )
     root.setLevel(level)
     root.handlers[:] = handlers

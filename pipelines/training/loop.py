@@ -18,17 +18,15 @@ from pipelines.distributed import (
     all_reduce_min,
     broadcast,
     gather,
-    gradient_sync,
     restore_rng_states,
     rng_states,
     seed_rank,
     to_device,
     wrap,
 )
-from pipelines.params import TrainingParams
+from pipelines.models.image_size import image_size_errors, pass_grey_images
 from pipelines.progress import bar, epoch_line
 from pipelines.storage import files
-from pipelines.storage.errors import one_line
 from pipelines.storage.lease import Lease, writer
 from pipelines.training import checkpoints
 from pipelines.training.job import (
@@ -41,8 +39,9 @@ from pipelines.training.job import (
     is_finished,
     kept_records,
 )
-from pipelines.training.objective import build_objective, memory_format
+from pipelines.training.objective import build_objective
 from pipelines.training.optim import clip_gradients, match_memory_formats, optimiser, set_learning_rate
+from pipelines.training.step import compute_gradients, errors_in_one_line
 from pipelines.training.validation import evaluate_split
 
 if TYPE_CHECKING:
@@ -111,10 +110,8 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
 
 def set_up(context: Context, job: Job) -> Run:
     """A new run, or the run as it was when its newest checkpoint was written."""
-    if job.optim.batch_size % context.world_size:
-        raise TrainingError(f"batch_size {job.optim.batch_size} cannot be shared by {context.world_size} workers")
     seed_rank(job.seed, 0)  # the same initial weights on every rank
-    method = job.build()
+    method = build_method(job)
     for module in (method.module, *method.fixed):
         module.to(context.device)
     known = check_selection(job, method)
@@ -132,6 +129,16 @@ def set_up(context: Context, job: Job) -> Run:
         resume(run, summary)
     run.objective = wrap(objective, context)
     return run
+
+
+def build_method(job: Job) -> Method:
+    """The method of `job`; raises `ModelError` if its model, as `job.spec` describes it, takes no images of the data's size."""
+    size = job.data.image_size
+    with image_size_errors(job.spec, size) if job.spec else nullcontext():
+        method = job.build()
+        if job.spec:
+            pass_grey_images(method.module, size)
+    return method
 
 
 def check_selection(job: Job, method: Method) -> Directions:
@@ -154,7 +161,8 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
     if len(ranks) == run.context.world_size:
         restore_rng_states(ranks[rank]["rng"], run.context.device)
         tallies = [ranks[rank]["tally"]]
-    else:  # another number of workers: the generators stay as seeded, the first rank takes over all sums
+    else:  # another number of workers: each rank draws numbers of its own from here on, the first one takes over all sums
+        seed_rank(run.job.seed, rank + 1, run.step)
         steps = run.batches - sum(steps for _, steps in run.earlier)
         run.earlier += [(len(ranks), steps)] if steps else []
         tallies = [part["tally"] for part in ranks] if rank == 0 else []
@@ -177,11 +185,11 @@ def train_epoch(run: Run) -> dict[str, float]:
         for batch in rng_isolated(batches):
             loss, rate = train_step(run, batch)
             progress.update()
-            images += len(batch["key"]) * context.world_size
+            images += len(batch["key"])
             if run.step % check_every == 0:
                 stop_if_not_finite(run)
             if run.step % job.training.log_every == 0:
-                speed = images / (time.monotonic() - began)
+                speed = images * context.world_size / (time.monotonic() - began)
                 progress.set_postfix_str(f"loss {float(loss):.4g}, {speed:.1f} images/s", refresh=False)
             due = run.step % job.training.checkpoint_every == 0 or preemption_noticed(run)
             if due and run.batches < run.steps_per_epoch:
@@ -189,6 +197,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     stop_if_not_finite(run)
     seconds = time.monotonic() - began
     losses, counts, skipped = merge(gather(run.tally.state(), context))
+    images = sum(gather(images, context))
     run.epoch, run.batches, run.earlier, run.tally = run.epoch + 1, 0, [], Tally()
     run.method.set_progress(run.epoch)
     return {
@@ -231,79 +240,22 @@ def preemption_noticed(run: Run) -> bool:
 
 
 def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """One optimiser step; returns its loss and learning rate."""
+    """One optimiser step; returns the loss of this rank's images and the learning rate."""
     optim = run.job.optim
     run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
-    with compiler_errors_in_one_line():
-        losses = gradients(run, prepare_batch(run, batch))
-    loss = losses["loss"]
-    clip_gradients(run.method.module.parameters(), optim)
-    rate = set_learning_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
-    run.optimiser.step()
+    with errors_in_one_line(run):
+        losses = compute_gradients(run, batch)
+        clip_gradients(run.method.module.parameters(), optim)
+        rate = set_learning_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
+        run.optimiser.step()
+    loss = losses.get("loss", torch.zeros_like(run.first_bad))  # none if this rank has no image
     run.step += 1
     run.batches += 1
     bad = torch.where(torch.isfinite(loss), math.inf, float(run.step))
     run.first_bad = torch.minimum(run.first_bad, bad.to(run.first_bad))
     run.tally.add(losses, len(batch["key"]), batch.get("skipped", 0))
     return loss, rate
-
-
-def prepare_batch(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The batch of the loader as the method prepares it for its loss."""
-    device, precision = run.context.device, run.job.training.precision
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        return run.method.prepare({**to_device(batch, device), "step": run.step})
-
-
-def gradients(run: Run, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Computes the gradients of a prepared batch, and returns its losses without their graph.
-
-    The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
-    module computes over a batch (BatchNorm's statistics are those of a part).
-    """
-    training, device = run.job.training, run.context.device
-    wanted = parts_per_worker(training, run.job.optim.batch_size, run.context.world_size)
-    batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
-    count = len(next(iter(batch.values())))
-    pieces = {name: value.tensor_split(min(wanted, count)) for name, value in batch.items()}
-    parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
-    total: dict[str, torch.Tensor] = {}
-    for number, part in enumerate(parts, start=1):
-        share = len(next(iter(part.values()))) / count
-        with gradient_sync(run.objective, number == len(parts)):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
-                losses = run.objective(part)
-            (losses["loss"] * share).backward()
-        for name, value in losses.items():
-            total[name] = total.get(name, 0.0) + share * value.detach()
-    return total
-
-
-def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int) -> int:
-    """The number of equal parts in which each of `world_size` workers takes its share of an effective batch.
-
-    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, none larger, so that they need
-    no more memory, and the effective batch stays the same.
-    """
-    share, most = batch_size // world_size, training.most_workers
-    least = -(-training.accumulate * most // world_size)
-    return next((parts for parts in range(least, share) if share % parts == 0), share)
-
-
-@contextmanager
-def compiler_errors_in_one_line() -> Iterator[None]:
-    """Turns what the compiler raises into an error of one line, which no restart would cure."""
-    try:
-        yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause = one_line(str(error).partition("\n\n")[0])
-        raise TrainingError(f"compile: {cause} (compile: false trains without the compiler)") from error
-
-
-def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
-    """`value` in this memory format if it is a batch of images."""
-    return value.contiguous(memory_format=layout) if value.ndim == 4 else value
 
 
 def stop_if_not_finite(run: Run) -> None:

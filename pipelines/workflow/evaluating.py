@@ -43,7 +43,7 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
 
 def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any) -> tuple[dict[str, Any], dict[str, bool]]:
     """`evaluate_with_correctness` of the models in `folders` on `evaluate.workers`; `arguments` follow the params."""
-    training = params.training.model_copy(update={"workers": params.evaluate.workers})
+    training = params.training.with_loader(params.data.loader_workers).model_copy(update={"workers": params.evaluate.workers})
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
     with keyed("training", training):
         return launch(evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root)

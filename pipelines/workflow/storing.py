@@ -29,8 +29,9 @@ def store(params: Params, out: Path) -> None:
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
     place = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if shared else str(out.absolute())
     arguments = (model_for_all(params, teacher), shards, params.data, explanations_origin(params), place, subset)
-    with keyed("training", params.training):
-        count = launch(store_explanations, *arguments, training=params.training, storage=params.storage.root)
+    training = params.training.with_loader(params.data.loader_workers)
+    with keyed("training", training):
+        count = launch(store_explanations, *arguments, training=training, storage=params.storage.root)
     if shared:
         pull(place, out, (*(shard["name"] for shard in read_index(place)["shards"]), INDEX))
         files.remove(place)

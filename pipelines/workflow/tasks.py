@@ -24,6 +24,7 @@ from pipelines.methods import (
 )
 from pipelines.methods.stored_explanations import origin_of
 from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
+from pipelines.models.image_size import image_size_errors
 from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed, param
 from pipelines.training import Job
 from pipelines.workflow.places import (
@@ -93,11 +94,12 @@ class Task:
             shards=shards_for_all(params),
             data=params.data,
             optim=self.optim,
-            training=params.training,
+            training=params.training.with_loader(params.data.loader_workers),
             seed=params.seed,
             directory=directory,
             subset=None if self.subset is None else self.subset.numbers,
             explanations=explanations_for_all(params, self.explanations),
+            spec=self.spec,
             **more,
         )
 
@@ -160,7 +162,7 @@ def classify(whole: Params) -> Task:
     spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
     build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
     check_boxes(shards_of(params.dataset))  # the stage `guide` needs them: better now than after this training
-    with keyed("guide.guided", params.guide.guided):
+    with keyed("guide.guided", params.guide.guided), image_size_errors(spec, params.data.image_size):
         check_guidable(build().module, spec, params.guide.guided)
     return Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,))
 

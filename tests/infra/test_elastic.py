@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
-EPOCHS, STEPS, BATCH = 6, 4, 12  # of 48 samples; 1, 2 and 3 workers can share a batch
-PARAMS = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100}
+EPOCHS, STEPS, BATCH, COUNT = 6, 4, 64, 256  # three workers share a batch unequally
+PARAMS = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100, "clip": "none"}
 LOSS, GAIN = 7, 15  # steps, the last of their epochs: before the first a node goes, before the second one comes
 
 
@@ -43,12 +43,32 @@ class Step(NamedTuple):
     keys: list[str]
 
 
-class Watched(toy.SteadyMethod):
-    """Writes down who takes each step. Three workers wait at LOSS until one is lost, two at GAIN until replaced."""
+class Recorded(toy.SteadyMethod):
+    """Writes down the gradient of each step, which the optimiser keeps until the next one."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(norm=False)
-        self.folder = folder
+        self.folder, self.last = folder, -1
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        self.last = batch["step"]
+        return super().prepare(batch)
+
+    def set_progress(self, epochs: float) -> None:
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if self.last >= 0 and first:
+            gradient = torch.cat([parameter.grad.flatten() for parameter in self.module.parameters()])
+            (self.folder / f"gradient-{self.last}").write_text(json.dumps(gradient.tolist()))
+
+
+def gradients_of_epochs(folder: Path) -> list[torch.Tensor]:
+    """The mean gradient of each epoch, by the steps that counted."""
+    each = torch.tensor([json.loads((folder / f"gradient-{step}").read_text()) for step in range(EPOCHS * STEPS)])
+    return list(each.view(EPOCHS, STEPS, -1).mean(1))
+
+
+class Watched(Recorded):
+    """Writes down who takes each step. Three workers wait at LOSS until one is lost, two at GAIN until replaced."""
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import ray
@@ -143,8 +163,10 @@ def disturbed(nodes: Cluster, folder: Path, job: Job) -> tuple[Result, list[list
 
 
 def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(nodes: Cluster, tmp_path: Path) -> None:
-    undisturbed = train(toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **PARAMS))
-    job = toy.toy_job(tmp_path / "elastic", **PARAMS)
+    batches = partial(toy.toy_batches, count=COUNT)
+    undisturbed = toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **PARAMS)
+    undisturbed = train(replace(undisturbed, batches=batches))
+    job = replace(toy.toy_job(tmp_path / "elastic", **PARAMS), batches=batches)
     elastic, _ = disturbed(nodes, tmp_path, job)
 
     assert [(record["epoch"], record["step"]) for record in elastic.history] == [(k, k * STEPS) for k in range(1, EPOCHS + 1)]
@@ -159,16 +181,20 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
     # order of summation differs.
     assert toy.difference(toy.weights(undisturbed), toy.weights(elastic)) < 1e-4
     for here, there in zip(undisturbed.history, elastic.history, strict=True):
-        assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / toy.COUNT)
-        assert there["metrics"]["val/count"] == toy.COUNT
+        assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / COUNT)
+        assert there["metrics"]["val/count"] == COUNT
 
 
-def test_each_image_of_the_shards_is_trained_on_once_an_epoch_however_the_workers_change(nodes: Cluster, tmp_path: Path) -> None:
-    source = ToySource({"train": [plain(number) for number in range(toy.COUNT)], "val": [plain(number) for number in range(8)]})
-    write_shards(source, Path("raw"), tmp_path / "shards", shard_size=5, progress=False)
-    job = toy.toy_job(tmp_path / "elastic", **PARAMS)
+def test_an_epoch_has_each_image_once_and_one_workers_gradient_however_the_workers_change(nodes: Cluster, tmp_path: Path) -> None:
+    source = ToySource({"train": [plain(number) for number in range(COUNT)], "val": [plain(number) for number in range(8)]})
+    write_shards(source, Path("raw"), tmp_path / "shards", shard_size=25, progress=False)
+    job = toy.toy_job(tmp_path / "elastic", **{**PARAMS, "lr": 1e-20})  # weights stay, and gradients can be compared
     job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=DataParams(image_size=toy.SIDE))
     _, groups = disturbed(nodes, tmp_path, job)
+    (tmp_path / "alone").mkdir()
+    train(replace(job, build=partial(Recorded, tmp_path / "alone"), directory=str(tmp_path / "alone/run")))
+    for here, there in zip(gradients_of_epochs(tmp_path / "alone"), gradients_of_epochs(tmp_path), strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
     trained_on: dict[int, list[str]] = {}  # a step that is taken again replaces the one that was lost
     for group in groups:
@@ -176,4 +202,4 @@ def test_each_image_of_the_shards_is_trained_on_once_an_epoch_however_the_worker
             trained_on[step] = [key for each in together for key in each.keys]
     for epoch in range(EPOCHS):
         keys = [key for step in range(epoch * STEPS, (epoch + 1) * STEPS) for key in trained_on[step]]
-        assert sorted(keys) == [f"k{number:04d}" for number in range(toy.COUNT)]
+        assert sorted(keys) == [f"k{number:04d}" for number in range(COUNT)]

@@ -323,6 +323,20 @@ def test_a_run_in_parts_in_half_precision_and_channels_last_learns(teachers: dic
     assert history[-1]["metrics"]["train/explanation"] < history[0]["metrics"]["train/explanation"] - 0.05
 
 
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_the_teacher_takes_no_more_images_at_once_than_the_student(teachers: dict[str, Path], weight: float) -> None:
+    method = method_of(teachers["bcos"], explanation_weight=weight)
+    taken: list[int] = []
+    method.teacher.register_forward_pre_hook(lambda module, args: taken.append(len(args[0])))
+    whole = method.prepare(batch_of())
+    parted = method.prepare({**batch_of(), "parts": 3})
+    count = len(whole["image"])
+    assert taken[0] == count
+    assert max(taken[1:]) == -(-count // 3)
+    for name, value in whole.items():
+        torch.testing.assert_close(parted[name], value)
+
+
 # What fits together ---------------------------------------------------------------------------------------------------
 
 

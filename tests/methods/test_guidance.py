@@ -167,6 +167,21 @@ def test_the_losses_by_which_an_epoch_can_be_selected_are_those_that_there_are(w
     assert {known[f"train/{name}"] for name in losses} == {False}
 
 
+@pytest.mark.parametrize("images", [4, 7, 64])
+def test_the_sum_is_over_the_images_of_the_step_whatever_the_batch_size_is(images):
+    torch.manual_seed(0)
+    guidance = method(batch_size=64)
+    prepared = guidance.prepare({**batch(), "step_images": torch.tensor(float(images))})  # 4 of them on this rank
+    losses = guidance.loss(guidance.module, prepared)
+    torch.testing.assert_close(losses["loss"], losses["classification"] + 0.5 * images * losses["localisation"])
+
+
+def test_a_batch_without_boxes_has_a_localisation_of_0_so_that_the_epochs_mean_is_over_all_images():
+    guided, plain = method(annotated=["other"]), method(annotated=["other"], localisation_weight=0)
+    assert guided.loss(guided.module, guided.prepare(batch()))["localisation"] == 0
+    assert "localisation" not in plain.loss(plain.module, plain.prepare(batch()))
+
+
 def test_parts_of_a_batch_add_up_to_the_whole():
     torch.manual_seed(0)
     guidance = method()
@@ -292,6 +307,25 @@ def test_metrics_are_those_of_the_pairs_with_a_box():
     assert set(found) == {"f1", "precision", "recall", "epg", "iou", "iou_threshold", "iou_at_0.5"}
     assert all(0 <= value <= 1 for value in measured(found).values())
     assert found["iou"] >= found["iou_at_0.5"]
+
+
+@pytest.mark.parametrize("boxes", [[], [0, 1, 6], [0, 2, 4, 6]])
+def test_only_pairs_with_a_box_are_explained_and_only_they_have_a_graph(monkeypatch, boxes):
+    guidance, some, graphs = method(), batch(), []
+    guidance.module.eval()
+    some["boxes"] = some["boxes"][boxes]
+    guidance.module.register_forward_hook(lambda module, args, logits: graphs.append((len(logits), logits.requires_grad)))
+    metrics = guidance.metrics()
+    with torch.no_grad():
+        guidance.update(metrics, guidance.module, some)
+    with_box = len({int(box[0]) for box in some["boxes"]})
+    assert sum(count for count, graph in graphs if graph) == with_box
+    assert sum(count for count, graph in graphs if not graph) == 4 - with_box
+    assert metrics["epg"].count == len(boxes)
+    alone = ObjectClassification(guidance.module, "multilabel", CLASSES)
+    expected = alone.metrics()
+    alone.update(expected, guidance.module, some)
+    assert metrics["f1"].compute() == expected["f1"].compute()
 
 
 def test_one_label_an_image_is_classified_by_as_many_decisions_and_judged_by_accuracy_too():

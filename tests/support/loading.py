@@ -28,8 +28,9 @@ def evaluate(root, *, batch_size=4, workers=0, on_error="raise", verify=False, r
     return loader(root, "train", data, batch_size, context=Context(rank, world_size), **options)
 
 
-def train(root, **options):
-    return evaluate(root, **{"batch_size": 3, "train": True, **options})
+def train(root, *, batch_size=3, world_size=1, **options):
+    """The batches of a rank in training, of which each rank has `batch_size` samples."""
+    return evaluate(root, batch_size=batch_size * world_size, world_size=world_size, train=True, **options)
 
 
 def keys(batches) -> list[str]:

@@ -23,36 +23,37 @@ from pipelines.models import ModelSpec
 from pipelines.params import DataParams, DistillationParams, OptimiserParams, TrainingParams
 from pipelines.storage import files
 from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
-from pipelines.training.loop import fit
+from pipelines.training.loop import fit, set_up
+from pipelines.training.step import compute_gradients
 
 COUNT, CLASSES, SIDE = 48, 3, 4
 ALL_RANKS = -1
 
 
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    """COUNT images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
+def samples(count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
     generator = torch.Generator().manual_seed(5)
-    labels = torch.arange(COUNT) % CLASSES
-    images = torch.rand(COUNT, 3, SIDE, SIDE, generator=generator)
-    images[torch.arange(COUNT), labels] += 0.3
+    labels = torch.arange(count) % CLASSES
+    images = torch.rand(count, 3, SIDE, SIDE, generator=generator)
+    images[torch.arange(count), labels] += 0.3
     return images.clamp(0, 1), labels
 
 
 def toy_batches(
-    job: Job, split: str, *, context: Context | None = None, epoch: int = 0, start_batch: int = 0, **_: Any
+    job: Job, split: str, *, context: Context | None = None, epoch: int = 0, start_batch: int = 0, count: int = COUNT, **_: Any
 ) -> list[dict[str, Any]]:
     """As `shard_batches`: a function of seed, epoch and rank alone; evaluation reads each sample once."""
     rank, world_size = (0, 1) if context is None else (context.rank, context.world_size)
-    images, labels = samples()
-    size = job.optim.batch_size // world_size
+    images, labels = samples(count)
+    size = job.optim.batch_size
     if split == "train":
-        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(job.seed * 1000 + epoch))
-        order = order[rank::world_size]
-        order = order[: len(order) // size * size]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(job.seed * 1000 + epoch))
+        whole = order[: count // size * size].split(size)
+        pieces = [piece[rank * size // world_size : (rank + 1) * size // world_size] for piece in whole][start_batch:]
     else:
-        cuts = (0, 40, COUNT)[:world_size] + (COUNT,) * world_size  # very uneven: a third rank gets nothing
-        order = torch.arange(COUNT)[cuts[rank] : cuts[rank + 1]]
-    pieces = [piece for piece in order.split(size) if len(piece)][start_batch:]
+        cuts = (0, 40, count)[:world_size] + (count,) * world_size  # very uneven: a third rank gets nothing
+        order = torch.arange(count)[cuts[rank] : cuts[rank + 1]]
+        pieces = [piece for piece in order.split(job.training.largest_part(size)) if len(piece)]
     return [{"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]} for piece in pieces]
 
 
@@ -284,6 +285,45 @@ def fit_and_evaluate(context: Context, job: Job) -> dict[str, Any]:
     """`evaluate_toy` after a run of the job."""
     fit(context, job)
     return evaluate_toy(context, job)
+
+
+def gradients_of_epoch(context: Context, job: Job) -> dict[str, Any]:
+    """Of an epoch without optimiser steps: the mean gradient, the images of each step, and the steps without any, by rank."""
+    run = set_up(context, job)
+    run.objective.train()
+    parameters, sums, images, idle = list(run.method.module.parameters()), [], [], 0
+    for batch in job.batches(job, "train", context=context):
+        run.optimiser.zero_grad()
+        compute_gradients(run, batch)
+        images.append(sum(gather(len(batch["key"]), context)))
+        sums.append(images[-1] * torch.cat([parameter.grad.flatten() for parameter in parameters]))  # type: ignore[union-attr]
+        idle += not batch["key"]
+    return {"gradient": (sum(sums) / sum(images)).tolist(), "images": images, "idle": gather(idle, context)}  # type: ignore[union-attr]
+
+
+def addresses_of_ray(context: Context, job: Job) -> tuple[str, str]:
+    """Which Ray a helper in this worker would find on a machine with several, and this worker's own."""
+    import ray
+    from ray._private import services
+
+    services.find_gcs_addresses = lambda: {"127.0.0.1:1", "127.0.0.1:2"}
+    found = services.canonicalize_bootstrap_address_or_die(os.environ.get("RAY_API_SERVER_ADDRESS"))
+    return found, ray.get_runtime_context().gcs_address
+
+
+class Unlucky(SteadyMethod):
+    """Fails at each of some steps, once."""
+
+    def __init__(self, folder: str, steps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.folder, self.at = Path(folder), steps
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        marker = self.folder / f"failed-at-{batch['step']}"
+        if batch["step"] in self.at and not marker.exists():
+            marker.touch()
+            raise ConnectionError(f"accident at {batch['step']}")
+        return super().prepare(batch)
 
 
 def call_each(context: Context, arguments: dict[Callable[..., Any], Any]) -> list[Any]:

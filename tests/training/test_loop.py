@@ -302,13 +302,6 @@ def test_a_run_lives_on_any_storage(tmp_path: Path, url: str) -> None:
     assert files.read_json(f"{place}/history.json") == remote.history
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_the_worker_counts_that_fail(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"batch_size 8 .* cannot be shared equally by 3"):
-        train(toy_job(tmp_path / "run", workers=3))
-    with pytest.raises(TrainingError, match=r"by 3 of the workers \(2, 4\)"):
-        train(toy_job(tmp_path / "run", workers=(2, 4)))
-
-
 def test_bfloat16_is_for_the_computation_and_weights_stay_float32(tmp_path: Path) -> None:
     kinds: set[torch.dtype] = set()
 

@@ -16,8 +16,9 @@ from pipelines.bcos import bcosify, dynamic_weights
 from pipelines.models import build
 from pipelines.params import TrainingParams
 from pipelines.training import Context, TrainingError, train
-from pipelines.training.loop import gradients, parts_per_worker, set_up
+from pipelines.training.loop import set_up
 from pipelines.training.objective import ISOLATED, blocks, build_objective, checkpoint_blocks
+from pipelines.training.step import gradients, parts_per_worker
 from tests.support.toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
@@ -44,11 +45,6 @@ def test_parts_count_by_their_size(tmp_path: Path) -> None:
         losses = gradients(run, batch)
         found.append([*losses.values(), *(parameter.grad for parameter in run.method.module.parameters())])
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*found, strict=True))
-
-
-def test_parts_that_a_batch_cannot_be_cut_into_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"^batch_size 8 .* by 2 of the workers 2, each of which takes 3 parts"):
-        train(toy_job(tmp_path / "run", workers=2, accumulate=3))
 
 
 def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:

@@ -10,19 +10,27 @@ from typing import Any
 
 import pytest
 
+from pipelines.data.shards.writer import write_shards
+from pipelines.params import DataParams, TrainingParams
 from pipelines.training import Context, Job, Result, TrainingError, checkpoints, launch, train
+from pipelines.training.job import shard_batches
+from pipelines.training.launch import _check_cpus
+from tests.support import toy
 from tests.support.driver import run_until_killed
 from tests.support.toy import (
     ALL_RANKS,
     COUNT,
     SteadyMethod,
+    Unlucky,
     accident,
+    addresses_of_ray,
     call_each,
     compile_and_accumulate,
     difference,
     distil_together,
     evaluate_toy,
     fit_and_evaluate,
+    gradients_of_epoch,
     identical,
     interrupt_and_evaluate,
     toy_batches,
@@ -30,6 +38,7 @@ from tests.support.toy import (
     toy_student,
     weights,
 )
+from tests.support.toy_source import ToySource, plain
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
@@ -91,6 +100,39 @@ def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_pat
     there = launch(interrupt_and_evaluate, *jobs, training=jobs[0].training, storage=jobs[0].directory)
     assert there.pop("same")
     assert_evaluated_as_here(there, jobs[0])
+
+
+def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp_path: Path) -> None:
+    broken = (3, 4, 5, 6, 20, 21)
+    images = [plain(i, image=b"no image") if i in broken else plain(i) for i in range(24)]
+    write_shards(ToySource({"train": images, "val": images[:1]}), Path("raw"), tmp_path / "shards", shard_size=9, progress=False)
+    job = toy_job(tmp_path / "run", partial(SteadyMethod, norm=False), workers=3, batch_size=4)  # shares of 1, 1 and 2
+    data = DataParams(image_size=toy.SIDE, on_error="skip")
+    job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=data)
+    normed = replace(job, build=SteadyMethod, directory=str(tmp_path / "normed"))
+    jobs = {gradients_of_epoch: job, fit_and_evaluate: normed, addresses_of_ray: job}
+    there, evaluated, (found, own) = launch(call_each, jobs, training=job.training, storage=str(tmp_path))
+    here = gradients_of_epoch(Context(), replace(job, data=data))
+    assert sum(there["images"]) == sum(here["images"]) == 18
+    assert all(idle > 0 for idle in there["idle"][:2])  # the first rank among them
+    assert there["gradient"] == pytest.approx(here["gradient"], rel=1e-4, abs=1e-6)
+    assert evaluated["values"]["count"] == COUNT  # ranks whose buffers DDP shares wait for each other
+    assert found == own
+
+
+def test_a_worker_that_no_node_has_cpus_for_is_refused() -> None:
+    _check_cpus(TrainingParams(workers=64))  # they come one after the other
+    with pytest.raises(TrainingError, match=r"^cpus_per_worker: a worker with its loader's processes needs a node of 4097 CPUs"):
+        _check_cpus(TrainingParams().with_loader(4096))
+
+
+def test_a_run_that_goes_on_may_fail_more_often_than_between_two_checkpoints(tmp_path: Path) -> None:
+    job = toy_job(tmp_path / "run", partial(Unlucky, str(tmp_path), (3, 9)), workers=1, max_failures=1)
+    assert [record["step"] for record in train(job).history] == [6, 12, 18]
+    assert sorted(path.name for path in tmp_path.glob("failed-at-*")) == ["failed-at-3", "failed-at-9"]
+    never = toy_job(tmp_path / "never", partial(Unlucky, str(tmp_path), (5,)), workers=1, max_failures=0)
+    with pytest.raises(TrainingError, match=r"^the workers failed more than 0 times without a new checkpoint: .*accident at 5"):
+        train(never)
 
 
 @pytest.mark.compile

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, pairwise
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -46,19 +47,20 @@ def loader(
 ) -> Loader:
     """The batches (`batch.Batch`) of one rank in one epoch.
 
-    In training, all ranks have the same number of full batches, and the samples of the last incomplete batch are left out, other
-    ones each epoch. In evaluation, the ranks together give each sample once, and the last batch of a rank may be shorter.
+    In training, the ranks share each full batch (their shares differ by one sample at most), and the samples of the last
+    incomplete batch are left out, other ones each epoch. In evaluation, the ranks together give each sample once, and the last
+    batch of a rank may be shorter.
 
     An image that does not decode ends the pass, or with `data.on_error: skip` is left out of its batch, which is then shorter;
-    the other batches stay as they are. A batch without any image left is not given in evaluation, and ends the pass in training,
-    where other ranks would wait for it.
+    the other batches stay as they are. A batch without any image left is not given in evaluation, ends the pass in training, and
+    is given as `key` and `skipped` alone if other ranks train, because they have the other part of it.
 
     Args:
         root: shards: a folder or any fsspec URL.
         split: its name in the manifest.
         data: the transform, and how shards are read. `loader_workers` processes decode (0: this one). They are forked if
             Python's default is to fork, touch no GPU, and end with the pass, also in a Ray worker.
-        batch_size: samples per batch of this rank.
+        batch_size: samples per batch: in training of all ranks together, in evaluation of this rank.
         context: rank, number of ranks, and the device for `image`; None: one rank on the CPU. The rest of a batch stays on the
             CPU. Images travel as bytes, and to a GPU from pinned memory if loader processes decode.
         train: shuffle, augment, and drop incomplete batches.
@@ -66,7 +68,7 @@ def loader(
         epoch: counted from 0; shuffling and augmentation differ by epoch.
         start_batch: first batch of the pass; those before it are not read.
         earlier: how the epoch began if that was with other numbers of ranks: (world size, batches of each rank), one after the
-            other, with the same effective batch. This pass shares out the rest.
+            other, with the same batch size. This pass shares out the rest.
         subset: numbers of the samples to read, counted through the split's shards, ascending; None: all samples.
         explanations: root of stored explanations, which come with the images in training, aligned with them; None: without.
         fields: which of `boxes`, `mask`, `group` and `caption` are read, if the split has them; None: all of them. Other fields
@@ -104,7 +106,8 @@ def loader(
         explanations=None if explanations is None else StoredExplanations(explanations),
     )
     numbers = rank_batches(unread(order, earlier, sampling), sampling)[start_batch:]
-    batches = RankBatches(str(root), shards, numbers, decoder, data, train)
+    empty = "refuse" if train and context.world_size == 1 else "give" if train else "drop"
+    batches = RankBatches(str(root), shards, numbers, decoder, data, empty)  # type: ignore[arg-type]
     return Loader(batches, data.loader_workers, context.device, as_bytes)
 
 
@@ -139,7 +142,10 @@ class Loader:
             if isinstance(batch, DataError):
                 raise batch
             self.skipped += batch["skipped"]
-            if batch["key"]:
+            if not batch["key"]:
+                if self._batches.empty == "give":
+                    yield batch
+            else:
                 images = batch["image"].to(self._device, non_blocking=True)
                 yield {**batch, "image": images if self._as_bytes else images.float().div_(255)}
 
@@ -165,7 +171,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
         numbers: those of each batch's samples, counted through `shards`.
         decoder: makes the batches.
         data: how shards are read.
-        train: raise where no image of a batch decodes.
+        empty: what becomes of a batch of which no image decodes.
     """
 
     root: str
@@ -173,7 +179,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
     numbers: Sequence[Sequence[int]]
     decoder: Decoder
     data: DataParams
-    train: bool
+    empty: Literal["drop", "give", "refuse"]
 
     def __iter__(self) -> Iterator[Batch | DataError]:
         """The batches of this process in their order; a `DataError` as the last one ends the pass."""
@@ -198,6 +204,6 @@ class RankBatches(IterableDataset[Batch | DataError]):
                 errors.append(DecodeError(f"{raw.shard}: {raw.key}: does not decode: {error}"))
                 if self.data.on_error == "raise":
                     raise errors[-1] from None
-        if self.train and not samples:  # other ranks would wait for it
+        if self.empty == "refuse" and not samples:
             raise errors[0]
         return self.decoder.collate(samples, skipped=len(errors))

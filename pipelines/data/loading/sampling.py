@@ -22,7 +22,7 @@ class Sampling:
     """How the samples of an epoch are dealt to a rank.
 
     Attributes:
-        batch_size: samples per batch of this rank.
+        batch_size: samples per batch: in training of all ranks together, in evaluation of each rank.
         rank: in [0, world_size).
         world_size: number of ranks that share the epoch.
         train: shuffle, and drop incomplete batches.
@@ -77,36 +77,43 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def share_of_batch(samples: int, sampling: Sampling) -> range:
+    """Places of the rank's samples in a batch of `samples` that all ranks share; shares differ by one sample at most."""
+    rank, world_size = sampling.rank, sampling.world_size
+    return range(rank * samples // world_size, (rank + 1) * samples // world_size)
+
+
 def rank_share(count: int, sampling: Sampling) -> range:
     """Places in the order of `count` samples that belong to the rank.
 
-    In training every rank has the same number of full batches, and the rest of the epoch is left out; if `count` is too small
-    for one full batch per rank, each rank has one batch, an equal share. In evaluation every place belongs to a rank.
+    In training every rank has its share of each full batch, and the rest of the epoch is left out; if `count` is too small for
+    one batch, there is one of `count` samples. In evaluation every place belongs to a rank.
 
     Raises:
-        ValueError: training with fewer samples than ranks.
+        ValueError: training with fewer samples, in all or in a batch, than ranks.
     """
-    batch_size, rank, world_size = sampling.batch_size, sampling.rank, sampling.world_size
-    full = count // (world_size * batch_size)
-    if sampling.train and count < world_size:
-        raise ValueError(f"{count} training samples cannot feed {world_size} workers; take fewer workers")
-    if sampling.train and full:
-        return range(rank * full * batch_size, (rank + 1) * full * batch_size)
-    return range(rank * count // world_size, (rank + 1) * count // world_size)
+    if not sampling.train:
+        return share_of_batch(count, sampling)
+    together = min(count, sampling.batch_size)
+    if together < sampling.world_size:
+        raise ValueError(f"{together} training samples cannot feed {sampling.world_size} workers; take fewer workers")
+    share, batches = share_of_batch(together, sampling), count // together
+    return range(batches * share.start, batches * share.stop)
 
 
 def rank_batches(order: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """The rank's batches: its share of `order`, in training shuffled through one buffer, cut into lists of `batch_size`.
+    """The rank's batches: its share of `order`, in training shuffled through one buffer, cut into lists of equal length.
 
     Raises:
         ValueError: see `rank_share`.
     """
-    share = rank_share(len(order), sampling)
+    share, size = rank_share(len(order), sampling), sampling.batch_size
     numbers: Iterable[int] = order[share.start : share.stop]
     if sampling.train:
+        size = len(share_of_batch(min(size, len(order)), sampling))
         rng = random.Random(f"buffer/{sampling.seed}/{sampling.epoch}/{sampling.rank}")
         numbers = shuffled(numbers, sampling.shuffle_buffer, rng)
-    return list(batched(numbers, sampling.batch_size))
+    return list(batched(numbers, size))
 
 
 def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: Sampling) -> Sequence[int]:
@@ -114,14 +121,12 @@ def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: S
 
     Args:
         order: see `epoch_order`.
-        earlier: how the epoch began: (world size, batches that each rank read), one after the other, all with the effective
-            batch of `sampling`.
+        earlier: how the epoch began: (world size, batches that each rank read), one after the other, all with the batch size of
+            `sampling`.
         sampling: of any rank that shares the rest.
     """
-    effective = sampling.batch_size * sampling.world_size
     for world_size, count in earlier:
-        then = replace(sampling, world_size=world_size, batch_size=effective // world_size)
-        ranks = [rank_batches(order, replace(then, rank=rank)) for rank in range(world_size)]
+        ranks = [rank_batches(order, replace(sampling, world_size=world_size, rank=rank)) for rank in range(world_size)]
         read = {number for batches in ranks for batch in batches[:count] for number in batch}
         order = [number for number in order if number not in read]
     return order

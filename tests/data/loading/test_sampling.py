@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.data.loading.sampling import batched, epoch_order, rank_batches, rank_share, shuffled
+from pipelines.data.loading.sampling import batched, epoch_order, rank_batches, rank_share, shuffled, unread
 from tests.support.loading import SAMPLING
 
 
@@ -38,32 +38,48 @@ def test_epoch_order_keeps_shards_together_and_differs_by_epoch():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 13, 50])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_each_batch_of_an_epoch(count, batch_size, world_size):
+    sampling = replace(SAMPLING, batch_size=batch_size, world_size=world_size)
+    if min(count, batch_size) < world_size:
+        with pytest.raises(ValueError, match="cannot feed"):
+            rank_share(count, sampling)
+        return
+    together = min(count, batch_size)
+    ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {count // together}
+    sizes = [{len(batch) for batch in batches} for batches in ranks]  # the same in each step
+    assert all(len(each) == 1 for each in sizes)
+    assert sum(min(each) for each in sizes) == together
+    assert {min(each) for each in sizes} <= {together // world_size, -(-together // world_size)}
+    places = [place for batches in ranks for batch in batches for place in batch]
+    assert sorted(places) == list(range(count // together * together))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 50])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_shares_divide_an_epoch(count, batch_size, world_size):
-    for training in (False, True):
-        sampling = replace(SAMPLING, batch_size=batch_size, world_size=world_size, train=training)
-        if training and count < world_size:
-            with pytest.raises(ValueError, match="cannot feed"):
-                rank_share(count, sampling)
-            continue
-        shares = [rank_share(count, replace(sampling, rank=rank)) for rank in range(world_size)]
-        places = [place for each in shares for place in each]
-        assert places == list(range(len(places)))
-        ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
-        for batches, each in zip(ranks, shares, strict=True):
-            assert sorted(place for batch in batches for place in batch) == list(each)
-            assert all(len(batch) == batch_size for batch in batches[:-1])
-        if not training:
-            assert len(places) == count
-            continue
-        assert {len(batches) for batches in ranks} == {max(1, count // (world_size * batch_size))}
-        if count >= world_size * batch_size:
-            assert all(len(batch) == batch_size for batches in ranks for batch in batches)
+def test_ranks_divide_a_split_in_evaluation_in_batches_of_their_own(count, world_size):
+    sampling = replace(SAMPLING, batch_size=4, world_size=world_size, train=False)
+    ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
+    assert [place for batches in ranks for batch in batches for place in batch] == list(range(count))
+    assert all(len(batch) == 4 for batches in ranks for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("layouts", [[(3, 1), (1, 9)], [(1, 2), (3, 9)], [(3, 1), (2, 1), (5, 9)]])
+def test_ranks_that_do_not_divide_a_batch_share_out_what_others_left(layouts):
+    order, sampling, read = epoch_order([20, 30, 21], replace(SAMPLING, batch_size=16)), replace(SAMPLING, batch_size=16), []
+    for place, (world_size, steps) in enumerate(layouts):
+        left = unread(order, layouts[:place], replace(sampling, world_size=world_size))
+        ranks = [rank_batches(left, replace(sampling, world_size=world_size, rank=rank))[:steps] for rank in range(world_size)]
+        together = [sum(map(len, batches)) for batches in zip(*ranks, strict=True)]
+        assert set(together) == {16}
+        read += [number for batches in ranks for batch in batches for number in batch]
+    assert len(read) == len(set(read)) == 64
 
 
 def test_a_rank_in_training_is_shuffled_through_one_buffer():
-    sampling = replace(SAMPLING, rank=1, world_size=2, seed=5, epoch=2, shuffle_buffer=4)
+    sampling = replace(SAMPLING, batch_size=6, rank=1, world_size=2, seed=5, epoch=2, shuffle_buffer=4)
     order = epoch_order([7, 7, 7], sampling)
     expected = list(shuffled(order[9:18], 4, random.Random("buffer/5/2/1")))
     assert rank_batches(order, sampling) == [expected[:3], expected[3:6], expected[6:]]

@@ -1,0 +1,176 @@
+"""The gradients of one optimiser step: of a batch that ranks share, which each takes in parts, as of the whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipelines.distributed import Context, all_reduce_sum, average_gradients, gradient_sync, to_device, unwrapped
+from pipelines.params import TrainingParams
+from pipelines.storage.errors import one_line
+from pipelines.training.job import TrainingError
+from pipelines.training.objective import memory_format
+
+if TYPE_CHECKING:
+    from pipelines.training.loop import Run
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of the batch of one step."""
+
+    images: int  # of this rank
+    total: torch.Tensor  # images of all ranks: a float32 scalar on the device
+    weight: (
+        torch.Tensor | float
+    )  # of the rank's mean losses: DDP's mean of the weighted gradients is the gradient of the whole batch
+    idle: bool  # whether a rank has no image, because none of its images decodes
+
+
+def share_of(images: int, context: Context, may_be_idle: bool) -> Share:
+    """The share of a rank that has so many images of a batch: known once all ranks have called this.
+
+    Args:
+        images: of this rank.
+        context: of this rank.
+        may_be_idle: whether a rank may be without an image; to know whether one is waits for a GPU.
+    """
+    total, idle_ranks = all_reduce_sum((images, images == 0), context)
+    idle = may_be_idle and bool(idle_ranks > 0)
+    weight = images * context.world_size / total if context.world_size > 1 else 1.0
+    return Share(images, total, weight, idle)
+
+
+def compute_gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Computes the gradients of a batch of the loader, the same on all ranks; returns the losses of this rank's images.
+
+    There are no losses if the rank has no image.
+
+    Raises:
+        TrainingError: no image of the batch decodes, on any rank.
+    """
+    share = share_of(len(batch["key"]), run.context, may_be_idle=run.job.data.on_error == "skip")
+    if share.idle and not share.total > 0:
+        raise TrainingError(f"no image of step {run.step} (epoch {run.epoch + 1}) decodes (data.on_error: skip)")
+    losses = gradients(run, prepare_batch(run, batch, share), share) if share.images else {}
+    if share.idle:
+        average_gradients(run.method.module, run.context)
+    return losses
+
+
+def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, torch.Tensor]:
+    """The batch of the loader as the method prepares it for its loss."""
+    device, precision = run.context.device, run.job.training.precision
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        more = {"step": run.step, "step_images": share.total, "parts": parts_of(run, share.images)}
+        return run.method.prepare({**to_device(batch, device), **more})
+
+
+def gradients(run: Run, batch: dict[str, torch.Tensor], share: Share | None = None) -> dict[str, torch.Tensor]:
+    """Computes the gradients of a prepared batch, and returns its losses without their graph.
+
+    The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
+    module computes over a batch (BatchNorm normalises by the statistics of a part).
+
+    Args:
+        run: whose objective it is.
+        batch: of this rank.
+        share: of the batch of all ranks; None: there is no other rank.
+    """
+    training, device = run.job.training, run.context.device
+    batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
+    count = len(next(iter(batch.values())))
+    pieces = {name: value.tensor_split(parts_of(run, count)) for name, value in batch.items()}
+    parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
+    # DDP waits in each step for all ranks: where one is idle, its gradients are averaged afterwards.
+    objective = unwrapped(run.objective) if share is not None and share.idle else run.objective
+    weight = 1.0 if share is None else share.weight
+    statistics = RunningStatistics(run.method.module) if len(parts) > 1 else None
+    total: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        of_part = len(next(iter(part.values()))) / count
+        with gradient_sync(objective, number == len(parts)), statistics.part(of_part) if statistics else nullcontext():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
+                losses = objective(part)
+            (losses["loss"] * (of_part * weight)).backward()
+        for name, value in losses.items():
+            total[name] = total.get(name, 0.0) + of_part * value.detach()
+    if statistics:
+        statistics.settle()
+    return total
+
+
+def parts_of(run: Run, images: int) -> int:
+    """The number of parts in which this rank takes a batch of so many images."""
+    return min(images, parts_per_worker(run.job.training, run.job.optim.batch_size, run.context.world_size))
+
+
+def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int) -> int:
+    """The number of parts in which each of `world_size` workers takes its share of an effective batch.
+
+    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, none larger: equal ones, so
+    that compiled code sees one size, if these are less than twice as many.
+    """
+    if world_size >= training.most_workers:
+        return training.accumulate
+    share = -(-batch_size // world_size)
+    least = -(-share // training.largest_part(batch_size))
+    return next((parts for parts in range(least, 2 * least) if share % parts == 0), least)
+
+
+class RunningStatistics:
+    """Moves a module's running statistics by the parts of a batch as far as the whole batch would move them.
+
+    Each part starts from the statistics as they were before the batch, and at the end they are the mean over the parts: of
+    BatchNorm (1 - momentum)·before + momentum·(mean of the parts' statistics). A batch is counted once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(name.rpartition(".")[2], buffer) for name, buffer in module.named_buffers()]
+        self._counts = [buffer for name, buffer in named if name == "num_batches_tracked"]
+        self._buffers = [buffer for name, buffer in named if name.startswith("running_")]
+        self._before = [buffer.clone() for buffer in (*self._buffers, *self._counts)]
+        self._moved = [torch.zeros_like(buffer) for buffer in self._buffers]
+
+    @contextmanager
+    def part(self, share: float) -> Iterator[None]:
+        """A block in which a part of the batch is taken that has this share of the images."""
+        with torch.no_grad():
+            for buffer, before in zip((*self._buffers, *self._counts), self._before, strict=True):
+                buffer.copy_(before)
+        yield
+        with torch.no_grad():
+            for buffer, before, moved in zip(self._buffers, self._before, self._moved, strict=False):
+                moved.add_(buffer - before, alpha=share)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Sets the statistics to those after the whole batch."""
+        for buffer, before, moved in zip(self._buffers, self._before, self._moved, strict=False):
+            buffer.copy_(before + moved)
+
+
+@contextmanager
+def errors_in_one_line(run: Run) -> Iterator[None]:
+    """Turns errors of the compiler, and too little GPU memory in the first step, into errors which no restart would cure."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause = one_line(str(error).partition("\n\n")[0])
+        raise TrainingError(f"compile: {cause} (compile: false trains without the compiler)") from error
+    except torch.OutOfMemoryError as error:
+        if run.step > 0:  # another process may have the memory for a while
+            raise
+        known = f"accumulate: {run.job.training.accumulate}, checkpoint_activations: {run.job.training.checkpoint_activations}"
+        cause = one_line(error).partition(". ")[0]
+        raise TrainingError(f"the first step does not fit the GPU ({known}; both can spare memory): {cause}") from error
+
+
+def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    """`value` in this memory format if it is a batch of images."""
+    return value.contiguous(memory_format=layout) if value.ndim == 4 else value
