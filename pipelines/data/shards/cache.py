@@ -42,7 +42,7 @@ class Copy(NamedTuple):
 
 
 def local_copy(root: str, shard: Shard, patience: float | None = None) -> Path:
-    """The path of a local file with the shard's content, brought here if need be; see `open_copy`. A copy may be deleted later."""
+    """The path of a local file with the shard's content, brought here if need be; a copy may be deleted later."""
     copy = open_copy(root, shard, patience)
     os.close(copy.descriptor)
     return copy.path
