@@ -21,13 +21,11 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from pipelines.data.shards.manifest import Index, Manifest, Shard, ShardError, read_manifest
 from pipelines.data.shards.tar import Entry
 from pipelines.storage import files
-from pipelines.storage.retry import retry
 
 AGAIN = "run the stage `shard` again"
 
@@ -74,10 +72,7 @@ def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, 
         ShardError: there is no index, or it is damaged, or not that of these shards.
     """
     shards, index = manifest.shards(split), _index(root, manifest, split)
-    try:
-        content = files.read(f"{root}/{index.name}")
-    except FileNotFoundError:
-        raise ShardError(f"{index.name}: missing; it is in the manifest but not in {root}") from None
+    content = _read(root, index.name)
     if hashlib.sha256(content).hexdigest() != index.sha256:
         raise ShardError(f"{root}/{index.name}: {len(content)} bytes that are not those that the manifest names; {AGAIN}")
     start = 0
@@ -94,8 +89,7 @@ def read_entries(root: str, shard: Shard) -> tuple[Entry, ...]:
         raise ShardError(f"{shard.name}: it is not in the manifest at {root}")
     index, place = _index(root, manifest, split), manifest.shards(split).index(shard)
     start = sum(index.parts[:place])
-    filesystem, folder = files.file_system(root)
-    part = retry(partial(filesystem.cat_file, f"{folder}/{index.name}", start, start + index.parts[place]), root)
+    part = _read(root, index.name, start, start + index.parts[place])
     return part_entries(part, shard, f"{root}/{index.name}")
 
 
@@ -111,6 +105,16 @@ def part_shard(part: bytes) -> Shard | None:
         return Shard(**json.loads(gzip.decompress(part).partition(b"\n")[0])["shard"])
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError):
         return None
+
+
+def _read(root: str, name: str, start: int | None = None, end: int | None = None) -> bytes:
+    """An index's bytes in [start, end), or all of it."""
+    try:
+        return files.read(f"{root}/{name}", start, end)
+    except FileNotFoundError:
+        raise ShardError(f"{name}: missing; it is in the manifest but not in {root}") from None
+    except OSError as error:
+        raise ShardError(f"{name}: not read from {root}: {error}") from None
 
 
 def _index(root: str, manifest: Manifest, split: str) -> Index:

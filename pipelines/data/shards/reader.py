@@ -11,7 +11,7 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -20,8 +20,7 @@ from pipelines.data.shards.cache import NoRoomError, open_copy
 from pipelines.data.shards.index import read_entries
 from pipelines.data.shards.manifest import Shard, ShardError
 from pipelines.data.shards.tar import Entry, scan
-from pipelines.storage.files import file_system
-from pipelines.storage.retry import retry
+from pipelines.storage import files
 
 log = logging.getLogger(__name__)
 IMAGES = ("jpg", "png", "webp")
@@ -46,7 +45,7 @@ class RawSample:
     last: bool
 
 
-def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Iterator[RawSample]:
+def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Generator[RawSample, None, None]:
     """The samples of these numbers, in this order, counted through `shards`.
 
     Args:
@@ -113,8 +112,7 @@ class OpenShards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in list(self._open):
-            self.close(name)
+        self.close()
 
     def entries(self, shard: Shard) -> tuple[Entry, ...]:
         """Where the samples of a shard lie."""
@@ -129,8 +127,10 @@ class OpenShards:
         start = min(offset for _, offset, _ in entry.files)
         end = max(offset + size for _, offset, size in entry.files)
         if shard.name in self._direct:
-            filesystem, folder = file_system(self._root)
-            content = retry(partial(filesystem.cat_file, f"{folder}/{shard.name}", start, end), self._root)
+            try:
+                content = files.read(f"{self._root}/{shard.name}", start, end)
+            except OSError as error:
+                raise ShardError(f"{shard.name}: not read from {self._root}: {error}") from None
         else:
             self._open.move_to_end(shard.name)
             content = os.pread(self._open[shard.name], end - start, start)
@@ -138,12 +138,13 @@ class OpenShards:
             raise ShardError(f"{shard.name}: {len(content)} bytes of {end - start} were read at {start}")
         return {suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files}
 
-    def close(self, name: str) -> None:
-        """Ends the reading of a shard; its copy may be deleted from the cache."""
-        if name in self._open:
-            os.close(self._open.pop(name))
-        self._entries.pop(name, None)
-        self._direct.discard(name)
+    def close(self, name: str | None = None) -> None:
+        """Ends the reading of a shard, or of all; their copies may be deleted from the cache."""
+        for each in {*self._open, *self._entries} if name is None else [name]:
+            if each in self._open:
+                os.close(self._open.pop(each))
+            self._entries.pop(each, None)
+            self._direct.discard(each)
 
     def _begin(self, shard: Shard) -> None:
         """Opens the shard and learns where its samples lie; after a check against the manifest."""

@@ -146,9 +146,8 @@ class StoredExplanations:
 
     def close(self, shard: str | None = None) -> None:
         """Ends the reading of a shard, or of all; its copy may be deleted from the cache."""
-        for name in list(self._entries) if shard is None else [shard]:
-            self._open.close(name)
-            self._entries.pop(name, None)
+        self._open.close(shard)
+        self._entries = {name: entries for name, entries in self._entries.items() if shard not in (name, None)}
 
     def _values(self, shard: str, key: str, suffix: str, found: dict[str, bytes]) -> Tensor:
         """The tensor of one file."""
