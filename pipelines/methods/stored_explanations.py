@@ -16,7 +16,7 @@ from pipelines.bcos import add_inverse
 from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import Shard, read_manifest
-from pipelines.data.shards.stored_explanations import Origin, write_index, write_shard
+from pipelines.data.shards.stored_explanations import Origin, finished_shards, write_index, write_shard
 from pipelines.distributed import Context, gather
 from pipelines.models import read_spec
 from pipelines.params import DataParams, FrozenParams
@@ -50,13 +50,15 @@ def store_explanations(
 ) -> int:
     """Writes the teacher's explanations of the class that it predicts to `out`; returns of how many images.
 
+    A shard that an earlier call has finished is kept: the stage goes on after a kill, also with another number of workers.
+
     Args:
         context: where this worker runs: worker `rank` takes every `world_size`-th shard.
         teacher: folder of the model.
         shards, split: the images, of which `subset` are explained; by default all.
         data: gives the fixed view, `eval_transform`.
         origin: see `origin_of`.
-        out: a folder, which is there.
+        out: a folder or fsspec URL that is only ever given the same arguments.
         batch_size: images at once.
     """
     model, spec = models.load(teacher)
@@ -65,8 +67,13 @@ def store_explanations(
     explain, _ = comparable_explainers(model, model, probe, held=origin.maps == "dynamic_weights")
     of_split = read_manifest(shards).shards(split)
     ends = list(accumulate(shard.count for shard in of_split))
+    mine = list(zip(of_split, ends, strict=True))[context.rank :: context.world_size]
+    finished = finished_shards(out, [shard.name for shard, _ in mine])
     written: list[Shard] = []
-    for shard, end in list(zip(of_split, ends, strict=True))[context.rank :: context.world_size]:
+    for shard, end in mine:
+        if shard.name in finished:
+            written.append(finished[shard.name])
+            continue
         inside = range(end - shard.count, end)
         numbers = list(inside) if subset is None else [number for number in subset if number in inside]
         alone = Context(device=context.device)  # each worker reads whole shards

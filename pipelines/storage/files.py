@@ -160,10 +160,10 @@ def _put_new(filesystem: fsspec.AbstractFileSystem, target: str, content: bytes)
 
 
 @retried
-def read(place: str | Path) -> bytes:
-    """The content of a file."""
+def read(place: str | Path, start: int | None = None, end: int | None = None) -> bytes:
+    """The content of a file, or its bytes in [start, end)."""
     filesystem, path = file_system(place)
-    return filesystem.cat_file(path)
+    return filesystem.cat_file(path, start=start, end=end)
 
 
 def write_json(place: str | Path, value: Any) -> None:

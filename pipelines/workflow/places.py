@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipelines import models, tracking
 from pipelines.data.shards.publish import publish_explanations, publish_shards
+from pipelines.data.shards.stored_explanations import read_index
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, Params
 from pipelines.storage.files import file_digest
@@ -52,8 +53,10 @@ def models_for_all(params: Params, folders: Mapping[str, Path]) -> dict[str, str
 
 
 def explanations_for_all(params: Params, root: str | None) -> str | None:
-    """The root that every worker sees of the stored explanations in a folder here."""
-    return publish_explanations(root, params.storage.root) if root and is_shared(params) else root
+    """The root that every worker sees of the stored explanations whose index is in a folder here."""
+    if root is None or not (is_shared(params) or "root" in read_index(root)):
+        return root
+    return publish_explanations(root, params.storage.root)
 
 
 def absolute_weights(model: ModelParams) -> ModelParams:

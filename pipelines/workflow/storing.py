@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
 
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.data.shards.stored_explanations import INDEX, read_index
+from pipelines.data.shards.stored_explanations import INDEX, are_complete, read_index, shard_files
 from pipelines.methods import check_pair
 from pipelines.methods.stored_explanations import store_explanations
 from pipelines.models import read_spec
 from pipelines.params import Params, keyed
 from pipelines.storage import files
-from pipelines.storage.publish import pull
+from pipelines.storage.paths import run_directory
 from pipelines.training import launch
+from pipelines.workflow import identity
 from pipelines.workflow.places import is_shared, model_folder, model_for_all, shards_for_all, shards_of
 from pipelines.workflow.tasks import explanations_origin, student_spec
 
+CODE = ("pipelines.methods.stored_explanations",)  # the module that computes the maps
+
 
 def store(params: Params, out: Path) -> None:
-    """Stores the explanations of the teacher in `models/teacher` in the folder `out`, computed on the workers of the params."""
+    """Stores the explanations of the teacher in `models/teacher`, computed on the workers of the params.
+
+    They are made in a folder of the storage that is named by all that they depend on, so that a stage that was killed goes on
+    with it. If the storage is at a URL they stay there, and the folder `out` gets their index; otherwise they move to `out`.
+    """
     teacher, shots = model_folder("teacher"), params.distill.shots
     spec = read_spec(teacher)
-    shards, shared = shards_for_all(params), is_shared(params)
+    shards = shards_for_all(params)
     with keyed("distill", params.distill):
         check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), spec), spec, explained=True)
         subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
-    place = f"{params.storage.root.rstrip('/')}/stored/{uuid.uuid4().hex}" if shared else str(out.absolute())
-    arguments = (model_for_all(params, teacher), shards, params.data, explanations_origin(params), place, subset)
-    training = params.training.with_loader(params.data.loader_workers)
-    with keyed("training", training):
-        count = launch(store_explanations, *arguments, training=training, storage=params.storage.root)
+    origin = explanations_origin(params)
+    shared = is_shared(params)
+    place = run_directory(params.storage.root, "explanations", asdict(origin), subset, identity.code_digest(*CODE))
     if shared:
-        pull(place, out, (*(shard["name"] for shard in read_index(place)["shards"]), INDEX))
-        files.remove(place)
-    size = sum(path.stat().st_size for path in out.iterdir())
+        place = f"{params.storage.root.rstrip('/')}/explanations/{PurePosixPath(place).name}"
+    if not are_complete(place):
+        arguments = (model_for_all(params, teacher), shards, params.data, origin, place, subset)
+        training = params.training.with_loader(params.data.loader_workers)
+        with keyed("training", training):
+            launch(store_explanations, *arguments, training=training, storage=params.storage.root)
+    index = read_index(place)
+    if shared:
+        files.write(out / INDEX, files.read(f"{place}/{INDEX}"))
+    else:
+        move(Path(place), out, shard_files(index))
+    count, size = (sum(shard[name] for shard in index["shards"]) for name in ("count", "bytes"))
     print(f"{count} explanations stored, {size / 2**20:.1f} MiB in all")
+
+
+def move(folder: Path, out: Path, names: Sequence[str]) -> None:
+    """Moves the files `names`, the last of which is their index, to the folder `out`; a kill loses none of them."""
+    *_, index = names
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+        try:
+            os.link(folder / name, out / name)
+        except OSError:  # another file system
+            shutil.copyfile(folder / name, out / name)
+    (folder / index).unlink()  # first: without it the rest is not taken for complete
+    files.remove(folder)

@@ -13,7 +13,8 @@ from torch.nn.functional import cosine_similarity
 from pipelines import models, params
 from pipelines.bcos import add_inverse
 from pipelines.data.loading.subsets import few_shot
-from pipelines.methods import build_e2kd
+from pipelines.data.shards.stored_explanations import finished_shards
+from pipelines.methods import build_e2kd, stored_explanations
 from pipelines.methods.stored_explanations import origin_of, store_explanations
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, DistillationParams, FrozenParams, StudentParams, TrainingParams
@@ -39,7 +40,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def store(made: dict[str, str], out: Path, kind: str, frozen: FrozenParams, subset: Any = None) -> str:
-    out.mkdir()
     origin = origin_of(made[kind], made["shards"], DATA, frozen, kind)
     store_explanations(Context(), made[kind], made["shards"], DATA, origin, str(out), subset, batch_size=7)
     return str(out)
@@ -114,6 +114,39 @@ def test_a_few_shot_subset_is_stored_alone_and_feeds_its_run(made: dict[str, str
     seen = [key for batch in shard_batches(job, "train") for key in batch["key"]]
     assert sorted(seen) == sorted(subset.keys)
     assert train(job).history[0]["metrics"]["train/explanation"] > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stage_that_was_killed_goes_on_with_its_finished_shards(
+    made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    whole = Path(store(made, tmp_path / "whole", "bcos", FrozenParams()))
+    out, written, write_shard = tmp_path / "killed", [], stored_explanations.write_shard
+
+    def killed_in_the_third(root: str, name: str, samples: Any) -> Any:
+        written.append(name)
+        if len(written) == 3:
+            next(iter(samples))
+            raise KeyboardInterrupt
+        return write_shard(root, name, samples)
+
+    monkeypatch.setattr(stored_explanations, "write_shard", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        store(made, out, "bcos", FrozenParams())
+    assert not (out / "explanations.json").exists()
+    assert written == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    for harm in (b"", (out / "train-000001.index.jsonl.gz").read_bytes()[:-3]):  # a crash of the machine
+        (out / "train-000001.index.jsonl.gz").write_bytes(harm)
+        assert set(finished_shards(str(out), written)) == {"train-000000.tar"}
+    origin = origin_of(made["bcos"], made["shards"], DATA, FrozenParams(), "bcos")
+    monkeypatch.setattr(stored_explanations, "gather", lambda value, context: gathered.append(value) or [*gathered])
+    gathered: list[Any] = []
+    for rank in reversed(range(world_size)):  # rank 0 comes last, as it does where ranks wait for each other
+        arguments = (made["bcos"], made["shards"], DATA, origin, str(out))
+        count = store_explanations(Context(rank, world_size), *arguments, batch_size=7)
+    assert sorted(written[3:]) == ["train-000001.tar", "train-000002.tar"]
+    assert count == 40
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
 def test_frozen_ones_and_what_they_cannot_follow_are_refused_in_one_line() -> None:

@@ -140,11 +140,12 @@ def test_with_a_storage_the_shards_are_read_there(workspace, tmp_path):
     evaluate.main()
     assert workspace.read("models/distill/kd/subset.json")["count"] == 60
     workspace.compose(storage, "distill.e2kd.explanations=frozen")
+    shutil.rmtree("data/explanations")
     explain.main()
     distill.main("e2kd")
     assert workspace.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
-    assert not list(tmp_path.glob("storage/stored/*"))  # moved here, and published by their content for the students
-    assert list(tmp_path.glob("storage/explanations/*/explanations.json"))
+    assert len(list(tmp_path.glob("storage/explanations/*/explanations.json"))) == 1  # made there, and read there
+    assert [path.name for path in workspace.folder.glob("data/explanations/*")] == ["explanations.json"]
 
 
 def test_multilabel_data_and_the_baseline_from_scratch_run_through_all_stages(workspace, ray_workers, capsys):

@@ -95,6 +95,8 @@ class Decoder:
             views["mask"] = tv_tensors.Mask(mask_ids(encoded_mask))
         if self.explanations is not None:
             teacher_logits, views[STORED_MAP] = self.explanations.read(raw.shard, raw.key)
+            if raw.last:
+                self.explanations.close(raw.shard)
         views = self.transform(views, random.Random(f"{self.seed}/{self.epoch}/{raw.key}"))
         stored = None if self.explanations is None else (teacher_logits, views[STORED_MAP])
         mask = views["mask"].as_subclass(Tensor) if "mask" in views else None
@@ -103,6 +105,11 @@ class Decoder:
             classes = torch.tensor([float(box[0]) for box in boxes])
             kept, mask = keep_boxes(classes, views["boxes"].as_subclass(Tensor), mask)
         return DecodedSample(raw.key, annotation, views["image"], kept, mask, stored)
+
+    def close(self) -> None:
+        """Ends a pass: closes the shards of stored explanations that are open."""
+        if self.explanations is not None:
+            self.explanations.close()
 
     def _annotation(self, raw: RawSample) -> dict[str, Any]:
         """The sample's json, its labels checked."""

@@ -8,7 +8,8 @@ starts at batch k gives the batches of an uninterrupted one from there, and no g
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, pairwise
 from typing import Literal
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.loading.batch import FIELDS, Batch, DecodedSample, Decoder
+from pipelines.data.loading.prefetch import Prefetcher, first_needs
 from pipelines.data.loading.sampling import Sampling, epoch_order, rank_batches, unread
 from pipelines.data.loading.transforms import eval_transform, train_transform
 from pipelines.data.shards.manifest import Shard, read_manifest
@@ -26,6 +28,9 @@ from pipelines.data.shards.sample import DataError
 from pipelines.data.shards.stored_explanations import StoredExplanations
 from pipelines.distributed import Context
 from pipelines.params import DataParams
+from pipelines.storage.retry import is_remote
+
+PREFETCH = 2  # batches that each loader process makes ahead
 
 
 def loader(
@@ -157,6 +162,7 @@ class Loader:
             self._batches,
             batch_size=None,
             num_workers=self._processes,
+            prefetch_factor=PREFETCH,
             generator=torch.Generator().manual_seed(0),  # by default it draws its base seed from torch's global one
             pin_memory=self._device.type == "cuda",
         )
@@ -188,10 +194,25 @@ class RankBatches(IterableDataset[Batch | DataError]):
         mine = self.numbers[process::processes]
         samples = read_samples(self.root, self.shards, list(chain.from_iterable(mine)), verify=self.data.verify)
         try:
-            for numbers in mine:
-                yield self._batch(islice(samples, len(numbers)))
+            with self._prefetched(process, processes) as reach, closing(samples), closing(self.decoder):
+                for place, numbers in enumerate(mine):
+                    reach(process + place * processes)
+                    yield self._batch(islice(samples, len(numbers)))
         except DataError as error:  # sent as it is: DataLoader would wrap its message in a traceback
             yield error
+
+    @contextmanager
+    def _prefetched(self, process: int, processes: int) -> Iterator[Callable[[int], None]]:
+        """A block in which remote shards come before they are wanted; gives a function to call with each batch's number.
+
+        One of the rank's processes sees to it for all of them, because the order of the epoch is known.
+        """
+        if process > 0 or not is_remote(self.root):
+            yield lambda batch: None
+            return
+        ahead = PREFETCH * processes if get_worker_info() else 0
+        with closing(Prefetcher(self.root, list(first_needs(self.shards, self.numbers)), ahead)) as prefetcher:
+            yield prefetcher.reach
 
     def _batch(self, raw_samples: Iterable[RawSample]) -> Batch:
         """The batch of these samples; raises `DecodeError` for images that `on_error: skip` does not leave out."""

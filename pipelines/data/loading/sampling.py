@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from itertools import islice
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +30,7 @@ class Sampling:
         train: shuffle, and drop incomplete batches.
         seed: of the run.
         epoch: counted from 0.
-        shuffle_buffer: samples among which each next one is drawn, in training.
+        shuffle_buffer: places by which shuffling moves a sample at most, in training.
     """
 
     batch_size: int
@@ -57,17 +59,18 @@ def epoch_order(counts: Sequence[int], sampling: Sampling) -> list[int]:
 
 
 def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:
-    """`items`, each drawn from a buffer of the next `buffer_size`: a full shuffle if the buffer holds all of them."""
-    buffer: list[Item] = []
-    for item in items:
-        if len(buffer) < buffer_size:
-            buffer.append(item)
-        else:
-            slot = rng.randrange(buffer_size)
-            yield buffer[slot]
-            buffer[slot] = item
-    rng.shuffle(buffer)
-    yield from buffer
+    """`items` in another order: each moves by fewer than `buffer_size` places.
+
+    The buffer gives while it fills, so that the first batches need the first items alone: item i moves by fewer than
+    i + `buffer_size` / 10 + 1 places. And no item stays behind in it for long, so that a rank reads from few shards at a time.
+    """
+    buffer: list[tuple[float, int, Item]] = []
+    for place, item in enumerate(items):
+        reach = min(buffer_size, place + buffer_size // 10 + 1)
+        heappush(buffer, (place + rng.random() * reach, place, item))
+        while buffer and buffer[0][0] <= place + 1:  # no later item can come before it
+            yield heappop(buffer)[2]
+    yield from (item for _, _, item in sorted(buffer, key=itemgetter(0, 1)))
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

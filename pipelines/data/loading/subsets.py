@@ -1,17 +1,19 @@
-"""Seeded draws of training images: a few of each class, or a share whose boxes are used; and the validation images' keys."""
+"""Seeded draws of training images: a few of each class, or a share whose boxes are used; and the validation images' keys.
+
+They are drawn from the index beside the shards: no shard is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from pipelines.data.shards.index import read_index
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.data.shards.reader import read_samples
 from pipelines.data.shards.sample import DataError
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,13 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
         seed: of the draw.
 
     Raises:
-        DataError: the data has no labels, or no image of the split has one.
+        DataError: the data has no labels, no image of the split has one, or its shards have no index.
     """
     manifest = read_manifest(root)
     if not manifest.labelled:
         raise DataError("shots: images without labels cannot be drawn class by class")
     members: list[list[tuple[bytes, int, str]]] = [[] for _ in manifest.classes]
-    for number, (key, known) in enumerate(_described(root, split)):
+    for number, (key, known) in enumerate(_indexed(root, split)):
         for label in known["labels"] if manifest.task == "multilabel" else [known["label"]]:
             members[label].append((_rank(seed, key), number, key))
     chosen: dict[int, str] = {}
@@ -71,7 +73,7 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
 
 def validation_images(root: str, split: str = "val") -> dict[str, Any]:
     """Number and keys of the images that models are selected on, for a report; `root` as in `few_shot`."""
-    keys = [key for key, _ in _described(root, split)]
+    keys = [key for key, _ in _indexed(root, split)]
     return {"split": split, "count": len(keys), "keys": keys}
 
 
@@ -88,11 +90,11 @@ def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[st
         seed: of the draw.
 
     Raises:
-        DataError: no image of the split has a box.
+        DataError: no image of the split has a box, or the shards have no index.
     """
     members: dict[int, list[str]] = {}
-    for key, known in _described(root, split):
-        for label in {int(box[0]) for box in known.get("boxes", ())}:
+    for key, known in _indexed(root, split):
+        for label in known.get("box_classes", ()):
             members.setdefault(label, []).append(key)
     if not members:
         raise DataError(f"{root}: no image of {split} has a box: guidance needs some")
@@ -104,11 +106,9 @@ def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[st
     return tuple(sorted(chosen))
 
 
-def _described(root: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and json of each sample, in the order of the shards."""
-    manifest = read_manifest(root)
-    for raw in read_samples(root, manifest.shards(split), range(manifest.count(split)), verify=False):
-        yield raw.key, json.loads(raw.files["json"])
+def _indexed(root: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and line of the index of each sample, in the order of the shards."""
+    return ((line["key"], line) for line in read_index(root, read_manifest(root), split))
 
 
 def _rank(seed: int, key: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,35 @@ class ShardError(DataError):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar of a split."""
+class Listed:
+    """A file that a manifest lists."""
 
     name: str
     bytes: int
     sha256: str
-    count: int  # samples
 
     def check(self, path: Path, *, verify: bool = True) -> None:
-        """Raises `ShardError` unless the file at `path` has the size of this tar and, if `verify`, its sha256."""
+        """Raises `ShardError` unless the file at `path` has this size and, if `verify`, this sha256."""
         size = path.stat().st_size
         if size != self.bytes:
             fault = "truncated" if size < self.bytes else "too long"
             raise ShardError(f"{self.name}: {fault}: {size} bytes; the manifest says {self.bytes}")
         if verify and (sha256 := file_digest(path)) != self.sha256:
             raise ShardError(f"{self.name}: sha256 is {sha256}; the manifest says {self.sha256}")
+
+
+@dataclass(frozen=True)
+class Shard(Listed):
+    """One tar of a split."""
+
+    count: int  # samples
+
+
+@dataclass(frozen=True)
+class Index(Listed):
+    """The index of a split: what its samples are and where they lie in the shards, see `index`."""
+
+    parts: tuple[int, ...]  # bytes of each shard's part, in the order of the shards
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Manifest:
         checksum: sha256 of the source.
         splits: the shards of each split, in order.
         fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
+        indexes: the index of each split; none if an earlier version wrote the shards.
     """
 
     classes: tuple[str, ...]
@@ -59,6 +73,7 @@ class Manifest:
     checksum: str
     splits: dict[str, tuple[Shard, ...]]
     fields: dict[str, tuple[str, ...]]
+    indexes: dict[str, Index] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         """Samples of `split`; raises `ShardError` if there is no such split."""

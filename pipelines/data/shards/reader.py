@@ -1,24 +1,28 @@
 """Reads samples from shards by number, still encoded, from a folder or any fsspec URL.
 
-A shard is scanned when its first sample is wanted, and each sample is then one read. Remote shards are copied to this machine
-as a whole, see `cache`.
+Remote shards are copied to this machine as a whole, see `cache`. A copy is scanned when its first sample is wanted, and each
+sample is then one read. If the cache has no room for a shard, its samples are read from the storage one by one.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
-from pipelines.data.shards.cache import local_copy
+from pipelines.data.shards.cache import NoRoomError, open_copy
+from pipelines.data.shards.index import read_entries
 from pipelines.data.shards.manifest import Shard, ShardError
 from pipelines.data.shards.tar import Entry, scan
+from pipelines.storage import files
 
+log = logging.getLogger(__name__)
 IMAGES = ("jpg", "png", "webp")
 SUFFIXES = (*IMAGES, "json", "mask.png")  # nothing else in a shard is ever decoded
 OPEN_FILES = 32
@@ -32,14 +36,16 @@ class RawSample:
         key: of the sample.
         shard: the shard's name.
         files: content by suffix: `json`, one of `jpg`, `png` and `webp`, and optionally `mask.png`.
+        last: no sample of the shard follows in this pass of this process.
     """
 
     key: str
     shard: str
     files: dict[str, bytes]
+    last: bool
 
 
-def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Iterator[RawSample]:
+def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Generator[RawSample, None, None]:
     """The samples of these numbers, in this order, counted through `shards`.
 
     Args:
@@ -54,78 +60,110 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
     left = Counter(shard_of)
-    scanned: dict[int, tuple[Path, Sequence[Entry]]] = {}
-    with _OpenFiles() as files:
+    with OpenShards(root, SUFFIXES, partial(read_entries, root), check_entries, verify=verify) as opened:
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
-            if index not in scanned:
-                path = local_copy(root, shard)
-                scanned[index] = (path, _checked_entries(path, shard, verify))
-            path, entries = scanned[index]
-            try:
-                sample = _read(files, path, shard, entries[number - starts[index]])
-            except FileNotFoundError:  # removed from the cache to make room
-                sample = _read(files, local_copy(root, shard), shard, entries[number - starts[index]])
-            yield sample
+            entry = opened.entries(shard)[number - starts[index]]
+            content = opened.read(shard, entry)
             left[index] -= 1
             if not left[index]:
-                del scanned[index]
-                files.close(path)
+                opened.close(shard.name)
+            yield RawSample(entry.key, shard.name, content, last=not left[index])
 
 
-def _checked_entries(path: Path, shard: Shard, verify: bool) -> tuple[Entry, ...]:
-    """The samples in a shard's file, after a check against the manifest."""
-    shard.check(path, verify=verify)
-    try:
-        entries = scan(path, shard.bytes, path.stat().st_mtime_ns, SUFFIXES)
-    except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
+def check_entries(shard: Shard, entries: Sequence[Entry]) -> None:
+    """Raises `ShardError` unless these are the samples of `shard`."""
     if len(entries) != shard.count:
         raise ShardError(f"{shard.name}: {len(entries)} samples; the manifest says {shard.count}")
     for entry in entries:
         suffixes = [suffix for suffix, _, _ in entry.files]
         if "json" not in suffixes or sum(suffix in IMAGES for suffix in suffixes) != 1:
             raise ShardError(f"{shard.name}: {entry.key} has {', '.join(suffixes)}; one image and a json are needed")
-    return entries
 
 
-def _read(files: _OpenFiles, path: Path, shard: Shard, entry: Entry) -> RawSample:
-    """One sample, in one read: its files lie side by side."""
-    start = min(offset for _, offset, _ in entry.files)
-    end = max(offset + size for _, offset, size in entry.files)
-    content = files.read(path, start, end - start)
-    if len(content) < end - start:
-        raise ShardError(f"{shard.name}: truncated while it was read")
-    return RawSample(
-        entry.key,
-        shard.name,
-        {suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files},
-    )
+class OpenShards:
+    """The shards at `root` that are being read, at most `OPEN_FILES` at a time; a copy that is open stays in the cache.
 
+    Args:
+        root: folder or fsspec URL of the shards.
+        suffixes: of the files that are read.
+        indexed: returns from the index where the samples of a shard lie.
+        check: raises `ShardError` if these cannot be the samples of a shard.
+        verify: check the sha256 of each shard.
+        patient: wait for room in the cache, if nothing is open; until that was once in vain.
+    """
 
-class _OpenFiles:
-    """Descriptors of the files last read, at most `OPEN_FILES`."""
+    def __init__(
+        self,
+        root: str,
+        suffixes: tuple[str, ...],
+        indexed: Callable[[Shard], tuple[Entry, ...]],
+        check: Callable[[Shard, Sequence[Entry]], None] = lambda shard, entries: None,
+        verify: bool = False,
+        patient: bool = True,
+    ) -> None:
+        self._root, self._suffixes, self._indexed, self._check = root, suffixes, indexed, check
+        self._verify, self._patient, self._told = verify, patient, False
+        self._entries: dict[str, tuple[Entry, ...]] = {}
+        self._open: OrderedDict[str, int] = OrderedDict()  # descriptors of local files, the one used last at the end
+        self._direct: set[str] = set()  # shards that are read from the storage, because the cache has no room for them
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def __enter__(self) -> _OpenFiles:
+    def __enter__(self) -> OpenShards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path in list(self._open):
-            self.close(path)
+        self.close()
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer at the file's end."""
-        if path not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self.close(next(iter(self._open)))
-            self._open[path] = os.open(path, os.O_RDONLY)
-        self._open.move_to_end(path)
-        return os.pread(self._open[path], size, offset)
+    def entries(self, shard: Shard) -> tuple[Entry, ...]:
+        """Where the samples of a shard lie."""
+        if shard.name not in self._entries:
+            self._begin(shard)
+        return self._entries[shard.name]
 
-    def close(self, path: Path) -> None:
-        """Closes `path` if it is open."""
-        if path in self._open:
-            os.close(self._open.pop(path))
+    def read(self, shard: Shard, entry: Entry) -> dict[str, bytes]:
+        """The files of one sample by suffix, in one read: they lie side by side."""
+        if shard.name not in self._open and shard.name not in self._direct:
+            self._begin(shard)
+        start = min(offset for _, offset, _ in entry.files)
+        end = max(offset + size for _, offset, size in entry.files)
+        if shard.name in self._direct:
+            try:
+                content = files.read(f"{self._root}/{shard.name}", start, end)
+            except OSError as error:
+                raise ShardError(f"{shard.name}: not read from {self._root}: {error}") from None
+        else:
+            self._open.move_to_end(shard.name)
+            content = os.pread(self._open[shard.name], end - start, start)
+        if len(content) != end - start:
+            raise ShardError(f"{shard.name}: {len(content)} bytes of {end - start} were read at {start}")
+        return {suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files}
+
+    def close(self, name: str | None = None) -> None:
+        """Ends the reading of a shard, or of all; their copies may be deleted from the cache."""
+        for each in {*self._open, *self._entries} if name is None else [name]:
+            if each in self._open:
+                os.close(self._open.pop(each))
+            self._entries.pop(each, None)
+            self._direct.discard(each)
+
+    def _begin(self, shard: Shard) -> None:
+        """Opens the shard and learns where its samples lie; after a check against the manifest."""
+        if len(self._open) >= OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            path, descriptor = open_copy(self._root, shard, None if self._patient and not self._open else 0.0)
+        except NoRoomError as error:
+            if not self._told:
+                log.warning("%s; samples are read one by one meanwhile", error)
+            self._told, self._patient = True, False
+            self._direct.add(shard.name)
+            entries = self._indexed(shard)
+        else:
+            self._open[shard.name] = descriptor
+            shard.check(path, verify=self._verify)
+            try:
+                entries = scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
+            except (tarfile.TarError, EOFError) as error:
+                raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
+        self._check(shard, entries)
+        self._entries[shard.name] = entries

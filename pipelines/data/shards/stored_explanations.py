@@ -1,7 +1,10 @@
 """Stored explanations: a teacher's logits and maps, sample by sample, in shards like the data's.
 
-    <root>/train-000000.tar   `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
-    <root>/explanations.json  written last: the teacher, the images, and how the maps were made
+    <root>/train-000000.tar             `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
+    <root>/train-000000.index.jsonl.gz  where they lie in the tar, see `index`; written after it
+    <root>/explanations.json            written last: the teacher, the images, how the maps were made, and the shards
+
+The index alone can stand elsewhere: it says at which URL the shards are, if they are at one.
 
 A map is stored divided by its largest absolute value, so that it fits half precision: losses use its direction alone.
 """
@@ -9,7 +12,6 @@ A map is stored divided by its largest absolute value, so that it fits half prec
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.shards.cache import local_copy
+from pipelines.data.shards.index import index_name, index_part, part_entries, part_shard
 from pipelines.data.shards.manifest import Shard, ShardError
-from pipelines.data.shards.tar import scan, write_tar
-from pipelines.storage.files import read_json, write_json
+from pipelines.data.shards.reader import OpenShards
+from pipelines.data.shards.tar import Entry, write_tar
+from pipelines.storage import files
 from pipelines.storage.retry import is_remote
 
 INDEX = "explanations.json"
@@ -44,8 +47,28 @@ class Origin:
 
 
 def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> Shard:
-    """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all."""
-    return write_tar(root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples))
+    """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all, and then where these lie in it."""
+    shard, entries = write_tar(root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples))
+    files.write(f"{root}/{_places(name)}", index_part(shard, entries, {}))
+    return shard
+
+
+def finished_shards(root: str, names: Iterable[str]) -> dict[str, Shard]:
+    """Those of the shards `names` at `root` that `write_shard` has finished, by name."""
+    there = set(files.names_in(root))
+    parts = (files.read(f"{root}/{_places(name)}") for name in names if {name, _places(name)} <= there)
+    return {shard.name: shard for shard in map(part_shard, parts) if shard is not None}
+
+
+def shard_files(index: dict[str, Any]) -> list[str]:
+    """Names of the files that belong to stored explanations with this index, the index last."""
+    names = [entry["name"] for entry in index["shards"]]
+    return [*names, *map(_places, names), INDEX]
+
+
+def _places(name: str) -> str:
+    """Name of the file that says where the samples lie in the shard `name`."""
+    return index_name(name.removesuffix(".tar"))
 
 
 def _npy(values: Tensor) -> bytes:
@@ -56,9 +79,10 @@ def _npy(values: Tensor) -> bytes:
 
 
 def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
-    """Writes the index of the shards in `root`, which marks them as complete."""
+    """Writes the index of the shards in `root`, which marks them as complete; it names `root` if that is a URL."""
     of_name = {shard.name: asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)}
-    write_json(f"{root}/{INDEX}", {**asdict(origin), "shards": list(of_name.values())})
+    place = {"root": root} if "://" in root else {}
+    files.write_json(f"{root}/{INDEX}", {**asdict(origin), **place, "shards": list(of_name.values())})
 
 
 def check_origin(root: str, wanted: Origin) -> None:
@@ -72,12 +96,20 @@ def check_origin(root: str, wanted: Origin) -> None:
 def read_index(root: str) -> dict[str, Any]:
     """The index that `write_index` wrote; raises `ShardError` if there is none."""
     try:
-        content = read_json(f"{root}/{INDEX}")
+        content = files.read_json(f"{root}/{INDEX}")
     except (OSError, ValueError) as error:
         raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
     if content is None:
         raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end")
     return content
+
+
+def are_complete(root: str) -> bool:
+    """Whether `write_index` has marked the explanations at `root` as complete."""
+    try:
+        return bool(read_index(root)["shards"])
+    except (ShardError, LookupError, TypeError):
+        return False
 
 
 class StoredExplanations:
@@ -89,11 +121,12 @@ class StoredExplanations:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._shards: dict[str, Shard] | None = None
-        self._members: dict[str, dict[tuple[str, str], tuple[int, int]]] = {}  # of each shard: (key, suffix) -> (offset, bytes)
+        self._shards: dict[str, Shard] = {}
+        self._entries: dict[str, dict[str, Entry]] = {}  # of each shard that is open, by key
+        self._open = OpenShards(root, (LOGITS, MAP), self._indexed, patient=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_shards": None, "_members": {}}
+    def __reduce__(self) -> tuple[type[StoredExplanations], tuple[str]]:
+        return StoredExplanations, (self.root,)
 
     def read(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
         """Logits (K,) and map (C, h, w) of a sample, both float32.
@@ -101,40 +134,49 @@ class StoredExplanations:
         Raises:
             ShardError: the shard or the key is missing, or a value is not finite.
         """
-        path = self._path(shard)
-        if shard not in self._members:
-            self._members[shard] = self._scan(path, shard)
-        values = []
+        described = self._shard(shard)
+        if shard not in self._entries:
+            self._entries[shard] = {entry.key: entry for entry in self._open.entries(described)}
+        entry = self._entries[shard].get(key, Entry(key, ()))
         for suffix in (LOGITS, MAP):
-            if (key, suffix) not in self._members[shard]:
+            if suffix not in (known for known, _, _ in entry.files):
                 raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
-            offset, size = self._members[shard][key, suffix]
-            with path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-            try:
-                values.append(torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float())
-            except (ValueError, EOFError) as error:
-                raise ShardError(f"{self.root}/{shard}: {suffix} of {key} is damaged: {error}") from None
-            if not torch.isfinite(values[-1]).all():
-                raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
-        return values[0], values[1]
+        found = self._open.read(described, entry)
+        return self._values(shard, key, LOGITS, found), self._values(shard, key, MAP, found)
 
-    def _path(self, shard: str) -> Path:
-        """A file on this machine with the shard's content."""
-        if not is_remote(self.root):
-            return Path(fsspec.core.strip_protocol(self.root), shard)
-        if self._shards is None:
-            self._shards = {entry["name"]: Shard(**entry) for entry in read_index(self.root)["shards"]}
-        if shard not in self._shards:
-            raise ShardError(f"{self.root}/{shard}: not read: it is not in {INDEX}")
-        return local_copy(self.root, self._shards[shard])
+    def close(self, shard: str | None = None) -> None:
+        """Ends the reading of a shard, or of all; its copy may be deleted from the cache."""
+        self._open.close(shard)
+        self._entries = {name: entries for name, entries in self._entries.items() if shard not in (name, None)}
 
-    def _scan(self, path: Path, shard: str) -> dict[tuple[str, str], tuple[int, int]]:
-        """Where the files of a shard lie in it: (offset, bytes) by key and suffix."""
+    def _values(self, shard: str, key: str, suffix: str, found: dict[str, bytes]) -> Tensor:
+        """The tensor of one file."""
         try:
-            status = path.stat()
-            entries = scan(path, status.st_size, status.st_mtime_ns, (LOGITS, MAP))
-            return {(entry.key, suffix): (offset, size) for entry in entries for suffix, offset, size in entry.files}
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ShardError(f"{self.root}/{shard}: not read: {error}") from None
+            values = torch.from_numpy(np.load(io.BytesIO(found[suffix]), allow_pickle=False)).float()
+        except (ValueError, EOFError) as error:
+            raise ShardError(f"{self.root}/{shard}: {suffix} of {key} is damaged: {error}") from None
+        if not torch.isfinite(values).all():
+            raise ShardError(f"{self.root}/{shard}: {suffix} of {key} has values that are not finite")
+        return values
+
+    def _shard(self, name: str) -> Shard:
+        """The shard of this name, by the index if it is remote."""
+        if name not in self._shards and is_remote(self.root):
+            self._shards = {entry["name"]: Shard(**entry) for entry in read_index(self.root)["shards"]}
+            if name not in self._shards:
+                raise ShardError(f"{self.root}/{name}: not read: it is not in {INDEX}")
+        elif name not in self._shards:
+            try:
+                size = Path(fsspec.core.strip_protocol(self.root), name).stat().st_size
+            except OSError as error:
+                raise ShardError(f"{self.root}/{name}: not read: {error}") from None
+            self._shards[name] = Shard(name, size, "", 0)
+        return self._shards[name]
+
+    def _indexed(self, shard: Shard) -> tuple[Entry, ...]:
+        """Where the samples of a shard lie."""
+        place = f"{self.root}/{_places(shard.name)}"
+        try:
+            return part_entries(files.read(place), shard, place)
+        except FileNotFoundError:
+            raise ShardError(f"{place}: missing: store the explanations again") from None

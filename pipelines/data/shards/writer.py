@@ -1,4 +1,4 @@
-"""A source as WebDataset tars: deterministic to the byte, each written whole or not at all.
+"""A source as WebDataset tars and their index: deterministic to the byte, each file written whole or not at all.
 
 A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` if it has a mask.
 """
@@ -6,14 +6,15 @@ A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<k
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.shards.check import check_sample
-from pipelines.data.shards.manifest import MANIFEST, Manifest, Shard
+from pipelines.data.shards.index import index_name, index_part, known_of, write_index
+from pipelines.data.shards.manifest import MANIFEST, Index, Manifest, Shard
 from pipelines.data.shards.sample import DataError, Description, Sample
 from pipelines.data.shards.tar import write_tar
 from pipelines.process import mapped
@@ -29,11 +30,12 @@ WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new inte
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard, and the keys and fields of its samples."""
+    """A shard, the keys and fields of its samples, and its part of the index."""
 
     shard: Shard
     keys: tuple[str, ...]
     fields: frozenset[str]
+    part: bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write_shards(
     splits = [split for split, count in description.counts.items() if count > 0]
     plans = [plan for split in splits for plan in _plan(split, source.index(raw, split), shard_size)]
     root = str(out)
-    for name in (MANIFEST, *map(wids_index, splits)):
+    for name in (MANIFEST, *map(wids_index, splits), *map(index_name, splits)):
         files.remove(f"{root}/{name}")
     write = partial(_write_shard, source, Path(raw), root, description)
     total = sum(len(plan.references) for plan in plans)
@@ -78,7 +80,11 @@ def write_shards(
         for result in mapped(write, plans, min(workers, total // WORTH_A_PROCESS)):
             written.append(result)
             shown.update(result.shard.count)
-    manifest = _manifest(description, splits, plans, written)
+    of_split = {split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits}
+    for split, results in of_split.items():
+        _check_keys(split, results)
+    indexes = {split: write_index(root, split, [result.part for result in results]) for split, results in of_split.items()}
+    manifest = _manifest(description, of_split, indexes)
     for split, shards in manifest.splits.items():
         listed = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
         files.write_json(f"{root}/{wids_index(split)}", {"wids_version": 1, "name": split, "shardlist": listed})
@@ -99,56 +105,62 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_S
 
 def _write_shard(source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan) -> _Written:
     """Writes one shard to `root`."""
-    keys: list[str] = []
     fields: set[str] = set()
+    known: dict[str, dict[str, Any]] = {}
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for reference in plan.references:
             sample = source.load(raw, reference)
             check_sample(sample, description)
-            keys.append(sample.key)
+            if sample.key in known:
+                raise _comes_twice(plan.split, sample.key, plan.name, plan.name)
             fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
-            yield sample.key, contents(sample)
+            annotation = annotation_of(sample)
+            known[sample.key] = known_of(annotation)
+            yield sample.key, contents(sample, annotation)
 
-    shard = write_tar(root, plan.name, samples())
-    return _Written(shard, tuple(keys), frozenset(fields))
+    shard, entries = write_tar(root, plan.name, samples())
+    return _Written(shard, tuple(known), frozenset(fields), index_part(shard, entries, known))
 
 
-def contents(sample: Sample) -> dict[str, bytes]:
+def annotation_of(sample: Sample) -> dict[str, Any]:
+    """The json of one sample."""
+    optional = {name: getattr(sample, name) for name in ("label", "labels", "group", "caption")}
+    return {"boxes": sample.boxes, **{name: value for name, value in optional.items() if value is not None}}
+
+
+def contents(sample: Sample, annotation: dict[str, Any]) -> dict[str, bytes]:
     """The files of one sample by suffix, in their order in the tar."""
-    known: dict[str, Any] = {"boxes": sample.boxes}
-    for name in ("label", "labels", "group", "caption"):
-        value = getattr(sample, name)
-        if value is not None:
-            known[name] = value
-    described = json.dumps(known, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    described = json.dumps(annotation, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     mask = {} if sample.mask is None else {"mask.png": sample.mask}
     return {sample.extension: sample.image, "json": described, **mask}
 
 
-def _manifest(
-    description: Description, splits: Iterable[str], plans: Sequence[_ShardPlan], written: Sequence[_Written]
-) -> Manifest:
-    """The manifest of what was written; raises `DataError` if a key comes twice in a split."""
-    of_split = {split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits}
-    for split, results in of_split.items():
-        shard_of: dict[str, str] = {}
-        for result in results:
-            for key in result.keys:
-                if key in shard_of:
-                    raise DataError(
-                        f"{split}: key {key!r} comes twice, in {shard_of[key]} and {result.shard.name}; "
-                        "keys are unique in their split"
-                    )
-                shard_of[key] = result.shard.name
+def _check_keys(split: str, written: Iterable[_Written]) -> None:
+    """Raises `DataError` if a key comes twice in `split`."""
+    shard_of: dict[str, str] = {}
+    for result in written:
+        for key in result.keys:
+            if key in shard_of:
+                raise _comes_twice(split, key, shard_of[key], result.shard.name)
+            shard_of[key] = result.shard.name
+
+
+def _comes_twice(split: str, key: str, first: str, second: str) -> DataError:
+    return DataError(f"{split}: key {key!r} comes twice, in {first} and {second}; keys are unique in their split")
+
+
+def _manifest(description: Description, written: Mapping[str, Sequence[_Written]], indexes: dict[str, Index]) -> Manifest:
+    """The manifest of what was written of each split."""
     return Manifest(
         classes=description.classes,
         task=description.task,
         source=description.source,
         checksum=description.checksum,
-        splits={split: tuple(result.shard for result in results) for split, results in of_split.items()},
+        splits={split: tuple(result.shard for result in results) for split, results in written.items()},
         fields={
             split: tuple(field for field in FIELDS if any(field in result.fields for result in results))
-            for split, results in of_split.items()
+            for split, results in written.items()
         },
+        indexes=indexes,
     )

@@ -21,6 +21,49 @@ def test_shuffled_is_a_permutation_that_reaches_as_far_as_its_buffer():
     assert list(shuffled(items, 100, random.Random(0))) != list(shuffled(items, 100, random.Random(1)))
 
 
+def test_shuffled_gives_while_it_fills():
+    taken = []
+    items = (taken.append(item) or item for item in range(10_000))
+    first = [item for item, _ in zip(shuffled(items, 1000, random.Random(0)), range(50), strict=False)]
+    assert len(taken) < 250  # a tenth of the buffer, and as much again
+    assert first != sorted(first)
+
+
+def test_the_middle_of_shuffled_is_mixed_over_the_whole_buffer():
+    order = list(shuffled(range(20_000), 1000, random.Random(0)))
+    moved = [item - place for place, item in enumerate(order)][5000:15_000]
+    assert max(moved) > 450
+    assert min(moved) < -450
+    assert all(2000 < sum(low <= move < low + 250 for move in moved) < 3000 for low in (-500, -250, 0, 250))
+
+
+COUNTS, EACH, LOADERS = [100] * 128, 100, 8  # with batches of 4 and a buffer of 1000 a tenth of ImageNet on 8 GPUs
+
+
+def needed(batches):
+    return {number // EACH for batch in batches for number in batch}
+
+
+def test_the_first_batches_of_all_loader_processes_need_few_shards():
+    everywhere = set()
+    for rank in range(8):
+        sampling = replace(SAMPLING, batch_size=4, rank=rank, world_size=8, shuffle_buffer=1000)
+        batches = rank_batches(epoch_order(COUNTS, sampling), sampling)
+        assert len(needed(batches[:2])) <= 3
+        everywhere |= needed(batches[: 2 * LOADERS])
+    assert len(everywhere) <= 128 / 4
+
+
+def test_a_rank_reads_from_as_many_shards_at_a_time_as_its_buffer_spans():
+    sampling = replace(SAMPLING, batch_size=10, world_size=2, shuffle_buffer=1000)
+    batches = rank_batches(epoch_order(COUNTS, sampling), sampling)
+    shards = [[number // EACH for number in batch] for batch in batches]
+    first = {shard: place for place, batch in reversed(list(enumerate(shards))) for shard in batch}
+    last = {shard: place for place, batch in enumerate(shards) for shard in batch}
+    begun = [sum(first[shard] <= place <= last[shard] for shard in first) for place in range(len(shards))]
+    assert max(begun) <= 1000 / EACH + 2
+
+
 def test_batched_keeps_all_in_order():
     assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(batched([], 3)) == []

@@ -43,8 +43,7 @@ def test_same_bytes_written_twice_and_by_processes(tmp_path, processes):
     assert set(content(tmp_path / "a")) == {
         "manifest.json",
         "test-000000.tar",
-        "test.wids.json",
-        "train.wids.json",
+        *(f"{split}.{name}" for split in ("test", "train") for name in ("index.jsonl.gz", "wids.json")),
         *(f"train-00000{i}.tar" for i in range(3)),
     }
 
