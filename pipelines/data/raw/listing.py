@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from pipelines.data.formats.archive import Ref
 from pipelines.data.raw.holdout import shuffled
 from pipelines.data.shards.sample import DataError, Description
+from pipelines.errors import redacted
 from pipelines.params import DatasetParams
 from pipelines.storage import files
 
@@ -59,7 +60,8 @@ def write_raw_manifest(raw: Path, description: Description, **details: Any) -> N
     """Writes `manifest.json`: the description, the bytes and sha256 of each file in `raw`, and `details`."""
     written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != _MANIFEST]
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
-    files.write_json(raw / _MANIFEST, {**asdict(description), **details, "files": listed})
+    source = redacted(description.source)
+    files.write_json(raw / _MANIFEST, {**asdict(description), "source": source, **details, "files": listed})
 
 
 def read_raw_manifest(raw: Path) -> dict[str, Any]:
