@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipelines.models.errors import WeightsError
 from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest
+from pipelines.storage.paths import users_path
 
 StateDict = dict[str, Tensor]
 
@@ -74,7 +75,7 @@ def _few(keys: list[str], most: int = 5) -> str:
 def _local(source: str, sha256: str | None) -> Path:
     """The file itself, or its copy in torch's hub cache."""
     if urlparse(source).scheme not in ("http", "https"):
-        path = Path(source.removeprefix("file://")).expanduser()
+        path = Path(users_path(source))
         if not path.is_file():
             raise WeightsError(f"weights {source}: no such file (none, a tag of the library, a file or a URL is wanted)")
         return path

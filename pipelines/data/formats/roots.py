@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import posixpath
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pipelines.data.formats.archive import Contents
 from pipelines.data.formats.download import download
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.files import combined_sha256, file_digest, staged
+from pipelines.storage.paths import users_path
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 _UNPACKED = "images.tar"
@@ -34,7 +34,7 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
         DataError: nothing is there, or its sha256 is not `sha256`.
     """
     raw.mkdir(parents=True, exist_ok=True)
-    path = Path(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
+    path = Path(users_path(root))
     remote = "://" in root and not root.startswith("file://")
     if remote and root.endswith(_ARCHIVES):
         path = cache / f"{hashlib.sha256(root.encode()).hexdigest()[:12]}-{posixpath.basename(root)}"
