@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from pipelines.storage.files import staged
+
 INCHES = 1.6  # side of a panel
 
 
@@ -68,8 +70,7 @@ def save_panels(
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+        _save(figure, path)
 
 
 def draw_front(path: str | Path, points: Mapping[int, Sequence[float]], front: Sequence[int], names: Sequence[str]) -> None:
@@ -91,8 +92,13 @@ def draw_front(path: str | Path, points: Mapping[int, Sequence[float]], front: S
         for number in front:
             axes.annotate(str(number), where[number], textcoords="offset points", xytext=(4, 4))
         axes.set(xlabel="trial" if other is None else names[other], ylabel=names[0])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure as a PNG, whole or not at all; makes its folder."""
+    with staged(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
 
 
 def heat_map(attributions: Tensor, percentile: float = 99.5) -> Tensor:

@@ -18,7 +18,7 @@ from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
-from pipelines.storage.files import file_digest, read_json, write_json
+from pipelines.storage.files import file_digest, read_json, staged, write_json
 from pipelines.storage.publish import pull
 from pipelines.storage.retry import is_remote
 
@@ -75,7 +75,8 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, directory / WEIGHTS)
+    with staged(directory / WEIGHTS) as path:
+        safetensors.torch.save_file(state, path)
     write_json(directory / CONFIG, dataclasses.asdict(spec))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pipelines.storage.errors import StorageError, one_line
-from pipelines.storage.files import file_system, make_folder
+from pipelines.storage.files import file_system, make_folder, staged
 from pipelines.storage.retry import retry
 
 
@@ -37,12 +37,12 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
 
 
 def pull(url: str, folder: Path, names: Iterable[str]) -> None:
-    """Copies the files `names` at `url` to a local folder.
+    """Copies the files `names` at `url` to a local folder, each whole or not at all.
 
     Raises:
         FileNotFoundError: a file is not there.
     """
     filesystem, root = file_system(url)
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        retry(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), url)
+        with staged(folder / name) as path:
+            retry(partial(filesystem.get_file, f"{root}/{name}", str(path)), url)
