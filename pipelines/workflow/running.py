@@ -19,7 +19,7 @@ def stage() -> Iterator[Params]:
 
     What is printed meanwhile, by libraries and from workers too, is redacted, and so is the traceback of any other error.
     """
-    with redirect_stdout(_Redacting(sys.stdout)), redirect_stderr(_Redacting(sys.stderr)):  # type: ignore[type-var]
+    with redirect_stdout(_Redacting(sys.stdout)), redirect_stderr(_Redacting(sys.stderr)):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # logs where it found credentials each time
         sys.excepthook = _print_redacted
