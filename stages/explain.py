@@ -1,5 +1,6 @@
 """Stage `explain`: the teacher's logits and maps of the training images, stored once, in `data/explanations`."""
 
+from pipelines.storage.files import write
 from pipelines.workflow.places import STORED_EXPLANATIONS
 from pipelines.workflow.running import stage
 from pipelines.workflow.storing import store
@@ -12,7 +13,7 @@ def main() -> None:
         if any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):
             store(params, STORED_EXPLANATIONS)
         else:
-            (STORED_EXPLANATIONS / "none.txt").write_text("no run of distill.runs has frozen explanations\n")
+            write(STORED_EXPLANATIONS / "none.txt", b"no run of distill.runs has frozen explanations\n")
 
 
 if __name__ == "__main__":

@@ -12,23 +12,28 @@ from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`."""
+    """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`.
+
+    The metric that selected the model's epoch, on the validation split, decides whether it becomes the candidate.
+    """
     with stage() as params:
         start = params.bcosify.starts[0]
         metrics = required_json(REPORTS / "evaluate/metrics.json")["models"][BCOS_NAMES[start]]
+        best = required_json(REPORTS / "bcosify" / start / "metrics.json")
+        select = getattr(params.bcosify, start).select
         version = tracking.register(
             Path("models/bcosify", start),
             experiment=params.tracking.experiment,
             name=params.tracking.model_name,
             alias=params.tracking.alias,
-            metrics=flat({"test": metrics}),
+            metrics=flat({"test": metrics}) | {key: value for key, value in best.items() if key == select},
             manifest=read_manifest(shards_of(params.dataset)).to_json(),
             dataset=params.dataset,
             pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
             params=params.model_dump(mode="json"),
+            compare=select,
         )
-        uri = f"models:/{version.name}@{params.tracking.alias}"
-        write_json(REPORTS / "register.json", {"uri": uri, "version": version.version, "digest": version.digest})
+        write_json(REPORTS / "register.json", {"uri": version.uri, "version": version.version, "digest": version.digest})
 
 
 if __name__ == "__main__":

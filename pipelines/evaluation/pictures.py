@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from pipelines.storage.files import staged
+
 INCHES = 1.6  # side of a panel
 
 
@@ -69,8 +71,7 @@ def save_panels(
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+        _save(figure, path)
 
 
 def draw_front(
@@ -103,8 +104,13 @@ def draw_front(
                 axes.annotate(str(number), known[number], textcoords="offset points", xytext=(4, 4))
         axes.set(xlabel="trial" if other is None else names[other], ylabel=names[0] if names else "")
     figure.supxlabel("\n".join(textwrap.wrap(note, 66 * len(others))), fontsize=6, x=0.02, ha="left")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure as a PNG, whole or not at all; makes its folder."""
+    with staged(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
 
 
 def heat_map(attributions: Tensor, percentile: float = 99.5) -> Tensor:

@@ -21,7 +21,7 @@ from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zoo import build
 from pipelines.storage.errors import DamagedFileError, one_line
-from pipelines.storage.files import file_digest, read_json, write_json
+from pipelines.storage.files import file_digest, read_json, staged, write_json
 from pipelines.storage.publish import pull
 from pipelines.storage.retry import is_remote
 
@@ -93,7 +93,8 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         shared = place in stored  # a tied parameter is written under each of its names
         stored.add(place)
         state[key] = value.detach().cpu().clone() if shared else value.detach().cpu().contiguous()
-    safetensors.torch.save_file(state, directory / WEIGHTS)
+    with staged(directory / WEIGHTS) as path:
+        safetensors.torch.save_file(state, path)
     if isinstance(model, BcosNetwork):
         spec = dataclasses.replace(spec, design={**spec.design, **model.design})
     write_json(directory / CONFIG, dataclasses.asdict(spec))

@@ -17,6 +17,7 @@ from pipelines.models.checkpoints import read_content
 from pipelines.models.errors import WeightsError
 from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest
+from pipelines.storage.paths import users_path
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _unwrapped(key: str) -> str:
 def _local(source: str, sha256: str | None) -> Path:
     """The file itself, or its copy in torch's hub cache."""
     if urlparse(source).scheme not in ("http", "https"):
-        path = Path(source.removeprefix("file://")).expanduser()
+        path = Path(users_path(source))
         if path.is_dir():
             inside = [child.name for child in sorted(path.iterdir()) if names_a_file(child.name)]
             raise WeightsError(f"weights {source}: a folder; name a file in it ({few(inside) or 'it has none'})")

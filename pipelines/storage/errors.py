@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, redacted
 
 _LONGEST = 300  # characters
 
@@ -20,5 +20,5 @@ class DamagedFileError(UserError, ValueError):
 
 
 def one_line(error: object) -> str:
-    """The text of an error in one line of at most 300 characters; its type, if it has no text."""
-    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+    """The redacted text of an error in one line of at most 300 characters; its type, if it has no text."""
+    return " ".join(redacted(str(error)).split())[:_LONGEST] or type(error).__name__

@@ -42,12 +42,12 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
 
 
 def pull(url: str, folder: Path, names: Iterable[str]) -> None:
-    """Copies the files `names` at `url` to a local folder.
+    """Copies the files `names` at `url` to a local folder, each whole or not at all.
 
     Raises:
         FileNotFoundError: a file is not there.
     """
     filesystem, root = file_system(url)
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        retry(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), url)
+        with staged(folder / name) as path:
+            retry(partial(filesystem.get_file, f"{root}/{name}", str(path)), url)

@@ -14,6 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import fsspec
 
+from pipelines.errors import redacted
 from pipelines.storage.errors import StorageError, one_line
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def retry(
             if not is_transient(error) or clock() >= end:
                 raise as_os_error(error, place) from error
             if wait == FIRST_WAIT:
-                log.warning("%s: %s; trying again for up to %.0f s", place, one_line(error), end - clock())
+                told = (redacted(str(place)), one_line(error), end - clock())
+                log.warning("%s: %s; trying again for up to %.0f s", *told)
         finally:
             _retrying.reset(token)
         sleep(wait * random.SystemRandom().uniform(0.5, 1.0))  # not the generators that training draws from

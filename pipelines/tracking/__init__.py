@@ -3,4 +3,4 @@
 from pipelines.tracking.provenance import lock_hash
 from pipelines.tracking.registry import Registered, TrackingError, load, register
 from pipelines.tracking.runs import EpochLogger, StageRun, child_run, stage_run
-from pipelines.tracking.server import project_root, tracking_uri, where_to_look
+from pipelines.tracking.server import tracking_uri, where_to_look

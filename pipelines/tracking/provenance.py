@@ -7,14 +7,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipelines.tracking.server import project_root
+from pipelines.storage.files import file_digest
+from pipelines.storage.paths import project_root
+
+DIGEST = "content.sha256"  # tag: which model it is, see `content_digest`
+EXPERIMENT = "dvc.experiment"  # tag: name of the DVC experiment
 
 
 def git_tags(directory: str | Path | None = None) -> dict[str, str]:
@@ -59,6 +63,25 @@ def input_hashes(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") 
         return next((recorded[item.as_posix()] for item in candidates if item.as_posix() in recorded), path)
 
     return {name: find(_relative(path)) for name, path in inputs.items()}
+
+
+def experiment_tags() -> dict[str, str]:
+    """The name of the DVC experiment that this stage is part of; nothing under `dvc repro`."""
+    name = os.environ.get("DVC_EXP_NAME")
+    return {EXPERIMENT: name} if name else {}
+
+
+def model_files(directory: str | Path) -> list[Path]:
+    """The files of the model in a folder, in the order of `content_digest`."""
+    return [Path(directory, name) for name in ("model.safetensors", "model.json")]
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """sha256 over the names and contents of `files`, in their order."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def version_tags() -> dict[str, str]:

@@ -9,32 +9,38 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pipelines
-from pipelines.errors import UserError
-from pipelines.storage.files import file_digest
+from pipelines.errors import UserError, redacted
+from pipelines.tracking.candidate import DATA, nominate
 from pipelines.tracking.journal import now
-from pipelines.tracking.provenance import git_tags, version_tags
+from pipelines.tracking.packaging import log_model
+from pipelines.tracking.provenance import DIGEST, EXPERIMENT, content_digest, experiment_tags, git_tags, model_files, version_tags
 from pipelines.tracking.runs import describe_dataset, flatten
-from pipelines.tracking.server import as_default, complaint, connect, prepare, shown, tracking_uri, uploading, where_to_look
+from pipelines.tracking.server import (
+    alone,
+    as_default,
+    complaint,
+    connect,
+    experiment_id,
+    is_of_mlflow,
+    prepare,
+    tracking_uri,
+    where_to_look,
+)
 from pipelines.tracking.sync import find_or_create_run, log_dataset, log_params_and_tags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlflow import MlflowClient
-    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from torch import nn
 
     from pipelines.models import ModelSpec
 
-FILES = {"weights": "model.safetensors", "config": "model.json"}
-DIGEST, EVIDENCE = "content.sha256", "evidence.sha256"  # tags of a version
-REQUIREMENTS = ("mlflow", "numpy", "pydantic", "safetensors", "timm", "torch", "torchvision")
+EVIDENCE, TRAINING = "evidence.sha256", "training.run"  # tags of a version; the second is the id of an MLflow run
 
 
 class TrackingError(UserError, RuntimeError):
@@ -43,13 +49,26 @@ class TrackingError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Registered:
-    """A version in the registry; `created` is False where it was there already."""
+    """A version in the registry.
+
+    Attributes:
+        name: of the registered model.
+        version: its number.
+        run_id: of its registration.
+        digest: of the model's files.
+        created: False if it was there already.
+    """
 
     name: str
     version: str
     run_id: str
     digest: str
     created: bool
+
+    @property
+    def uri(self) -> str:
+        """`models:/name/version`, which `load` takes."""
+        return f"models:/{self.name}/{self.version}"
 
 
 def register(
@@ -64,23 +83,28 @@ def register(
     pictures: Iterable[str | Path] = (),
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
+    compare: str | None = None,
+    higher_is_better: bool = True,
 ) -> Registered:
-    """Registers the model under `alias` unless this exact version is registered already. Idempotent.
+    """Registers the model unless this exact version is registered already. Idempotent.
 
     Two versions are the same if their `model.safetensors` and `model.json` are. A version whose artifacts are not all
-    there is passed over. New metrics or pictures of a registered model go to its version.
+    there is passed over. New metrics or pictures of a registered model go to its version. Tags of a new version lead to the
+    run that trained it and to its DVC experiment.
 
     Args:
         model_directory: as `pipelines.models.save` writes it.
         experiment: MLflow's experiment, for the run of the registration.
         name: of the registered model.
-        alias: moved to the version.
+        alias: given to the version if no version has it, or if it is not worse than the one that has it; see `nominate`.
         metrics: name -> value, what the reviewer decides on.
         manifest: of the shards that the metrics were measured on (`manifest.json`).
         dataset: its name.
         pictures: files for the reviewer.
         params: of the run of the registration; nested values.
         tags: further tags of the version.
+        compare: the one of `metrics` by which versions are compared for the alias; None: an alias that is held stays.
+        higher_is_better: whether a higher value of that metric is better.
 
     Raises:
         TrackingError: the registry does not answer, or refuses.
@@ -89,19 +113,21 @@ def register(
     from pipelines.models import read_spec
 
     directory, uri, files = Path(model_directory), tracking_uri(), sorted(map(Path, pictures))
-    spec, digest = read_spec(directory), content_digest(directory / file for file in FILES.values())
-    with _one_line(uri):
+    spec, digest = read_spec(directory), content_digest(model_files(directory))
+    with _one_line(uri), alone(uri, "register"):
         client = connect(uri)
         found = _find(client, name, digest, directory)
         evidence = describe_dataset(manifest, name=dataset, context="evaluation")
         version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, evidence)
-        _show_evidence(client, version, spec, metrics, files, evidence, tags or {})
-        if str(version.version) != _version_of_alias(client, name, alias):
-            client.set_registered_model_alias(name, alias, version.version)
+        origin = _origin(client, experiment_id(client, uri, experiment), digest)
+        kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # what it first came from
+        _show_evidence(client, version, spec, metrics, files, evidence, {**(tags or {}), **kept})
+        version = client.get_model_version(name, str(version.version))  # with the tags that it now has
+        told = nominate(client, version, alias, compare, higher_is_better)
         run = client.get_run(str(version.run_id))
     done = "is in the registry already" if found else "registered"
     look = where_to_look(uri, run.info.experiment_id, run.info.run_id)
-    print(f"models:/{name}/{version.version} (alias {alias}) {done}: {look}")
+    print(f"models:/{name}/{version.version} ({told}) {done}: {look}")
     return Registered(name, str(version.version), run.info.run_id, digest, created=found is None)
 
 
@@ -122,7 +148,7 @@ def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
     if not str(uri).startswith("models:/"):
         folder = Path(uri)
         inner = folder / "artifacts"
-        return load_directory(inner if (inner / FILES["config"]).is_file() else folder)
+        return load_directory(inner if all(path.is_file() for path in model_files(inner)) else folder)
     server = tracking_uri()
     with tempfile.TemporaryDirectory() as folder_name:
         with _one_line(server):
@@ -131,23 +157,16 @@ def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
             client = connect(server)
             name, version = get_model_name_and_version(client, str(uri))
             repository = _artifacts(client, name, version)
-            for file in FILES.values():
-                repository.download_artifacts(f"artifacts/{file}", folder_name)
+            for file in model_files("artifacts"):
+                repository.download_artifacts(file.as_posix(), folder_name)
         return load_directory(Path(folder_name) / "artifacts")
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """sha256 over the names and contents of `files`, in their order."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {file_digest(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _find(client: MlflowClient, name: str, digest: str, directory: Path) -> ModelVersion | None:
     """The newest version with this content whose artifacts are whole."""
-    versions = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST}` = '{digest}'")
-    sizes = {f"artifacts/{file}": (directory / file).stat().st_size for file in FILES.values()}
+    # No name in the filter: it may have quotes, which MLflow's filters cannot escape.
+    versions = [item for item in client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if item.name == name]
+    sizes = {f"artifacts/{path.name}": path.stat().st_size for path in model_files(directory)}
     for version in sorted(versions, key=lambda item: -int(item.version)):
         repository = _artifacts(client, name, version.version)
         there = {item.path: item.file_size for item in repository.list_artifacts("artifacts")}
@@ -169,14 +188,13 @@ def _add(
     dataset: Mapping[str, str],
 ) -> ModelVersion:
     """A new version of `name` with the model in `directory`, from a run of its own."""
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)  # first: it refuses a bad name
-    tags = {"stage": "register", **version_tags(), **git_tags(), DIGEST: digest}
+    _create_name(client, name)  # first: it refuses a bad one
+    tags = {"stage": "register", **version_tags(), **git_tags(), **experiment_tags(), DIGEST: digest}
     head = {"key": secrets.token_hex(8), "stage": "register", "experiment": experiment, "started": now(), "tags": tags}
     run = find_or_create_run(client, uri, head)
     log_params_and_tags(client, run, flatten(params), tags)
     log_dataset(client, run.info.run_id, dataset)
-    model_id = _log_model(client, run, directory, spec, name)
+    model_id = log_model(client, run, directory, spec, name)
     source = f"models:/{model_id}"
     kinds = {"kind": spec.kind, "task": spec.task, "architecture": spec.name, "dataset": dataset["name"]}
     with as_default(uri):
@@ -185,45 +203,25 @@ def _add(
     return version
 
 
-def _log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, name: str) -> str:
-    """Logs the model with the code that serves it as an output of `run`; its id."""
-    prepare()
-    import mlflow.pyfunc
-    import numpy as np
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model
+def _create_name(client: MlflowClient, name: str) -> None:
+    """Makes the registered model `name` if there is none."""
+    from mlflow.exceptions import MlflowException
 
-    model = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run.info.run_id, model_type=spec.kind)
-    with tempfile.TemporaryDirectory() as folder:
-        mlflow.pyfunc.save_model(
-            f"{folder}/model",
-            python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={key: str(directory / file) for key, file in FILES.items()},
-            code_paths=[str(Path(pipelines.__file__).parent)],
-            pip_requirements=[f"{package}=={installed(package)}" for package in REQUIREMENTS],
-            signature=_signature(spec),
-            input_example=np.full((1, 3, spec.image_size, spec.image_size), 0.5, dtype=np.float32),
-            mlflow_model=Model(model_id=model.model_id, model_uuid=model.model_id, run_id=run.info.run_id),
-        )
-        with uploading():
-            client.log_model_artifacts(model.model_id, f"{folder}/model")
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return model.model_id
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
-def _signature(spec: ModelSpec) -> Any:
-    """Images (-1, 3, H, W) float32 -> logits (-1, K), with the params of `ServedModel.predict`."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    size = spec.image_size
-    return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("float32"), (-1, 3, size, size))]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), "logits")]),
-        params=ParamSchema([ParamSpec("explain", "boolean", False), ParamSpec("targets", "long", [], shape=(-1,))]),
-    )
+def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
+    """Tags that lead from a version to the newest run that trained its model, and to the DVC experiment."""
+    runs = client.search_runs([experiment], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time DESC"])
+    training = next((run for run in runs if run.data.tags.get("stage") != "register"), None)
+    if training is None:
+        return experiment_tags()
+    name = training.data.tags.get(EXPERIMENT)
+    return {TRAINING: training.info.run_id, **({EXPERIMENT: name} if name else {}), **experiment_tags()}
 
 
 def _show_evidence(
@@ -249,27 +247,36 @@ def _show_evidence(
     client.log_batch(run_id, metrics=values)
     for picture in pictures:
         client.log_artifact(run_id, str(picture), "pictures")
-    for key, value in {**{f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}, **tags}.items():
-        client.set_model_version_tag(version.name, version.version, key, value)
-    description = _description(version, spec, metrics, pictures, dataset)
+    figures = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
+    for key, value in {**figures, DATA: dataset["digest"], **tags}.items():
+        client.set_model_version_tag(version.name, version.version, key, redacted(value))
+    description = redacted(_description(version, spec, metrics, pictures, dataset, tags))
     client.update_model_version(version.name, version.version, description)
     client.set_model_version_tag(version.name, version.version, EVIDENCE, digest)
 
 
 def _description(
-    version: ModelVersion, spec: ModelSpec, metrics: Mapping[str, float], pictures: list[Path], dataset: Mapping[str, str]
+    version: ModelVersion,
+    spec: ModelSpec,
+    metrics: Mapping[str, float],
+    pictures: list[Path],
+    dataset: Mapping[str, str],
+    tags: Mapping[str, str],
 ) -> str:
     """What a reviewer reads, in markdown."""
+    origin = {"MLflow run": tags.get(TRAINING), "DVC experiment": tags.get(EXPERIMENT)}
+    led = [f"{what} `{value}`" for what, value in origin.items() if value]
     samples = json.loads(dataset["profile"])["samples"]
     rows = [f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items())]
     paths = [f"- `pictures/{path.name}`" for path in pictures] or ["- none"]
     lines = [
         f"**{spec.name}** ({spec.kind}, {spec.task}), {len(spec.classes)} classes, {spec.image_size} x {spec.image_size} px.",
         f"Measured on `{dataset['name']}` ({', '.join(f'{split} {count}' for split, count in samples.items())}).",
+        *([f"Trained by {', '.join(led)}."] if led else []),
         *("", "| metric | value |", "| --- | --- |", *rows, ""),
         *(f"Pictures, artifacts of run `{version.run_id}`:", "", *paths, ""),
         *("```python", "from pipelines.tracking import load", ""),
-        *(f'model, spec = load("models:/{version.name}/{version.version}")', "```", ""),
+        *(f"model, spec = load({f'models:/{version.name}/{version.version}'!r})", "```", ""),
         f"Without this project's code: `mlflow.pyfunc.load_model`; images (N, 3, {spec.image_size}, {spec.image_size}) float32,",
         "RGB in [0, 1]; `params={'explain': True}` gives contribution maps.",
     ]
@@ -286,19 +293,13 @@ def _artifacts(client: MlflowClient, name: str, version: str) -> Any:
     return get_artifact_repository(location, tracking_uri=client.tracking_uri)
 
 
-def _version_of_alias(client: MlflowClient, name: str, alias: str) -> str | None:
-    """The version that has `alias`."""
-    version = client.get_registered_model(name).aliases.get(alias)
-    return None if version is None else str(version)
-
-
 @contextmanager
 def _one_line(uri: str) -> Iterator[None]:
-    """Turns what MLflow and the way to it raise into a `TrackingError`."""
+    """Turns what MLflow, its libraries and the way to it raise into a `TrackingError`."""
     prepare()
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"MLflow at {shown(uri)} {complaint(error)}") from error
+    except Exception as error:
+        if not is_of_mlflow(error):
+            raise
+        raise TrackingError(f"MLflow at {uri} {complaint(error)}") from error

@@ -12,10 +12,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from pipelines.errors import redacted
+from pipelines.storage.paths import project_root
 from pipelines.tracking.journal import Journal, metric_rows, now
-from pipelines.tracking.provenance import git_tags, input_hashes, lock_hash, version_tags
-from pipelines.tracking.server import complaint, connect, project_root, shown, tracking_uri, where_to_look
-from pipelines.tracking.sync import PARENT_TAG, log_metrics, log_rows, sync
+from pipelines.tracking.provenance import (
+    DIGEST,
+    content_digest,
+    experiment_tags,
+    git_tags,
+    input_hashes,
+    lock_hash,
+    model_files,
+    version_tags,
+)
+from pipelines.tracking.server import complaint, connect, tracking_uri, where_to_look
+from pipelines.tracking.sync import KEY, PARENT_TAG, log_metrics, log_rows, sync
 
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
@@ -124,9 +135,10 @@ class StageRun:
             log(journal, uri)  # a finished execution that no server has yet: try before a new one takes its place
             if not journal.head["logged"]:
                 journal.update(status="FAILED")  # not finished until it is logged: the new execution goes on with it
-        tags = {"stage": stage, **version_tags(), **git_tags(), "dvc.inputs": lock_hash(inputs)}
-        tags |= {f"dvc.input.{name}": value for name, value in input_hashes(inputs).items()}
-        journal.begin(stage, experiment, flatten(params), tags, key)
+        tags = {"stage": stage, **version_tags(), **git_tags(), **experiment_tags(), "dvc.inputs": lock_hash(inputs)}
+        tags |= {f"dvc.input.{name}": redacted(value) for name, value in input_hashes(inputs).items()}
+        known = key if isinstance(key, str) and KEY.fullmatch(key) else None  # it may come from a storage that others write to
+        journal.begin(stage, experiment, flatten(params), tags, known)
         run = cls(journal, uri)
         run.run_id = log(journal, uri)
         return run
@@ -138,7 +150,7 @@ class StageRun:
 
     def tag(self, key: str, value: str) -> None:
         """Sets a tag, which the server gets when the stage ends."""
-        self._journal.update(tags={**self._journal.head["tags"], key: value})
+        self._journal.update(tags={**self._journal.head["tags"], key: redacted(value)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs `values` (names like `val/accuracy`) at `step`. A metric keeps the first value it has at a step."""
@@ -163,9 +175,10 @@ class StageRun:
             self.artifact(path, "pictures")
 
     def model(self, directory: str | Path) -> None:
-        """Keeps a model's `model.safetensors` and `model.json` as artifacts in `model`."""
-        for name in ("model.safetensors", "model.json"):
-            self.artifact(Path(directory) / name, "model")
+        """Keeps a model's files as artifacts in `model`, and tags the run with their digest, by which `register` finds it."""
+        for path in model_files(directory):
+            self.artifact(path, "model")
+        self.tag(DIGEST, content_digest(model_files(directory)))
 
     def dataset(self, manifest: Mapping[str, Any], *, name: str, context: str) -> None:
         """Makes the data set of a shard `manifest` an input of the run; `context` says what for."""
@@ -233,7 +246,7 @@ def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
     with _warning(journal, uri):
         run = sync(journal, uri)
         finished = journal.head["status"] in ("FINISHED", "KILLED")
-        journal.update(run_id=run.info.run_id, tracking_uri=shown(uri), logged=finished)
+        journal.update(run_id=run.info.run_id, tracking_uri=redacted(uri), logged=finished)
         if announce:
             look = where_to_look(uri, run.info.experiment_id, run.info.run_id)
             print(f"MLflow run {journal.head['stage']} {run.info.run_id}: {look}")
@@ -256,22 +269,22 @@ def _warning(journal: Journal, uri: str) -> Iterator[None]:
             return
         if journal.exists:
             journal.update(warned=True)
-        shown_directory = os.path.relpath(journal.directory)
+        shown_directory = os.path.relpath(journal.directory, project_root())
         print(
-            f"MLflow at {shown(uri)} {complaint(error)}; nothing is lost, the run is kept in {shown_directory}: "
+            f"MLflow at {redacted(uri)} {complaint(error)}; nothing is lost, the run is kept in {shown_directory}: "
             f"log it later with `python -m pipelines.tracking.relog {shown_directory}`",
             file=sys.stderr,
         )
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested `params` as MLflow takes them: keys joined with dots, values as text (lists as JSON), cut at MLflow's limit."""
+    """Nested `params` as MLflow takes them: dotted keys, redacted text (lists as JSON), cut at its limit."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            text = json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
+            text = redacted(json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value))
             flat[f"{prefix}{key}"] = text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
     return flat
 
@@ -285,7 +298,7 @@ def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) ->
         "name": name,
         "digest": manifest["checksum"][:LONGEST_DIGEST],
         "source_type": "shards",
-        "source": json.dumps({"source": manifest["source"], "sha256": manifest["checksum"]}),
+        "source": json.dumps({"source": redacted(manifest["source"]), "sha256": manifest["checksum"]}),
         "schema": json.dumps({"task": manifest["task"], "classes": list(manifest["classes"])}),
         "profile": json.dumps({**profile, "classes": len(manifest["classes"])}),
         "context": context,
@@ -293,6 +306,12 @@ def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) ->
 
 
 def _local(directory: str | Path) -> Path:
-    """`directory`, or for a URL the folder `runs/<stage>/<hash>` here: the journal needs no storage but this machine's."""
-    text = str(directory)
-    return project_root() / "runs" / "/".join(text.rstrip("/").split("/")[-2:]) if "://" in text else Path(text).absolute()
+    """The folder of the journal: `directory`, or `runs/<stage>/<hash>` in the project's folder if that is at a URL.
+
+    An experiment that DVC runs in a copy of the project has a journal of its own there, for DVC deletes the copy at its end.
+    """
+    text, root = str(directory), project_root()
+    copy = os.environ.get("DVC_EXP_NAME", "copy") if Path.cwd() != root else None
+    if "://" not in text and copy is None:
+        return Path(text).absolute()
+    return root / "runs" / "-".join(filter(None, ("/".join(text.rstrip("/").split("/")[-2:]), copy)))

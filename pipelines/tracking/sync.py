@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 T = TypeVar("T")
+KEY = re.compile(r"[\w-]+")  # of a journal: it is pasted into MLflow's filters
 KEY_TAG = "journal"  # names the journal on the server, so that the run is found again from it
 PARENT_TAG = "journal.parent"  # of a child's journal: the key of the journal that it belongs to
 
@@ -44,7 +46,9 @@ def sync(journal: Journal, uri: str) -> Run:
 
 
 def find_or_create_run(client: MlflowClient, uri: str, head: Mapping[str, Any]) -> Run:
-    """The run of the journal with this `head`."""
+    """The run of the journal with this `head`; raises `ValueError` if its key is not one."""
+    if not KEY.fullmatch(head["key"]):
+        raise ValueError(f"the key {head['key']!r} of a run has more than letters, digits, _ and -")
     experiment = experiment_id(client, uri, head["experiment"])
     found = client.search_runs([experiment], f"tags.{KEY_TAG} = '{head['key']}'", max_results=1)
     if found:

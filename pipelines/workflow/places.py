@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pipelines.data.shards.stored_explanations import read_index
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, Params
 from pipelines.storage.files import file_digest
+from pipelines.storage.paths import users_path
 from pipelines.storage.publish import publish
 
 REPORTS = Path("reports")
@@ -61,14 +61,15 @@ def explanations_for_all(params: Params, root: str | None) -> str | None:
 
 def absolute_weights(model: ModelParams) -> ModelParams:
     """`model` with the absolute path and sha256 of a local weights file, because workers may run in another folder."""
-    if not Path(model.weights).is_file():
+    path = users_path(model.weights)
+    if not Path(path).is_file():
         return model
-    digest = model.sha256 or file_digest(model.weights)
-    return model.model_copy(update={"weights": os.path.abspath(model.weights), "sha256": digest})
+    return model.model_copy(update={"weights": path, "sha256": model.sha256 or file_digest(path)})
 
 
 def save_model_from(source: str, out: Path) -> None:
     """Saves the model at `source`, a folder, a file in one or `models:/name@alias` of the registry, in the folder `out`."""
     if not source.startswith("models:/"):
-        source = str(Path(source).parent if Path(source).is_file() else source)
+        source = users_path(source)
+        source = str(Path(source).parent) if Path(source).is_file() else source
     models.save(out, *tracking.load(source))

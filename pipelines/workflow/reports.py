@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pipelines.errors import redacted
 from pipelines.metrics import with_arrows
-from pipelines.storage.files import write_json
+from pipelines.storage.files import write, write_json
 from pipelines.training import Result
 from pipelines.workflow.places import REPORTS
 
@@ -37,7 +39,7 @@ def report_training(name: str, result: Result, objectives: Sequence[str]) -> Non
             {
                 "epoch": row["epoch"],
                 **{objective: row["metrics"][objective] for objective in objectives if objective in row["metrics"]},
-                "checkpoint": f"{result.directory}/checkpoints/step-{row['step']:08d}",
+                "checkpoint": redacted(f"{result.directory}/checkpoints/step-{row['step']:08d}"),
                 "chosen": row["epoch"] == best["epoch"],
             }
             for row in result.kept
@@ -57,13 +59,14 @@ def leave_out(name: str, key: str) -> None:
 
 def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
     """Writes one row per model and explanation, for `dvc plots`."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["explanation", "gridpg", "epg"])
-        for model, found in models.items():
-            for name, scores in found["explanations"].items():
-                label = model if name == "bcos" else f"{model}: {name}"
-                writer.writerow([label, scores.get("gridpg"), scores.get("epg")])
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["explanation", "gridpg", "epg"])
+    for model, found in models.items():
+        for name, scores in found["explanations"].items():
+            label = model if name == "bcos" else f"{model}: {name}"
+            writer.writerow([label, scores.get("gridpg"), scores.get("epg")])
+    write(path, table.getvalue().encode())
 
 
 def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], trials: int) -> Table:

@@ -13,7 +13,7 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.params import Params, ParamsError, keyed
 from pipelines.storage import files
 from pipelines.storage.lease import held
-from pipelines.storage.paths import absolute, run_directory
+from pipelines.storage.paths import run_directory, users_path
 from pipelines.training import Result, checkpoints, train
 from pipelines.workflow import identity
 from pipelines.workflow.places import shards_of
@@ -95,15 +95,17 @@ def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> Non
     Raises:
         ParamsError: that directory has no checkpoint.
     """
-    source = task.params.training.resume
-    if source is None or f"/{task.name}/" not in absolute(source) or absolute(source) == directory:
+    if task.params.training.resume is None:
         return
-    if checkpoints.newest(absolute(source)) is None:
-        raise ParamsError(f"training.resume: there is no whole checkpoint in {source}")
+    source = users_path(task.params.training.resume)
+    if f"/{task.name}/" not in source or source == directory:
+        return
+    if checkpoints.newest(source) is None:
+        raise ParamsError(f"training.resume: there is no whole checkpoint in {task.params.training.resume}")
     with held(directory) as lease:
         if checkpoints.newest(directory) is None:
-            checkpoints.copy(absolute(source), directory, lease)
-    run.tag("resumed_from", absolute(source))
+            checkpoints.copy(source, directory, lease)
+    run.tag("resumed_from", source)
 
 
 def save_best(task: Task, result: Result, out: Path) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     console.print(trials_table(load().search.metrics, best, len(trials)))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
     console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
-    console.print(f"registry   {version['uri']} (version {version['version']})")
+    console.print(f"registry   {version['uri']}")
     console.print(f"review     {tracking.where_to_look(tracking.tracking_uri())}", soft_wrap=True)
 
 

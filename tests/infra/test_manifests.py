@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -159,7 +161,53 @@ def test_compose_has_these_fields_and_takes_secrets_from_the_environment() -> No
         assert wrong(service, SERVICE, name) == []
         for key, value in service["environment"].items():
             if re.search("PASSWORD|SECRET|KEY", key):
-                assert re.fullmatch(r"\$\{[A-Z_]+(:\?[\w ]+)?\}", value)
+                assert re.fullmatch(r"\$\{[A-Z_]+(:\?[\w ]+|:-)?\}", value)
+
+
+def test_no_service_of_compose_is_published_beyond_this_machine_unless_it_is_asked_for() -> None:
+    ports = {name: service.get("ports", []) for name, service in read("compose.yaml")["services"].items()}
+    assert {name for name, published in ports.items() if published} == {"mlflow"}
+    assert ports["mlflow"] == ["${PUBLISH:-127.0.0.1}:5000:5000"]
+
+
+def start_mlflow(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command of compose's `mlflow` with a stub of MLflow that prints its arguments, one a line."""
+    service = read("compose.yaml")["services"]["mlflow"]
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for name, value in service["environment"].items():
+        if found := re.fullmatch(r"\$\{([A-Z_]+)(?:\?[^}]*|:-([^}]*))?\}", str(value)):
+            value = settings.get(found[1], found[2] or "")
+        environment[name] = str(value)
+    environment["MLFLOW_AUTH_CONFIG_PATH"] = str(folder / "auth.ini")
+    (folder / "mlflow").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (folder / "mlflow").chmod(0o755)
+    command = [part.replace("$$", "$") for part in service["command"]]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_composes_mlflow_answers_its_own_hosts_and_has_no_password_on_its_command_line(tmp_path: Path) -> None:
+    done = start_mlflow(tmp_path, POSTGRES_PASSWORD="s3cr3t", MINIO_ROOT_PASSWORD="s3cr3t")
+    arguments = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert arguments[0] == "server"
+    assert arguments[arguments.index("--allowed-hosts") + 1] == "localhost:5000,127.0.0.1:5000"
+    assert "basic-auth" not in arguments
+    assert "s3cr3t" not in done.stdout + done.stderr
+
+
+def test_composes_mlflow_is_at_no_other_address_without_a_login(tmp_path: Path) -> None:
+    refused = start_mlflow(tmp_path, PUBLISH="0.0.0.0", ALLOWED_HOSTS="host:5000")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "set MLFLOW_ADMIN_PASSWORD, or leave PUBLISH out\n"
+    login = {"MLFLOW_ADMIN_PASSWORD": "long and secret", "MLFLOW_SECRET_KEY": "another"}
+    done = start_mlflow(tmp_path, PUBLISH="0.0.0.0", ALLOWED_HOSTS="host:5000", **login)
+    assert done.stdout.splitlines()[:3] == ["server", "--app-name", "basic-auth"]
+    config = configparser.ConfigParser()
+    config.read(tmp_path / "auth.ini")
+    assert dict(config["mlflow"]) == {
+        "default_permission": "READ",
+        "database_uri": "postgresql+psycopg2://mlflow@postgres/mlflow",
+    }
 
 
 @pytest.mark.parametrize("path", [*MANIFESTS, INFRA / "Dockerfile"], ids=lambda path: path.name)

@@ -8,7 +8,7 @@ import pytest
 from pipelines.tracking import EpochLogger, StageRun, runs, stage_run
 from pipelines.tracking.journal import Journal
 from pipelines.tracking.relog import main as relog
-from pipelines.tracking.server import absolute_uri, artifact_location, shown, tracking_uri
+from pipelines.tracking.server import tracking_uri
 
 PARAMS = {"seed": 3, "model": {"name": "resnet20", "mean": [0.5, 0.25]}, "note": "x" * 7000}
 
@@ -190,40 +190,6 @@ def test_relog_names_a_folder_without_a_run(project, capsys):
     assert capsys.readouterr().err == "runs/none: nothing was tracked here (no tracking/run.json)\n"
 
 
-@pytest.mark.parametrize(
-    ("uri", "expected"),
-    [
-        ("sqlite:///mlflow.db", "sqlite:////project/mlflow.db"),
-        ("sqlite:///deep/a.db?timeout=5", "sqlite:////project/deep/a.db?timeout=5"),
-        ("sqlite:////else/a.db", "sqlite:////else/a.db"),
-        ("file:runs", "file:///project/runs"),
-        ("file:///else/runs", "file:///else/runs"),
-        ("./mlruns", "file:///project/mlruns"),
-        ("http://host:5000", "http://host:5000"),
-        ("databricks", "databricks"),
-    ],
-)
-def test_addresses_are_absolute(uri, expected, tmp_path):
-    assert absolute_uri(uri, tmp_path) == expected.replace("/project", str(tmp_path))
-
-
-def test_the_database_is_the_projects_also_where_dvc_runs_a_copy(project, monkeypatch):
-    here = tracking_uri()
-    copy = project / ".dvc/tmp/exps/tmp1"
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    monkeypatch.setenv("DVC_ROOT", str(project))
-    assert tracking_uri() == here == f"sqlite:///{project}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert tracking_uri() == f"sqlite:///{project}/other.db"
-
-
-def test_artifacts_lie_beside_the_database_and_passwords_are_not_shown():
-    assert artifact_location("sqlite:////a/b/mlflow.db") == "file:///a/b/mlartifacts"
-    assert artifact_location("http://host") is None
-    assert shown("https://user:secret@host:5000/x") == "https://host:5000/x"
-
-
 def test_children_of_a_run_at_a_url_are_logged_with_it_later(client, project, monkeypatch, dead_server):
     place = "s3://bucket/runs/search/0123"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
@@ -272,3 +238,55 @@ def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_e
     run.end("FINISHED")
     experiment = client.get_experiment_by_name("demo")
     assert {each.data.tags["stage"] for each in client.search_runs([experiment.experiment_id])} == {"search", "trial"}
+
+
+def test_an_experiment_in_a_copy_that_dvc_deletes_leaves_its_journal_in_the_project(
+    client, project, monkeypatch, capsys, dead_server
+):
+    server = f"sqlite:///{project}/mlflow.db"
+    for name in ("tidy-owl", "other-owl"):  # two experiments at once, with the same stage
+        copy = project / ".dvc/tmp/exps/standalone" / name
+        copy.mkdir(parents=True)
+        monkeypatch.chdir(copy)
+        monkeypatch.setenv("DVC_ROOT", str(project))
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+        with open_run() as run:
+            run.metrics({"val/accuracy": 0.5}, 1)
+        assert f"relog runs/pretrain/0123-{name}`" in capsys.readouterr().err
+        shutil.rmtree(copy)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert relog(["runs/pretrain/0123-tidy-owl", "runs/pretrain/0123-other-owl"]) == 0
+    logged = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert {each.data.tags["dvc.experiment"] for each in logged} == {"tidy-owl", "other-owl"}
+
+
+def test_no_secret_of_an_address_reaches_mlflow_the_journal_or_a_line(project, manifest, monkeypatch, capsys):
+    address = "https://user:s3cr3t@host/x.zip?X-Amz-Signature=s3cr3t"
+    params = {
+        "datasets": {"imagefolder": {"root": address}},
+        "roots": [address],
+        "storage": {"root": "s3://key:s3cr3t@bucket/runs"},
+    }
+    inputs = {"teacher": address}
+    with stage_run("fetch", experiment="demo", params=params, directory="runs/fetch/0123", inputs=inputs) as run:
+        run.tag("resumed_from", address)
+        run.dataset(manifest | {"source": f"imagefolder: {address}"}, name="mine", context="training")
+        child = {"params": {"weights": address}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
+        runs.child_run(run, "trial", experiment="demo", directory="runs/fetch/0123/trials/abcd", **child)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:s3cr3t@127.0.0.1:1/?token=s3cr3t")
+    with open_run():
+        pass
+    assert "s3cr3t" not in "".join(capsys.readouterr())
+    for path in (path for path in project.rglob("*") if path.is_file()):
+        assert b"s3cr3t" not in path.read_bytes(), path
+    assert b"https://host/x.zip?***" in (project / "mlflow.db").read_bytes()
+
+
+@pytest.mark.parametrize("key", ["a' or tags.stage != '", "", {"key": 1}, "x" * 10 + "'"])
+def test_a_key_from_a_storage_that_others_write_to_is_no_part_of_a_filter(client, key):
+    other = open_and_kill()
+    run = StageRun.begin("pretrain", "demo", PARAMS, "s3://bucket/runs/pretrain/4567", {}, key)
+    assert run.key != key
+    assert run.run_id not in (None, other.run_id)

@@ -1,5 +1,8 @@
+from pathlib import Path
+
+from pipelines.models import ConventionalNetwork, ModelSpec, build, digest, save
 from pipelines.params import ModelParams
-from pipelines.workflow.places import absolute_weights
+from pipelines.workflow.places import absolute_weights, save_model_from
 
 
 def test_a_local_weights_file_is_known_by_its_path_and_its_content(tmp_path, monkeypatch):
@@ -12,3 +15,17 @@ def test_a_local_weights_file_is_known_by_its_path_and_its_content(tmp_path, mon
     assert first.sha256 != second.sha256
     tag = ModelParams(name="resnet18", weights="IMAGENET1K_V1")
     assert absolute_weights(tag) == tag
+
+
+def test_in_a_copy_that_dvc_makes_the_users_weights_and_models_are_found_too(tmp_path, monkeypatch):
+    copy = tmp_path / ".dvc/tmp/exps/tmp1"
+    copy.mkdir(parents=True)
+    (tmp_path / "weights.th").write_bytes(b"one")
+    model = ConventionalNetwork(build("resnet8", num_classes=2))
+    save(tmp_path / "mine", model, ModelSpec("resnet8", ("a", "b"), 16, "conventional"))
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert absolute_weights(ModelParams(name="resnet8", weights="weights.th")).weights == str(tmp_path / "weights.th")
+    for number, source in enumerate(("mine", "mine/model.json", "./mine/")):
+        save_model_from(source, Path(f"models/{number}"))
+        assert digest(f"models/{number}") == digest(tmp_path / "mine")

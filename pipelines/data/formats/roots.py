@@ -17,6 +17,7 @@ from pipelines.data.formats.packed import kind_of, to_tar
 from pipelines.data.formats.tars import list_tar
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.files import combined_sha256, file_digest, staged
+from pipelines.storage.paths import users_path
 
 _LONGEST = 100  # characters of a downloaded file's name
 _UNPACKED = "images.tar"
@@ -38,7 +39,7 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
         DataError: nothing is there, or its sha256 is not `sha256`.
     """
     raw.mkdir(parents=True, exist_ok=True)
-    path = Path(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
+    path = Path(users_path(root))
     remote = "://" in root and not root.startswith("file://")
     if remote and "::" in root:
         raise DataError(f"{root}: is an address within another one: give that of the archive or folder itself")

@@ -14,6 +14,7 @@ from pipelines.data.formats.archive import Ref
 from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.raw.holdout import shuffled
 from pipelines.data.shards.sample import DataError, Description
+from pipelines.errors import redacted
 from pipelines.params import DatasetParams
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
@@ -73,7 +74,8 @@ def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | 
     details["left_out"] = dict(sorted(left_out.counts.items()))
     written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != _MANIFEST]
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
-    files.write_json(raw / _MANIFEST, {**asdict(description), **details, "files": listed})
+    source = redacted(description.source)
+    files.write_json(raw / _MANIFEST, {**asdict(description), "source": source, **details, "files": listed})
 
 
 def read_raw_manifest(raw: Path) -> dict[str, Any]:

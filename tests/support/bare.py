@@ -1,0 +1,44 @@
+"""An environment that has only what a list of requirements installs, made of links to the packages installed here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+def closure(requirements: Iterable[str]) -> set[str]:
+    """Names of the installed distributions that `requirements` need, with their extras, and in turn what these need."""
+    found: set[tuple[str, str]] = set()
+    left = [Requirement(line) for line in requirements]
+    while left:
+        wanted = left.pop()
+        for extra in ("", *wanted.extras):
+            if (wanted.name.lower(), extra) in found:
+                continue
+            found.add((wanted.name.lower(), extra))
+            try:
+                needs = map(Requirement, distribution(wanted.name).requires or ())
+            except PackageNotFoundError:  # of another platform
+                continue
+            left.extend(need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra}))
+    return {name for name, _ in found}
+
+
+def bare_environment(requirements: Iterable[str], folder: Path) -> list[str]:
+    """The command of a Python that finds the standard library and, in `folder`, the packages of `requirements` alone."""
+    folder.mkdir()
+    for name in closure(requirements):
+        try:
+            files = distribution(name).files or ()
+        except PackageNotFoundError:
+            continue
+        for path in {file.parts[0]: file for file in files if file.parts[0] not in ("..", "__pycache__")}.values():
+            link, target = folder / path.parts[0], Path(os.fspath(path.locate())).parents[len(path.parts) - 1] / path.parts[0]
+            if not link.exists():
+                link.symlink_to(target)
+    return [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(folder)!r}]; exec(sys.stdin.read())"]
