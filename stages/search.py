@@ -3,27 +3,24 @@
 from functools import partial
 from pathlib import Path
 
-from pipelines.params import check_space
 from pipelines.search.records import values_of_params
 from pipelines.search.tune import search
 from pipelines.workflow.identity import of_search
 from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
-from pipelines.workflow.submitted_job import place_of_inputs
+from pipelines.workflow.submitted_job import inputs_for_all
 from pipelines.workflow.training import tracked
-from pipelines.workflow.trials import CODE, check_metrics, report_search, run_trial, task_of, track_trial
+from pipelines.workflow.trials import CODE, report_search, run_trial, searched_task, track_trial
 
 
 def main() -> None:
     """Searches; trials that are on record already are not run again."""
     with stage() as params:
-        check_space(params, "params.yaml: search.space")
-        task = task_of(params, {})
-        check_metrics(params, task)
+        task = searched_task(params)
         folders = (Path(shards_of(task.params.dataset)), *task.upstream, STORED_EXPLANATIONS)
         settings = of_search(params, task)
         with tracked(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
-            work = partial(run_trial, params, place_of_inputs(params.storage.root, folders))
+            work = partial(run_trial, params, inputs_for_all(params.storage.root, folders))
             first, on_trial = values_of_params(params), partial(track_trial, params, run, directory)
             start = [] if first is None else [first]
             found = search(work, params.search, params.training, directory, first=start, on_trial=on_trial)

@@ -88,14 +88,25 @@ def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> Non
     Raises:
         ParamsError: that directory has no checkpoint.
     """
-    source = task.params.training.resume
-    if source is None or f"/{task.name}/" not in absolute(source) or absolute(source) == directory:
+    source = earlier_run(task)
+    if source is None or source == directory:
         return
-    if checkpoints.newest(absolute(source)) is None:
-        raise ParamsError(f"training.resume: there is no whole checkpoint in {source}")
+    check_resumable(source)
     if checkpoints.newest(directory) is None:
-        checkpoints.copy(absolute(source), directory)
-    run.tag("resumed_from", absolute(source))
+        checkpoints.copy(source, directory)
+    run.tag("resumed_from", source)
+
+
+def earlier_run(task: Task) -> str | None:
+    """The directory that `training.resume` names, if it is one of this stage."""
+    source = task.params.training.resume
+    return None if source is None or f"/{task.name}/" not in absolute(source) else absolute(source)
+
+
+def check_resumable(directory: str) -> None:
+    """Raises `ParamsError` unless the directory of an earlier run has a checkpoint."""
+    if checkpoints.newest(directory) is None:
+        raise ParamsError(f"training.resume: there is no whole checkpoint in {directory}")
 
 
 def save_best(task: Task, result: Result, out: Path) -> None:

@@ -19,20 +19,28 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.pictures import draw_front
-from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, check_space, keyed, replaced
 from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.storage.files import write_json
 from pipelines.training import EpochRecord, Result, launch, train
 from pipelines.workflow.places import REPORTS, shards_for_all
 from pipelines.workflow.reports import trials_table
-from pipelines.workflow.submitted_job import enter_inputs
+from pipelines.workflow.submitted_job import Input, enter_inputs
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 
 CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
 OUT = REPORTS / "search"
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
+
+
+def searched_task(params: Params) -> Task:
+    """The task of the searched stage with the values of the params; raises `UserError` if the search would be refused."""
+    check_space(params, "params.yaml: search.space")
+    task = task_of(params, {})
+    check_metrics(params, task)
+    return task
 
 
 def task_of(params: Params, values: Mapping[str, Any]) -> Task:
@@ -62,7 +70,7 @@ def check_metrics(params: Params, task: Task) -> None:
 
 def run_trial(
     params: Params,
-    place: str | None,
+    inputs: Sequence[Input] | None,
     values: dict[str, Any],
     directory: str,
     on_epoch: Callable[[EpochRecord], None],
@@ -70,9 +78,9 @@ def run_trial(
 ) -> dict[str, float]:
     """Trains with `values`; returns the metrics of the best epoch on the validation split. See `pipelines.search.tune.Work`.
 
-    `place` has the inputs of the search, for trials on nodes that have the code alone.
+    `inputs` are those of the search, for trials on nodes that have the code alone.
     """
-    enter_inputs(place)
+    enter_inputs(inputs)
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
