@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.storage.errors import StorageError, one_line
-from pipelines.storage.files import file_digest, file_system, make_folder
-from pipelines.storage.retry import retried, retry
+from pipelines.storage.files import file_digest, file_system, make_folder, staged
+from pipelines.storage.retry import is_remote, retried, retry
 
 LONGEST_NAME, LONGEST_PART = 1024, 255  # bytes of a name, and of each of its parts
 BLOCK = 8 * 2**20  # bytes that are read at once
@@ -88,8 +88,12 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
             return url
         _check_here(folder, (*others, marker))
         for name in (*others, marker):
-            make_folder(filesystem, str(PurePosixPath(root, name).parent))
-            retry(partial(filesystem.put_file, str(Path(folder, name)), f"{root}/{name}"), url)
+            if is_remote(url):
+                make_folder(filesystem, str(PurePosixPath(root, name).parent))
+                retry(partial(filesystem.put_file, str(Path(folder, name)), f"{root}/{name}"), url)
+            else:
+                with staged(f"{root}/{name}") as path:
+                    shutil.copyfile(Path(folder, name), path)
     except FileNotFoundError as error:
         raise StorageError(f"{folder} cannot be put to {url}: {one_line(error)}") from None
     return url
@@ -154,7 +158,7 @@ def _shown(name: str) -> str:
 
 
 def pull(url: str, folder: Path, names: Iterable[str]) -> None:
-    """Copies the files `names` at `url` to a local folder. See `fetch` for files whose content is known.
+    """Copies the files `names` at `url` to a local folder, each whole or not at all. See `fetch` if their content is known.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -162,8 +166,8 @@ def pull(url: str, folder: Path, names: Iterable[str]) -> None:
     """
     filesystem, root = file_system(url)
     for name in map(check_name, names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        retry(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), url)
+        with staged(folder / name) as path:
+            retry(partial(filesystem.get_file, f"{root}/{name}", str(path)), url)
 
 
 def fetch(url: str, folder: Path, files: Collection[File], below: str = "") -> None:
