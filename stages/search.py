@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from pipelines.params import check_space
 from pipelines.search.records import values_of_params
 from pipelines.search.tune import search
 from pipelines.workflow.identity import of_search
@@ -10,13 +11,15 @@ from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
 from pipelines.workflow.submitted_job import inputs_for_all
 from pipelines.workflow.training import tracked
-from pipelines.workflow.trials import CODE, report_search, run_trial, searched_task, track_trial
+from pipelines.workflow.trials import CODE, check_metrics, report_search, run_trial, task_of, track_trial
 
 
 def main() -> None:
     """Searches; trials that are on record already are not run again."""
     with stage() as params:
-        task = searched_task(params)
+        check_space(params, "params.yaml: search.space")
+        task = task_of(params, {})
+        check_metrics(params, task)
         folders = (Path(shards_of(task.params.dataset)), *task.upstream, STORED_EXPLANATIONS)
         settings = of_search(params, task)
         with tracked(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):

@@ -9,13 +9,13 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.methods import check_pair
 from pipelines.models import read_spec
-from pipelines.params import Params, keyed, replaced
+from pipelines.params import Params, check_space, keyed, replaced
 from pipelines.training.launch import check_batch_size
 from pipelines.training.loop import set_up
 from pipelines.workflow.places import model_folder, shards_of
 from pipelines.workflow.tasks import TASKS, Task, student_spec
 from pipelines.workflow.training import check_resumable, earlier_run
-from pipelines.workflow.trials import searched_task
+from pipelines.workflow.trials import check_metrics, task_of
 
 NOWHERE = "runs/none"  # the directory of a run that has no checkpoints
 
@@ -38,7 +38,12 @@ def check_stage(name: str, params: Params) -> list[Path]:
     if stage == "explain":
         check_explain(here)
         return []
-    task = searched_task(here) if stage == "search" else TASKS[stage](here, *([which] if which else []))
+    if stage == "search":
+        check_space(here, "params.yaml: search.space")
+        task = task_of(here, {})
+        check_metrics(here, task)
+    else:
+        task = TASKS[stage](here, *([which] if which else []))
     check_task(task)
     source = None if stage == "search" else earlier_run(task)
     if source is not None:

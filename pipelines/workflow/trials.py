@@ -19,7 +19,7 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.pictures import draw_front
-from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, check_space, keyed, replaced
+from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
 from pipelines.search.records import Trial, trial_directory
 from pipelines.search.tune import front
 from pipelines.storage.files import write_json
@@ -33,14 +33,6 @@ from pipelines.workflow.training import save_best
 CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
 OUT = REPORTS / "search"
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
-
-
-def searched_task(params: Params) -> Task:
-    """The task of the searched stage with the values of the params; raises `UserError` if the search would be refused."""
-    check_space(params, "params.yaml: search.space")
-    task = task_of(params, {})
-    check_metrics(params, task)
-    return task
 
 
 def task_of(params: Params, values: Mapping[str, Any]) -> Task:
