@@ -1,4 +1,4 @@
-"""`python -m infra.job PLACE`: what a job that `infra.submit` submitted runs on the cluster."""
+"""`python -m infra.job`: what a job that `infra.submit` submitted runs on the cluster, in its working directory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from pathlib import Path
 
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.errors import one_line
-from pipelines.workflow.submitted_job import PLACE, deliver, pull_inputs
+from pipelines.workflow.submitted_job import PLACE, deliver, pull_inputs, read_order
 
 
-def main(place: str) -> int:
+def main() -> int:
     """Copies the inputs here, runs the stages, publishes their outputs; returns the exit status of the first that failed."""
     try:
-        order = pull_inputs(place, Path())
+        order = read_order(Path())
+        pull_inputs(order.inputs, Path())
     except OSError as error:
-        sys.exit(f"the cluster cannot read {place}: {one_line(error)}")
-    told = os.environ | order["environment"] | {PLACE: place}
-    for stage in order["stages"]:
-        print(f"stage {stage['name']}: {stage['command']}", flush=True)
-        if status := subprocess.call(stage["command"], shell=True, env=told):
+        sys.exit(f"the job's inputs do not get here: {one_line(error)}")
+    told = os.environ | order.environment | {PLACE: order.place}
+    for stage in order.stages:
+        print(f"stage {stage.name}: {stage.command}", flush=True)
+        if status := subprocess.call(stage.command, shell=True, env=told):
             return status
     try:
         tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
-        deliver(place, [*(path for stage in order["stages"] for path in stage["outputs"]), *tracked])
+        deliver(order, [*(path for stage in order.stages for path in stage.outputs), *tracked])
     except (OSError, DataError) as error:
-        sys.exit(f"the outputs do not get to {place}: {one_line(error)}")
+        sys.exit(f"the outputs do not get to {order.place}: {one_line(error)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
 from pipelines.params import Params, load
+from pipelines.storage import files
 from pipelines.storage.errors import one_line
 
 if TYPE_CHECKING:
@@ -50,13 +53,26 @@ class Stage:
     state: str
 
 
-def set_params(overrides: Sequence[str], changes: dict[str, Any]) -> Params:
-    """Sets values in `params.yaml`, which is changed where all of it is right, and returns the params.
+@contextmanager
+def params_set(overrides: Sequence[str], changes: dict[str, Any]) -> Iterator[Params]:
+    """Sets values in `params.yaml` and yields the params; if the block raises, the file is again what it was.
 
     Args:
         overrides: as of `dvc exp run -S`; where there are any, the params are composed anew from the recipes.
         changes: dotted key -> value, set after that.
     """
+    before = PARAMS.read_bytes()
+    params = set_params(overrides, changes)
+    try:
+        yield params
+    except BaseException:
+        if PARAMS.read_bytes() != before:
+            files.write(PARAMS, before)
+        raise
+
+
+def set_params(overrides: Sequence[str], changes: dict[str, Any]) -> Params:
+    """Sets values in `params.yaml`, which is changed if all of it is right, and returns the params; see `params_set`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PARAMS.name)
         shutil.copy2(PARAMS, path)
@@ -96,28 +112,66 @@ def stages(name: str) -> list[Stage]:
     Raises:
         SubmitError: there is none, it does not run on workers, or what it needs is not here.
     """
-    from dvc.dependency.param import ParamsDependency
+    with open_repo() as repo:
+        return _stages(repo, name)
+
+
+def stages_of(job: str) -> list[Stage]:
+    """The stages that `job_of` named this job after; raises `SubmitError` as `stages`."""
+    with open_repo() as repo:
+        names = {name for stage in submittable(repo) for name in (stage.addressing, stage.addressing.partition("@")[0])}
+        found = [name for name in names if job_of(name, job[-8:]) == job and re.fullmatch("[0-9a-f]{8}", job[-8:])]
+        if not found:
+            raise SubmitError(
+                f"{job[:100]!a} is no job of a stage in dvc.yaml; wanted is STORAGE/jobs/STAGE-NUMBER, as was printed"
+            )
+        return _stages(repo, found[0])
+
+
+def job_of(stage: str, number: str) -> str:
+    """The name of a job that runs a stage, or all stages of a matrix; `number` is of 8 hexadecimal digits."""
+    return f"{stage.replace('@', '-')}-{number}"
+
+
+def _stages(repo: Repo, name: str) -> list[Stage]:
+    """See `stages`."""
     from dvc.exceptions import DvcException
     from dvc.stage.exceptions import StageNotFound
 
+    trained = submittable(repo)
+    try:
+        found = list(repo.stage.collect(name))
+    except StageNotFound:
+        found = []
+    if not found or any(stage not in trained for stage in found):
+        what = "does not run on workers: run it here" if found else "is not in dvc.yaml"
+        names = ", ".join(sorted({*(stage.addressing for stage in trained)}))
+        raise SubmitError(f"stage {name!r} {what}; those to submit are {names}")
+    try:
+        return [describe(stage) for stage in found]
+    except DvcException as error:
+        raise SubmitError(f"{name}: {one_line(error)}: make it first") from None
+
+
+def submittable(repo: Repo) -> list[PipelineStage]:
+    """The stages that run on workers."""
+    from dvc.dependency.param import ParamsDependency
+
+    def trains(stage: PipelineStage) -> bool:
+        return any(isinstance(dep, ParamsDependency) and TRAINS in dep.params for dep in stage.deps)
+
+    return [stage for stage in repo.index.stages if trains(stage) or stage.addressing in ALSO]
+
+
+def check_no_links(outputs: Sequence[str]) -> None:
+    """Raises `SubmitError` if an output or a folder around it is a link, unless the output is one to DVC's cache."""
     with open_repo() as repo:
-        trained = [
-            stage
-            for stage in repo.index.stages
-            if any(isinstance(dep, ParamsDependency) and TRAINS in dep.params for dep in stage.deps) or stage.addressing in ALSO
-        ]
-        try:
-            found = list(repo.stage.collect(name))
-        except StageNotFound:
-            found = []
-        if not found or any(stage not in trained for stage in found):
-            what = "does not run on workers: run it here" if found else "is not in dvc.yaml"
-            names = ", ".join(sorted({*(stage.addressing for stage in trained)}))
-            raise SubmitError(f"stage {name!r} {what}; those to submit are {names}")
-        try:
-            return [describe(stage) for stage in found]
-        except DvcException as error:
-            raise SubmitError(f"{name}: {one_line(error)}: make it first") from None
+        cache = Path(repo.cache.local.path).resolve()
+    for output in outputs:
+        for path in (*reversed(Path(output).parents), Path(output)):
+            made_by_dvc = path == Path(output) and path.resolve().is_relative_to(cache)
+            if path.is_symlink() and not made_by_dvc:
+                raise SubmitError(f"{path} is a link to {os.readlink(path)!a}: outputs are put at their own place alone")
 
 
 def describe(stage: PipelineStage) -> Stage:

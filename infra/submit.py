@@ -17,8 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,16 +25,16 @@ from urllib.parse import urlsplit
 from infra import project
 from infra.package import pack
 from infra.project import PARAMS, Stage, SubmitError
-from pipelines.data.shards.sample import DataError
-from pipelines.params import Params, ParamsError
+from infra.take import take
+from pipelines.errors import UserError
+from pipelines.params import Params, TrainingParams, replaced
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
-from pipelines.storage.publish import publish, pull
+from pipelines.storage.publish import publish
 from pipelines.storage.retry import retry
-from pipelines.tracking import relog
-from pipelines.tracking.journal import Journal
 from pipelines.training.launch import is_autoscaled, ray_environment
-from pipelines.workflow.submitted_job import file_record, publish_input, write_order
+from pipelines.workflow.checks import check_stage
+from pipelines.workflow.submitted_job import Order, OrderedStage, input_upload, publish_input, write_order
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -54,15 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.take:
             return take(options.take)
-        client = None if options.prepare else connect(options.address)
-        if client is None:
-            print(f"prepared: {prepare(None, options)['place']}")
-            return 0
+        if options.prepare:
+            return prepare_only(options)
+        client = connect(options.address)
         if options.stop:
             return stop(client, options.stop)
         job = options.follow or submit(client, options)
         return follow(client, job) if options.wait else 0
-    except (SubmitError, ParamsError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"infra.submit: {error}", file=sys.stderr)
         return 1
 
@@ -123,22 +121,30 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
-    """Sends a stage to the cluster; returns the job's id."""
-    metadata = prepare(client, options)
-    place = metadata["place"]
-    job = place.rpartition("/")[2]
+    """Uploads a job's inputs and submits it; returns its name."""
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        pull(place, Path(folder), [CODE])
-        shutil.unpack_archive(Path(folder, CODE), folder)
+        code = Path(folder, "code")
+        metadata = prepare(client, options, code)
+        job = metadata["place"].rpartition("/")[2]
         send(
             client,
-            entrypoint=f"python -m infra.job {place}",
+            entrypoint="python -m infra.job",
             submission_id=job,
-            runtime_env={"working_dir": f"{folder}/code", "env_vars": ray_environment() | sent()},
+            runtime_env={"working_dir": str(code), "env_vars": ray_environment() | sent()},
             metadata=metadata,
         )
     print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
     return job
+
+
+def prepare_only(options: argparse.Namespace) -> int:
+    """Uploads a job's inputs and its code, for a scheduler that is not asked from here."""
+    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
+        place = prepare(None, options, Path(folder, "code"))["place"]
+        shutil.make_archive(str(Path(folder, "code")), "zip", folder, "code")
+        publish(folder, place, [CODE])
+    print(f"prepared: {place}")
+    return 0
 
 
 def send(client: JobSubmissionClient, **job: Any) -> None:
@@ -154,43 +160,64 @@ def send(client: JobSubmissionClient, **job: Any) -> None:
         time.sleep(2)
 
 
-def prepare(client: JobSubmissionClient | None, options: argparse.Namespace) -> dict[str, str]:
-    """Puts a job to its `place` in the storage: the order, its inputs, the code. Returns what is known of it.
+def prepare(client: JobSubmissionClient | None, options: argparse.Namespace, code: Path) -> dict[str, str]:
+    """Checks all that the job can be refused for, then uploads its inputs; returns what is known of it.
 
     Args:
         client: of the cluster, which is asked whether it has what the job needs; or none.
         options: the command line.
+        code: a new folder, which becomes the working directory of the job, with its order.
     """
-    params = project.set_params(options.overrides, {} if options.workers is None else {"training.workers": options.workers})
-    gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
-    storage = (options.storage or params.storage.root).rstrip("/")
-    chosen = project.stages(options.stage)
-    check_workers(client, least_workers(options.stage, params), gpus)
-    job = f"{options.stage.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
-    place = f"{storage}/jobs/{job}"
-    check_storage(storage, place)
-    commit, dirty = project.version()
-    lock = hashlib.sha256("".join(stage.state for stage in chosen).encode()).hexdigest()
-    with tempfile.TemporaryDirectory(prefix="submit-") as folder:
-        code = Path(folder, "code")
+    changes = {} if options.workers is None else {"training.workers": options.workers}
+    with project.params_set(options.overrides, changes) as params:
+        gpus = params.training.gpus_per_worker if options.gpus_per_worker is None else options.gpus_per_worker
+        storage = (options.storage or params.storage.root).rstrip("/")
+        there = {"storage.root": storage, "training.gpus_per_worker": gpus}
+        job = project.job_of(options.stage, uuid.uuid4().hex[:8])
+        place = f"{storage}/jobs/{job}"
+        chosen = project.stages(options.stage)
+        check_workers(client, least_workers(options.stage, params), replaced(params, there).training)
+        if "://" not in storage:
+            raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
+        commit, dirty = project.version()
         size = pack(code)
-        shutil.copy2(PARAMS, code)
-        project.change(code / PARAMS, {"storage.root": storage, "training.gpus_per_worker": gpus})
-        (code / "job").write_text(f"{job}\n")  # no two jobs share a working directory
-        shutil.make_archive(str(code), "zip", folder, "code")
-        publish(folder, place, [CODE])
-    print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
-    needed = {path for stage in chosen for path in stage.inputs}
-    if options.stage == "search":  # of `guide` too
-        needed |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
-    inputs = [publish_input(path, storage) for path in sorted(needed)]
+        for stage in chosen:
+            check_sent(check_stage(stage.name, replaced(params, there)), code)
+        uploads = [upload for path in needed(chosen, params) if (upload := input_upload(path, storage)) is not None]
+        for upload in uploads:
+            upload.check()
+        check_storage(storage, place)
+        print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
+        inputs = [publish_input(upload) for upload in uploads]
+    shutil.copy2(PARAMS, code)
+    project.change(code / PARAMS, there)
     told = {"SUBMITTED_COMMIT": commit, "SUBMITTED_DIRTY": str(dirty).lower()}
-    write_order(place, {"stages": [asdict(stage) for stage in chosen], "inputs": inputs, "environment": told})
+    stages = [OrderedStage(stage.name, stage.command, stage.outputs, stage.state) for stage in chosen]
+    write_order(code, Order(place, tuple(stages), tuple(inputs), told))
+    lock = hashlib.sha256("".join(stage.state for stage in chosen).encode()).hexdigest()
     return {"stage": options.stage, "commit": commit, "dvc.lock": lock, "place": place}
 
 
+def needed(chosen: Sequence[Stage], params: Params) -> list[str]:
+    """The folders of earlier stages that the job needs, sorted."""
+    paths = {path for stage in chosen for path in stage.inputs}
+    if any(stage.name == "search" for stage in chosen):  # of `guide` too
+        paths |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
+    return sorted(paths)
+
+
+def check_sent(paths: Sequence[Path], code: Path) -> None:
+    """Raises `SubmitError` unless the job finds what its stages read on this machine in its working directory."""
+    for path in paths:
+        if path.is_absolute() or not (code / path).exists():
+            raise SubmitError(
+                f"{path}: the job would not find it: of this machine's files those of the project go along that git does not "
+                "ignore, by relative paths; or say a URL"
+            )
+
+
 def least_workers(stage: str, params: Params) -> int:
-    """How many workers a stage has at the least; raises `SubmitError` where it would not run on any."""
+    """How many workers a stage has at the least; raises `SubmitError` if it would not run on any."""
     if stage == "search":
         return params.search.concurrency * max(1, params.search.workers)
     least = params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
@@ -199,17 +226,24 @@ def least_workers(stage: str, params: Params) -> int:
     return least
 
 
-def check_workers(client: JobSubmissionClient | None, least: int, gpus: float) -> None:
-    """Raises `SubmitError` where the cluster never has the GPUs for so many workers."""
+def check_workers(client: JobSubmissionClient | None, least: int, training: TrainingParams) -> None:
+    """Raises `SubmitError` if the nodes of the cluster never have room for so many workers."""
     if client is None:
         return
     nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")["result"]["result"]
-    has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    if least * gpus > has["GPU"] and not autoscales(client):
+    each = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
+    if room_for([node["resources_total"] for node in nodes], each) < least and not autoscales(client):
+        has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in each}
         raise SubmitError(
-            f"--gpus-per-worker: {least} workers need {least * gpus:g} GPUs; the cluster has {has['GPU']:g} GPUs and "
-            f"{has['CPU']:g} CPUs on {len(nodes)} nodes, and no autoscaler to add some"
+            f"--workers, --gpus-per-worker: {least} workers need {least * each['GPU']:g} GPUs and {least * each['CPU']:g} CPUs; "
+            f"the cluster has {has['GPU']:g} GPUs and {has['CPU']:g} CPUs on {len(nodes)} nodes, and no autoscaler to add some"
         )
+
+
+def room_for(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """How many workers that need `each` of the resources fit on the nodes together, every one on a single node."""
+    wanted = {kind: amount for kind, amount in each.items() if amount > 0}
+    return sum(min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes)
 
 
 def autoscales(client: JobSubmissionClient) -> bool:
@@ -228,8 +262,6 @@ def ask(client: JobSubmissionClient, path: str) -> Any:
 
 def check_storage(storage: str, place: str) -> None:
     """Raises `SubmitError` unless a file can be written in the storage from here."""
-    if "://" not in storage:
-        raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
     try:
         filesystem, root = files.file_system(place)
         files.make_folder(filesystem, root)
@@ -264,7 +296,10 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     if details.status != "SUCCEEDED":
         print(f"job {job}: {details.status.lower()}", file=sys.stderr)
         return details.driver_exit_code or 1
-    return take((details.metadata or {})["place"])
+    place = (details.metadata or {}).get("place", "")
+    if not place.endswith(f"/jobs/{job}"):
+        raise SubmitError(f"job {job} ended well and has no outputs for this project: infra.submit did not submit it")
+    return take(place)
 
 
 def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
@@ -280,53 +315,6 @@ async def show(client: JobSubmissionClient, job: str) -> None:
     """Prints the log of a job as it is written, to its end."""
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
-
-
-def take(place: str) -> int:
-    """Puts the outputs of a finished job where its stages would have, and has DVC record them.
-
-    Raises:
-        SubmitError: they are not whole, or code, params or inputs are no longer what was submitted.
-    """
-    order, result = (files.read_json(f"{place}/{name}") for name in ("order.json", "result.json"))
-    if order is None or result is None:
-        raise SubmitError(f"{place}: no {'order' if order is None else 'result'}.json: no job's outputs are there")
-    submitted = [Stage(**{**stage, "inputs": tuple(stage["inputs"])}) for stage in order["stages"]]
-    for stage in submitted:
-        if [now.state for now in project.stages(stage.name)] != [stage.state]:
-            raise SubmitError(f"{stage.name}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
-    with tempfile.TemporaryDirectory(prefix=".taken-", dir=".") as folder:
-        pull(result["outputs"], Path(folder), [item["name"] for item in result["files"]])
-        for item in result["files"]:
-            if file_record(Path(folder, item["name"])) | {"name": item["name"]} != item:
-                raise SubmitError(f"{result['outputs']}/{item['name']}: not what the job wrote")
-        for stage in submitted:
-            for output in stage.outputs:
-                replace(Path(folder, output), Path(output))
-        tracked = [path.parent.relative_to(folder) for path in Path(folder).glob("runs/**/tracking/run.json")]
-        for path in tracked:
-            replace(folder / path, path)
-            track(path.parent)
-    for stage in submitted:
-        project.commit(stage.name)
-        print(f"{stage.name}: {', '.join(stage.outputs)} brought and recorded in dvc.lock")
-    return 0
-
-
-def track(directory: Path) -> None:
-    """Logs a run of a job that no server has, but one in the job's own directory."""
-    head = Journal(directory).head
-    if not head["logged"] or head["tracking_uri"].startswith(("sqlite:", "file:")):
-        relog.main([str(directory)])
-
-
-def replace(source: Path, target: Path) -> None:
-    """Moves a file or folder to `target`, in the place of what is there."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.unlink(missing_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(source, target)
 
 
 def stop(client: JobSubmissionClient, job: str) -> int:

@@ -9,7 +9,7 @@ from pipelines.search.tune import search
 from pipelines.workflow.identity import of_search
 from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
-from pipelines.workflow.submitted_job import place_of_inputs
+from pipelines.workflow.submitted_job import inputs_for_all
 from pipelines.workflow.training import tracked
 from pipelines.workflow.trials import CODE, report_search, run_trial, task_of, track_trial, with_measurable_metrics
 
@@ -23,7 +23,7 @@ def main() -> None:
         folders = (Path(shards_of(task.params.dataset)), *task.upstream, STORED_EXPLANATIONS)
         settings = of_search(params, task)
         with tracked(task.params, "search", *settings, upstream=task.upstream, code=CODE) as (run, directory):
-            work = partial(run_trial, searched, place_of_inputs(params.storage.root, folders))
+            work = partial(run_trial, searched, inputs_for_all(params.storage.root, folders))
             first, on_trial = values_of_params(params), partial(track_trial, searched, run, directory)
             start = [] if first is None else [first]
             training = params.training.with_loader(task.params.data.loader_workers)

@@ -1,126 +1,185 @@
-"""What work on other machines needs of this one, as a place in the storage says it.
+"""What work on other machines needs of this one, and what it leaves for this one at a place in the storage.
 
-PLACE/order.json    the stages to run and the inputs that they need
+order.json          in the job's working directory, which comes with its code: what to run, and the inputs that it needs
 PLACE/outputs/ID    what the stages made and tracked, one folder per try
-PLACE/result.json   written last: which of these folders, and name, bytes and sha256 of each output
+PLACE/result.json   written last: which of these folders, and name, bytes and sha256 of each file
+
+Whoever may write to the storage may write these, too. So the job takes no order from there and checks its inputs, and who
+takes the outputs checks those (`read_result`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
+
+from pydantic import TypeAdapter
 
 from pipelines import models
-from pipelines.data.shards.manifest import MANIFEST
-from pipelines.data.shards.publish import publish_explanations, publish_shards
+from pipelines.data.shards.publish import explanations_upload, shards_upload
 from pipelines.data.shards.stored_explanations import INDEX
 from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.storage import files
-from pipelines.storage.errors import StorageError
-from pipelines.storage.publish import publish, pull
+from pipelines.storage.errors import StorageError, one_line
+from pipelines.storage.publish import File, Upload, describe, exists, fetch, publish, read_at_most
 from pipelines.workflow.places import STORED_EXPLANATIONS
 
-PLACE = "SUBMITTED_PLACE"  # environment variable: the place of the submitted job that a stage is part of
+ORDER, RESULT = "order.json", "result.json"
+PLACE = "SUBMITTED_PLACE"  # environment variable of a submitted job's stages: its place
+LONGEST_RESULT = 64 * 2**20  # bytes
 
 
-class Input(TypedDict):
-    """Files `names` at `url` that the stages need in `folder`."""
+@dataclass(frozen=True)
+class Input:
+    """Files at `url` that stages need in `folder`."""
 
     folder: str
     url: str
-    names: list[str]
+    files: tuple[File, ...]
 
 
-class Order(TypedDict):
-    """What a job runs; `stages` as `infra.project.Stage` has them."""
+@dataclass(frozen=True)
+class OrderedStage:
+    """A stage to run; see `infra.project.Stage`."""
 
-    stages: list[dict[str, Any]]
-    inputs: list[Input]
-    environment: dict[str, str]  # tells the stages where they come from
+    name: str
+    command: str
+    outputs: tuple[str, ...]
+    state: str
 
 
-def publish_input(path: str, storage: str) -> Input:
+@dataclass(frozen=True)
+class Order:
+    """What a job does: it runs `stages`, which need `inputs` and are told `environment`, and delivers to `place`."""
+
+    place: str
+    stages: tuple[OrderedStage, ...]
+    inputs: tuple[Input, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job delivered: `files` in the folder `outputs/<attempt>` of its place; `stages` are name -> state."""
+
+    stages: dict[str, str]
+    attempt: str
+    files: tuple[File, ...]
+
+
+_ORDER, _RESULT = TypeAdapter(Order), TypeAdapter(Result)
+
+
+def input_upload(path: str, storage: str) -> Upload | None:
+    """What has to be in the storage for a stage that needs the files or folders at `path`; None if there is nothing."""
+    if path.startswith("data/shards/"):
+        return shards_upload(path, storage)
+    if path == str(STORED_EXPLANATIONS):
+        return explanations_upload(path, storage) if Path(path, INDEX).is_file() else None
+    folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
+    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
+    content = sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
+    return Upload(path, f"{storage.rstrip('/')}/models/{content[:16]}", tuple(names)) if names else None
+
+
+def publish_input(upload: Upload) -> Input:
     """Publishes an input in the storage.
 
     A job gets the index alone of shards and stored explanations, because workers read them in the storage.
     """
-    if path.startswith("data/shards/"):
-        return {"folder": path, "url": publish_shards(path, storage), "names": [MANIFEST]}
-    if path == str(STORED_EXPLANATIONS):
-        stored = Path(path, INDEX).is_file()
-        return {"folder": path, "url": publish_explanations(path, storage) if stored else "", "names": [INDEX] if stored else []}
-    folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
-    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
-    content = hashlib.sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
-    return {"folder": path, "url": publish(path, f"{storage}/models/{content[:16]}", names), "names": names}
+    in_storage = upload.folder.startswith("data/shards/") or upload.folder == str(STORED_EXPLANATIONS)
+    names = upload.names[-1:] if in_storage else upload.names
+    return Input(upload.folder, upload.run(), tuple(describe(upload.folder, name) for name in names))
 
 
-def write_order(place: str, order: Order) -> None:
-    """Writes `order.json`; inputs without files are left out."""
-    files.write_json(f"{place}/order.json", {**order, "inputs": [item for item in order["inputs"] if item["names"]]})
+def write_order(folder: Path, order: Order) -> None:
+    """Writes the order of a job to its working directory."""
+    files.write_json(folder / ORDER, asdict(order))
 
 
-def pull_inputs(place: str, folder: Path) -> Order:
-    """Copies the inputs of the job at `place` to a folder, in which its stages find them; returns the order.
+def read_order(folder: Path) -> Order:
+    """The order of the job with this working directory; raises `StorageError` if there is none."""
+    try:
+        return _ORDER.validate_json((folder / ORDER).read_bytes())
+    except FileNotFoundError:
+        raise StorageError(f"{folder.absolute()}: no {ORDER}: this is not the working directory of a submitted job") from None
+
+
+def pull_inputs(inputs: Iterable[Input], folder: Path) -> None:
+    """Copies inputs to a folder, in which stages find them; raises `StorageError` if one is not what was published."""
+    for item in inputs:
+        fetch(item.url, folder / item.folder, item.files)
+
+
+def deliver(order: Order, paths: Iterable[str]) -> None:
+    """Publishes files and folders of the working directory as what a job made."""
+    names = [name for path in paths for name in _names_in(Path(path))]
+    result = Result(
+        stages={stage.name: stage.state for stage in order.stages},
+        attempt=uuid.uuid4().hex[:8],
+        files=tuple(describe(".", name) for name in names),
+    )
+    publish(".", f"{order.place}/outputs/{result.attempt}", names)
+    files.write_json(f"{order.place}/{RESULT}", asdict(result))
+
+
+def read_result(place: str) -> Result:
+    """What the job at `place` delivered.
 
     Raises:
-        StorageError: there is no order.
+        StorageError: it has delivered nothing, or its `result.json` is not one.
     """
-    order: Order | None = files.read_json(f"{place}/order.json")
-    if order is None:
-        raise StorageError(f"{place}: no order.json: nothing was submitted there")
-    for item in order["inputs"]:
-        pull(item["url"], folder / item["folder"], item["names"])
-    return order
+    if not exists(f"{place}/{RESULT}"):
+        raise StorageError(f"{place}: no {RESULT}: no job has delivered its outputs there")
+    content = read_at_most(place, RESULT, LONGEST_RESULT)
+    try:
+        result = _RESULT.validate_json(content, strict=True)
+    except ValueError as error:
+        raise StorageError(f"{place}/{RESULT}: not the result of a job: {one_line(error)}") from None
+    if not re.fullmatch("[0-9a-f]{8}", result.attempt):
+        raise StorageError(f"{place}/{RESULT}: attempt {result.attempt[:40]!a} is not one of a job")
+    return result
 
 
-def deliver(place: str, outputs: Iterable[str]) -> None:
-    """Publishes files and folders of the working directory as the outputs of the job at `place`."""
-    names = [path.as_posix() for output in outputs for path in _files_in(Path(output))]
-    url = publish(".", f"{place}/outputs/{uuid.uuid4().hex[:8]}", names)
-    files.write_json(f"{place}/result.json", {"outputs": url, "files": [file_record(Path(name)) for name in names]})
+def fetch_result(place: str, result: Result, folder: Path) -> None:
+    """Copies what the job delivered to a new folder; raises `StorageError` unless each file is what `result` says."""
+    fetch(place, folder, result.files, below=f"outputs/{result.attempt}/")
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Name, bytes and sha256 of a file."""
-    return {"name": path.as_posix(), "bytes": path.stat().st_size, "sha256": files.file_digest(path)}
+def _names_in(path: Path) -> list[str]:
+    """The name of a file, or of all files in a folder, sorted, without hidden ones, which a kill may have left half written."""
+    found = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    return [item.as_posix() for item in found if not any(part.startswith(".") for part in item.parts)]
 
 
-def _files_in(path: Path) -> list[Path]:
-    """A file, or all files in a folder, sorted by name."""
-    return sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+def inputs_for_all(storage: str, folders: Iterable[Path]) -> tuple[Input, ...] | None:
+    """Publishes what earlier stages made in `folders` for trials on other nodes; None if they read it here.
 
-
-def place_of_inputs(storage: str, folders: Iterable[Path]) -> str | None:
-    """The place where trials on other nodes find what earlier stages made in `folders`; None if they read it here.
-
-    It is that of the submitted job, or a new one if `RAY_ADDRESS` names a cluster and the storage is at a URL.
+    They are on other nodes in a submitted job, and if `RAY_ADDRESS` names a cluster and the storage is at a URL.
     """
-    place = os.environ.get(PLACE)
-    if place is not None or not os.environ.get("RAY_ADDRESS") or "://" not in storage:
-        return place
-    storage = storage.rstrip("/")
+    if "://" not in storage or not (os.environ.get(PLACE) or os.environ.get("RAY_ADDRESS")):
+        return None
     made = sorted({os.path.relpath(folder) for folder in folders if folder.is_dir()})
-    place = f"{storage}/jobs/search-{uuid.uuid4().hex[:8]}"
-    write_order(place, {"stages": [], "inputs": [publish_input(path, storage) for path in made], "environment": {}})
-    return place
+    uploads = [input_upload(path, storage) for path in made]
+    return tuple(publish_input(upload) for upload in uploads if upload is not None)
 
 
-def enter_inputs(place: str | None) -> None:
-    """Makes a folder with the inputs of the job at `place` the working directory, if the shards are not in the present one."""
-    if place is not None and not Path("data/shards").is_dir():
-        os.chdir(_inputs(place).name)
+def enter_inputs(inputs: Sequence[Input] | None) -> None:
+    """Makes a folder with `inputs` the working directory, if the shards are not in the present one."""
+    if inputs is not None and not Path("data/shards").is_dir():
+        os.chdir(_folder_of(tuple(inputs)).name)
 
 
 @cache
-def _inputs(place: str) -> TemporaryDirectory[str]:
-    """A folder of this process with the inputs of the job at `place`."""
+def _folder_of(inputs: tuple[Input, ...]) -> TemporaryDirectory[str]:
+    """A folder of this process with the inputs."""
     folder = TemporaryDirectory(prefix="inputs-")
-    pull_inputs(place, Path(folder.name))
+    pull_inputs(inputs, Path(folder.name))
     return folder

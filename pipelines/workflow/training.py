@@ -95,17 +95,27 @@ def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> Non
     Raises:
         ParamsError: that directory has no checkpoint.
     """
-    if task.params.training.resume is None:
+    source = earlier_run(task)
+    if source is None or source == directory:
         return
-    source = users_path(task.params.training.resume)
-    if f"/{task.name}/" not in source or source == directory:
-        return
-    if checkpoints.newest(source) is None:
-        raise ParamsError(f"training.resume: there is no whole checkpoint in {task.params.training.resume}")
+    check_resumable(source)
     with held(directory) as lease:
         if checkpoints.newest(directory) is None:
             checkpoints.copy(source, directory, lease)
     run.tag("resumed_from", source)
+
+
+def earlier_run(task: Task) -> str | None:
+    """The directory that `training.resume` names, if it is one of this stage."""
+    named = task.params.training.resume
+    source = None if named is None else users_path(named)
+    return None if source is None or f"/{task.name}/" not in source else source
+
+
+def check_resumable(directory: str) -> None:
+    """Raises `ParamsError` unless the directory of an earlier run has a checkpoint."""
+    if checkpoints.newest(directory) is None:
+        raise ParamsError(f"training.resume: there is no whole checkpoint in {directory}")
 
 
 def save_best(task: Task, result: Result, out: Path) -> None:

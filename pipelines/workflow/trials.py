@@ -29,7 +29,7 @@ from pipelines.training import EpochRecord, Result, TrainingError, launch, train
 from pipelines.training.job import directions
 from pipelines.workflow.places import REPORTS, shards_for_all
 from pipelines.workflow.reports import trials_table, what_a_search_shows
-from pipelines.workflow.submitted_job import enter_inputs
+from pipelines.workflow.submitted_job import Input, enter_inputs
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 
@@ -85,7 +85,7 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
 
 def run_trial(
     params: Params,
-    place: str | None,
+    inputs: Sequence[Input] | None,
     values: dict[str, Any],
     directory: str,
     on_epoch: Callable[[EpochRecord], None],
@@ -93,9 +93,9 @@ def run_trial(
 ) -> dict[str, float]:
     """Trains with `values`; returns the metrics of the best epoch on the validation split. See `pipelines.search.tune.Work`.
 
-    What was not measured is left out. `place` has the inputs of the search, for trials on nodes that have the code alone.
+    What was not measured is left out. `inputs` are those of the search, for trials on nodes that have the code alone.
     """
-    enter_inputs(place)
+    enter_inputs(inputs)
     task = task_of(params, values)
     here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)

@@ -9,23 +9,28 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+import torch
+from dvc.repo import Repo
 from mlflow import MlflowClient
 
 from infra import package, submit
-from infra.project import SubmitError
+from infra.project import SubmitError, change
 from pipelines import models
-from pipelines.data.shards.manifest import MANIFEST
+from pipelines.data.shards.manifest import MANIFEST, read_manifest
+from pipelines.data.shards.writer import write_shards
 from pipelines.models import ModelSpec
-from pipelines.params import TrainingParams
-from pipelines.storage import files
-from pipelines.storage.publish import publish
+from pipelines.params import TrainingParams, load
+from pipelines.storage.publish import describe, publish
 from pipelines.training import TrainingError, cluster
 from pipelines.training.launch import _check_gpus, is_autoscaled
 from pipelines.workflow import trials
-from pipelines.workflow.submitted_job import place_of_inputs, pull_inputs
-from tests.support.project import Project
+from pipelines.workflow.submitted_job import Input, inputs_for_all, pull_inputs, read_order
+from tests.support.project import Project, Workspace
+from tests.support.toy_source import ToySource, plain
 
 
 @pytest.fixture
@@ -117,14 +122,14 @@ def test_no_secret_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/manifest.json").write_text("{}")
-    item = {"folder": "data/shards/a", "url": publish(tmp_path / "here", "memory://shards/a", [MANIFEST]), "names": [MANIFEST]}
-    files.write_json("memory://jobs/a/order.json", {"stages": [], "inputs": [item], "environment": {}})
+    url = publish(tmp_path / "here", f"memory://{tmp_path.name}/shards/a", [MANIFEST])
+    inputs = [Input("data/shards/a", url, (describe(tmp_path / "here", MANIFEST),))]
     monkeypatch.chdir(tmp_path)
     seen: list[Path] = []
     monkeypatch.setattr(trials, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
     for _ in range(2):
         with pytest.raises(SystemExit):
-            trials.run_trial(None, "memory://jobs/a", {}, "", print, 1)  # type: ignore[arg-type]
+            trials.run_trial(None, inputs, {}, "", print, 1)  # type: ignore[arg-type]
     assert seen[0] == seen[1]
     assert seen[0].read_text() == "{}"
     assert not seen[0].is_relative_to(tmp_path / "data")
@@ -138,12 +143,12 @@ def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_t
     models.save(made, models.assemble(spec), spec)
     folders = (made, tmp_path / "data/explanations")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert place_of_inputs("memory://placed", folders) is None
+    assert inputs_for_all("memory://placed", folders) is None
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert place_of_inputs("runs", folders) is None
-    place = place_of_inputs("memory://placed", folders)
-    assert place is not None
-    pull_inputs(place, tmp_path / "elsewhere")
+    assert inputs_for_all("runs", folders) is None
+    inputs = inputs_for_all("memory://placed", folders)
+    assert inputs is not None
+    pull_inputs(inputs, tmp_path / "elsewhere")
     assert models.digest(tmp_path / "elsewhere/models/pretrain") == models.digest(made)
 
 
@@ -176,6 +181,119 @@ def test_gpus_may_come_later_where_there_is_an_autoscaler(
         _check_gpus(TrainingParams(workers=[2, 4], gpus_per_worker=1))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "room"),
+    [
+        ([{"CPU": 8}], 0, 4),
+        ([{"CPU": 3}, {"CPU": 1}, {}], 0, 1),  # a worker's two CPUs are on one node
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 8}], 1, 1),
+        ([{"CPU": 64, "GPU": 1}], 0.1, 10),
+        ([], 0, 0),
+    ],
+)
+def test_a_worker_runs_on_one_node(nodes: list[dict[str, float]], gpus: float, room: int) -> None:
+    assert submit.room_for(nodes, {"CPU": 2, "GPU": gpus}) == room
+
+
+GRAPH = """
+stages:
+  pretrain:
+    cmd: python -m stages.pretrain
+    deps: [data/shards/objects]
+    params: [model, pretrain, training.workers]
+    outs: [models/pretrain]
+  distill:
+    matrix: {run: [kd]}
+    cmd: python -m stages.distill ${item.run}
+    params: [distill, training.workers]
+    outs: ["models/distill/${item.run}"]
+  search:
+    cmd: python -m stages.search
+    params: [search]
+    outs: [reports/search/trials.json]
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with toy shards and a graph of three stages, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Workspace(tmp_path).compose("training.workers=1")
+    samples = {"train": [plain(number) for number in range(32)], "val": [plain(number) for number in range(4)]}
+    write_shards(ToySource(samples), Path("raw"), Path("data/shards/objects"), shard_size=20, progress=False)
+    Path("dvc.yaml").write_text(GRAPH)
+    Path(".gitignore").write_text("/data\n/models\n/weights.pt\n")
+    commit = "git init -q && git add -A && git -c user.name=a -c user.email=a@b.example commit -qm all"
+    subprocess.run(commit, shell=True, check=True)
+    Repo.init().close()
+    return tmp_path
+
+
+def uploaded(storage: str) -> list[str]:
+    """All files in the storage."""
+    filesystem, root = fsspec.url_to_fs(storage)
+    return [path.removeprefix(f"{root}/") for path in filesystem.find(root)]
+
+
+def test_what_a_job_needs_is_uploaded_once_and_its_order_goes_with_the_code(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"local://{small}/storage"
+    assert submit.main(["pretrain", "--prepare", "--workers", "1:2", "--storage", storage]) == 0
+    place = capsys.readouterr().out.split("prepared: ")[1].strip()
+    shutil.unpack_archive(f"{place.removeprefix('local://')}/code.zip", small / "there")
+    order = read_order(small / "there/code")
+    manifest = read_manifest("data/shards/objects")
+    (item,) = order.inputs
+    assert order.place == place
+    assert item == Input("data/shards/objects", f"{storage}/shards/{manifest.digest[:16]}", (describe(item.folder, MANIFEST),))
+    assert set(uploaded(item.url)) == {path.name for path in Path("data/shards/objects").iterdir()}
+    assert load("params.yaml").training.workers == (1, 2)
+    assert load(str(small / "there/code/params.yaml")).storage.root == storage
+
+
+def cut_a_shard() -> None:
+    next(Path("data/shards/objects").glob("train-*.tar")).write_bytes(b"cut")
+
+
+def a_model() -> None:
+    spec = ModelSpec("resnet8", ("circle", "square", "star"), 32, "conventional")
+    models.save("models/pretrain", models.assemble(spec), spec)
+
+
+def weights_that_git_ignores() -> None:
+    torch.save(models.build("resnet8", num_classes=3).state_dict(), "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "before", "told"),
+    [
+        ("pretrain", {"pretrain.select": "val/nothing"}, None, "pretrain.select: no metric 'val/nothing'; there are val/"),
+        ("pretrain", {"pretrain.batch_size": 1}, None, "batch_size 1 (over all workers)"),
+        ("pretrain", {"model.weights": "nowhere.pt"}, None, "weights nowhere.pt: no such file"),
+        ("pretrain", {"model.weights": "weights.pt"}, weights_that_git_ignores, "weights.pt: the job would not find it"),
+        ("pretrain", {"training.resume": "runs/pretrain/0"}, None, "training.resume: there is no whole checkpoint in"),
+        ("pretrain", {}, cut_a_shard, "has 3 bytes, not"),
+        ("pretrain", {"dataset": "cifar10"}, None, "shards are not there"),
+        ("distill@kd", {}, None, "no model in"),
+        ("search", {"search.metrics": ["val/no"], "search.asha": None}, a_model, "search.metrics: no metric 'val/no'"),
+    ],
+)
+def test_what_a_job_would_be_refused_for_is_said_before_anything_is_uploaded(
+    stage: str, changes: dict[str, object], before: Any, told: str, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(Path("params.yaml"), changes)
+    if before:
+        before()
+    params = Path("params.yaml").read_bytes()
+    storage = f"memory://{small.name}"
+    assert submit.main([stage, "--prepare", "--workers", "2", "--storage", storage]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+    assert uploaded(storage) == []
+    assert Path("params.yaml").read_bytes() == params
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with shards, at toy size."""
@@ -200,8 +318,9 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(
     elsewhere = tmp_path / "elsewhere"
     shutil.unpack_archive(f"{place.removeprefix('local://')}/code.zip", elsewhere)
     assert not (elsewhere / "code/data").exists()
+    assert read_order(elsewhere / "code").place == place
     env = project.environment | {"PYTHONPATH": str(elsewhere / "code")}
-    job = [sys.executable, "-m", "infra.job", place]
+    job = [sys.executable, "-m", "infra.job"]
     done = subprocess.run(job, cwd=elsewhere / "code", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((elsewhere / "code/data").rglob("*.tar"))  # read where they were published

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter
 from pipelines.data.shards.sample import DataError, Task
 from pipelines.storage.errors import one_line
 from pipelines.storage.files import file_digest, read_json
+from pipelines.storage.publish import File
 
 MANIFEST = "manifest.json"
 
@@ -112,6 +114,8 @@ def read_manifest(root: str) -> Manifest:
     try:
         content = read_json(f"{root}/{MANIFEST}")
         manifest = None if content is None else _CONTENT.validate_python(content)
+        for listed in () if manifest is None else (*chain(*manifest.splits.values()), *manifest.indexes.values()):
+            File(listed.name, listed.bytes, listed.sha256)  # which raises: copies are written under these names
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
     except ValueError as error:

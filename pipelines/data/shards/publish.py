@@ -6,20 +6,30 @@ from pathlib import Path
 
 from pipelines.data.shards.manifest import MANIFEST, ShardError, read_manifest
 from pipelines.data.shards.stored_explanations import INDEX, read_index, shard_files
-from pipelines.storage import files
-from pipelines.storage.publish import publish
+from pipelines.storage.files import file_digest, read_json
+from pipelines.storage.publish import Upload
 
 
 def publish_shards(folder: str, storage: str) -> str:
     """Copies the shards of a manifest in a local folder to `storage` if missing; returns their root."""
+    return shards_upload(folder, storage).run()
+
+
+def shards_upload(folder: str, storage: str) -> Upload:
+    """The shards of a manifest in a local folder, and where in `storage` they belong."""
     manifest = read_manifest(folder)
-    names = [shard.name for shards in manifest.splits.values() for shard in shards]
-    names += [index.name for index in manifest.indexes.values()]
-    return publish(folder, f"{storage.rstrip('/')}/shards/{manifest.digest[:16]}", [*names, MANIFEST])
+    listed = (*(shard for shards in manifest.splits.values() for shard in shards), *manifest.indexes.values())
+    sizes = {file.name: file.bytes for file in listed}
+    return Upload(folder, f"{storage.rstrip('/')}/shards/{manifest.digest[:16]}", (*sizes, MANIFEST), sizes)
 
 
 def publish_explanations(folder: str, storage: str) -> str:
-    """The root of the stored explanations whose index is in a local folder: at a URL, or copied to `storage` if missing there.
+    """The root of the stored explanations whose index is in a local folder: at a URL, or copied to `storage` if missing there."""
+    return explanations_upload(folder, storage).run()
+
+
+def explanations_upload(folder: str, storage: str) -> Upload:
+    """The stored explanations of an index in a local folder, and where they belong: where the index says, or in `storage`.
 
     Raises:
         ShardError: the explanations are not where the index says.
@@ -27,8 +37,9 @@ def publish_explanations(folder: str, storage: str) -> str:
     index = read_index(folder)
     if "root" in index:
         url = index["root"]
-        if files.read_json(f"{url}/{INDEX}") != index:
+        if read_json(f"{url}/{INDEX}") != index:
             raise ShardError(f"{folder}/{INDEX}: its explanations are no longer at {url}: run the stage `explain` again")
-        return url
-    url = f"{storage.rstrip('/')}/explanations/{files.file_digest(Path(folder, INDEX))[:16]}"
-    return publish(folder, url, shard_files(index))
+        return Upload(folder, url, (INDEX,))
+    sizes = {shard["name"]: shard["bytes"] for shard in index["shards"]}
+    url = f"{storage.rstrip('/')}/explanations/{file_digest(Path(folder, INDEX))[:16]}"
+    return Upload(folder, url, tuple(shard_files(index)), sizes)

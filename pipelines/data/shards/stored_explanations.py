@@ -27,6 +27,7 @@ from pipelines.data.shards.manifest import Shard, ShardError
 from pipelines.data.shards.reader import OpenShards
 from pipelines.data.shards.tar import Entry, write_tar
 from pipelines.storage import files
+from pipelines.storage.publish import File
 from pipelines.storage.retry import is_remote
 
 INDEX = "explanations.json"
@@ -97,7 +98,9 @@ def read_index(root: str) -> dict[str, Any]:
     """The index that `write_index` wrote; raises `ShardError` if there is none."""
     try:
         content = files.read_json(f"{root}/{INDEX}")
-    except (OSError, ValueError) as error:
+        for entry in () if content is None else content["shards"]:
+            File(entry["name"], entry["bytes"], entry["sha256"])  # which raises: copies are written under these names
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
     if content is None:
         raise ShardError(f"{root}: no {INDEX}; explanations were not stored there, or not to the end")

@@ -1,0 +1,71 @@
+"""What a training stage or the search can be refused for, found out before anything is uploaded or started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.data.loading.subsets import few_shot
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.distributed import Context
+from pipelines.methods import check_pair
+from pipelines.models import read_spec
+from pipelines.params import Params, check_space, keyed, replaced
+from pipelines.training.launch import check_batch_size
+from pipelines.training.loop import set_up
+from pipelines.workflow.places import model_folder, shards_of
+from pipelines.workflow.tasks import TASKS, Task, student_spec
+from pipelines.workflow.training import check_resumable, earlier_run
+from pipelines.workflow.trials import check_metrics, task_of
+
+NOWHERE = "runs/none"  # the directory of a run that has no checkpoints
+
+
+def check_stage(name: str, params: Params) -> list[Path]:
+    """Does what the stage would do before its first step, with this machine's shards and models; uploads nothing.
+
+    Args:
+        name: of a training stage, of `explain` or of `search`, as DVC addresses it: `bcosify@pretrained`.
+        params: that it would run with.
+
+    Returns:
+        What the stage reads on this machine beside what earlier stages made: a file of weights, the run that it resumes.
+
+    Raises:
+        UserError, FileNotFoundError: the stage would be refused.
+    """
+    here = replaced(params, {"storage.root": "runs"})  # at a URL, workers would read there: tasks upload what they need
+    stage, _, which = name.partition("@")
+    if stage == "explain":
+        check_explain(here)
+        return []
+    if stage == "search":
+        check_space(here, "params.yaml: search.space")
+        task = task_of(here, {})
+        check_metrics(here, task)
+    else:
+        task = TASKS[stage](here, *([which] if which else []))
+    check_task(task)
+    source = None if stage == "search" else earlier_run(task)
+    if source is not None:
+        check_resumable(source)
+    weights = None if task.model is None else task.model.weights
+    paths = [Path(place.removeprefix("file://")).expanduser() for place in (weights, source) if place is not None]
+    return [path for path in paths if path.exists()]
+
+
+def check_task(task: Task) -> None:
+    """Raises the error with which the training of `task` would end before its first step."""
+    with keyed(task.section, task.optim), keyed("training", task.params.training):
+        check_batch_size(task.optim.batch_size, task.params.training)
+        set_up(Context(), task.job(NOWHERE))
+
+
+def check_explain(params: Params) -> None:
+    """Raises the error with which the stage `explain` would end before it explains an image."""
+    if not any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):
+        return
+    teacher, shards = read_spec(model_folder("teacher")), shards_of(params.dataset)
+    with keyed("distill", params.distill):
+        check_pair(student_spec(params, read_manifest(shards), teacher), teacher, explained=True)
+        if params.distill.shots is not None:
+            few_shot(shards, "train", params.distill.shots, params.distill.shots_seed)
