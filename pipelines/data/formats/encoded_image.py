@@ -92,12 +92,12 @@ def open_image(encoded: bytes, *, apply_exif: bool = False) -> Image.Image:
     return image if transpose is None else image.transpose(transpose)
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """The orientation that a decoded image's metadata gives; None if they give none or are damaged."""
+def _orientation(image: Image.Image) -> int:
+    """The orientation that a decoded image's metadata gives; 1, upright, if they give none or are damaged."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # the parser of EXIF meets corrupt bytes with errors of any type
-        return None
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -48,7 +48,7 @@ def classes_of(contents: Contents, folder: str, where: str, left_out: LeftOut) -
         for name in sorted(contents.folders)
         if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
     }
-    loose = []
+    loose: list[str] = []
     for path in sorted(contents.files):
         if path.startswith(prefix):
             class_name, slash, _ = path.removeprefix(prefix).partition("/")
