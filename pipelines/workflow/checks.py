@@ -6,16 +6,15 @@ from pathlib import Path
 
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.distributed import Context
 from pipelines.methods import check_pair
 from pipelines.models import read_spec
 from pipelines.params import Params, check_space, keyed, replaced
-from pipelines.training.launch import check_batch_size
-from pipelines.training.loop import set_up
+from pipelines.storage.paths import users_path
+from pipelines.training.preflight import check
 from pipelines.workflow.places import model_folder, shards_of
 from pipelines.workflow.tasks import TASKS, Task, student_spec
 from pipelines.workflow.training import check_resumable, earlier_run
-from pipelines.workflow.trials import check_metrics, task_of
+from pipelines.workflow.trials import task_of, with_measurable_metrics
 
 NOWHERE = "runs/none"  # the directory of a run that has no checkpoints
 
@@ -41,7 +40,7 @@ def check_stage(name: str, params: Params) -> list[Path]:
     if stage == "search":
         check_space(here, "params.yaml: search.space")
         task = task_of(here, {})
-        check_metrics(here, task)
+        with_measurable_metrics(here, task)
     else:
         task = TASKS[stage](here, *([which] if which else []))
     check_task(task)
@@ -49,15 +48,14 @@ def check_stage(name: str, params: Params) -> list[Path]:
     if source is not None:
         check_resumable(source)
     weights = None if task.model is None else task.model.weights
-    paths = [Path(place.removeprefix("file://")).expanduser() for place in (weights, source) if place is not None]
+    paths = [Path(users_path(place)) for place in (weights, source) if place is not None]
     return [path for path in paths if path.exists()]
 
 
 def check_task(task: Task) -> None:
     """Raises the error with which the training of `task` would end before its first step."""
     with keyed(task.section, task.optim), keyed("training", task.params.training):
-        check_batch_size(task.optim.batch_size, task.params.training)
-        set_up(Context(), task.job(NOWHERE))
+        check(task.job(NOWHERE))
 
 
 def check_explain(params: Params) -> None:
