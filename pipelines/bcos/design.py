@@ -205,8 +205,10 @@ def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
 def _last_as_run(network: BcosNetwork) -> nn.Module | None:
     """The B-cos layer that gives the output, but for pools and reshaping, as far as `torch.fx` can trace the network."""
     graph = _traced(network)
-    node = graph and next(reversed(graph.nodes))
-    while node and len(node.all_input_nodes) == 1:
+    if graph is None:
+        return None
+    node = next(reversed(graph.nodes))
+    while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
         module = network.body.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, BcosConv2d | BcosLinear):
