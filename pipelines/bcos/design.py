@@ -104,7 +104,7 @@ def bcosify(
     network = convert(model, mean=mean, std=std, norm=norm)
     classes = class_count(model, network, logit_bias)
     layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
-    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    drawn: dict[torch.Tensor, nn.Parameter] = {}
     for layer in layers:
         layer._configure(b, max_out, normalize_weight, b_mode)
         if max_out > 1:
@@ -165,7 +165,7 @@ def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
         log.info("nothing in %s for the default %s to act on", network, told)
 
 
-def _drawn(weight: nn.Parameter, max_out: int) -> nn.Parameter:
+def _drawn(weight: torch.Tensor, max_out: int) -> nn.Parameter:
     """Weights of `max_out` units for each row of `weight`, as torch's own layers start."""
     units = nn.Parameter(weight.new_empty(max_out * len(weight), *weight.shape[1:]), weight.requires_grad)
     nn.init.kaiming_uniform_(units, a=math.sqrt(5))
