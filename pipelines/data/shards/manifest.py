@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def read_manifest(root: str) -> Manifest:
     try:
         content = read_json(f"{root}/{MANIFEST}")
         manifest = None if content is None else _CONTENT.validate_python(content)
-        for shard in () if manifest is None else chain.from_iterable(manifest.splits.values()):
+        for shard in () if manifest is None else (shard for shards in manifest.splits.values() for shard in shards):
             File(shard.name, shard.bytes, shard.sha256)  # which raises: copies are written under these names
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
