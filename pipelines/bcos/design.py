@@ -104,7 +104,7 @@ def bcosify(
     network = convert(model, mean=mean, std=std, norm=norm)
     classes = class_count(model, network, logit_bias)
     layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
-    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    drawn: dict[torch.Tensor, nn.Parameter] = {}
     for layer in layers:
         layer._configure(b, max_out, normalize_weight, b_mode)
         if max_out > 1:
@@ -165,7 +165,7 @@ def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
         log.info("nothing in %s for the default %s to act on", network, told)
 
 
-def _drawn(weight: nn.Parameter, max_out: int) -> nn.Parameter:
+def _drawn(weight: torch.Tensor, max_out: int) -> nn.Parameter:
     """Weights of `max_out` units for each row of `weight`, as torch's own layers start."""
     units = nn.Parameter(weight.new_empty(max_out * len(weight), *weight.shape[1:]), weight.requires_grad)
     nn.init.kaiming_uniform_(units, a=math.sqrt(5))
@@ -205,8 +205,10 @@ def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
 def _last_as_run(network: BcosNetwork) -> nn.Module | None:
     """The B-cos layer that gives the output, but for pools and reshaping, as far as `torch.fx` can trace the network."""
     graph = _traced(network)
-    node = graph and next(reversed(graph.nodes))
-    while node and len(node.all_input_nodes) == 1:
+    if graph is None:
+        return None
+    node = next(reversed(graph.nodes))
+    while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
         module = network.body.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, BcosConv2d | BcosLinear):

@@ -83,7 +83,8 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
 
 def _compiled_from(module: nn.Module) -> nn.Module:
     """The module inside one of `torch.compile`; another one itself."""
-    return module._modules.get("_orig_mod") or module
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def _made_permanent(module: nn.Module) -> list[str]:

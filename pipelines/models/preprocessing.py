@@ -144,7 +144,7 @@ def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
 
 def _of_config(config: dict[str, Any]) -> Preprocessing:
     """What timm's `pretrained_cfg` says."""
-    view = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation")}
+    view: dict[str, Any] = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation")}
     size = config["input_size"][-1] if config.get("input_size") else None
     if not config.get("mean") or not config.get("std"):
         return Preprocessing(image_size=size, **view)

@@ -231,4 +231,5 @@ def read_at_most(url: str, name: str, limit: int) -> bytes:
     if size > limit:
         raise StorageError(f"{url}/{name}: has {size} bytes; at most {limit} are read")
     filesystem, path = file_system(f"{url}/{name}")
-    return filesystem.cat_file(path, 0, size) if size else b""
+    with filesystem.open(path, "rb", block_size=BLOCK) as file:
+        return file.read(size)

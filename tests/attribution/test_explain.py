@@ -264,3 +264,14 @@ def test_errors_name_what_is_near(images):
     model.unused = nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="takes no part"):
         attribute(model, images, TARGETS, layer="unused")
+
+
+@pytest.mark.parametrize("method", ["bcos", "gradcam", "input_x_gradient", "integrated_gradients"])
+def test_maps_are_the_same_where_the_caller_has_turned_gradients_off(images, method):
+    model = bcos() if method == "bcos" else conventional()
+    layer = "body.stage" if method == "bcos" else None
+    expected = attribute(model, images, TARGETS, method=method, layer=layer)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = attribute(model, images.clone(), TARGETS.clone(), method=method, layer=layer)
+        torch.testing.assert_close(found, expected)

@@ -16,6 +16,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError, one_line
+from pipelines.storage.publish import File, describe, fetch, publish, read_at_most
 from tests.support.disk import Disk
 
 
@@ -32,6 +33,20 @@ def test_what_is_written_is_read(folder: str) -> None:
     files.remove(folder)
     files.remove(folder)
     assert files.names_in(folder) == []
+
+
+def test_published_files_come_back_as_they_are_known(folder: str, tmp_path: Path) -> None:
+    contents = {"large": bytes(range(256)) * 5000, "empty": b"", "below/a b.json": b"{}"}
+    for name, content in contents.items():
+        files.write(tmp_path / "here" / name, content)
+    publish(tmp_path / "here", f"{folder}/below/it", contents)
+    fetch(folder, tmp_path / "back", [describe(tmp_path / "here", name) for name in contents], below="below/it/")
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
+    assert read_at_most(f"{folder}/below/it", "below/a b.json", 10) == b"{}"
+    assert read_at_most(f"{folder}/below/it", "empty", 10) == b""
+    for name in ("nothing", "below"):
+        with pytest.raises(StorageError, match=rf"^{folder}/below/it/{name}: [^\n]*$"):
+            fetch(f"{folder}/below/it", tmp_path / "back", [File(name, 2, "0" * 64)])
 
 
 def test_a_missing_bucket_is_named(bucket: str) -> None:
