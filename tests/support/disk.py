@@ -1,7 +1,7 @@
 """What a crash leaves: the files below a folder, as they would be found after it, at each place where a process changes them.
 
-A killed process leaves what it has written, half a write too. A machine that loses its power also forgets the content that was
-not synced, and the names of files in folders that were not synced.
+A killed process leaves what it has written, a part of a write too. A machine that loses its power also forgets the content that
+was not synced, and the names of files in folders that were not synced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,14 +131,15 @@ class Disk:
 
 
 class _File:
-    """A file opened for writing, which a crash may find half written."""
+    """A file opened for writing, which a crash may find a part of."""
 
     def __init__(self, file: Any, path: Path, disk: Disk) -> None:
         self._file, self._path, self._disk = file, path, disk
 
     def write(self, content: Any) -> int:
-        for part in (content[: len(content) // 2], content[len(content) // 2 :]):
-            self._file.write(part)
+        cuts = [len(content) * quarter // 4 for quarter in range(5)]
+        for start, end in pairwise(cuts):
+            self._file.write(content[start:end])
             self._file.flush()
             self._disk._take(f"write {self._path.name}")
         return len(content)
