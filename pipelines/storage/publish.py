@@ -64,7 +64,7 @@ class Upload:
     def check(self) -> None:
         """Raises `StorageError` unless all files are here, or at `url` already. Uploads nothing."""
         try:
-            _check_here(self.folder, self.names, self.sizes)
+            _check_here(self.folder, self.url, self.names, self.sizes)
         except StorageError:
             if not exists(f"{self.url}/{self.names[-1]}"):
                 raise
@@ -86,7 +86,7 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
     try:
         if exists(f"{url}/{marker}"):
             return url
-        _check_here(folder, (*others, marker))
+        _check_here(folder, url, (*others, marker))
         for name in (*others, marker):
             if is_remote(url):
                 make_folder(filesystem, str(PurePosixPath(root, name).parent))
@@ -99,15 +99,15 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
     return url
 
 
-def _check_here(folder: str | Path, names: Iterable[str], sizes: Mapping[str, int] | None = None) -> None:
+def _check_here(folder: str | Path, url: str, names: Iterable[str], sizes: Mapping[str, int] | None = None) -> None:
     """Raises `StorageError` unless the folder has all of the files, in these sizes."""
     for name in names:
         path = Path(folder, name)
         if not path.is_file():
-            raise StorageError(f"{path}: there is no such file, so {folder} is not whole and nothing of it is uploaded")
+            raise StorageError(f"{folder} cannot be put to {url}: {path}: there is no such file")
         wanted = (sizes or {}).get(name)
         if wanted is not None and path.stat().st_size != wanted:
-            raise StorageError(f"{path}: has {path.stat().st_size} bytes, not {wanted}: it is damaged and is not uploaded")
+            raise StorageError(f"{folder} cannot be put to {url}: {path}: has {path.stat().st_size} bytes, not {wanted}")
 
 
 @retried

@@ -26,7 +26,8 @@ ATTACKS = [
 
 @pytest.mark.parametrize(("field", "value"), ATTACKS)
 def test_a_manifest_names_files_of_its_folder_by_their_sha256(field: str, value: Any, tmp_path: Path) -> None:
-    write_shards(ToySource({"train": [plain(number) for number in range(3)]}), Path("raw"), tmp_path, progress=False)
+    source = ToySource({"train": [plain(number) for number in range(3)]})
+    write_shards(source, Path("raw"), tmp_path, shard_size=3, progress=False)
     content = json.loads((tmp_path / MANIFEST).read_text())
     content["splits"]["train"][0][field] = value
     (tmp_path / MANIFEST).write_text(json.dumps(content))
