@@ -126,7 +126,7 @@ class Decoder:
             for label in labels:
                 if not 0 <= label < classes:
                     raise ShardError(f"{raw.shard}: {raw.key}: label {label} is out of range; there are {classes} classes")
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ShardError(f"{raw.shard}: {raw.key}: its json is not that of task {task}: {error!r}") from None
         return annotation
 
