@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
+from pipelines.metrics import higher_is_better
 from pipelines.storage.files import required_json, write_json
 from pipelines.workflow.evaluating import BCOS_NAMES
 from pipelines.workflow.places import REPORTS, shards_of
@@ -32,6 +33,7 @@ def main() -> None:
             pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
             params=params.model_dump(mode="json"),
             compare=select,
+            higher_is_better=higher_is_better(select) is not False,
         )
         write_json(REPORTS / "register.json", {"uri": version.uri, "version": version.version, "digest": version.digest})
 

@@ -36,7 +36,7 @@ INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 def names_a_file(weights: str) -> bool:
     """Whether `weights` is a local file or URL, and no tag of a library: an existing file, or a name that looks like one."""
     looks = re.search(rf"[/\\]|\.({'|'.join(SUFFIXES)})$|^\w+://", weights, re.IGNORECASE)
-    return looks is not None or Path(weights).is_file()
+    return looks is not None or Path(users_path(weights)).is_file()
 
 
 def read_state_dict(source: str, sha256: str | None = None) -> StateDict:

@@ -77,9 +77,13 @@ def test_a_pair_that_does_not_fit_ends_the_stage_before_training(workspace, caps
     assert "epoch" not in capsys.readouterr().out
 
 
-def test_a_class_with_too_few_images_ends_the_stage_with_one_line(workspace):
-    workspace.compose("distill.shots=1000")
-    assert "shots: 1000 images a class are asked for; class" in refused(distill.main, "kd")
+def test_a_class_with_too_few_images_gives_all_of_them_and_one_line_says_so(workspace, caplog):
+    workspace.compose("distill.shots=1000", "distill.kd.epochs=0")
+    distill.main("kd")
+    assert workspace.read("models/distill/kd/subset.json")["count"] == 192
+    assert [
+        line for line in caplog.messages if line.startswith("shots: 1000 images a class; 10 of 10 classes have fewer in train")
+    ]
 
 
 def test_another_point_of_the_front_is_taken_without_training_again(workspace, capsys):

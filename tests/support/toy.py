@@ -15,13 +15,9 @@ import torch
 import torchmetrics
 from torch import nn
 
-from pipelines.attribution import comparable_explainers
-from pipelines.bcos import BcosBatchNorm, bcosify
+from pipelines.bcos import BcosBatchNorm
 from pipelines.distributed import gather
-from pipelines.methods import E2KD
-from pipelines.models import ModelSpec
-from pipelines.params import DataParams, DistillationParams, OptimiserParams, TrainingParams
-from pipelines.storage import files
+from pipelines.params import DataParams, OptimiserParams, TrainingParams
 from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
 from pipelines.training.loop import fit, set_up
 from pipelines.training.step import compute_gradients
@@ -372,28 +368,6 @@ def toy_trial(
         raise ValueError("too fast")
     result = train(toy_job(directory, build, on_epoch=on_epoch, report_key=directory, **values), sharing)
     return {"val/accuracy": result.best["metrics"]["val/accuracy"], "val/gridpg": values["clip_value"]}
-
-
-def toy_student() -> E2KD:
-    """e²KD between two small B-cos networks without norms over a batch: there the loss of a batch is the mean of its parts'."""
-
-    def network(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
-        return bcosify(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)))
-
-    student, teacher, probe = network(3), network(4), torch.full((1, 6, SIDE, SIDE), 0.5)
-    spec = ModelSpec("toy", tuple("abc"), SIDE, "bcos")
-    params = DistillationParams(epochs=3, batch_size=8, lr=0.02, explanation_weight=2.0)
-    return E2KD(student, spec, teacher, params, comparable_explainers(student, teacher, probe, held=True))
-
-
-def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[float, float]]:
-    """Trains each job; of each, its explanation loss in the first epoch and in the last one."""
-    for job in jobs.values():
-        fit(context, job)
-    histories = {name: files.read_json(f"{job.directory}/history.json") for name, job in jobs.items()}
-    return {name: tuple(row[k]["metrics"]["train/explanation"] for k in (0, -1)) for name, row in histories.items()}
 
 
 def compile_and_accumulate(context: Context, jobs: dict[str, Job]) -> dict[str, Any]:

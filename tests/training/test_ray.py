@@ -27,7 +27,6 @@ from tests.support.toy import (
     call_each,
     compile_and_accumulate,
     difference,
-    distil_together,
     evaluate_toy,
     fit_and_evaluate,
     gradients_of_epoch,
@@ -35,10 +34,10 @@ from tests.support.toy import (
     interrupt_and_evaluate,
     toy_batches,
     toy_job,
-    toy_student,
     weights,
 )
 from tests.support.toy_source import ToySource, plain
+from tests.support.toy_student import distil_together, toy_student
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
