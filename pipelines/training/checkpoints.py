@@ -10,6 +10,7 @@ function may be called again after an error, and is while a remote storage fails
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from pipelines.storage import files
+from pipelines.storage.errors import DamagedFileError
 from pipelines.storage.lease import Lease
 from pipelines.storage.retry import retried
 
@@ -78,7 +80,8 @@ def save(
         _check(lease)
         files.write(f"{folder.at(directory)}/state.pt", content)
         _check(lease)
-        files.write_json(f"{folder.at(directory)}/complete.json", {"step": step, "bytes": len(content), **summary})
+        known = {"step": step, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files.write_json(f"{folder.at(directory)}/complete.json", {**known, **summary})
     except OSError:
         files.remove(folder.at(directory))
         _check(lease)
@@ -158,9 +161,19 @@ def copy(source: str, target: str, lease: Lease | None = None) -> None:
 
 
 def load(directory: str, step: int) -> dict[str, Any]:
-    """The state of the newest complete checkpoint of `step`, on the CPU; raises `FileNotFoundError` if there is none."""
+    """The state of the newest complete checkpoint of `step`, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: its content is not what was written.
+    """
     for folder in _folders(directory):
-        if folder.step == step and _summary(directory, folder) is not None:
-            content = files.read(f"{folder.at(directory)}/state.pt")
+        if folder.step == step and (summary := _summary(directory, folder)) is not None:
+            place = folder.at(directory)
+            content = files.read(f"{place}/state.pt")
+            if summary.get("sha256", sha256 := hashlib.sha256(content).hexdigest()) != sha256:
+                raise DamagedFileError(
+                    f"{place}/state.pt: damaged (its sha256 is another); delete {place} to go on from an older one"
+                )
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     raise FileNotFoundError(f"{directory}: no complete checkpoint of step {step}")
