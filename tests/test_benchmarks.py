@@ -10,6 +10,7 @@ import pytest
 import benchmarks
 
 NAMES = [f"benchmarks.{module.name}" for module in pkgutil.iter_modules(benchmarks.__path__)]
+READERS = ["pipelines.data.shards.reader", "pipelines.data.loading.loader", "pipelines.data.shards.stored_explanations"]
 OF_SPEED = ["benchmarks.step", "benchmarks.distillation", "benchmarks.guidance", "benchmarks.gridpg"]
 
 
@@ -18,6 +19,6 @@ def test_a_benchmark_finds_all_that_it_imports(name):
     importlib.import_module(name)
 
 
-def test_steps_are_measured_without_ray_dvc_mlflow_and_webdataset():
+def test_speed_is_measured_and_shards_are_read_without_ray_dvc_mlflow_and_webdataset():
     missing = "import sys; sys.modules.update(dict.fromkeys(['ray', 'dvc', 'mlflow', 'webdataset', 'optuna'])); "
-    subprocess.run([sys.executable, "-c", missing + f"import {', '.join(OF_SPEED)}"], check=True)
+    subprocess.run([sys.executable, "-c", missing + f"import {', '.join(OF_SPEED + READERS)}"], check=True)

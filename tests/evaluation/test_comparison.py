@@ -31,6 +31,8 @@ from pipelines.params import DataParams, EvaluateParams
 from pipelines.training import Context
 from tests.support.drawn import CLASSES, drawn_shards, flat, known_by_heart
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one worker trains the models
+
 DATA = DataParams(image_size=32, augment="none")
 PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3)
 
@@ -54,13 +56,14 @@ def on_rank(rank, world_size, directories, shards, folder):
 
 
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
+    mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation"])  # imported once for the five processes
     alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
     assert alone["images"] == 50
     assert alone["grids"]["count"] == 6
     for world_size in (2, 3):
         folder = tmp_path / str(world_size)
         folder.mkdir()
-        mp.spawn(on_rank, (world_size, trained, shards, folder), nprocs=world_size)
+        mp.start_processes(on_rank, (world_size, trained, shards, folder), nprocs=world_size, start_method="forkserver")
         for rank in range(world_size):
             together = torch.load(folder / f"{rank}.pt")
             assert together["models"]["bcos"]["accuracy"] == alone["models"]["bcos"]["accuracy"]

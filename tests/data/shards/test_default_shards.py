@@ -3,6 +3,8 @@
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
+
 from pipelines import params
 from pipelines.data import sources
 from pipelines.data.shards.writer import write_shards
@@ -11,6 +13,7 @@ ROOT = Path(__file__).parents[3]
 EXPECTED = Path(__file__).with_name("default_shards.sha256")  # as `sha256sum` writes it
 
 
+@pytest.mark.graph
 def test_the_default_shards_are_these_bytes(tmp_path):
     dataset = params.load(ROOT / "params.yaml").datasets["objects"]
     source = sources.get(dataset)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +69,3 @@ def test_wids_reads_what_our_reader_reads_from_the_index(root: Path, split: str,
     wids = pytest.importorskip("wids")
     dataset = wids.ShardListDataset(str(root / f"{split}.wids.json"), transformations=as_bytes, cache_dir=str(tmp_path))
     assert theirs([dataset[number] for number in range(len(dataset))]) == own(root, split)
-
-
-def test_reading_and_loading_need_no_webdataset() -> None:
-    modules = "pipelines.data.shards.reader", "pipelines.data.loading.loader", "pipelines.data.shards.stored_explanations"
-    code = f"import sys; sys.modules['webdataset'] = None; import {', '.join(modules)}"
-    subprocess.run([sys.executable, "-c", code], check=True)
