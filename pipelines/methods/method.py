@@ -17,6 +17,7 @@ class Method(Protocol):
     module: nn.Module
     fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
     fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
+    shared: tuple[str, ...]  # tensors of `prepare` of which `loss` needs the rows of all workers, see there
     losses: tuple[str, ...]  # names that `loss` returns, in some steps at least: an epoch can be selected by any of them
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
@@ -29,6 +30,10 @@ class Method(Protocol):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named scalars of a prepared batch, each a mean over its images; `loss` is the one to minimise. `model` is `module`.
+
+        Of each tensor NAME that is `shared`, `batch` has `all_NAME` (M, ...) too: the rows of all images of the step, on all
+        workers, M the same in every step, without gradient. `row` (N,) int64 says which of them belongs to each image; rows of
+        zeros belong to none.
 
         Must be a pure function of its inputs (no random numbers, no state): it may be compiled and called on parts of a batch.
         """
@@ -74,6 +79,7 @@ class Classification:
 
     fixed: tuple[nn.Module, ...] = ()
     fields: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
