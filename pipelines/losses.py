@@ -132,15 +132,14 @@ def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float, po
     if positives is not None:
         total, _ = _siglip_of_pairs(features, targets.detach(), positives, scale, bias)
         return total / len(features)
-    logits = scale * features @ F.normalize(targets, dim=1).T + bias
+    with torch.autocast(features.device.type, enabled=False):
+        logits = scale * features @ F.normalize(targets, dim=1).T + bias
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
 
 
 @torch.library.custom_op("bcos_pipelines::siglip_of_pairs", mutates_args=())
-def _siglip_of_pairs(
-    features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float
-) -> tuple[Tensor, Tensor]:
+def _siglip_of_pairs(features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float) -> tuple[Tensor, Tensor]:
     """The loss of all pairs, a scalar, and its gradient (N, D) by `features`, which are normalised.
 
     One operation for autograd and the compiler: both would keep the logits of every block, or unroll the loop.
@@ -187,7 +186,8 @@ def info_nce_loss(features: Tensor, targets: Tensor, temperature: float) -> Tens
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"info_nce_loss: the temperature must be finite and above 0, not {temperature}")
-    logits = F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T / temperature
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T / temperature
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 

@@ -122,20 +122,20 @@ def build_clip(spec: ModelSpec, teacher: str | Path, params: ClipParams, seed: i
     torch.manual_seed(seed)
     same = (spec.name, spec.options) == (taught.name, taught.options)
     module = models.assemble(spec, loaded.get_submodule("network") if same else None)
-    probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
-    check_same_width(module, loaded, probe)
-    check_held(module, probe)
+    own, wanted = (embedding_shape(tower, spec.image_size) for tower in (module, loaded))
+    if own != wanted:
+        raise ModelError(f"teacher: its embeddings have the shape {wanted}, those of the student {own}")
+    check_held(module, torch.full((2, 6, spec.image_size, spec.image_size), 0.5))
     return ClipBcosification(module, loaded, params)
 
 
 @torch.no_grad()
-def check_same_width(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
-    """Raises `ModelError` unless the embeddings of both have as many numbers; `images` (N, 6, H, W) are tried."""
-    training = student.training
-    own, taught = student.eval()(images).shape[1:], teacher.eval()(images).shape[1:]
-    student.train(training)
-    if own != taught:
-        raise ModelError(f"teacher: its embeddings have the shape {tuple(taught)}, those of the student {tuple(own)}")
+def embedding_shape(tower: nn.Module, size: int) -> tuple[int, ...]:
+    """The shape of what `tower` gives for an image of `size` pixels: (D,) if it is an image tower."""
+    training = tower.training
+    found = tower.eval()(torch.full((2, 6, size, size), 0.5)).shape[1:]
+    tower.train(training)
+    return tuple(found)
 
 
 class ImageText(nn.Module):
@@ -143,7 +143,7 @@ class ImageText(nn.Module):
 
     Args:
         image: (N, 6, H, W) in [0, 1] -> (N, D).
-        text: tokens (T, L) -> (T, D).
+        text: tokens (T, L) -> (T, D), and `tokens` of texts.
         loss: `clip`, without a bias, or `siglip`.
         locked: the image tower is frozen and stays in evaluation mode.
 
@@ -151,14 +151,18 @@ class ImageText(nn.Module):
         logit_scale: the logarithm of the scale.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, loss: str, locked: bool) -> None:
+    def __init__(self, image: nn.Module, text: models.TextTower, loss: str, locked: bool) -> None:
         super().__init__()
         self.image, self.text, self.locked = image, text, locked
         scale, bias = SCALES[loss]
         self.logit_scale = nn.Parameter(torch.tensor(scale))
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(bias)))
         if locked:
             image.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 6, H, W) in [0, 1] -> embeddings (N, D)."""
+        return self.image(images)
 
     def train(self, mode: bool = True) -> ImageText:
         """Sets the mode of all but a locked image tower."""
@@ -198,20 +202,20 @@ class ImageTextTraining:
             return {"features": torch.cat([self._embedded(part) for part in parts]), "tokens": self._tokens(batch)}
         return {"image": images, "tokens": self._tokens(batch)}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss` of a prepared batch."""
-        images = batch["features"] if "features" in batch else model.image(batch["image"])  # type: ignore[operator]
-        texts = model.text(batch["tokens"])  # type: ignore[operator]
+        images = batch["features"] if "features" in batch else model.image(batch["image"])
+        texts = model.text(batch["tokens"])
         return {"loss": self._loss(*self._compared(model, images, texts))}
 
     def metrics(self) -> Any:
         """`loss`, with the pairs of each validation batch, and the figures of `Recall`, of each image's first caption."""
-        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.module.text.width)}  # type: ignore[arg-type]
+        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.module.text.width)}
         return MetricCollection(kinds, compute_groups=False)
 
-    def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+    def update(self, metrics: Any, model: Any, batch: Batch) -> None:
         """Takes an evaluation batch into `metrics`."""
-        images, texts = model.image(add_inverse(batch["image"])), model.text(self._tokens(batch))  # type: ignore[operator]
+        images, texts = model.image(add_inverse(batch["image"])), model.text(self._tokens(batch))
         loss = self._local_loss(*self._compared(model, images, texts))
         metrics["loss"].update(loss.expand(len(images)))
         metrics["recall"].update(images, texts)
@@ -239,14 +243,16 @@ class ImageTextTraining:
         captions = batch.get("caption", [""] * len(batch["key"]))
         for key, caption in zip(batch["key"], captions, strict=True):
             if not caption.strip():
-                raise ModelError(f"image {key} has no caption: an image tower and a text tower are trained on images with captions")
-        return self.module.text.tokens(captions).to(batch["image"].device)  # type: ignore[operator]
+                raise ModelError(
+                    f"image {key} has no caption: an image tower and a text tower are trained on images with captions"
+                )
+        return self.module.text.tokens(captions).to(batch["image"].device)
 
     @staticmethod
-    def _compared(model: nn.Module, images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+    def _compared(model: Any, images: Tensor, texts: Tensor) -> tuple[Any, ...]:
         """What open_clip's losses take: embeddings of norm 1, the scale, the bias."""
         images, texts = F.normalize(widened(images), dim=1), F.normalize(widened(texts), dim=1)
-        return images, texts, model.logit_scale.exp(), model.logit_bias  # type: ignore[operator]
+        return images, texts, model.logit_scale.exp(), model.logit_bias
 
 
 def open_clip_loss(name: str, rank: int = 0, workers: int = 1) -> nn.Module:
@@ -292,15 +298,7 @@ def build_image_text(
     network = models.build(model.name, model.weights, sha256=model.sha256, options=model.options)
     image = models.assemble(spec, network)
     text_tower = models.build_text_tower(text.name, text.weights, text.sha256, text.options)
-    check_same_space(image, text_tower.width, torch.full((2, 6, spec.image_size, spec.image_size), 0.5))
+    found = embedding_shape(image, spec.image_size)
+    if found != (text_tower.width,):
+        raise ModelError(f"the image tower gives embeddings of the shape {found}, the text tower of ({text_tower.width},)")
     return ImageTextTraining(ImageText(image, text_tower, params.loss, params.locked), params)
-
-
-@torch.no_grad()
-def check_same_space(image: nn.Module, width: int, images: Tensor) -> None:
-    """Raises `ModelError` unless the image tower gives embeddings (N, width); `images` (N, 6, H, W) are tried."""
-    training = image.training
-    found = image.eval()(images).shape[1:]
-    image.train(training)
-    if found != (width,):
-        raise ModelError(f"the image tower gives embeddings of the shape {tuple(found)}, the text tower ({width},)")

@@ -111,11 +111,7 @@ class Classification:
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay on weights of two and more dimensions, none on biases and norms."""
-        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return weight_groups(self.module, weight_decay)
 
     def set_progress(self, epochs: float) -> None:
         """Nothing changes from epoch to epoch."""
@@ -123,3 +119,12 @@ class Classification:
     def epoch_metrics(self) -> dict[str, float]:
         """None."""
         return {}
+
+
+def weight_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters for an optimiser: decay on those of two and more dimensions, none on biases and norms."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -60,7 +60,9 @@ class Recall(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The six figures, float64."""
-        images, texts, counts = (torch.cat(list(state)) if len(state) else None for state in (self.images, self.texts, self.counts))
+        images, texts, counts = (
+            torch.cat(list(state)) if len(state) else None for state in (self.images, self.texts, self.counts)
+        )
         if images is None or texts is None or counts is None:
             return dict.fromkeys(self.figures, torch.tensor(torch.nan))
         owners = torch.arange(len(images), device=counts.device).repeat_interleave(counts)
