@@ -4,6 +4,8 @@ from pipelines.params.base import ParamsError, keyed
 from pipelines.params.clip import ClipParams, ImageTextParams
 from pipelines.params.data import (
     AnnotatedParams,
+    CaptionsParams,
+    Cc3mParams,
     Cifar10Params,
     Coco2014Params,
     DataParams,
@@ -11,6 +13,7 @@ from pipelines.params.data import (
     DatasetParams,
     ImageFolderParams,
     ImageNetParams,
+    MixtureParams,
     ScenesParams,
     Voc2007Params,
     WaterbirdsParams,
