@@ -1,0 +1,150 @@
+"""Text2Concept: a B-cos classifier's features mapped linearly into the space of a CLIP, as a baseline of a B-cosified CLIP.
+
+Source: Moayeri et al., Text-To-Concept (and Back) via Cross-Model Alignment, ICML 2023, section 3; without a bias, so that the
+contributions of a bias-free B-cos network still sum to the cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines import models
+from pipelines.bcos import add_inverse
+from pipelines.bcos.precision import exact_float32
+from pipelines.data.loading.loader import loader
+from pipelines.data.shards.manifest import read_manifest
+from pipelines.data.shards.sample import DataError
+from pipelines.distributed import Context, to_device
+from pipelines.evaluation.explained_model import with_explanations
+from pipelines.evaluation.text_localisation import localise
+from pipelines.evaluation.towers import (
+    Tower,
+    as_classifier,
+    class_names,
+    load_image_tower,
+    load_features,
+    read_text_tower,
+    replace_head,
+    zero_shot_networks,
+)
+from pipelines.evaluation.zero_shot import classify
+from pipelines.params import ClipEvaluateParams, DataParams
+
+
+@exact_float32()
+def evaluate_text2concept(
+    context: Context,
+    directories: Mapping[str, str],
+    original: str,
+    shards: str,
+    data: DataParams,
+    params: ClipEvaluateParams,
+    split: str = "test",
+    text: str | None = None,
+    train_split: str = "train",
+    cache: str | None = None,
+) -> dict[str, Any]:
+    """Zero-shot accuracy and text localisation of B-cos classifiers whose features are mapped into a CLIP's space.
+
+    Args:
+        context: of this worker.
+        directories: of the B-cos classifiers, by name.
+        original: folder of the original image tower.
+        shards: root of the data.
+        data: how shards are read.
+        params: as `evaluate_zero_shot` and `evaluate_text_localisation` take them.
+        split: that is classified and explained.
+        text: folder of the text tower; by default `original`.
+        train_split: whose images the map is fitted on; labels are not used.
+        cache: folder in which embeddings of the texts are kept.
+
+    Returns:
+        `{"alignment": {name: mean cosine on the training images}, "zero_shot": ..., "text_localisation": ...}`, the latter two as
+        the functions of these names give them, each left out where the data have no single labels or no boxes.
+
+    Raises:
+        DataError: data with neither single labels nor boxes.
+        ModelError: a model that is not a B-cos classifier.
+    """
+    manifest = read_manifest(shards)
+    classified = manifest.task == "multiclass"
+    boxed = manifest.labelled and "boxes" in manifest.fields.get(split, ())
+    if not classified and not boxed:
+        raise DataError(f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on")
+    names, text_tower = class_names(params, manifest), read_text_tower(text or original).to(context.device)
+    tower = load_image_tower(original, context.device)[0]
+    towers: dict[str, Tower] = {}
+    alignment = {}
+    for name, directory in directories.items():
+        spec = models.read_spec(directory)
+        if spec.kind != "bcos" or not spec.classes:
+            raise models.ModelError(f"{directory}: Text2Concept takes a B-cos classifier")
+        features = load_features(directory, context.device)[0]
+        weight_CD, alignment[name] = fit_map(context, features, tower, shards, data, params.batch_size, train_split)
+        towers[name] = Tower(with_map(directory, weight_CD), spec, text_tower)
+    found: dict[str, Any] = {"alignment": alignment}
+    if classified:
+        networks = zero_shot_networks(towers, names, params.templates, params, cache)
+        found["zero_shot"] = classify(context, networks, len(names), shards, data, params.batch_size, split)
+    if boxed:
+        networks = zero_shot_networks(towers, names, params.localisation_templates, params, cache)
+        explained = {
+            name: with_explanations(name, network, as_classifier(towers[name].spec, names), ())
+            for name, network in networks.items()
+        }
+        found["text_localisation"] = localise(context, explained, shards, data, params.batch_size, split)
+    return found
+
+
+@torch.no_grad()
+def fit_map(
+    context: Context, features: nn.Module, tower: nn.Module, shards: str, data: DataParams, batch_size: int, split: str
+) -> tuple[Tensor, float]:
+    """The matrix (C, D) that maps features (N, C) to the tower's embeddings of norm 1 with the least squared error.
+
+    Features and embeddings are not kept: the normal equations are summed up in double precision, over all workers. Also returns
+    the mean cosine of mapped features and embeddings, from a second pass.
+    """
+    gram: Tensor | None = None
+    for from_features, embeddings in _pairs(context, features, tower, shards, data, batch_size, split):
+        if gram is None:
+            width = from_features.shape[1]
+            gram = from_features.new_zeros(width, width + embeddings.shape[1])
+        gram += from_features.T @ torch.cat([from_features, embeddings], dim=1)
+    if gram is None:
+        raise DataError(f"{shards}: {split} has fewer images than there are workers: Text2Concept cannot be fitted")
+    if context.world_size > 1:
+        dist.all_reduce(gram)
+    width = len(gram)
+    weight_CD = torch.linalg.pinv(gram[:, :width], hermitian=True) @ gram[:, width:]
+    cosines = gram.new_zeros(2)
+    for from_features, embeddings in _pairs(context, features, tower, shards, data, batch_size, split):
+        similar = F.cosine_similarity(from_features @ weight_CD, embeddings, dim=1)
+        cosines += torch.stack([similar.sum(), similar.new_tensor(len(similar))])
+    if context.world_size > 1:
+        dist.all_reduce(cosines)
+    return weight_CD.float(), float(cosines[0] / cosines[1])
+
+
+def _pairs(context: Context, features: nn.Module, tower: nn.Module, shards: str, data: DataParams, batch_size: int, split: str):
+    """Features (N, C) and embeddings of norm 1 (N, D) of each batch of this worker, in double precision."""
+    for batch in loader(shards, split, data, batch_size, context=context, fields=()):
+        images = add_inverse(to_device(batch, context.device)["image"])
+        yield features(images).double(), F.normalize(tower(images).double(), dim=1)
+
+
+def with_map(directory: str, weight_CD: Tensor) -> nn.Module:
+    """The classifier in `directory` with a linear map of its features in the place of its head: images -> (N, D)."""
+    model, _ = models.load(directory)
+    width, wanted = weight_CD.shape
+    head = nn.Linear(width, wanted, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(weight_CD.T)
+    replace_head(model, head)
+    return model.to(weight_CD.device).eval().requires_grad_(False)
