@@ -10,8 +10,7 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.models.errors import ModelError
-from pipelines.models.store import ModelSpec
-from pipelines.models.zoo import build
+from pipelines.models.store import ModelSpec, build_network
 from pipelines.storage.errors import one_line
 
 
@@ -34,7 +33,7 @@ def image_size_errors(spec: ModelSpec, size: int) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        network = build(spec.name, num_classes=len(spec.classes), options=spec.options).eval()
+        network = build_network(spec).eval()
         if _takes(network, size):
             raise
         known = next((known for known in _sizes(network) if _takes(network, known)), None)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork, bcosify
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
+from pipelines.models.clip import resolved_name
+from pipelines.models.folder import CONFIG, WEIGHTS, local_folder, model_file_names
 from pipelines.models.weights import load_strictly, read_state_dict
+from pipelines.models.zero_shot import ZeroShotNetwork
 from pipelines.models.zoo import build
 from pipelines.storage.errors import DamagedFileError, one_line
 from pipelines.storage.files import file_digest, read_json, staged, write_json
-from pipelines.storage.publish import pull
-from pipelines.storage.retry import is_remote
-
-WEIGHTS, CONFIG = "model.safetensors", "model.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +28,10 @@ class ModelSpec:
     """All that it takes to build a model of this project, except its weights."""
 
     name: str  # as `build` takes it
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # none for an image tower
     image_size: int  # side of the square it was trained on, pixels
     kind: Literal["conventional", "bcos"]
-    task: Literal["multiclass", "multilabel"] = "multiclass"
+    task: Literal["multiclass", "multilabel", "embedding"] = "multiclass"  # an embedding is what an image tower gives
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the architecture's constructor
@@ -44,6 +39,7 @@ class ModelSpec:
         default_factory=dict
     )  # keyword arguments of `bcosify`; on disk as they took effect
     weights_view: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the weights it began with: `Preprocessing.view`
+    zero_shot: dict[str, Any] = dataclasses.field(default_factory=dict)  # `scale`, `width`: an image tower with texts as classes
 
 
 class ConventionalNetwork(nn.Module):
@@ -68,23 +64,46 @@ class ConventionalNetwork(nn.Module):
         return self.network((images[:, :3] - self.mean[:3, None, None]) / self.std[:3, None, None])
 
 
+def build_network(spec: ModelSpec) -> nn.Module:
+    """The network of `spec`, with random weights: without classes for an image tower."""
+    embeds = spec.task == "embedding" or spec.zero_shot
+    return build(spec.name, num_classes=None if embeds else len(spec.classes), options=spec.options)
+
+
 def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool = True) -> nn.Module:
     """The model that `spec` describes, from `network` (as `build` gives it; by default one with random weights).
+
+    An image tower that becomes a B-cos network has no logit bias, and its projection stays behind its pooling, unless the design
+    says otherwise. A zero-shot classifier has no texts yet: its weights bring them.
 
     Raises:
         ConversionError: see `bcosify`; a design choice that is not the default finds nothing to act on, if `check` is set. For
             models that were made before, it is not: their design is what they have.
     """
-    network = network or build(spec.name, num_classes=len(spec.classes), options=spec.options)
+    if spec.zero_shot:
+        tower = assemble(tower_spec(spec), network, check=check)
+        texts = torch.ones(len(spec.classes), spec.zero_shot["width"])
+        return ZeroShotNetwork(tower, texts, spec.zero_shot["scale"])
+    network = network or build_network(spec)
     if spec.kind == "conventional":
         return ConventionalNetwork(network, spec.mean, spec.std)
     defaults = inspect.signature(bcosify).parameters
     asked = frozenset(name for name, value in spec.design.items() if value != defaults[name].default)
-    return bcosify(network, mean=spec.mean, std=spec.std, **spec.design, asked=asked if check else frozenset())
+    of_task = {"logit_bias": 0.0, "gap_reorder": False} if spec.task == "embedding" else {}
+    design = {**of_task, **spec.design}
+    return bcosify(network, mean=spec.mean, std=spec.std, **design, asked=asked if check else frozenset())
+
+
+def tower_spec(spec: ModelSpec) -> ModelSpec:
+    """The spec of the image tower in a zero-shot classifier."""
+    return dataclasses.replace(spec, task="embedding", classes=(), zero_shot={})
 
 
 def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Writes `model` (as `assemble` makes it from `spec`) to `directory`, with the design choices as they took effect."""
+    """Writes `model` (as `assemble` makes it from `spec`) to `directory`, with the design choices as they took effect.
+
+    A config file in the name of an image tower goes into its options, so that the model loads where that file is not.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state, stored = {}, set()
@@ -95,20 +114,12 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         state[key] = value.detach().cpu().clone() if shared else value.detach().cpu().contiguous()
     with staged(directory / WEIGHTS) as path:
         safetensors.torch.save_file(state, path)
-    if isinstance(model, BcosNetwork):
-        spec = dataclasses.replace(spec, design={**spec.design, **model.design})
+    converted = model.tower if isinstance(model, ZeroShotNetwork) else model
+    if isinstance(converted, BcosNetwork):
+        spec = dataclasses.replace(spec, design={**spec.design, **converted.design})
+    name, options = resolved_name(spec.name, spec.options)
+    spec = dataclasses.replace(spec, name=name, options=options)
     write_json(directory / CONFIG, dataclasses.asdict(spec))
-
-
-@contextmanager
-def local_folder(directory: str | Path) -> Iterator[Path]:
-    """The model's files in a local folder: `directory` itself, or for a URL a temporary folder with a copy."""
-    if not is_remote(directory):
-        yield Path(fsspec.core.strip_protocol(directory) if "://" in str(directory) else directory)
-        return
-    with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        pull(str(directory), Path(folder), (CONFIG, WEIGHTS))
-        yield Path(folder)
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not be explained
@@ -158,8 +169,8 @@ def read_spec(directory: str | Path) -> ModelSpec:
 
 
 def digest(directory: str | Path) -> str:
-    """The sha256 of the model in `directory`: of its weights and its spec."""
+    """The sha256 of the model in `directory`: of its weights and its spec, and of the text tower beside it."""
     content = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
+    for name in reversed(model_file_names(directory)):
         content.update(bytes.fromhex(file_digest(Path(directory) / name)))
     return content.hexdigest()

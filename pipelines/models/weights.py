@@ -83,6 +83,19 @@ def fitted(state: StateDict, network: nn.Module, source: str) -> StateDict:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def paired(state: StateDict, network: nn.Module) -> StateDict | None:
+    """The tensors of `state` under the keys of `network`, in the order of both; `None` if a shape differs.
+
+    `state` may have up to two tensors more, those of a classifier that `network` lacks.
+    """
+    own, values = network.state_dict(), list(state.values())
+    if not 0 <= len(values) - len(own) <= 2 or any(
+        value.shape != wanted.shape for value, wanted in zip(values, own.values(), strict=False)
+    ):
+        return None
+    return dict(zip(own, values, strict=False))
+
+
 def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
     """Loads `state` into `model`.
 

@@ -1,4 +1,4 @@
-"""`build(name, weights)`: networks of torchvision and timm by name, the CIFAR ResNets, X-DNN ResNets, SimpleViTs and ViT-Cs."""
+"""`build(name, weights)`: networks of torchvision, timm and open_clip by name, the CIFAR and X-DNN ResNets, SimpleViTs and ViT-Cs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import timm
 import torchvision
 from torch import nn
 
+from pipelines.models import clip
 from pipelines.models.cifar import CifarResNet
 from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.vit import SIMPLE_VITS, VITCS, simple_vit
@@ -36,23 +37,29 @@ def build(
     sha256: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The network `name` with `weights`; it takes normalised images (N, 3, H, W) and gives logits (N, K).
+    """The network `name` with `weights`; it takes normalised images (N, 3, H, W) and gives logits (N, K), or embeddings (N, D).
 
     Args:
         name: `resnet20` (also `cifar_resnet20`; CIFAR: 8, 14, 20, 32, 44, 56, 110), `simple_vit_s` or `vitc_s` (sizes ti, s, b,
             l), `xfixup_resnet50` (X-DNN: 18, 34, 50, 101, 152), a torchvision name, a timm name; `torchvision:name` and
-            `timm:name` say which library, where both have it torchvision's is taken.
+            `timm:name` say which library, where both have it torchvision's is taken. `open_clip:RN50` is the image tower of a
+            CLIP, whose output is an embedding; also `open_clip:FILE.json`, see `clip.clip_config`.
         weights: `none` for random ones, a tag of the library (torchvision: `IMAGENET1K_V2`, `DEFAULT`; timm: `pretrained` or the
-            tag after the dot), or a local file (which a tag of the same name never hides) or URL.
+            tag after the dot; open_clip: `openai`), or a local file (which a tag of the same name never hides) or URL.
         num_classes: K; where the weights' head has another number, it is replaced by a new one, and the log says so. By
-            default the weights' own, or the library's default.
+            default the weights' own, or the library's default. An image tower has no classes.
         sha256: of the weights file, checked before it is read.
-        options: further keyword arguments of the architecture's constructor.
+        options: further keyword arguments of the architecture's constructor; of an image tower, see `clip.build_image_tower`.
 
     Raises:
         ModelError: an unknown name (the nearest ones are given), or options that the architecture does not take.
         WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
     """
+    library, plain = library_of(name)
+    if library == "open_clip":
+        if num_classes is not None:
+            raise ModelError(f"{name} is an image tower, which gives embeddings: it takes no num_classes")
+        return clip.build_image_tower(plain, weights, sha256, options)
     construct, pretrained = _constructors(name, options or {})
     of_file = weights != "none" and names_a_file(weights)
     if sha256 is not None and not of_file:
@@ -105,8 +112,13 @@ def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Call
     )
 
 
-def library_of(name: str) -> tuple[Literal["own", "torchvision", "timm"], str]:
+def library_of(name: str) -> tuple[Literal["own", "torchvision", "timm", "open_clip"], str]:
     """The library that has the network `name`, and its name there; raises ModelError with the nearest names."""
+    if name.startswith(clip.PREFIX):
+        plain = name.removeprefix(clip.PREFIX)
+        if plain != clip.CUSTOM:
+            clip.clip_config(plain)
+        return "open_clip", plain
     library, _, plain = name.rpartition(":")
     own = plain.removeprefix("cifar_") if plain.startswith("cifar_resnet") else plain
     if library == "" and own in OWN:

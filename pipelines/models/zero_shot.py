@@ -1,0 +1,180 @@
+"""Zero-shot classifiers: an image tower whose classes are texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.bcos.cosine import CosineHead
+from pipelines.models.clip import TextTower, open_clip
+from pipelines.models.errors import ModelError
+from pipelines.storage.files import staged
+
+if TYPE_CHECKING:
+    from pipelines.models.store import ModelSpec
+
+PLACE = "{}"  # of the name in a template
+PLAIN = ("a photo of a {}.",)
+
+
+class ZeroShotNetwork(nn.Module):
+    """Images (N, 6, H, W) in [0, 1] -> scale·cos (N, K) of their embeddings with those of K texts.
+
+    `dynamic_weights` explains several texts of an image from one forward pass. In explanation mode the norm of the embedding is
+    held, so that the contributions of a cosine sum to it; without `hold_norm` it is differentiated, as published.
+    """
+
+    logit_bias = 0.0
+
+    def __init__(self, tower: nn.Module, texts: Tensor, scale: float = 1.0, hold_norm: bool = True) -> None:
+        super().__init__()
+        self.tower = tower  # (N, 6, H, W) -> embeddings (N, D)
+        self.head = CosineHead(texts, scale, hold_norm)
+
+    @property
+    def mean(self) -> Tensor:
+        """(6,) the image whose contribution is zero."""
+        return self.tower.mean  # type: ignore[return-value]
+
+    @property
+    def std(self) -> Tensor:
+        """(6,) by which the channels are divided."""
+        return self.tower.std  # type: ignore[return-value]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 6, H, W) in [0, 1] -> (N, K)."""
+        return self.head(self.tower(images))
+
+
+def zero_shot_classifier(
+    tower: nn.Module | str | Path,
+    spec: ModelSpec,
+    text_tower: TextTower,
+    names: Sequence[str],
+    templates: str | Sequence[str] = "imagenet",
+    scale: float = 100.0,
+) -> tuple[ZeroShotNetwork, ModelSpec]:
+    """The classifier of `names` that an image tower and a text tower make, in evaluation mode, and the spec for `save`.
+
+    Args:
+        tower: the image tower, or its folder or URL.
+        spec: of the image tower.
+        text_tower: of the same space.
+        names: of the classes, in their order.
+        templates: as `templates_of` takes them.
+        scale: of the cosines.
+
+    Raises:
+        ModelError: towers of different widths; see `zero_shot_weights`.
+    """
+    if not isinstance(tower, nn.Module):
+        from pipelines.models.store import load
+
+        tower, spec = load(tower)
+    texts = zero_shot_weights(text_tower, names, templates)
+    model = ZeroShotNetwork(tower, texts, scale).eval()
+    of_classes = {"scale": scale, "width": texts.shape[1]}
+    return model, dataclasses.replace(spec, task="multiclass", classes=tuple(names), zero_shot=of_classes)
+
+
+def zero_shot_weights(
+    tower: TextTower,
+    names: Sequence[str],
+    templates: str | Sequence[str] = "imagenet",
+    *,
+    batch_size: int = 256,
+    cache: str | None = None,
+) -> Tensor:
+    """Text embeddings (K, D) float32 of norm 1 of K classes: the mean of each class's normalised prompt embeddings.
+
+    Args:
+        tower: of the texts.
+        names: of the classes, each once.
+        templates: as `templates_of` takes them.
+        batch_size: texts that are encoded at a time, which bounds the memory.
+        cache: folder for results, by text tower, names and templates; `None`: none is read or written.
+
+    Raises:
+        ModelError: no name, an empty one, or one that is there twice; see `templates_of`.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021, section 3.1.4.
+    """
+    patterns = templates_of(templates)
+    check_names(names)
+    path = None if cache is None else Path(cache, f"{_key(tower, names, patterns)}.safetensors")
+    if path is not None and path.is_file():
+        return safetensors.torch.load_file(path)["texts"]
+    device = next(tower.parameters()).device
+    sums = torch.zeros(len(names), tower.width, device=device)
+    count = len(names) * len(patterns)
+    for start in range(0, count, batch_size):
+        batch = range(start, min(start + batch_size, count))
+        prompts = [patterns[index % len(patterns)].replace(PLACE, names[index // len(patterns)]) for index in batch]
+        classes = torch.tensor([index // len(patterns) for index in batch], device=device)
+        sums.index_add_(0, classes, tower.encode(prompts, batch_size))
+    texts = F.normalize(sums, dim=-1).cpu()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged(path) as new:
+            safetensors.torch.save_file({"texts": texts}, new)
+    return texts
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ModelError unless there are names of classes, none of them empty and each there once."""
+    if not names:
+        raise ModelError("no names of classes")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not name.strip():
+            raise ModelError(f"the name of class {index} is empty")
+        if name in seen:
+            raise ModelError(f"classes {seen[name]} and {index} have the same name {name!r}")
+        seen[name] = index
+
+
+def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates with a place `{}` for the name of a class.
+
+    Args:
+        templates: `imagenet` (open_clip's 80), `simple` (its 7), `plain` (`a photo of a {}.`), or templates of one's own.
+
+    Raises:
+        ModelError: an unknown name, no template, or one without a place for the name.
+    """
+    if isinstance(templates, str):
+        known = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+        if templates == "plain":
+            return PLAIN
+        if templates not in known:
+            raise ModelError(f"unknown templates {templates!r}: imagenet, simple, plain, or a list of one's own")
+        return tuple(template(PLACE) for template in getattr(open_clip(), known[templates]))
+    if not templates:
+        raise ModelError("no templates")
+    for template in templates:
+        if PLACE not in template:
+            raise ModelError(f"template {template!r} has no place for the name: write {{}} there")
+    return tuple(templates)
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """open_clip's names of the 1000 classes of ImageNet, in the order of their WordNet ids."""
+    return tuple(open_clip().IMAGENET_CLASSNAMES)
+
+
+def _key(tower: TextTower, names: Sequence[str], templates: Sequence[str]) -> str:
+    """A digest of the text tower's config and weights, the names and the templates."""
+    digest = hashlib.sha256(json.dumps([tower.config, list(names), list(templates)], sort_keys=True).encode())
+    for name, value in tower.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
