@@ -58,16 +58,15 @@ def evaluate_linear_probe(
     backbones = {name: load_features(directory, context.device)[0] for name, directory in directories.items()}
     where = (shards, data, params.batch_size)
     train, test = (embed_split(context, backbones, *where, each) for each in (train_split, split))
-    labels = train.labels.to(context.device)
+    labels, mine = train.labels.to(context.device), slice(context.rank, None, context.world_size)
     found: dict[str, Any] = {}
     for name in backbones:
-        seen, unseen = (each.embeddings[name].to(context.device) for each in (train, test))
+        seen, unseen = train.embeddings[name].to(context.device), test.embeddings[name][mine].to(context.device)
         found[name] = {head: {} for head in params.probe.heads}
         for head, loss in product(params.probe.heads, params.probe.losses):
             trained = train_head(seen, labels, classes, head, loss, params.probe)
             metrics = multiclass_metrics(classes).to(context.device)
-            with torch.no_grad():
-                metrics(trained(unseen), test.labels.to(context.device)) if context.world_size == 1 else None
+            metrics.update(trained(unseen), test.labels[mine].to(context.device))
             found[name][head][loss] = measured(metrics.compute())
     counts = {"train_images": len(train.labels), "images": len(test.labels), "skipped": train.skipped + test.skipped}
     return {"models": found, **counts}
@@ -80,7 +79,7 @@ def train_head(features: Tensor, labels: Tensor, classes: int, head: str, loss: 
         features: (N, D).
         labels: (N,).
         classes: K.
-        head: `linear`, with a bias, or `bcos`, without: features are then of norm 1, as the B-cos layer's weights are learned.
+        head: `linear`, with a bias, or `bcos`, without.
         loss: `cross_entropy`, or `bce` with off-targets of 1/K. Logits of a B-cos head then have the bias -log(K - 1).
         params: epochs, batch size, learning rate, weight decay, seed.
     """

@@ -20,20 +20,23 @@ from pipelines.bcos.precision import exact_float32
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
-from pipelines.distributed import Context, to_device
+from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.explained_model import with_explanations
 from pipelines.evaluation.text_localisation import localise
 from pipelines.evaluation.towers import (
     Tower,
     as_classifier,
+    check_width,
     class_names,
-    load_image_tower,
+    embedding_width,
     load_features,
+    load_image_tower,
     read_text_tower,
     replace_head,
     zero_shot_networks,
 )
 from pipelines.evaluation.zero_shot import classify
+from pipelines.models import ModelError
 from pipelines.params import ClipEvaluateParams, DataParams
 
 
@@ -65,8 +68,9 @@ def evaluate_text2concept(
         cache: folder in which embeddings of the texts are kept.
 
     Returns:
-        `{"alignment": {name: mean cosine on the training images}, "zero_shot": ..., "text_localisation": ...}`, the latter two as
-        the functions of these names give them, each left out where the data have no single labels or no boxes.
+        `{"alignment": {name: share}, "zero_shot": ..., "text_localisation": ...}`: how much of the training images' embeddings
+        the map explains, see `fit_map`; what the functions of these names give, left out where the data have no single labels
+        or no boxes.
 
     Raises:
         DataError: data with neither single labels nor boxes.
@@ -78,15 +82,18 @@ def evaluate_text2concept(
     if not classified and not boxed:
         raise DataError(f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on")
     names, text_tower = class_names(params, manifest), read_text_tower(text or original).to(context.device)
-    tower = load_image_tower(original, context.device)[0]
+    tower, tower_spec = load_image_tower(original, context.device)
+    check_width(original, tower, tower_spec, text_tower)
     towers: dict[str, Tower] = {}
     alignment = {}
     for name, directory in directories.items():
-        spec = models.read_spec(directory)
-        if spec.kind != "bcos" or not spec.classes:
-            raise models.ModelError(f"{directory}: Text2Concept takes a B-cos classifier")
-        features = load_features(directory, context.device)[0]
-        weight_CD, alignment[name] = fit_map(context, features, tower, shards, data, params.batch_size, train_split)
+        features, spec = load_features(directory, context.device)
+        if spec.kind != "bcos" or spec.zero_shot or spec.task == "embedding":
+            raise ModelError(f"{directory}: Text2Concept takes a B-cos classifier")
+        width = embedding_width(features, spec)
+        weight_CD, alignment[name] = fit_map(
+            context, (features, width), (tower, text_tower.width), shards, data, params.batch_size, train_split
+        )
         towers[name] = Tower(with_map(directory, weight_CD), spec, text_tower)
     found: dict[str, Any] = {"alignment": alignment}
     if classified:
@@ -104,39 +111,44 @@ def evaluate_text2concept(
 
 @torch.no_grad()
 def fit_map(
-    context: Context, features: nn.Module, tower: nn.Module, shards: str, data: DataParams, batch_size: int, split: str
+    context: Context,
+    features: tuple[nn.Module, int],
+    tower: tuple[nn.Module, int],
+    shards: str,
+    data: DataParams,
+    batch_size: int,
+    split: str,
 ) -> tuple[Tensor, float]:
-    """The matrix (C, D) that maps features (N, C) to the tower's embeddings of norm 1 with the least squared error.
+    """The matrix (C, D) that maps features (N, C) to a tower's embeddings of norm 1 with the least squared error, and its share.
 
-    Features and embeddings are not kept: the normal equations are summed up in double precision, over all workers. Also returns
-    the mean cosine of mapped features and embeddings, from a second pass.
+    The share, 1 - Σ squared error / Σ squared norm, is 1 for a map without any error. Features and embeddings are not kept: the
+    sums of the normal equations are, in double precision, over all workers.
+
+    Args:
+        context: of this worker.
+        features: a backbone, and C.
+        tower: an image tower, and D.
+        shards, data, batch_size, split: the images.
+
+    Raises:
+        DataError: there is no image.
     """
-    gram: Tensor | None = None
-    for from_features, embeddings in _pairs(context, features, tower, shards, data, batch_size, split):
-        if gram is None:
-            width = from_features.shape[1]
-            gram = from_features.new_zeros(width, width + embeddings.shape[1])
-        gram += from_features.T @ torch.cat([from_features, embeddings], dim=1)
-    if gram is None:
-        raise DataError(f"{shards}: {split} has fewer images than there are workers: Text2Concept cannot be fitted")
-    if context.world_size > 1:
-        dist.all_reduce(gram)
-    width = len(gram)
-    weight_CD = torch.linalg.pinv(gram[:, :width], hermitian=True) @ gram[:, width:]
-    cosines = gram.new_zeros(2)
-    for from_features, embeddings in _pairs(context, features, tower, shards, data, batch_size, split):
-        similar = F.cosine_similarity(from_features @ weight_CD, embeddings, dim=1)
-        cosines += torch.stack([similar.sum(), similar.new_tensor(len(similar))])
-    if context.world_size > 1:
-        dist.all_reduce(cosines)
-    return weight_CD.float(), float(cosines[0] / cosines[1])
-
-
-def _pairs(context: Context, features: nn.Module, tower: nn.Module, shards: str, data: DataParams, batch_size: int, split: str):
-    """Features (N, C) and embeddings of norm 1 (N, D) of each batch of this worker, in double precision."""
+    (backbone, width), (original, wanted) = features, tower
+    sums = torch.zeros(width, width + wanted, dtype=torch.float64, device=context.device)
+    count = 0
     for batch in loader(shards, split, data, batch_size, context=context, fields=()):
         images = add_inverse(to_device(batch, context.device)["image"])
-        yield features(images).double(), F.normalize(tower(images).double(), dim=1)
+        features_NC, embeddings_ND = backbone(images).double(), F.normalize(original(images).double(), dim=1)
+        sums += features_NC.T @ torch.cat([features_NC, embeddings_ND], dim=1)
+        count += len(images)
+    if context.world_size > 1:
+        dist.all_reduce(sums)
+    count = sum(gather(count, context))
+    if count == 0:
+        raise DataError(f"{shards}: no image in {split}: Text2Concept cannot be fitted")
+    gram_CC, products_CD = sums.split([width, wanted], dim=1)
+    weight_CD = torch.linalg.pinv(gram_CC, hermitian=True) @ products_CD
+    return weight_CD.float(), float((weight_CD * products_CD).sum() / count)
 
 
 def with_map(directory: str, weight_CD: Tensor) -> nn.Module:

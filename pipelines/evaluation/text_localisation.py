@@ -107,7 +107,9 @@ class TextScores(Scores):
 
     def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
         rows, located = rows.to(maps.device), masks.flatten(1).any(1)
-        together = (rows[:, None] == rows) & located[:, None] & located & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        together = (
+            (rows[:, None] == rows) & located[:, None] & located & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        )
         one, other = together.nonzero(as_tuple=True)
         own = masks[one] & ~masks[other]
         apart = own.flatten(1).any(1)

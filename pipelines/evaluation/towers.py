@@ -17,8 +17,9 @@ from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.batches import labels_of
 from pipelines.models import ModelError, ModelSpec
-from pipelines.models.clip import TextTower, has_text_tower, load_text_tower
-from pipelines.models.zero_shot import ZeroShotNetwork, imagenet_names, templates_of, zero_shot_weights
+from pipelines.models.clip import TextTower, load_text_tower
+from pipelines.models.folder import has_text_tower
+from pipelines.models.zero_shot import ZeroShotNetwork, check_names, imagenet_names, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
 
 
@@ -38,20 +39,20 @@ def load_image_tower(directory: str, device: torch.device) -> tuple[nn.Module, M
         ModelError: the model is another classifier.
     """
     model, spec = models.load(directory)
-    return image_tower(directory, model, spec)[0].to(device).requires_grad_(False), spec
+    return image_tower(directory, model, spec).to(device).requires_grad_(False), spec
 
 
-def image_tower(name: str, model: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ModelSpec]:
-    """The image tower that `model` is, or that is in it if it is a zero-shot classifier, and its spec; `name` is for the error.
+def image_tower(name: str, model: nn.Module, spec: ModelSpec) -> nn.Module:
+    """The image tower that `model` is, or that is in it if it is a zero-shot classifier; `name` is for the error.
 
     Raises:
         ModelError: the model is another classifier.
     """
     if isinstance(model, ZeroShotNetwork):
-        return model.tower, spec
+        return model.tower
     if spec.task != "embedding":
         raise ModelError(f"{name}: a classifier of {len(spec.classes)} classes, not an image tower: its features match no text")
-    return model, spec
+    return model
 
 
 def load_towers(directories: Mapping[str, str], texts: Mapping[str, str], device: torch.device) -> dict[str, Tower]:
@@ -84,24 +85,32 @@ def read_text_tower(folder: str) -> TextTower:
     return load_text_tower(folder).eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def check_width(name: str, model: nn.Module, spec: ModelSpec, text: TextTower) -> None:
-    """Raises ModelError unless image and text embeddings have the same width; one grey image is sent through the tower."""
-    grey = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=next(model.buffers()).device)
-    width = model(grey).shape[1]
+    """Raises ModelError unless image and text embeddings have the same width."""
+    width = embedding_width(model, spec)
     if width != text.width:
-        raise ModelError(f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not belong together")
+        raise ModelError(f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not fit")
+
+
+@torch.no_grad()
+def embedding_width(model: nn.Module, spec: ModelSpec) -> int:
+    """D of a tower or backbone (N, 6, H, W) -> (N, D), through which one grey image is sent."""
+    grey = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=next(model.buffers()).device)
+    return model(grey).shape[1]
 
 
 def class_names(params: ClipEvaluateParams, manifest: Manifest) -> tuple[str, ...]:
     """The names that texts call the classes of the data, in the order of their labels.
 
     Raises:
+        ModelError: an empty name, or one that is there twice.
         DataError: another number of names than the data has classes.
     """
     if params.names == "data":
         return manifest.classes
-    names = tuple(imagenet_names()) if params.names == "imagenet" else params.names
+    names = imagenet_names() if params.names == "imagenet" else params.names
+    if params.names != "imagenet":
+        check_names(names)
     if len(names) != len(manifest.classes):
         raise DataError(f"names: {len(names)} names for the {len(manifest.classes)} classes of the data")
     return names
@@ -116,14 +125,15 @@ def zero_shot_networks(
 ) -> dict[str, ZeroShotNetwork]:
     """Zero-shot classifiers of the classes `names`, one for each tower; `cache` is a folder of text embeddings."""
     embedded: dict[int, Tensor] = {}
-    networks = {}
+    networks: dict[str, ZeroShotNetwork] = {}
     for name, tower in towers.items():
-        if id(tower.text) not in embedded:
-            embedded[id(tower.text)] = zero_shot_weights(
-                tower.text, list(names), templates_of(templates), batch_size=params.text_batch, cache=cache
-            )
-        texts_KD = embedded[id(tower.text)]
-        networks[name] = ZeroShotNetwork(tower.model, texts_KD, params.scale, params.hold_norm).to(texts_KD.device).eval()
+        key = id(tower.text)  # towers may share it
+        if key not in embedded:
+            distinct = list(dict.fromkeys(names))  # open_clip's names of ImageNet have `missile` and `sunglasses` twice
+            rows = [distinct.index(each) for each in names]
+            embedded[key] = zero_shot_weights(tower.text, distinct, templates, batch_size=params.text_batch, cache=cache)[rows]
+        network = ZeroShotNetwork(tower.model, embedded[key], params.scale, params.hold_norm)
+        networks[name] = network.to(next(tower.model.buffers()).device).eval()
     return networks
 
 
