@@ -3,6 +3,8 @@
 from pipelines.params.base import ParamsError, keyed
 from pipelines.params.data import (
     AnnotatedParams,
+    CaptionsParams,
+    Cc3mParams,
     Cifar10Params,
     Coco2014Params,
     DataParams,
@@ -10,6 +12,7 @@ from pipelines.params.data import (
     DatasetParams,
     ImageFolderParams,
     ImageNetParams,
+    MixtureParams,
     ScenesParams,
     Voc2007Params,
     WaterbirdsParams,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -27,6 +27,7 @@ class ScenesParams(DatasetParams):
     objects_per_image: tuple[PositiveInt, PositiveInt] = (1, 1)  # least, most
     correlation: dict[Literal["train", "val", "test"], Fraction] = {}  # of class and background; 0 where not named
     seed: int = 0
+    captions: bool = False  # one to three sentences an image that name its objects, colours and background; boxes and masks stay
 
     @model_validator(mode="after")
     def _consistent(self) -> ScenesParams:
@@ -98,10 +99,68 @@ class WaterbirdsParams(AnnotatedParams):
     cub_root: str | None = None  # of CUB's images.txt and bounding_boxes.txt, likewise
 
 
-Dataset = Annotated[
-    ScenesParams | ImageFolderParams | Cifar10Params | ImageNetParams | Voc2007Params | Coco2014Params | WaterbirdsParams,
-    Field(discriminator="source"),
-]
+Split = Literal["train", "val", "test"]
+
+
+class CaptionsParams(DatasetParams):
+    """Images with captions: a folder or archive with a CSV or TSV, or one in Flickr8k's own layout."""
+
+    source: Literal["captions"]
+    root: str  # a folder or archive, local or at any fsspec URL
+    sha256: Sha256 | None = None  # of the archive
+    table: str | None = None  # the file of all rows, in root; null: found by its name
+    tables: dict[Split, str] = {}  # or a file a split
+    images: str | None = None  # folder that the names of images begin in; null: the root or one like Images/
+    image_column: str = "image"
+    caption_column: str = "caption"
+    split_column: str = "split"  # which the table need not have
+    on_bad_row: Literal["raise", "skip"] = "raise"  # a row without image or text: stop, or drop and count
+
+    @model_validator(mode="after")
+    def _one_kind_of_table(self) -> CaptionsParams:
+        if self.table is not None and self.tables:
+            raise ValueError("table: is the file of all splits; give it or tables, not both")
+        return self
+
+
+class Cc3mParams(DatasetParams):
+    """Image-text tars as img2dataset writes them (CC3M and its like), read where they are."""
+
+    source: Literal["cc3m"]
+    root: str  # a folder of tars, local or at any fsspec URL
+    splits: dict[Split, str] = {}  # our split -> pattern of its tars' names, such as `val/*.tar`; by default all are train
+
+
+class MixtureParams(DatasetParams):
+    """The images of several data sets as one data set without labels."""
+
+    source: Literal["mixture"]
+    of: tuple[SingleDataset, ...]
+
+    @model_validator(mode="after")
+    def _made_of_whole_data_sets(self) -> MixtureParams:
+        if not self.of:
+            raise ValueError("of: name at least one data set")
+        if self.val_count is not None:
+            raise ValueError("val_count: each data set of `of` holds out its own images: give it there")
+        return self
+
+
+Single = (
+    ScenesParams
+    | ImageFolderParams
+    | Cifar10Params
+    | ImageNetParams
+    | Voc2007Params
+    | Coco2014Params
+    | WaterbirdsParams
+    | CaptionsParams
+    | Cc3mParams
+)
+SingleDataset = Annotated[Single, Field(discriminator="source")]
+Dataset = Annotated[Single | MixtureParams, Field(discriminator="source")]
+MixtureParams.model_rebuild()
+SOURCES = frozenset(get_args(kind.model_fields["source"].annotation)[0] for kind in (*get_args(Single), MixtureParams))
 
 
 class DataParams(Strict):

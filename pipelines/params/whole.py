@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from pipelines.params.base import ParamsError, Strict
-from pipelines.params.data import DataParams, Dataset
+from pipelines.params.data import SOURCES, DataParams, Dataset
 from pipelines.params.evaluation import EvaluateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams
 from pipelines.params.search import SearchParams
@@ -151,10 +151,10 @@ def _validated(content: Any, source: str) -> Params:
 
 def _key(item: Any) -> str:
     """The key of one pydantic error, without pydantic's own names of the branches of a union."""
-    sources = {"scenes", "imagefolder", "cifar10", "imagenet", "voc2007", "coco2014", "waterbirds"}
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
-    if parts[:1] == ["datasets"] and len(parts) > 2 and parts[2] in sources:
-        parts.pop(2)
+    for place in (2, 4):  # of the source, and of that of a mixture's part: datasets.NAME.mixture.of.0.scenes.seed
+        if parts[:1] == ["datasets"] and len(parts) > place and parts[place] in SOURCES and (place == 2 or parts[2] == "of"):
+            parts.pop(place)
     return ".".join(parts) or "the file"
 
 

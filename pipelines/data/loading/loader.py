@@ -76,8 +76,8 @@ def loader(
             other, with the same batch size. This pass shares out the rest.
         subset: numbers of the samples to read, counted through the split's shards, ascending; None: all samples.
         explanations: root of stored explanations, which come with the images in training, aligned with them; None: without.
-        fields: which of `boxes`, `mask`, `group` and `caption` are read, if the split has them; None: all of them. Other fields
-            are not decoded: damage there goes unseen.
+        fields: which of `boxes`, `mask`, `group`, `caption` and `captions` are read, if the split has them; None: all of them but
+            `captions`. Other fields are not decoded: damage there goes unseen.
         as_bytes: leave `image` uint8; the float32 images are these divided by 255.
 
     Raises:
@@ -98,16 +98,18 @@ def loader(
         raise ValueError("explanations come with training images alone: the fixed view of evaluation does not resize their maps")
     manifest = read_manifest(root)
     shards, known = manifest.shards(split), manifest.fields.get(split, ())
+    available = {*known, "captions"} if "caption" in known else set(known)
     sampling = Sampling(batch_size, context.rank, context.world_size, train, seed, epoch, data.shuffle_buffer)
     order: Sequence[int] = epoch_order(_counts(shards, subset), sampling)
     if subset is not None:
         order = [subset[place] for place in order]
     decoder = Decoder(
         manifest=manifest,
-        fields=frozenset(known if fields is None else set(fields).intersection(known)),
+        fields=frozenset(known if fields is None else available.intersection(fields)),
         transform=train_transform(data, explanations is not None) if train else eval_transform(data),
         seed=seed,
         epoch=epoch,
+        train=train,
         explanations=None if explanations is None else StoredExplanations(explanations),
     )
     numbers = rank_batches(unread(order, earlier, sampling), sampling)[start_batch:]

@@ -6,7 +6,8 @@ shard a line of its own, `{"shard": {"name", "bytes", "sha256", "count"}}`, and 
     key          of the sample
     label        int, or `labels`: list of int
     box_classes  classes of its boxes, ascending, each once; only if it has boxes
-    group        int, and `caption`: str; only if it has them
+    group        int; only if it has one
+    caption      str, or `captions`: list of str; only if it has one, or several
     files        suffix -> [offset, bytes] of its files in the tar
 
 Each shard's lines are a gzip member of their own; the manifest says how many bytes each member (`part`) has. Hence writers make
@@ -53,7 +54,7 @@ def index_part(shard: Shard, entries: Iterable[Entry], known: Mapping[str, Mappi
 
 def known_of(annotation: Mapping[str, Any]) -> dict[str, Any]:
     """What the index says of a sample with this json."""
-    known = {name: annotation[name] for name in ("label", "labels", "group", "caption") if name in annotation}
+    known = {name: annotation[name] for name in ("label", "labels", "group", "caption", "captions") if name in annotation}
     classes = sorted({int(box[0]) for box in annotation.get("boxes", ())})
     return known | ({"box_classes": classes} if classes else {})
 

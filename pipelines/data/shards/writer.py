@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.data.shards.check import check_sample
 from pipelines.data.shards.index import index_name, index_part, known_of, write_index
 from pipelines.data.shards.manifest import MANIFEST, Index, Manifest, Shard
-from pipelines.data.shards.sample import DataError, Description, Sample
+from pipelines.data.shards.sample import DataError, Description, Sample, caption_entry
 from pipelines.data.shards.tar import write_tar
 from pipelines.process import mapped
 from pipelines.progress import bar
@@ -24,7 +24,7 @@ from pipelines.storage import files
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
 
-FIELDS = ("boxes", "mask", "group", "caption")
+FIELDS = {"boxes": "boxes", "mask": "mask", "group": "group", "caption": "captions"}  # field of a manifest -> of a `Sample`
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
 
 
@@ -114,7 +114,7 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
             check_sample(sample, description)
             if sample.key in known:
                 raise _comes_twice(plan.split, sample.key, plan.name, plan.name)
-            fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
+            fields.update(name for name, attribute in FIELDS.items() if getattr(sample, attribute) not in (None, ()))
             annotation = annotation_of(sample)
             known[sample.key] = known_of(annotation)
             yield sample.key, contents(sample, annotation)
@@ -125,8 +125,9 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
 
 def annotation_of(sample: Sample) -> dict[str, Any]:
     """The json of one sample."""
-    optional = {name: getattr(sample, name) for name in ("label", "labels", "group", "caption")}
-    return {"boxes": sample.boxes, **{name: value for name, value in optional.items() if value is not None}}
+    optional = {name: getattr(sample, name) for name in ("label", "labels", "group")}
+    known = {name: value for name, value in optional.items() if value is not None}
+    return {"boxes": sample.boxes, **known, **caption_entry(sample.captions)}
 
 
 def contents(sample: Sample, annotation: dict[str, Any]) -> dict[str, bytes]:

@@ -195,7 +195,7 @@ def test_batch_holds_what_the_samples_hold(root, workers):
         assert batch["boxes"].dtype == torch.float32
         assert batch["boxes"].shape[1:] == (6,)
         assert batch["group"].tolist() == [-1 if sample.group is None else sample.group for sample in samples]
-        assert batch["caption"] == [sample.caption or "" for sample in samples]
+        assert batch["caption"] == ["".join(sample.captions) for sample in samples]
         assert batch["mask"].dtype == torch.int64
         for mask, sample in zip(batch["mask"], samples, strict=True):
             expected = np.zeros((SIDE, SIDE)) if sample.mask is None else np.asarray(Image.open(io.BytesIO(sample.mask)))

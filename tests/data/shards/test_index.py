@@ -75,7 +75,7 @@ def test_the_manifest_names_the_index_and_each_sample_has_a_line(shards: Path) -
         assert {name: value for name, value in line.items() if name != "files"} == {
             "key": sample.key,
             "label": sample.label,
-            **({"group": sample.group, "caption": sample.caption, "box_classes": [0, 2]} if sample.boxes else {}),
+            **({"group": sample.group, "caption": sample.captions[0], "box_classes": [0, 2]} if sample.boxes else {}),
         }
         shard = (shards / f"train-00000{number // 5}.tar").read_bytes()
         offset, size = line["files"]["png"]

@@ -171,7 +171,8 @@ def test_colour_does_not_tell_the_class():
 
 def test_captions_name_objects_colours_and_background():
     for sample in drawn(several(), 30):
-        nouns, _, background = sample.caption.partition(" on ")
+        [caption] = sample.captions
+        nouns, _, background = caption.partition(" on ")
         phrases = nouns.split(" and ")
         assert background == list(BACKGROUNDS)[sample.group]
         for phrase, (label, *_) in zip(phrases, sample.boxes, strict=True):
