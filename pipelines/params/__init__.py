@@ -18,7 +18,7 @@ from pipelines.params.data import (
     Voc2007Params,
     WaterbirdsParams,
 )
-from pipelines.params.evaluation import EvaluateParams, PublishedParams
+from pipelines.params.evaluation import ClipEvaluateParams, EvaluateParams, LinearProbeParams, PublishedParams
 from pipelines.params.methods import (
     BcosificationParams,
     BcosifyParams,
