@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from pipelines.params.base import ParamsError, Strict
+from pipelines.params.clip import ClipGroupParams
 from pipelines.params.data import SOURCES, DataParams, Dataset
 from pipelines.params.evaluation import EvaluateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams

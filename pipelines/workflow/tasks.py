@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from pipelines import models
 from pipelines.data.loading.subsets import Subset, annotated_images, few_shot, validation_images
 from pipelines.data.shards.manifest import Manifest, read_manifest
 from pipelines.data.shards.sample import DataError
@@ -15,8 +18,10 @@ from pipelines.data.shards.stored_explanations import INDEX, Origin, check_origi
 from pipelines.methods import (
     build_bcosification,
     build_classifier,
+    build_clip,
     build_e2kd,
     build_guidance,
+    build_image_text,
     build_pretrain,
     check_guidable,
     check_pair,
@@ -25,7 +30,7 @@ from pipelines.methods import (
 from pipelines.methods.stored_explanations import origin_of
 from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
 from pipelines.models.image_size import image_size_errors
-from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed, param
+from pipelines.params import ClipParams, ModelParams, OptimiserParams, Params, ParamsError, TowersParams, keyed, param
 from pipelines.training import Job
 from pipelines.workflow.places import (
     STORED_EXPLANATIONS,
@@ -187,11 +192,11 @@ def guide(whole: Params) -> Task:
 def image_text(whole: Params, tower: str) -> Task:
     """The pair of an image tower and a text tower in `clip.<tower>`, trained on images with captions."""
     params, section = whole.for_clip(whole.clip.pairs), f"clip.{tower}"
-    pair: TowerParams = getattr(params.clip, tower)
+    pair: TowersParams = getattr(params.clip, tower)
     manifest = read_manifest(shards_of(params.dataset))
     check_captions(manifest, params.dataset)
-    spec = _spec(params, f"{section}.model", replace(manifest, classes=(), task="embedding"), kind="conventional")
-    build = partial(build_image_text, absolute_weights(pair.model), spec, absolute_text(pair), pair.pretrain, params.seed)
+    spec = _spec(params, f"{section}.model", replace(manifest, classes=(), task="embedding"), kind="conventional")  # type: ignore[arg-type]
+    build = partial(build_image_text, absolute_weights(pair.model), spec, absolute_weights(pair.text), pair.pretrain, params.seed)
     return Task(params, f"image_text/{tower}", pair.pretrain, build, spec, model=pair.model, save=save_pair)
 
 
