@@ -7,6 +7,7 @@ what took effect.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -26,14 +27,6 @@ from pipelines.bcos.norms import BcosBatchNorm
 
 log = logging.getLogger(__name__)
 
-WANTED = {  # what a choice acts on
-    "bias": "a parameter that is a bias",
-    "norm": "a BatchNorm",
-    "stem_pool": "an nn.MaxPool2d of 3×3, stride 2, padding 1",
-    "gap_reorder": "an nn.AdaptiveAvgPool2d(1) and a classifier",
-    "activation": "a ReLU or gated activation that is a module",
-}
-WITHOUT_EFFECT = {"bias": "keep", "stem_pool": "keep", "gap_reorder": False, "activation": "keep"}  # as if not chosen
 CLASSIFIERS = {"fc", "classifier", "head", "heads", "head_dist", "linear", "last_linear", "logits"}  # usual names of a classifier
 KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages of modules whose pools are known
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "mish", "tanh"}
@@ -109,38 +102,20 @@ def bcosify(
         layer._configure(b, max_out, normalize_weight, b_mode)
         if max_out > 1:
             layer.weight = drawn.setdefault(layer.weight, _drawn(layer.weight, max_out))
-    found = {
-        "bias": [name for name, _ in network.named_parameters() if is_bias(name)],
-        "norm": [name for name, module in network.named_modules() if isinstance(module, BcosBatchNorm)],
-        "stem_pool": _places(network, _is_stem_pool)[:1],
-        "gap_reorder": [name for name in _places(network, _is_global_pool) if classes and _classifies(network, name)][-1:],
-        "activation": [name for name in _places(network, _is_activation) if not _is_in_a_factor(network, name)],
-    }
+    found = {name: choice.find(network, classes) for name, choice in CHOICES.items()}
     design = {
         **{"b": b, "b_mode": b_mode, "bias": bias, "norm": norm, "stem_pool": stem_pool, "gap_reorder": gap_reorder},
         **{"activation": activation, "logit_bias": logit_bias, "temperature": temperature},
         **{"normalize_weight": normalize_weight, "max_out": max_out},
     }
-    idle = [name for name, places in found.items() if design[name] != WITHOUT_EFFECT.get(name) and not places]
+    idle = [name for name, choice in CHOICES.items() if design[name] != choice.off and not found[name]]
     _say(type(model).__name__, {name: design[name] for name in idle}, asked)
     if activation == "remove" and "activation" in asked:
         _check_no_functions(network)
-
-    if bias == "remove":
-        for module in network.modules():
-            for name in [name for name in module._parameters if is_bias(name)]:
-                module.register_parameter(name, None)
-    if stem_pool == "average":
-        for name in found["stem_pool"]:
-            pool: Any = network.get_submodule(name)
-            _put(network, name, BcosAvgPool2d(3, 2, 1, ceil_mode=pool.ceil_mode, count_include_pad=True))
-    if gap_reorder:
-        for name in found["gap_reorder"]:
-            _put(network, name, LocationsToBatch())
-    if activation == "remove":
-        for name in found["activation"]:
-            _put(network, name, nn.Identity())
-    network.design = {**design, **{name: WITHOUT_EFFECT[name] for name in idle if name in WITHOUT_EFFECT}}
+    for name, choice in CHOICES.items():
+        if design[name] != choice.off:
+            choice.act(network, found[name], design[name])
+    network.design = {**design, **{name: CHOICES[name].off for name in idle if CHOICES[name].off is not None}}
     network.logit_bias = (0.0 if classes is None else -math.log(classes - 1)) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
@@ -155,7 +130,7 @@ def is_bias(name: str) -> bool:
 def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
     """Raises ConversionError where choices that are `asked` for are `idle`: found nothing to act on; logs the other idle ones."""
     refused = [name for name in idle if name in asked]
-    told = ", ".join(f"{name}={idle[name]!r} ({WANTED[name]})" for name in refused or idle)
+    told = ", ".join(f"{name}={idle[name]!r} ({CHOICES[name].wanted})" for name in refused or idle)
     if refused:
         raise ConversionError(
             f"nothing in {network} for {told} to act on: functions in a forward cannot be changed; make them modules, or leave "
@@ -304,3 +279,73 @@ def _is_stem_pool(module: nn.Module) -> bool:
 
 def _is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+# The choices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A design choice that changes modules or parameters of the converted network."""
+
+    wanted: str  # what it acts on, in words
+    off: Any  # the value that leaves the network as it is; `None`: every value acts
+    find: Callable[[BcosNetwork, int | None], list[str]]  # (network, K) -> dotted names of what the choice acts on
+    act: Callable[[BcosNetwork, list[str], Any], None]  # (network, these names, value) changes the network in place
+
+
+def _by(new: Callable[[Any], nn.Module]) -> Callable[[BcosNetwork, list[str], Any], None]:
+    """The action of a choice that replaces each module it finds by `new(module)`."""
+
+    def act(network: BcosNetwork, names: list[str], value: Any) -> None:
+        for name in names:
+            _put(network, name, new(network.get_submodule(name)))
+
+    return act
+
+
+def _biases(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name, _ in network.named_parameters() if is_bias(name)]
+
+
+def _treat_biases(network: BcosNetwork, names: list[str], value: str) -> None:
+    """Takes all biases away if `value` is `remove`. Biases that decay stay: the optimiser decays them."""
+    if value == "remove":
+        for module in network.modules():
+            for name in [name for name in module._parameters if is_bias(name)]:
+                module.register_parameter(name, None)
+
+
+def _batch_norms(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, BcosBatchNorm)]
+
+
+def _already_converted(network: BcosNetwork, names: list[str], value: str) -> None:
+    """Does nothing: `convert` has made the norms as the choice wants them."""
+
+
+def _stem_pools(network: BcosNetwork, classes: int | None) -> list[str]:
+    return _places(network, _is_stem_pool)[:1]
+
+
+def _average_pool(pool: nn.MaxPool2d) -> nn.Module:
+    return BcosAvgPool2d(3, 2, 1, ceil_mode=pool.ceil_mode, count_include_pad=True)
+
+
+def _pools_before_a_classifier(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name in _places(network, _is_global_pool) if classes and _classifies(network, name)][-1:]
+
+
+def _activations(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name in _places(network, _is_activation) if not _is_in_a_factor(network, name)]
+
+
+CHOICES = {  # in the order in which they act
+    "bias": Choice("a parameter that is a bias", "keep", _biases, _treat_biases),
+    "norm": Choice("a BatchNorm", None, _batch_norms, _already_converted),
+    "stem_pool": Choice("an nn.MaxPool2d of 3×3, stride 2, padding 1", "keep", _stem_pools, _by(_average_pool)),
+    "gap_reorder": Choice(
+        "an nn.AdaptiveAvgPool2d(1) and a classifier", False, _pools_before_a_classifier, _by(lambda _: LocationsToBatch())
+    ),
+    "activation": Choice("a ReLU or gated activation that is a module", "keep", _activations, _by(lambda _: nn.Identity())),
+}
