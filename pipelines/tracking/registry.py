@@ -71,6 +71,27 @@ class Registered:
         return f"models:/{self.name}/{self.version}"
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a reviewer sees of a version.
+
+    Attributes:
+        version: in the registry.
+        spec: of its model.
+        metrics: name -> value.
+        pictures: files.
+        dataset: that the metrics were measured on, as `describe_dataset` gives it.
+        tags: of the version, besides those that the evidence gives it.
+    """
+
+    version: ModelVersion
+    spec: ModelSpec
+    metrics: Mapping[str, float]
+    pictures: list[Path]
+    dataset: Mapping[str, str]
+    tags: Mapping[str, str]
+
+
 def register(
     model_directory: str | Path,
     *,
@@ -117,11 +138,11 @@ def register(
     with _one_line(uri), alone(uri, "register"):
         client = connect(uri)
         found = _find(client, name, digest, directory)
-        evidence = describe_dataset(manifest, name=dataset, context="evaluation")
-        version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, evidence)
+        measured_on = describe_dataset(manifest, name=dataset, context="evaluation")
+        version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, measured_on)
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
         kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # what it first came from
-        _show_evidence(client, version, spec, metrics, files, evidence, {**(tags or {}), **kept})
+        _show(client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}))
         version = client.get_model_version(name, str(version.version))  # with the tags that it now has
         told = nominate(client, version, alias, compare, higher_is_better)
         run = client.get_run(str(version.run_id))
@@ -224,19 +245,13 @@ def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str
     return {TRAINING: training.info.run_id, **({EXPERIMENT: name} if name else {}), **experiment_tags()}
 
 
-def _show_evidence(
-    client: MlflowClient,
-    version: ModelVersion,
-    spec: ModelSpec,
-    metrics: Mapping[str, float],
-    pictures: list[Path],
-    dataset: Mapping[str, str],
-    tags: Mapping[str, str],
-) -> None:
+def _show(client: MlflowClient, evidence: Evidence) -> None:
     """Puts metrics, pictures, tags and a description on the version, where they are not those it has."""
     from mlflow.entities import Metric
 
-    parts = [json.dumps([dict(metrics), dict(dataset), dict(tags)], sort_keys=True), content_digest(pictures)]
+    version, metrics, dataset = evidence.version, evidence.metrics, evidence.dataset
+    content = [dict(metrics), dict(dataset), dict(evidence.tags)]
+    parts = [json.dumps(content, sort_keys=True), content_digest(evidence.pictures)]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     if version.tags.get(EVIDENCE) == digest:
         return
@@ -245,30 +260,23 @@ def _show_evidence(
     model_id = str(version.source).removeprefix("models:/")
     values = [Metric(key, float(value), now(), 0, model_id=model_id, **named) for key, value in metrics.items()]
     client.log_batch(run_id, metrics=values)
-    for picture in pictures:
+    for picture in evidence.pictures:
         client.log_artifact(run_id, str(picture), "pictures")
     figures = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
-    for key, value in {**figures, DATA: dataset["digest"], **tags}.items():
+    for key, value in {**figures, DATA: dataset["digest"], **evidence.tags}.items():
         client.set_model_version_tag(version.name, version.version, key, redacted(value))
-    description = redacted(_description(version, spec, metrics, pictures, dataset, tags))
-    client.update_model_version(version.name, version.version, description)
+    client.update_model_version(version.name, version.version, redacted(_description(evidence)))
     client.set_model_version_tag(version.name, version.version, EVIDENCE, digest)
 
 
-def _description(
-    version: ModelVersion,
-    spec: ModelSpec,
-    metrics: Mapping[str, float],
-    pictures: list[Path],
-    dataset: Mapping[str, str],
-    tags: Mapping[str, str],
-) -> str:
+def _description(evidence: Evidence) -> str:
     """What a reviewer reads, in markdown."""
+    version, spec, dataset, tags = evidence.version, evidence.spec, evidence.dataset, evidence.tags
     origin = {"MLflow run": tags.get(TRAINING), "DVC experiment": tags.get(EXPERIMENT)}
     led = [f"{what} `{value}`" for what, value in origin.items() if value]
     samples = json.loads(dataset["profile"])["samples"]
-    rows = [f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items())]
-    paths = [f"- `pictures/{path.name}`" for path in pictures] or ["- none"]
+    rows = [f"| {key} | {value:.4g} |" for key, value in sorted(evidence.metrics.items())]
+    paths = [f"- `pictures/{path.name}`" for path in evidence.pictures] or ["- none"]
     lines = [
         f"**{spec.name}** ({spec.kind}, {spec.task}), {len(spec.classes)} classes, {spec.image_size} x {spec.image_size} px.",
         f"Measured on `{dataset['name']}` ({', '.join(f'{split} {count}' for split, count in samples.items())}).",
