@@ -116,7 +116,7 @@ def loader(
     )
     numbers = rank_batches(unread(order, earlier, sampling), sampling)[start_batch:]
     empty = "refuse" if train and context.world_size == 1 else "give" if train else "drop"
-    batches = RankBatches(str(root), manifest.tars, shards, numbers, decoder, data, empty)  # type: ignore[arg-type]
+    batches = RankBatches(str(root), split, manifest.tars, shards, numbers, decoder, data, empty)  # type: ignore[arg-type]
     return Loader(batches, data.loader_workers, context.device, as_bytes)
 
 
@@ -177,7 +177,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
     """Batches of one rank; of `n` loader processes, process `w` makes the batches w, w + n, ... Picklable.
 
     Attributes:
-        root, tars, shards: where the samples are, see `read_samples`.
+        root, split, tars, shards: where the samples are, see `read_samples`.
         numbers: those of each batch's samples, counted through `shards`.
         decoder: makes the batches.
         data: how shards are read.
@@ -185,6 +185,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
     """
 
     root: str
+    split: str
     tars: str | None
     shards: Sequence[Shard]
     numbers: Sequence[Sequence[int]]
@@ -197,8 +198,8 @@ class RankBatches(IterableDataset[Batch | DataError]):
         info = get_worker_info()
         process, processes = (0, 1) if info is None else (info.id, info.num_workers)
         mine = self.numbers[process::processes]
-        numbers_of_all = list(chain.from_iterable(mine))
-        samples = read_samples(self.root, self.shards, numbers_of_all, verify=self.data.verify, tars=self.tars)
+        where, numbers_of_all = {"split": self.split, "tars": self.tars}, list(chain.from_iterable(mine))
+        samples = read_samples(self.root, self.shards, numbers_of_all, verify=self.data.verify, **where)
         try:
             with self._prefetched(process, processes) as reach, closing(samples), closing(self.decoder):
                 for place, numbers in enumerate(mine):

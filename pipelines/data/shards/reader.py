@@ -47,7 +47,13 @@ class RawSample:
 
 
 def read_samples(
-    root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool, tars: str | None = None
+    root: str,
+    shards: Sequence[Shard],
+    numbers: Sequence[int],
+    *,
+    verify: bool,
+    split: str | None = None,
+    tars: str | None = None,
 ) -> Generator[RawSample, None, None]:
     """The samples of these numbers, in this order, counted through `shards`.
 
@@ -56,7 +62,8 @@ def read_samples(
         shards: of one split, in the manifest's order.
         numbers: each in [0, samples of the split).
         verify: check each shard's sha256 before its first sample is read.
-        tars: of the manifest.
+        split: the name of that split; only tars that are read in place need it.
+        tars: see `Manifest`.
 
     Raises:
         ShardError: a shard is missing, truncated, or not what the manifest says; the error names it.
@@ -64,7 +71,7 @@ def read_samples(
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
     left = Counter(shard_of)
-    indexed, place = partial(read_entries, root, of=shards), root if tars is None else tars
+    indexed, place = partial(read_entries, root, split=split), root if tars is None else tars
     with OpenShards(place, SUFFIXES, indexed, check_entries, verify=verify, scanned=tars is None) as opened:
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
@@ -171,7 +178,11 @@ class OpenShards:
             self._open[shard.name] = descriptor
             shard.check(path, verify=self._verify)
             try:
-                entries = self._indexed(shard) if not self._scanned else scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
+                entries = (
+                    self._indexed(shard)
+                    if not self._scanned
+                    else scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
+                )
             except (tarfile.TarError, EOFError) as error:
                 raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
         self._check(shard, entries)

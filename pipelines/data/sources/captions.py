@@ -134,7 +134,9 @@ class _Reader:
     def _split_of(self, row: Row) -> str:
         """The split that the row names; `train` if it names none."""
         if row.split and row.split.lower() not in SPLIT_NAMES:
-            raise DataError(f"{row.where}: {self._params.split_column} is {row.split!r}, which is none of {', '.join(SPLIT_NAMES)}")
+            raise DataError(
+                f"{row.where}: {self._params.split_column} is {row.split!r}, which is none of {', '.join(SPLIT_NAMES)}"
+            )
         return SPLIT_NAMES[row.split.lower()] if row.split else "train"
 
     def _image_folder(self, rows: Sequence[Row]) -> str:

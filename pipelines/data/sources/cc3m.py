@@ -95,7 +95,9 @@ class Cc3m(CaptionedImages):
         refs = _references(tars, found, split_of)
         if not refs["val"]:
             if params.val_count is None:
-                raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train, or name splits")
+                raise DataError(
+                    f"{source}: has no validation images: set val_count, how many to hold out of train, or name splits"
+                )
             refs["train"], refs["val"] = _split_off(refs["train"], params.val_count, params.split_seed)
         if not refs["train"]:
             raise DataError(f"{source}: train has no image with a caption")
@@ -199,7 +201,9 @@ def _shard(name: str, record: Mapping[str, Any]) -> Shard:
     return Shard(name, record["bytes"], record["sha256"], len(record["pairs"]))
 
 
-def _references(tars: Sequence[Tar], found: Mapping[str, Mapping[str, Any]], split_of: Mapping[str, str]) -> dict[str, list[TarRef]]:
+def _references(
+    tars: Sequence[Tar], found: Mapping[str, Mapping[str, Any]], split_of: Mapping[str, str]
+) -> dict[str, list[TarRef]]:
     """References by split, in the order of the tars, with keys that are unique among all splits."""
     keys = keys_of({f"{tar.name}/{pair[0]}": pair[0] for tar in tars for pair in found[tar.name]["pairs"]})
     refs: dict[str, list[TarRef]] = {split: [] for split in SPLITS}

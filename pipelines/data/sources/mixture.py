@@ -48,7 +48,11 @@ class Mixture:
             if not counts[split]:
                 raise DataError(f"mixture of {', '.join(names)}: {split} has no image")
         description = Description(
-            (), "unlabelled", f"mixture of {', '.join(names)}", combined_sha256(checksums), {split: counts[split] for split in SPLITS}
+            (),
+            "unlabelled",
+            f"mixture of {', '.join(names)}",
+            combined_sha256(checksums),
+            {split: counts[split] for split in SPLITS},
         )
         listing.write_raw_manifest(raw, description)
 
