@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 TOPS = (1, 5, 10)
 ROWS = 512  # images or texts that are compared with all others at once
@@ -17,8 +18,8 @@ class Recall(Metric):
     """Share of images that have one of their texts among the k nearest, and of texts that have their image there.
 
     `compute()` gives `image_to_text_recall_at_K` and `text_to_image_recall_at_K` of K = 1, 5, 10, in [0, 1]; NaN without any
-    text. Nearness is the cosine. What is as near as the wanted one comes before it: embeddings that are all the same find nothing.
-    An image without texts is no query, but among the images that a text can find.
+    text. Nearness is the cosine. Others that are as near count as nearer: embeddings that are all the same find nothing. An image
+    without texts is no query, but a text can find it.
     """
 
     higher_is_better = True
@@ -60,11 +61,9 @@ class Recall(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The six figures, float64."""
-        images, texts, counts = (
-            torch.cat(list(state)) if len(state) else None for state in (self.images, self.texts, self.counts)
-        )
-        if images is None or texts is None or counts is None:
+        if len(self.images) == 0:
             return dict.fromkeys(self.figures, torch.tensor(torch.nan))
+        images, texts, counts = (dim_zero_cat(state) for state in (self.images, self.texts, self.counts))
         owners = torch.arange(len(images), device=counts.device).repeat_interleave(counts)
         ranks = {
             "image_to_text": ranks_of_best(images, texts, torch.arange(len(images), device=owners.device), owners)[counts > 0],
