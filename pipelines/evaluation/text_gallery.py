@@ -15,7 +15,7 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation.batches import present
 from pipelines.evaluation.pictures import save_texts
 from pipelines.evaluation.towers import class_names, load_towers
-from pipelines.models.zero_shot import ZeroShotNetwork, templates_of, zero_shot_weights
+from pipelines.models.zero_shot import ZeroShotNetwork, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
 
 
@@ -55,7 +55,7 @@ def draw_text_gallery(
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(shards)
-    names, draw = class_names(params, manifest), random.Random(params.seed)
+    names, draw = class_names(params.localisation_names, manifest), random.Random(params.seed)
     count = manifest.count(split)
     numbers = sorted(draw.sample(range(count), min(params.pictures, count)))
     if not numbers:
@@ -64,7 +64,7 @@ def draw_text_gallery(
     in_image, images = present(batch, len(names)), add_inverse(batch["image"])
     paths = []
     for name, tower in load_towers({key: str(path) for key, path in directories.items()}, {}, torch.device("cpu")).items():
-        texts = zero_shot_weights(tower.text, names, templates_of(params.localisation_templates), batch_size=params.text_batch)
+        texts = zero_shot_weights(tower.text, names, params.localisation_templates, batch_size=params.text_batch)
         for row, key in enumerate(batch["key"]):
             shown = in_image[row].nonzero()[:, 0].tolist()
             shown += [next((other for other in range(len(names)) if other not in shown), shown[0])] if shown else [0]

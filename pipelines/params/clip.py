@@ -10,7 +10,7 @@ from pipelines.params.base import PositiveFloat, Strict
 from pipelines.params.data import DataParams
 from pipelines.params.evaluation import ClipEvaluateParams
 from pipelines.params.methods import BcosificationParams
-from pipelines.params.training import ModelParams, OptimiserParams
+from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams
 
 
 class ImageTextParams(OptimiserParams):
@@ -65,7 +65,7 @@ class TowersParams(Strict):
     """An image tower with its text tower: the original pair, and the B-cosified image tower."""
 
     model: ModelParams  # of the image tower: `open_clip:RN50`, or `open_clip:FILE`, a JSON config of one's own
-    text: ModelParams  # of the text tower, likewise
+    text: NetworkParams  # of the text tower, likewise
     pretrain: ImageTextParams
     bcosify: ClipParams
 
