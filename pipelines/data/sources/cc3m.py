@@ -33,7 +33,6 @@ from pipelines.storage.paths import users_path
 from pipelines.storage.publish import check_name
 from pipelines.storage.retry import is_remote
 
-
 WORTH_A_PROCESS = 100 * 2**20  # bytes: reading fewer takes less time than a new interpreter does to start
 
 
@@ -58,8 +57,8 @@ class Tar(NamedTuple):
 class Cc3m(CaptionedImages):
     """Image-text pairs in tars, which `shard` neither copies nor packs anew: the index beside the manifest points to them.
 
-    Every tar is read once by `fetch`: for its sha256, for the places of its samples, and for what is wrong with them. A tar at a URL
-    is downloaded for that and deleted again.
+    Every tar is read once by `fetch`: for its sha256, for the places of its samples, and for what is wrong with them. A tar at a
+    URL is downloaded for that and deleted again.
     """
 
     params: Cc3mParams

@@ -139,7 +139,7 @@ def test_images_without_captions_are_counted(tmp_path: Path) -> None:
     [
         ({"captions.csv": table(ROWS, head="image,text")}, {}, r"captions\.csv: has no column caption \(it has image, text\)"),
         ({"captions.csv": "image,caption\na.png,a dog, a cat\n"}, {}, r"line 2: has more cells than the header: put texts"),
-        ({"captions.csv": 'image,caption\na.png,"a dog\n'}, {}, r"line 2: unexpected end of data: quotes"),
+        ({"captions.csv": 'image,caption\na.png,"a dog\n'}, {}, r"line 2: not a row .unexpected end of data.: quotes"),
         ({"captions.csv": ""}, {}, r"has no column image, caption \(it has none\)"),
         ({"captions.csv": "image,caption\n"}, {}, r"train has no image with a caption"),
         ({"captions.csv": table([(*row, "trian") for row in ROWS], head="image,caption,split")}, {}, r"line 2: split is 'trian'"),
