@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipelines.data.formats.archive import as_text
+from pipelines.data.formats.archive import as_text, in_archive
 from pipelines.data.shards.sample import DataError
 
 FLICKR8K_LISTS = {split: f"Flickr_8k.{name}Images.txt" for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
@@ -60,7 +60,7 @@ def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Itera
             if None in cells:
                 raise DataError(f"{line}: has more cells than the header: put texts that contain the separator in quotes")
             image, caption, split = (cells.get(column) or "" for column in columns)
-            yield Row(line, as_text(image.strip()), " ".join(caption.split()), split.strip())
+            yield Row(line, as_text(in_archive(image.strip())), " ".join(caption.split()), split.strip())
     except csv.Error as error:
         raise DataError(f"{where}: line {max(done, 1) + 1}: not a row ({error}): quotes in a quoted text are doubled") from None
 

@@ -25,6 +25,7 @@ from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.manifest import Shard
 from pipelines.data.shards.sample import DataError, Description, caption_entry
 from pipelines.data.shards.tar import Entry
+from pipelines.errors import redacted
 from pipelines.params import Cc3mParams
 from pipelines.process import cpu_count, mapped
 from pipelines.progress import bar
@@ -75,6 +76,10 @@ class Cc3m(CaptionedImages):
         root = users_path(params.root)
         if not is_remote(root) and not os.path.isdir(root):
             raise DataError(f"{params.root}: no such folder: cc3m reads a folder of tars")
+        if is_remote(root) and redacted(root) != root:
+            raise DataError(
+                f"{params.root}: contains a secret, which the manifest would show: give it in the environment instead"
+            )
         source = f"cc3m: {params.root}"
         contents = list_folder(root)
         left_out = contents.left_out()
