@@ -57,7 +57,7 @@ def write_in_place(source: InPlace, raw: Path, root: str, *, progress: bool = Tr
         source=description.source,
         checksum=description.checksum,
         splits=shards,
-        fields={split: ("caption",) for split in splits},
+        fields=dict.fromkeys(splits, ("caption",)),
         indexes=indexes,
         tars=source.tars(raw),
     )

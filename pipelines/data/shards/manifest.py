@@ -67,8 +67,8 @@ class Manifest:
         splits: the shards of each split, in order.
         fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
         indexes: the index of each split; none if an earlier version wrote the shards.
-        tars: absolute path or URL of the folder of the shards if they are another program's tars, which are read in place: captions
-            lie in `.txt`, and only samples that the index names are read. None: the shards are this project's, beside the manifest.
+        tars: absolute path or URL of the folder of the shards, if these are tars of img2dataset that are read in place: captions
+            lie in `.txt`, and only samples that the index names are read. None: this project's shards, beside the manifest.
     """
 
     classes: tuple[str, ...]

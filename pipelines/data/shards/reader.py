@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 from pipelines.data.formats.img2dataset import CAPTION, annotation_of
 from pipelines.data.shards.cache import NoRoomError, open_copy
@@ -173,17 +174,21 @@ class OpenShards:
                 log.warning("%s; samples are read one by one meanwhile", error)
             self._told, self._patient = True, False
             self._direct.add(shard.name)
-            entries = self._indexed(shard)
+            entries = self._known(shard)
         else:
             self._open[shard.name] = descriptor
             shard.check(path, verify=self._verify)
-            try:
-                entries = (
-                    self._indexed(shard)
-                    if not self._scanned
-                    else scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
-                )
-            except (tarfile.TarError, EOFError) as error:
-                raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
+            entries = self._scan(shard, path, descriptor) if self._scanned else self._known(shard)
         self._check(shard, entries)
         self._entries[shard.name] = entries
+
+    def _known(self, shard: Shard) -> tuple[Entry, ...]:
+        """Where the samples lie by the index, which is read once in a pass although a shard may be opened several times."""
+        return self._entries.get(shard.name) or self._indexed(shard)
+
+    def _scan(self, shard: Shard, path: Path, descriptor: int) -> tuple[Entry, ...]:
+        """Where the samples lie by the shard itself."""
+        try:
+            return scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
+        except (tarfile.TarError, EOFError) as error:
+            raise ShardError(f"{shard.name}: not a whole tar: {error}") from None

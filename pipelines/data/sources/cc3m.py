@@ -25,6 +25,7 @@ from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.manifest import Shard
 from pipelines.data.shards.sample import DataError, Description, caption_entry
 from pipelines.data.shards.tar import Entry
+from pipelines.errors import redacted
 from pipelines.params import Cc3mParams
 from pipelines.process import cpu_count, mapped
 from pipelines.progress import bar
@@ -32,7 +33,6 @@ from pipelines.storage import files
 from pipelines.storage.paths import users_path
 from pipelines.storage.publish import check_name
 from pipelines.storage.retry import is_remote
-
 
 WORTH_A_PROCESS = 100 * 2**20  # bytes: reading fewer takes less time than a new interpreter does to start
 
@@ -58,8 +58,8 @@ class Tar(NamedTuple):
 class Cc3m(CaptionedImages):
     """Image-text pairs in tars, which `shard` neither copies nor packs anew: the index beside the manifest points to them.
 
-    Every tar is read once by `fetch`: for its sha256, for the places of its samples, and for what is wrong with them. A tar at a URL
-    is downloaded for that and deleted again.
+    Every tar is read once by `fetch`: for its sha256, for the places of its samples, and for what is wrong with them. A tar at a
+    URL is downloaded for that and deleted again.
     """
 
     params: Cc3mParams
@@ -76,6 +76,10 @@ class Cc3m(CaptionedImages):
         root = users_path(params.root)
         if not is_remote(root) and not os.path.isdir(root):
             raise DataError(f"{params.root}: no such folder: cc3m reads a folder of tars")
+        if is_remote(root) and redacted(root) != root:
+            raise DataError(
+                f"{params.root}: contains a secret, which the manifest would show: give it in the environment instead"
+            )
         source = f"cc3m: {params.root}"
         contents = list_folder(root)
         left_out = contents.left_out()

@@ -249,3 +249,9 @@ def test_a_folder_without_tars_and_no_folder_are_one_line(tmp_path: Path) -> Non
         fetched(params(tmp_path / "other"), tmp_path)
     with pytest.raises(DataError, match=r"nowhere: no such folder"):
         fetched(params(tmp_path / "nowhere"), tmp_path)
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^https://host/cc3m: contains a secret") as raised:
+        fetched(params("https://me:hush@host/cc3m"), tmp_path)
+    assert "hush" not in str(raised.value)

@@ -41,10 +41,10 @@ def test_getting_one_data_set_imports_no_code_of_another() -> None:
     names = sorted(set(OWN.values()))
     done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(names)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    for name, modules in found.items():
-        own = {OWN.get(module.removeprefix("pipelines.data."), name) for module in modules}
+    for name, imported in found.items():
+        own = {OWN.get(module.removeprefix("pipelines.data."), name) for module in imported}
         assert own == {name}
-        assert f"pipelines.data.sources.{name}" in modules
+        assert f"pipelines.data.sources.{name}" in imported
 
 
 def test_the_code_of_a_mixture_is_that_of_its_parts_too() -> None:
