@@ -50,7 +50,7 @@ class ImageFolderParams(DatasetParams):
     source: Literal["imagefolder"]
     root: str
     sha256: Sha256 | None = None
-    splits: dict[Split, str] = {}  # our split -> its folder; by default the same name
+    splits: dict[Split, str] = {}  # our split -> its folder; by default the same name, where no other split names it
     labelled: bool = True  # false: images anywhere below the folder of a split, without classes; for students of a teacher
 
 
