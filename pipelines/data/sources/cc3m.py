@@ -77,9 +77,7 @@ class Cc3m(CaptionedImages):
         if not is_remote(root) and not os.path.isdir(root):
             raise DataError(f"{params.root}: no such folder: cc3m reads a folder of tars")
         if is_remote(root) and redacted(root) != root:
-            raise DataError(
-                f"{params.root}: contains a secret, which the manifest would show: give it in the environment instead"
-            )
+            raise DataError(f"{params.root}: contains a secret, which the manifest would show: use the environment instead")
         source = f"cc3m: {params.root}"
         contents = list_folder(root)
         left_out = contents.left_out()

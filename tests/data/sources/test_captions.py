@@ -17,7 +17,8 @@ from pipelines.data.sources import get
 from pipelines.params import CaptionsParams, DataParams
 from tests.support.fetching import SHARED, encoded, fetched, left_out, samples, sharded, write_files
 
-ROWS = [
+BIG = 'two dogs, one "big"'
+ROWS = [("a.png", "a dog"), ("./a.png", BIG), ("sub/b.png", "a cat"), ("c.png", "a bird"), ("d.png", "ein Käfer")]
     ("a.png", "a dog"),
     ("./a.png", 'two dogs, one "big"'),
     ("sub/b.png", "a cat"),
