@@ -81,11 +81,11 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
     pixels = _photograph(canvas, rng)
 
     boxes = tuple(_box(item.label, mask == instance) for instance, item in enumerate(objects, start=1))
-    nouns = [f"{name} {CLASSES[item.label]}" for item, (name, _) in zip(objects, colours, strict=True)]
+    named = [(name, CLASSES[item.label]) for item, (name, _) in zip(objects, colours, strict=True)]
     background = list(BACKGROUNDS)[group]
-    captions: tuple[str, ...] = (f"{listed(nouns)} on {background}",)
+    captions: tuple[str, ...] = (f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",)
     if params.captions:
-        captions = sentences(nouns, background, _generator(params.seed, split, index, _SENTENCES))
+        captions = sentences(named, background, _generator(params.seed, split, index, _SENTENCES))
     multiclass = params.variant == "objects"
     return Sample(
         key=f"{split}-{index:07d}",
