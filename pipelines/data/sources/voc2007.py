@@ -1,4 +1,4 @@
-"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010) with its own three splits, or VOC 2012, in the same layout; multi-label."""
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), or VOC 2012, which has the same layout; multi-label."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ class Voc2007(AnnotatedImages):
         else:
             contents, checksum = open_root(root, None, raw, cache, progress)
         source = f"voc2007: {root or ARCHIVES['trainval'].url}"
-        top = archive.folder_with(contents, _list_of("train", self.params), source)
-        reader = _Reader(raw, contents, top, source, self.params)
-        sizes = {split: annotated.write_split(raw, split, reader.read(split, progress)) for split in annotated.SPLITS}
+        names = self.params.splits
+        lists = {split: f"ImageSets/Main/{names.get(split, split)}.txt" for split in ("train", "val", "test")}
+        reader = _Reader(raw, contents, archive.folder_with(contents, lists["train"], source), source, self.params)
+        sizes = {split: annotated.write_split(raw, split, reader.read(path, progress)) for split, path in lists.items()}
         reader.count_unlisted()
         annotated.write_description(raw, Description(CLASSES, "multilabel", source, checksum, sizes), reader.check)
 
@@ -91,9 +92,9 @@ class _Reader:
         self.check = BoxCheck(params.on_bad_box, self.left_out)
         self._listed: set[str] = set()
 
-    def read(self, split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
-        """The images of `split` in the order of its list."""
-        path = f"{self._top}{_list_of(split, self._params)}"
+    def read(self, split_list: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
+        """The images that the file `split_list` names, in its order."""
+        path = f"{self._top}{split_list}"
         lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
         names = [as_text(line.split()[0]) for line in lines if line.strip()]
         keys = keys_of({name: name for name in names})
@@ -102,7 +103,7 @@ class _Reader:
         if twice := self._listed.intersection(names):
             raise DataError(f"{path}: names {min(twice)}, which another split has: an image belongs to one split")
         self._listed.update(names)
-        with bar(f"annotations of {split}", len(names), show=progress) as shown:
+        with bar(f"annotations of {split_list}", len(names), show=progress) as shown:
             for name in names:
                 image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
                 yield image, self._annotation(name)
@@ -146,8 +147,3 @@ class _Reader:
                     self.left_out.add("masks that do not fit their objects", path)
                 return mask
         return None
-
-
-def _list_of(split: str, params: Voc2007Params) -> str:
-    """The file that lists the images of `split`, below the folder of the year."""
-    return f"ImageSets/Main/{dict(params.splits).get(split, split)}.txt"
