@@ -27,7 +27,7 @@ from pipelines.training.job import directions
 from pipelines.training.objective import Objective
 from tests.support import toy_tower
 from tests.support.clip import RN, VIT
-from tests.support.toy_tower import COUNT, SIDE, WIDTH, ToyTower, batch_of, clip_params, job_of, pair, step, taught
+from tests.support.toy_tower import COUNT, WIDTH, ToyTower, batch_of, clip_params, job_of, pair, step, taught
 
 
 def embeddings(seed: int, rows: int, width: int = WIDTH) -> Tensor:
