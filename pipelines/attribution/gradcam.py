@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipelines.attribution.features import evaluating
 from pipelines.attribution.gradients import gradients_at
+from pipelines.bcos.cosine import CosineHead
 from pipelines.bcos.explain import contribution_map
 from pipelines.models import ModelError
 
@@ -38,7 +39,7 @@ def last_features(model: nn.Module, images: Tensor) -> str:
     before_classifier: list[str] = []  # those up to that layer
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
-        weight = getattr(module, "weight", None)
+        weight = module.texts if isinstance(module, CosineHead) else getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim >= 2:
             before_classifier.extend(spatial)
             spatial.clear()

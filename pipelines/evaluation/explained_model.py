@@ -32,17 +32,25 @@ def load_explained_model(
     A network without convolutional features has no GradCAM.
     """
     model, spec = models.load(directory)
-    model.to(device).requires_grad_(False)
+    return with_explanations(str(directory), model.to(device), spec, posthoc, guided)
+
+
+def with_explanations(
+    name: str, model: nn.Module, spec: ModelSpec, posthoc: Iterable[str], guided: Attribution | None = None
+) -> ExplainedModel:
+    """As `load_explained_model`, of a model in memory, which is frozen; `name` is said where an explanation is left out."""
+    model.requires_grad_(False)
     wanted = {method: Attribution(method) for method in (["bcos"] if spec.kind == "bcos" else posthoc)}
     if guided is not None and guided not in wanted.values():
         wanted["guided"] = guided
+    device = next(model.buffers()).device  # every model of this project has its `mean`
     probe = torch.zeros(1, 6, spec.image_size, spec.image_size, device=device)
     explanations: dict[str, Attribution] = {}
-    for name, attribution in wanted.items():
+    for key, attribution in wanted.items():
         try:
-            explanations[name] = attribution.resolved(model, probe)
+            explanations[key] = attribution.resolved(model, probe)
         except ModelError as error:
-            print(f"{directory}: {error}; evaluated without")
+            print(f"{name}: {error}; evaluated without")
     return ExplainedModel(model, spec, explanations)
 
 

@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -74,6 +76,47 @@ def save_panels(
         _save(figure, path)
 
 
+def save_texts(path: str | Path, image: Tensor, texts: Sequence[str], colours: Tensor, contributions: Tensor) -> None:
+    """Writes a PNG: an image, and for each text a column of its colour explanation over its heat map, these on one scale.
+
+    The scale stands below the image. The same input gives the same bytes.
+
+    Args:
+        path: of the PNG; its folder is made.
+        image: (3 or more, H, W) in [0, 1], of which the first three channels are shown.
+        texts: T titles of the columns; long ones are wrapped.
+        colours: (T, H, W, 4) in [0, 1], shown on white.
+        contributions: (T, H, W), shown as `heat_map` shows them, with the largest of the limits that it would choose for each.
+
+    Raises:
+        ValueError: numbers of texts and explanations differ.
+    """
+    if not len(texts) == len(colours) == len(contributions):
+        raise ValueError(f"texts: {len(texts)} for {len(colours)} colour explanations and {len(contributions)} maps")
+    limit = float(limits(contributions).max())
+    panels = [on_white(colours), heat_map(contributions, limit=limit)]
+    titles = ["\n".join(wrapped for line in text.split("\n") for wrapped in textwrap.wrap(line, 26) or [""]) for text in texts]
+    with matplotlib.rc_context({"font.size": 6}):
+        lines = max(title.count("\n") + 1 for title in titles)
+        size = (INCHES * (len(texts) + 1), 2 * INCHES + 0.12 * lines + 0.1)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, len(texts) + 1, squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        axes[0, 0].imshow(_pixels(image[:3].permute(1, 2, 0)), interpolation="nearest")
+        axes[0, 0].set_title("input")
+        for row, of_texts in enumerate(panels):
+            for column, panel in enumerate(of_texts, start=1):
+                axes[row, column].imshow(_pixels(panel), interpolation="nearest")
+        for column, title in enumerate(titles, start=1):
+            axes[0, column].set_title(title, parse_math=False)
+        scale = ScalarMappable(Normalize(-limit, limit), "bwr")
+        bar = figure.colorbar(scale, ax=axes[1, 0], location="top", fraction=0.1, ticks=[-limit, 0, limit], format="%.1e")
+        bar.set_label("contribution of a pixel to the cosine")
+        _save(figure, path)
+
+
 def draw_front(
     path: str | Path,
     points: Mapping[int, Sequence[float | None]],
@@ -113,17 +156,23 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
 
 
-def heat_map(attributions: Tensor, percentile: float = 99.5) -> Tensor:
+def heat_map(attributions: Tensor, percentile: float = 99.5, limit: float | None = None) -> Tensor:
     """Signed maps (N, H, W) as colours (N, H, W, 3) in [0, 1]: blue, white at 0, red.
 
-    The limits of a map are symmetric: plus and minus the given percentile of its absolute values.
+    The limits of a map are symmetric: plus and minus `limit`, by default the given percentile of its absolute values.
     """
-    magnitude = attributions.detach().float().cpu().flatten(1).abs()
-    limit = torch.quantile(magnitude, percentile / 100, dim=1)
-    limit = torch.where(limit > 0, limit, magnitude.amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = (attributions.detach().float().cpu() / limit[:, None, None]).clamp(-1, 1)
+    maps = attributions.detach().float().cpu()
+    most = limits(maps, percentile) if limit is None else torch.full((len(maps),), limit)
+    scaled = (maps / most[:, None, None]).clamp(-1, 1)
     colours = matplotlib.colormaps["bwr"](((scaled + 1) / 2).numpy())
     return torch.from_numpy(np.asarray(colours[..., :3])).float()
+
+
+def limits(attributions: Tensor, percentile: float = 99.5) -> Tensor:
+    """The percentile of the absolute values of each map (N, H, W), their maximum where that is 0: (N,), positive."""
+    magnitude = attributions.detach().float().cpu().flatten(1).abs()
+    limit = torch.quantile(magnitude, percentile / 100, dim=1)
+    return torch.where(limit > 0, limit, magnitude.amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def on_white(rgba: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Scores:
                 self._metric(name, key).update(logits[rows, targets], bias, each)
             if by_box is not None:
                 self._add_boxes(name, maps, by_box, boxed.to(maps.device))
+                self._add_between_classes(name, maps, by_box, rows)
                 if by_object is not None:
                     shown, epg = by_object.flatten(1).any(1), energy_pointing_game(maps, by_object)
                     self._add_by_size(name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown)
@@ -148,6 +149,9 @@ class Scores:
         self._add_by_size(name, "epg", epg, without, shares, located)
         self._add_by_size(name, "size_corrected_epg", size_corrected(epg, shares), without, shares, located, missing=shares == 1)
         self._add_by_size(name, "iou", iou_by_threshold(maps, masks), without_union(maps, masks), shares, located)
+
+    def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
+        """For subclasses: scores of maps (P, H, W) against the boxes of all classes of their images `rows` (P,)."""
 
     def _add_by_size(
         self,

@@ -28,7 +28,7 @@ from pipelines.models import ModelError, ModelSpec
 from pipelines.params import ParamsError
 
 if TYPE_CHECKING:
-    from pipelines.params import ClipParams, DataParams, ImageTextParams, ModelParams, TrainingParams
+    from pipelines.params import ClipParams, DataParams, ImageTextParams, ModelParams, NetworkParams, TrainingParams
 
 LARGEST_SCALE = math.log(100)  # of cosines, as CLIP's authors bound it
 SCALES = {"clip": (math.log(1 / 0.07), None), "siglip": (math.log(10), -10.0)}  # where logit scale and bias start
@@ -282,7 +282,7 @@ def check_equal_shares(batch_size: int, training: TrainingParams, data: DataPara
 
 
 def build_image_text(
-    model: ModelParams, spec: ModelSpec, text: ModelParams, params: ImageTextParams, seed: int
+    model: ModelParams, spec: ModelSpec, text: NetworkParams, params: ImageTextParams, seed: int
 ) -> ImageTextTraining:
     """The method on the image tower of `model` and the text tower of `text`; what has no weights is drawn by `seed`.
 

@@ -1,9 +1,11 @@
 """Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
 
 from pipelines.params.base import ParamsError, keyed
-from pipelines.params.clip import ClipParams, ImageTextParams
+from pipelines.params.clip import ClipGroupParams, ClipParams, ImageTextParams, TowersParams
 from pipelines.params.data import (
     AnnotatedParams,
+    CaptionsParams,
+    Cc3mParams,
     Cifar10Params,
     Coco2014Params,
     DataParams,
@@ -11,11 +13,12 @@ from pipelines.params.data import (
     DatasetParams,
     ImageFolderParams,
     ImageNetParams,
+    MixtureParams,
     ScenesParams,
     Voc2007Params,
     WaterbirdsParams,
 )
-from pipelines.params.evaluation import EvaluateParams, PublishedParams
+from pipelines.params.evaluation import ClipEvaluateParams, EvaluateParams, LinearProbeParams, PublishedParams
 from pipelines.params.methods import (
     BcosificationParams,
     BcosifyParams,
@@ -28,5 +31,5 @@ from pipelines.params.methods import (
     StudentParams,
 )
 from pipelines.params.search import AshaParams, SearchDimension, SearchParams
-from pipelines.params.training import ModelParams, OptimiserParams, StorageParams, TrainingParams
+from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams, StorageParams, TrainingParams
 from pipelines.params.whole import Params, TrackingParams, check_space, leaves, load, param, replaced, validate

@@ -43,7 +43,7 @@ def rich(number: int, **changes: Any) -> Sample:
     mask[1:4, 0:3] = 1
     mask[5:8, 4:8] = 2
     boxes = ((0, 0.0, 1.0, 3.0, 4.0), (2, 4.0, 5.0, 8.0, 8.0))
-    known = {"boxes": boxes, "mask": encoded(mask), "group": number % 2, "caption": f"picture {number}"}
+    known = {"boxes": boxes, "mask": encoded(mask), "group": number % 2, "captions": (f"picture {number}",)}
     return plain(number, **{**known, **changes})
 
 

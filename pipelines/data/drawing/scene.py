@@ -14,6 +14,7 @@ from numpy.random import Generator, Philox, SeedSequence
 from numpy.typing import NDArray
 
 from pipelines.data.drawing.backgrounds import BACKGROUNDS, texture
+from pipelines.data.drawing.captions import listed, sentences
 from pipelines.data.drawing.shapes import SHAPES, Contours, coverage, direction, place
 from pipelines.data.formats.png import encode_png
 from pipelines.data.shards.sample import Box, Sample
@@ -43,6 +44,7 @@ _TURN = 0.11  # most that an object is turned either way, turns
 _SQUEEZE = 0.8  # least ratio of a squeezed object's short side to its long side
 _LEAST_VISIBLE = 0.4  # share of an object that must not be hidden
 _NOISE = 7.0  # half width of the sensor noise, levels
+_SENTENCES = 1  # numbers the generator that draws an image's captions, so that they change no pixel
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class _Object:
 
 
 def draw(params: ScenesParams, split: Split, index: int) -> Sample:
-    """The image number `index` of `split` with its boxes, mask, caption and background group."""
+    """The image number `index` of `split` with its boxes, mask, captions and background group."""
     rng = _generator(params.seed, split, index)
     size = params.image_size
     labels = _labels(params, split, index, rng)
@@ -80,7 +82,10 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
 
     boxes = tuple(_box(item.label, mask == instance) for instance, item in enumerate(objects, start=1))
     nouns = [f"{name} {CLASSES[item.label]}" for item, (name, _) in zip(objects, colours, strict=True)]
-    phrase = " and ".join(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
+    background = list(BACKGROUNDS)[group]
+    captions: tuple[str, ...] = (f"{listed(nouns)} on {background}",)
+    if params.captions:
+        captions = sentences(nouns, background, _generator(params.seed, split, index, _SENTENCES))
     multiclass = params.variant == "objects"
     return Sample(
         key=f"{split}-{index:07d}",
@@ -90,7 +95,7 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
         labels=None if multiclass else tuple(sorted(set(labels))),
         boxes=boxes,
         group=group,
-        caption=f"{phrase} on {list(BACKGROUNDS)[group]}",
+        captions=captions,
         mask=encode_png(mask),
     )
 

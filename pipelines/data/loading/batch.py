@@ -14,7 +14,9 @@ and, if any sample of the split has them, of
              pixels of the transformed image
     mask     int64 (N, H, W) of instance ids: 0 is background, i the i-th box of the image; all 0 for samples without
     group    int64 (N,), -1 for samples without
-    caption  list of str, "" for samples without
+    caption  list of str: of several captions one, in training drawn by (seed, epoch, key), in evaluation the first; "" for
+             samples without
+    captions list of lists of str, all captions of each sample; only if this field is asked for by name
 
 and, with stored explanations, of `teacher_logits` float32 (N, K) and `teacher_maps` float32 (N, C, H, W).
 """
@@ -36,11 +38,12 @@ from pipelines.data.loading.decode import decode_image
 from pipelines.data.loading.transforms import STORED_MAP, Step, Views
 from pipelines.data.shards.manifest import Manifest, ShardError
 from pipelines.data.shards.reader import IMAGES, RawSample
+from pipelines.data.shards.sample import captions_of
 from pipelines.data.shards.stored_explanations import StoredExplanations
 
 Batch = dict[str, Any]
 NO_GROUP = -1
-FIELDS = frozenset(("boxes", "mask", "group", "caption"))  # that a sample need not have
+FIELDS = frozenset(("boxes", "mask", "group", "caption", "captions"))  # that a sample need not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Decoder:
         transform: applied to each sample, with a generator seeded by (seed, epoch, key).
         seed: of the run.
         epoch: counted from 0.
+        train: whether one of several captions is drawn; otherwise the first one is taken.
         explanations: stored ones that come with the samples, or None.
     """
 
@@ -73,6 +77,7 @@ class Decoder:
     transform: Step
     seed: int
     epoch: int
+    train: bool
     explanations: StoredExplanations | None
 
     def decode(self, raw: RawSample) -> DecodedSample:
@@ -152,11 +157,20 @@ class Decoder:
         if "group" in self.fields:
             batch["group"] = torch.tensor([sample.annotation.get("group", NO_GROUP) for sample in samples])
         if "caption" in self.fields:
-            batch["caption"] = [sample.annotation.get("caption", "") for sample in samples]
+            batch["caption"] = [self._caption(sample) for sample in samples]
+        if "captions" in self.fields:
+            batch["captions"] = [list(captions_of(sample.annotation)) for sample in samples]
         if self.explanations is not None:
             logits, maps = zip(*(sample.stored for sample in samples if sample.stored is not None), strict=True)
             batch["teacher_logits"], batch["teacher_maps"] = torch.stack(logits), torch.stack(maps)
         return batch
+
+    def _caption(self, sample: DecodedSample) -> str:
+        """One caption of a sample; empty if it has none."""
+        captions = captions_of(sample.annotation)
+        if self.train and len(captions) > 1:
+            return random.Random(f"caption/{self.seed}/{self.epoch}/{sample.key}").choice(captions)
+        return captions[0] if captions else ""
 
 
 def keep_boxes(classes: Tensor, corners: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

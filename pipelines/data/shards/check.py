@@ -21,6 +21,8 @@ def check_sample(sample: Sample, description: Description) -> None:
     if sample.extension not in EXTENSIONS:
         raise DataError(f"{sample.key}: extension {sample.extension!r} is not one of {', '.join(EXTENSIONS)}")
     _check_labels(sample, description)
+    if not all(caption.strip() for caption in sample.captions):
+        raise DataError(f"{sample.key}: an empty caption; a caption has words")
     if sample.group is not None and sample.group < 0:
         raise DataError(f"{sample.key}: group {sample.group} is below 0")
     if sample.boxes or sample.mask is not None:
@@ -42,7 +44,7 @@ def _check_labels(sample: Sample, description: Description) -> None:
                 raise DataError(f"{sample.key}: labels {sample.labels} name a class twice")
             labels = sample.labels
         case "caption":
-            if sample.caption is None:
+            if not sample.captions:
                 raise DataError(f"{sample.key}: no caption; task caption needs one")
             labels = ()
         case "unlabelled":

@@ -6,7 +6,8 @@ shard a line of its own, `{"shard": {"name", "bytes", "sha256", "count"}}`, and 
     key          of the sample
     label        int, or `labels`: list of int
     box_classes  classes of its boxes, ascending, each once; only if it has boxes
-    group        int, and `caption`: str; only if it has them
+    group        int; only if it has one
+    caption      str, or `captions`: list of str; only if it has one, or several
     files        suffix -> [offset, bytes] of its files in the tar
 
 Each shard's lines are a gzip member of their own; the manifest says how many bytes each member (`part`) has. Hence writers make
@@ -53,7 +54,7 @@ def index_part(shard: Shard, entries: Iterable[Entry], known: Mapping[str, Mappi
 
 def known_of(annotation: Mapping[str, Any]) -> dict[str, Any]:
     """What the index says of a sample with this json."""
-    known = {name: annotation[name] for name in ("label", "labels", "group", "caption") if name in annotation}
+    known = {name: annotation[name] for name in ("label", "labels", "group", "caption", "captions") if name in annotation}
     classes = sorted({int(box[0]) for box in annotation.get("boxes", ())})
     return known | ({"box_classes": classes} if classes else {})
 
@@ -81,10 +82,14 @@ def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, 
         start += size
 
 
-def read_entries(root: str, shard: Shard) -> tuple[Entry, ...]:
-    """Where the samples of a shard at `root` lie, read from its part of the index alone; errors are those of `read_index`."""
+def read_entries(root: str, shard: Shard, split: str | None = None) -> tuple[Entry, ...]:
+    """Where the samples of a shard lie, read from its part of the index at `root` alone; errors are those of `read_index`.
+
+    A tar that is read in place may have samples of several splits: then `split` must be given.
+    """
     manifest = read_manifest(root)
-    split = next((split for split, shards in manifest.splits.items() if shard in shards), None)
+    named = [split] if split is not None else manifest.splits
+    split = next((name for name in named if shard in manifest.splits.get(name, ())), None)
     if split is None:
         raise ShardError(f"{shard.name}: it is not in the manifest at {root}")
     index, place = _index(root, manifest, split), manifest.shards(split).index(shard)

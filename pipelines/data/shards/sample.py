@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines.errors import UserError
 
@@ -21,7 +22,7 @@ class DataError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its labels, boxes, group, caption and mask.
+    """One image with its labels, boxes, group, captions and mask.
 
     Attributes:
         key: unique in its split, and matches `KEY`; `raw.keys` makes such keys.
@@ -31,7 +32,7 @@ class Sample:
         labels: class indices in ascending order, if the task is multilabel.
         boxes: (class, xmin, ymin, xmax, ymax) each; pixels of the stored image, half-open.
         group: index of the background, or of another attribute that may be confused with the class.
-        caption: one sentence.
+        captions: one or several texts that each describe the whole image.
         mask: grey PNG of instance ids: 0 is background, i is the instance of `boxes[i - 1]`.
     """
 
@@ -42,7 +43,7 @@ class Sample:
     labels: tuple[int, ...] | None = None
     boxes: tuple[Box, ...] = ()
     group: int | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     mask: bytes | None = None
 
 
@@ -55,3 +56,17 @@ class Description:
     source: str
     checksum: str  # sha256 of what the samples are made of
     counts: dict[str, int]
+
+
+def caption_entry(captions: tuple[str, ...]) -> dict[str, Any]:
+    """How the json and the index store captions: `caption`, a str, if there is one; `captions`, a list, if there are several."""
+    if len(captions) > 1:
+        return {"captions": list(captions)}
+    return {"caption": captions[0]} if captions else {}
+
+
+def captions_of(annotation: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions that `caption_entry` stored in the json or index line of a sample."""
+    return tuple(
+        annotation["captions"] if "captions" in annotation else [annotation["caption"]] if "caption" in annotation else ()
+    )

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.shards.check import check_sample
+from pipelines.data.shards.in_place import InPlace, write_in_place
 from pipelines.data.shards.index import index_name, index_part, known_of, write_index
 from pipelines.data.shards.manifest import MANIFEST, Index, Manifest, Shard
-from pipelines.data.shards.sample import DataError, Description, Sample
+from pipelines.data.shards.sample import DataError, Description, Sample, caption_entry
 from pipelines.data.shards.tar import write_tar
 from pipelines.process import mapped
 from pipelines.progress import bar
@@ -24,7 +25,7 @@ from pipelines.storage import files
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
 
-FIELDS = ("boxes", "mask", "group", "caption")
+FIELDS = {"boxes": "boxes", "mask": "mask", "group": "group", "caption": "captions"}  # field of a manifest -> of a `Sample`
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
 
 
@@ -50,7 +51,7 @@ class _ShardPlan:
 def write_shards(
     source: Source, raw: Path, out: str | Path, *, shard_size: int, workers: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`.
+    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`; see `in_place` if it lies in tars.
 
     The manifest is written last, and an old one is deleted first, so that shards of an interrupted call never have one. The same
     source gives the same bytes, whatever the number of processes.
@@ -67,6 +68,8 @@ def write_shards(
         DataError: a sample does not pass `check_sample`, or a key comes twice in a split; the error names the key.
         StorageError: no space left, or `out` cannot be written to; no part of a shard is left.
     """
+    if isinstance(source, InPlace):
+        return write_in_place(source, raw, str(out), progress=progress)
     description = source.describe(raw)
     splits = [split for split, count in description.counts.items() if count > 0]
     plans = [plan for split in splits for plan in _plan(split, source.index(raw, split), shard_size)]
@@ -114,7 +117,7 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
             check_sample(sample, description)
             if sample.key in known:
                 raise _comes_twice(plan.split, sample.key, plan.name, plan.name)
-            fields.update(field for field in FIELDS if getattr(sample, field) not in (None, ()))
+            fields.update(name for name, attribute in FIELDS.items() if getattr(sample, attribute) not in (None, ()))
             annotation = annotation_of(sample)
             known[sample.key] = known_of(annotation)
             yield sample.key, contents(sample, annotation)
@@ -125,8 +128,9 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
 
 def annotation_of(sample: Sample) -> dict[str, Any]:
     """The json of one sample."""
-    optional = {name: getattr(sample, name) for name in ("label", "labels", "group", "caption")}
-    return {"boxes": sample.boxes, **{name: value for name, value in optional.items() if value is not None}}
+    optional = {name: getattr(sample, name) for name in ("label", "labels", "group")}
+    known = {name: value for name, value in optional.items() if value is not None}
+    return {"boxes": sample.boxes, **known, **caption_entry(sample.captions)}
 
 
 def contents(sample: Sample, annotation: dict[str, Any]) -> dict[str, bytes]:

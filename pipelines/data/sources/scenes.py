@@ -20,7 +20,7 @@ from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
 from pipelines.data.raw import listing
 from pipelines.data.raw.listing import ListedImages
-from pipelines.data.shards.sample import DataError, Description, Sample
+from pipelines.data.shards.sample import DataError, Description, Sample, caption_entry, captions_of
 from pipelines.params import ScenesParams
 from pipelines.process import cpu_count, mapped
 from pipelines.progress import bar
@@ -63,8 +63,11 @@ class Scenes(ListedImages):
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
-        details = {**json.loads(parts["json"]), "key": reference.key, "extension": "png"}
-        return _SAMPLE.validate_python({**details, "image": parts["png"], "mask": parts["mask.png"]})
+        details = json.loads(parts["json"])
+        captions = captions_of(details)
+        known = {name: value for name, value in details.items() if name not in ("caption", "captions")}
+        files = {"image": parts["png"], "mask": parts["mask.png"], "extension": "png"}
+        return _SAMPLE.validate_python({**known, **files, "key": reference.key, "captions": captions})
 
     def _description(self, checksum: str) -> Description:
         """The data set of these params."""
@@ -72,7 +75,8 @@ class Scenes(ListedImages):
         return Description(
             classes=CLASSES,
             task="multiclass" if params.variant == "objects" else "multilabel",
-            source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}",
+            source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}"
+            + (", captions" if params.captions else ""),
             checksum=checksum,
             counts={split: params.counts.get(split, 0) for split in SPLITS},
         )
@@ -119,7 +123,7 @@ def _draw_chunk(params: ScenesParams, chunks: Path, chunk: tuple[Split, int, int
 
 def _members(sample: Sample) -> bytes:
     """The tar members of one sample, without the end of a tar."""
-    details: dict[str, Any] = {"boxes": sample.boxes, "caption": sample.caption, "group": sample.group}
+    details: dict[str, Any] = {"boxes": sample.boxes, "group": sample.group, **caption_entry(sample.captions)}
     details |= {"label": sample.label} if sample.labels is None else {"labels": sample.labels}
     assert sample.mask is not None
     parts = {"png": sample.image, "json": json.dumps(details, sort_keys=True).encode(), "mask.png": sample.mask}

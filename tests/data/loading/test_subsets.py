@@ -83,7 +83,7 @@ def test_of_several_labels_a_class_without_images_gives_none(tmp_path, caplog):
 
 
 def test_no_labels_are_one_line(tmp_path):
-    captions = [plain(index, label=None, caption="a shape") for index in range(8)]
+    captions = [plain(index, label=None, captions=("a shape",)) for index in range(8)]
     with pytest.raises(DataError, match=r"^shots: images without labels cannot be drawn class by class$"):
         few_shot(write(tmp_path / "one", captions, task="caption"), "train", 1, seed=0)
     unlabelled = [plain(index, label=None, labels=()) for index in range(8)]
