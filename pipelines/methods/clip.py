@@ -25,9 +25,10 @@ from pipelines.methods.bcosification import FineTuning
 from pipelines.methods.method import weight_groups
 from pipelines.metrics import MeanScore, Recall
 from pipelines.models import ModelError, ModelSpec
+from pipelines.params import ParamsError
 
 if TYPE_CHECKING:
-    from pipelines.params import ClipParams, ImageTextParams, ModelParams, NetworkParams
+    from pipelines.params import ClipParams, DataParams, ImageTextParams, ModelParams, NetworkParams, TrainingParams
 
 LARGEST_SCALE = math.log(100)  # of cosines, as CLIP's authors bound it
 SCALES = {"clip": (math.log(1 / 0.07), None), "siglip": (math.log(10), -10.0)}  # where logit scale and bias start
@@ -264,25 +265,19 @@ def open_clip_loss(name: str, rank: int = 0, workers: int = 1) -> nn.Module:
     return ClipLoss(local_loss=workers > 1, gather_with_grad=workers > 1, rank=rank, world_size=workers)
 
 
-def check_equal_shares(batch_size: int, workers: int, on_error: str) -> None:
-    """Raises `ModelError` if workers may have different numbers of images in a step, which open_clip's losses do not take.
-
-    Args:
-        batch_size: of all workers.
-        workers: as many as there may be.
-        on_error: `data.on_error`.
-    """
-    if workers == 1:
+def check_equal_shares(batch_size: int, training: TrainingParams, data: DataParams) -> None:
+    """Raises `ParamsError` if workers may have different numbers of images in a step, which open_clip's losses do not take."""
+    if training.most_workers == 1:
         return
-    if batch_size % workers:
-        raise ModelError(
-            f"batch_size: {batch_size} images in equal shares for {workers} workers are wanted: open_clip's loss gathers as many "
-            "from each"
-        )
-    if on_error == "skip":
-        raise ModelError(
-            f"batch_size: open_clip's loss gathers as many images from each of {workers} workers, and data.on_error: skip leaves "
-            "some out: set it to raise, or take one worker"
+    for workers in range(training.least_workers, training.most_workers + 1):
+        if batch_size % workers:
+            equal = batch_size // workers * workers or workers
+            raise ParamsError(
+                f"batch_size: open_clip's loss takes as many images from each of {workers} workers: {equal}, not {batch_size}"
+            )
+    if data.on_error == "skip":
+        raise ParamsError(
+            "data.on_error: skip leaves images out, and open_clip's loss takes as many from each worker: raise, or one worker"
         )
 
 
