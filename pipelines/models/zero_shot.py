@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,12 +75,14 @@ def zero_shot_classifier(
         scale: of the cosines.
 
     Raises:
-        ModelError: towers of different widths; see `zero_shot_weights`.
+        ModelError: towers of different widths, a scale that is no finite number above 0; see `zero_shot_weights`.
     """
     if not isinstance(tower, nn.Module):
         from pipelines.models.store import load
 
         tower, spec = load(tower)
+    if not 0 < scale < math.inf:
+        raise ModelError(f"the scale of cosines is a finite number above 0, not {scale}")
     width = embedding_width(spec.name, spec.options)
     if width != text_tower.width:
         raise ModelError(f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts")
@@ -133,9 +136,14 @@ def zero_shot_weights(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ModelError unless there are names of classes, none of them empty and each there once."""
+    """Raises ModelError unless there are names of classes, none of them empty and each there once.
+
+    open_clip's names of ImageNet are taken as they are published: two pairs of classes share a name (missile, sunglasses).
+    """
     if not names:
         raise ModelError("no names of classes")
+    if tuple(names) == imagenet_names():
+        return
     seen: dict[str, int] = {}
     for index, name in enumerate(names):
         if not name.strip():

@@ -32,7 +32,7 @@ from pipelines.models import (
     save_text_tower,
 )
 from pipelines.storage.publish import publish
-from tests.support.clip import CONFIG, RN, TEXT, VIT
+from tests.support.clip import CONFIG, RN, TEXT, TIMM, VIT
 
 SIZE = 64
 
@@ -243,11 +243,14 @@ def test_a_config_file_of_the_hub_says_its_preprocessing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["conventional", "bcos"])
-def test_an_image_tower_is_a_model_like_others(config, tmp_path, kind):
+@pytest.mark.parametrize("vision", [TIMM, RN, {**VIT, "image_size": SIZE}], ids=["timm", "resnet", "vit"])
+def test_an_image_tower_is_a_model_like_others(tmp_path, kind, vision):
+    config = tmp_path / "my.json"
+    config.write_text(json.dumps({**CONFIG, "vision_cfg": vision}))
     spec = ModelSpec(f"open_clip:{config}", (), SIZE, kind, task="embedding")
     model, images = assemble(spec).eval(), torch.rand(2, 6, SIZE, SIZE)
     models.save(tmp_path / "tower", model, spec)
-    (tmp_path / "my.json").unlink()  # the model loads where its config is not
+    config.unlink()  # the model loads where its config is not
     loaded, read = models.load(tmp_path / "tower")
     assert torch.equal(loaded(images), model(images))
     assert loaded(images).shape == (2, 16)
