@@ -95,6 +95,21 @@ def gather(value: Any, context: Context) -> list[Any]:
     return values
 
 
+def gather_rows(tensor: torch.Tensor, context: Context, room: int) -> tuple[torch.Tensor, int]:
+    """The rows of all ranks' `tensor` (n, ...), without gradient, and the number of this rank's first row.
+
+    Each rank has `room` rows of the result (world_size·room, ...): its n <= `room` rows, which may be none, then zeros. So the
+    shape is the same in every step, which compiled code needs, and no rank waits for its GPU to learn how many rows others have.
+    """
+    own = tensor.detach().new_zeros(room, *tensor.shape[1:])
+    own[: len(tensor)] = tensor.detach()
+    if context.world_size == 1:
+        return own, 0
+    rows = own.new_empty(context.world_size * room, *own.shape[1:])
+    dist.all_gather_into_tensor(rows, own)
+    return rows, context.rank * room
+
+
 def broadcast(value: Any, context: Context) -> Any:
     """Rank 0's `value`, on every rank."""
     if context.world_size == 1:

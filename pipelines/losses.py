@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TINY = 1e-7  # positive energy under which a map counts as empty
 LARGEST_FACTOR = 5.0  # of the size-corrected energy loss
+LEAST_BLOCK = 256  # targets that the sigmoid loss takes at once
 
 
 def uniform_off_label_bce(logits: Tensor, targets: Tensor, off_label: float | None = None) -> Tensor:
@@ -103,14 +107,94 @@ def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     return (entropy * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
 
 
-def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float) -> Tensor:
-    """Pairwise sigmoid loss of embeddings (N, D), summed over all pairs and divided by N: a scalar.
+def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float, positives: Tensor | None = None) -> Tensor:
+    """Pairwise sigmoid loss of embeddings, summed over all pairs and divided by N: a scalar.
 
-    Both are normalised first; pair (i, j) has the logit scale·cos + bias and is positive where i = j (Zhai et al., 2023, eq. 1).
+    Both are normalised first; pair (i, j) has the logit scale·cos + bias, and is positive where j is the target of i.
+
+    Args:
+        features: (N, D).
+        targets: (N, D), that of each row of `features`. With `positives` (M, D), in any order, without gradient; a row of zeros
+            is none, and in no pair.
+        scale: finite and above 0.
+        bias: added to every logit.
+        positives: (N,) int64, the row of `targets` that belongs to each row of `features`. The pairs are then taken in blocks of
+            at most max(N, 256) targets, and the gradient with them: no tensor is as large as N × M or larger than `targets`.
+
+    Raises:
+        ValueError: a scale that is not finite or not above 0.
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023, eq. 1.
     """
-    logits = scale * F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T + bias
+    if not 0 < scale < math.inf:
+        raise ValueError(f"siglip_loss: the scale must be finite and above 0, not {scale}")
+    features = F.normalize(features, dim=1)
+    if positives is not None:
+        total, _ = _siglip_of_pairs(features, targets.detach(), positives, scale, bias)
+        return total / len(features)
+    with torch.autocast(features.device.type, enabled=False):
+        logits = scale * features @ F.normalize(targets, dim=1).T + bias
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+@torch.library.custom_op("bcos_pipelines::siglip_of_pairs", mutates_args=())
+def _siglip_of_pairs(features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float) -> tuple[Tensor, Tensor]:
+    """The loss of all pairs, a scalar, and its gradient (N, D) by `features`, which are normalised.
+
+    One operation for autograd and the compiler: both would keep the logits of every block, or unroll the loop.
+    """
+    total, gradient = features.new_zeros(()), torch.zeros_like(features)
+    size = max(len(features), LEAST_BLOCK)
+    with torch.autocast(features.device.type, enabled=False):
+        for start in range(0, len(targets), size):
+            block = F.normalize(targets[start : start + size].to(features.dtype), dim=1)
+            places = torch.arange(start, start + len(block), device=features.device)
+            signs = torch.where(positives[:, None] == places, 1.0, -1.0).to(features.dtype)
+            signs *= (block != 0).any(1)
+            logits = signs * (scale * features @ block.T + bias)
+            total -= (F.logsigmoid(logits) * signs.abs()).sum()
+            gradient -= scale * ((signs * torch.sigmoid(-logits)) @ block)
+    return total, gradient
+
+
+@_siglip_of_pairs.register_fake
+def _(features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float) -> tuple[Tensor, Tensor]:
+    return features.new_empty(()), torch.empty_like(features)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _give_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return grad * ctx.saved_tensors[0], None, None, None, None
+
+
+_siglip_of_pairs.register_autograd(_give_gradient, setup_context=_keep_gradient)
+
+
+def info_nce_loss(features: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of cos/temperature over the N targets and over the N features, the mean of both: a scalar.
+
+    Args:
+        features: (N, D).
+        targets: (N, D), that of each row of `features`.
+        temperature: finite and above 0.
+
+    Source: van den Oord et al., 2018; symmetric as in Radford et al., Learning Transferable Visual Models, ICML 2021, figure 3.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"info_nce_loss: the temperature must be finite and above 0, not {temperature}")
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T / temperature
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def cosine_embedding_loss(features: Tensor, targets: Tensor) -> Tensor:
+    """1 - cosine of each pair of embeddings (N, D), the mean: a scalar in [0, 2]."""
+    return 1 - F.cosine_similarity(features, targets, dim=1).mean()
 
 
 def _by_maximum(maps: Tensor) -> Tensor:

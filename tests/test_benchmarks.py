@@ -11,7 +11,7 @@ import benchmarks
 
 NAMES = [f"benchmarks.{module.name}" for module in pkgutil.iter_modules(benchmarks.__path__)]
 READERS = ["pipelines.data.shards.reader", "pipelines.data.loading.loader", "pipelines.data.shards.stored_explanations"]
-OF_SPEED = ["benchmarks.step", "benchmarks.distillation", "benchmarks.guidance", "benchmarks.gridpg"]
+OF_SPEED = ["benchmarks.step", "benchmarks.distillation", "benchmarks.guidance", "benchmarks.gridpg", "benchmarks.clip"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -117,3 +117,36 @@ def test_siglip_by_hand():
     signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     expected = -F.logsigmoid(signs * (10 * pairs - 10)).sum() / 2
     torch.testing.assert_close(losses.siglip_loss(one, other, 10.0, -10.0), expected)
+
+
+def test_siglip_of_targets_in_any_order_with_rows_of_zeros_between():
+    torch.manual_seed(0)
+    features, targets = torch.randn(300, 5, dtype=torch.float64, requires_grad=True), torch.randn(700, 5, dtype=torch.float64)
+    targets[100:150] = 0
+    own = torch.cat([torch.arange(200, 350), torch.arange(99, -1, -1), torch.arange(650, 700)])
+    present = targets.abs().sum(1) > 0
+    cosines = F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T
+    signs = 2 * F.one_hot(own, 700) - 1
+    expected = -(F.logsigmoid(signs * (8 * cosines - 3)) * present).sum() / 300
+    found = losses.siglip_loss(features, targets, 8.0, -3.0, own)
+    torch.testing.assert_close(found, expected)
+    (wanted,), (gradient,) = (torch.autograd.grad(3 * loss, features) for loss in (expected, found))
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_info_nce_and_cosine_by_hand():
+    one, other = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    logits = torch.tensor([[10.0, 10.0], [0.0, 0.0]])
+    own = torch.arange(2)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(losses.info_nce_loss(one, other, 0.1), expected)
+    assert losses.cosine_embedding_loss(one, other).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    pair = torch.ones(2, 2), torch.ones(2, 2)
+    with pytest.raises(ValueError, match="scale"):
+        losses.siglip_loss(*pair, scale, -10.0)
+    with pytest.raises(ValueError, match="temperature"):
+        losses.info_nce_loss(*pair, scale)

@@ -85,6 +85,12 @@ class GatedGELU(Gate):
         return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
+class GatedQuickGELU(Gate):
+    """x·sigmoid(1.702·x), which approximates GELU."""
+
+    activation, gate = staticmethod(lambda x: x * torch.sigmoid(1.702 * x)), staticmethod(lambda x: torch.sigmoid(1.702 * x))
+
+
 class BcosReLU(Explainable, nn.ReLU):
     """`nn.ReLU`; in a B-cos network its gradient is cheap to differentiate."""
 

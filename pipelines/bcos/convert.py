@@ -42,8 +42,11 @@ from pipelines.bcos.originals import plain_copy
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
 NEUTRAL = {"__init__", "__repr__", "extra_repr", "reset_parameters"}  # methods that do not change what a module computes
-LIBRARIES = {"timm", "torchvision"}  # packages whose module types have rules in `RULES`
-RULES = "pipelines.models.rules"  # imported when the first module of such a package is converted, whatever was imported before
+RULES = {  # where the rules of a library are: imported when its first module is converted, whatever was imported before
+    "torchvision": "pipelines.models.rules",
+    "timm": "pipelines.models.rules",
+    "open_clip": "pipelines.models.rules.open_clip",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Conversion:
     def by_rule_of(self, base: type[nn.Module], module: nn.Module) -> nn.Module:
         """`module`, whose type only renames or extends `base`, converted by the rule of `base`."""
         return _convert(self.recast(module, base), self)
+
+    def leave(self, module: nn.Module) -> None:
+        """Leaves `module`, a descendant of the one whose rule this is, as it is when its parent is converted."""
+        self.done[module] = module
 
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
         """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
@@ -147,9 +154,9 @@ def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
 
 def _rule_of(kind: type[nn.Module]) -> Rule:
     """The rule of a module type: its own, or that of a base of which it overrides nothing that matters."""
-    if LIBRARIES.intersection(base.__module__.partition(".")[0] for base in kind.__mro__):
+    for library in RULES.keys() & {base.__module__.partition(".")[0] for base in kind.__mro__}:
         try:
-            importlib.import_module(RULES)
+            importlib.import_module(RULES[library])
         except ImportError as error:
             raise ConversionError(f"the rules that convert a {kind.__name__} cannot be imported: {error}") from None
     overridden: set[str] = set()

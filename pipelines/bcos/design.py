@@ -7,6 +7,7 @@ what took effect.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -17,24 +18,17 @@ import torch
 from torch import fx, nn
 
 from pipelines.bcos.activations import BcosAvgPool2d, Gate
-from pipelines.bcos.convert import NormMode, convert
+from pipelines.bcos.convert import Conversion, NormMode, convert
 from pipelines.bcos.errors import ConversionError
 from pipelines.bcos.explanation import Explainable, Holdable
 from pipelines.bcos.layers import BcosConv2d, BcosLinear, ExponentMode
-from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, LocationsToBatch
+from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD, BcosNetwork, EmbeddingTower, LocationsToBatch
 from pipelines.bcos.norms import BcosBatchNorm
 
 log = logging.getLogger(__name__)
 
-WANTED = {  # what a choice acts on
-    "bias": "a parameter that is a bias",
-    "norm": "a BatchNorm",
-    "stem_pool": "an nn.MaxPool2d of 3×3, stride 2, padding 1",
-    "gap_reorder": "an nn.AdaptiveAvgPool2d(1) and a classifier",
-    "activation": "a ReLU or gated activation that is a module",
-}
-WITHOUT_EFFECT = {"bias": "keep", "stem_pool": "keep", "gap_reorder": False, "activation": "keep"}  # as if not chosen
 CLASSIFIERS = {"fc", "classifier", "head", "heads", "head_dist", "linear", "last_linear", "logits"}  # usual names of a classifier
+CLASS_TOKENS = {"class_embedding", "class_token", "cls_token", "dist_token", "reg_token"}  # their usual names
 KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages of modules whose pools are known
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "mish", "tanh"}
 
@@ -64,6 +58,8 @@ def bcosify(
     stem_pool: Literal["average", "keep"] = "average",
     gap_reorder: bool = True,
     activation: Literal["keep", "remove"] = "keep",
+    position_embedding: Literal["keep", "remove"] = "keep",
+    projection: Literal["linear", "bcos"] = "linear",
     logit_bias: float | None = None,
     temperature: float = 1.0,
     normalize_weight: bool = False,
@@ -83,6 +79,9 @@ def bcosify(
         stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
         gap_reorder: classify every location, then average, where the classifier follows a global average pool.
         activation: `remove` takes the ReLUs and gated activations away, but for those that compute a factor (squeeze-excitation).
+        position_embedding: `remove` takes position embeddings and class tokens away: parameters that add to the tokens a constant
+            that no pixel carries.
+        projection: of an embedding tower: `bcos` makes its last linear layer a B-cos layer; `linear` leaves it at B = 1.
         logit_bias: added to every logit; `None`: -log(K - 1), so that each class starts at probability 1/K, and 0 for a network
             without a classifier.
         temperature: T, by which logits are divided.
@@ -103,44 +102,26 @@ def bcosify(
     """
     network = convert(model, mean=mean, std=std, norm=norm)
     classes = class_count(model, network, logit_bias)
-    layers = [module for module in network.modules() if isinstance(module, BcosConv2d | BcosLinear)]
-    drawn: dict[torch.Tensor, nn.Parameter] = {}
-    for layer in layers:
-        layer._configure(b, max_out, normalize_weight, b_mode)
-        if max_out > 1:
-            layer.weight = drawn.setdefault(layer.weight, _drawn(layer.weight, max_out))
-    found = {
-        "bias": [name for name, _ in network.named_parameters() if is_bias(name)],
-        "norm": [name for name, module in network.named_modules() if isinstance(module, BcosBatchNorm)],
-        "stem_pool": _places(network, _is_stem_pool)[:1],
-        "gap_reorder": [name for name in _places(network, _is_global_pool) if classes and _classifies(network, name)][-1:],
-        "activation": [name for name in _places(network, _is_activation) if not _is_in_a_factor(network, name)],
-    }
+    found = {name: choice.find(network, classes) for name, choice in CHOICES.items()}
     design = {
         **{"b": b, "b_mode": b_mode, "bias": bias, "norm": norm, "stem_pool": stem_pool, "gap_reorder": gap_reorder},
-        **{"activation": activation, "logit_bias": logit_bias, "temperature": temperature},
-        **{"normalize_weight": normalize_weight, "max_out": max_out},
+        **{"activation": activation, "position_embedding": position_embedding, "projection": projection},
+        **{"logit_bias": logit_bias, "temperature": temperature, "normalize_weight": normalize_weight, "max_out": max_out},
     }
-    idle = [name for name, places in found.items() if design[name] != WITHOUT_EFFECT.get(name) and not places]
+    idle = [name for name, choice in CHOICES.items() if design[name] != choice.off and not found[name]]
     _say(type(model).__name__, {name: design[name] for name in idle}, asked)
     if activation == "remove" and "activation" in asked:
         _check_no_functions(network)
-
-    if bias == "remove":
-        for module in network.modules():
-            for name in [name for name in module._parameters if is_bias(name)]:
-                module.register_parameter(name, None)
-    if stem_pool == "average":
-        for name in found["stem_pool"]:
-            pool: Any = network.get_submodule(name)
-            _put(network, name, BcosAvgPool2d(3, 2, 1, ceil_mode=pool.ceil_mode, count_include_pad=True))
-    if gap_reorder:
-        for name in found["gap_reorder"]:
-            _put(network, name, LocationsToBatch())
-    if activation == "remove":
-        for name in found["activation"]:
-            _put(network, name, nn.Identity())
-    network.design = {**design, **{name: WITHOUT_EFFECT[name] for name in idle if name in WITHOUT_EFFECT}}
+    for name, choice in CHOICES.items():
+        if design[name] != choice.off:
+            choice.act(network, found[name], design[name])
+    drawn: dict[torch.Tensor, nn.Parameter] = {}
+    for layer in network.modules():
+        if isinstance(layer, BcosConv2d | BcosLinear):
+            layer._configure(b, max_out, normalize_weight, b_mode)
+            if max_out > 1:
+                layer.weight = drawn.setdefault(layer.weight, _drawn(layer.weight, max_out))
+    network.design = {**design, **{name: CHOICES[name].off for name in idle if CHOICES[name].off is not None}}
     network.logit_bias = (0.0 if classes is None else -math.log(classes - 1)) if logit_bias is None else logit_bias
     network.temperature = temperature
     return network
@@ -152,10 +133,16 @@ def is_bias(name: str) -> bool:
     return last == "bias" or last.endswith("_bias")
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a parameter of this (dotted) name is a position embedding or a class token."""
+    last = name.rpartition(".")[2]
+    return last in CLASS_TOKENS or last.startswith(("pos_embed", "positional_embedding"))
+
+
 def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
     """Raises ConversionError where choices that are `asked` for are `idle`: found nothing to act on; logs the other idle ones."""
     refused = [name for name in idle if name in asked]
-    told = ", ".join(f"{name}={idle[name]!r} ({WANTED[name]})" for name in refused or idle)
+    told = ", ".join(f"{name}={idle[name]!r} ({CHOICES[name].wanted})" for name in refused or idle)
     if refused:
         raise ConversionError(
             f"nothing in {network} for {told} to act on: functions in a forward cannot be changed; make them modules, or leave "
@@ -175,12 +162,15 @@ def _drawn(weight: torch.Tensor, max_out: int) -> nn.Parameter:
 def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None = None) -> int | None:
     """K, from the last B-cos layer of the converted `network`; `None` if `model` gives features, not logits.
 
-    The last layer is no classifier where a norm or a gate follows it, or a ReLU (unless the layer is a convolution of single
-    places, as in SqueezeNet), or `nn.Identity` stands in the place of a classifier.
+    An `EmbeddingTower` gives features. The last layer of another network is no classifier where a norm or a gate follows it, or a
+    ReLU (unless the layer is a convolution of single places, as in SqueezeNet), or `nn.Identity` stands in the place of a
+    classifier.
 
     Raises:
         ConversionError: a single class, for which there is no default `logit_bias`.
     """
+    if isinstance(network.body, EmbeddingTower):
+        return None
     layer: Any = _last_as_defined(network) or _last_as_run(network)
     if layer is None or getattr(model, "num_classes", None) == 0:  # of timm's networks without a classifier
         return None
@@ -304,3 +294,100 @@ def _is_stem_pool(module: nn.Module) -> bool:
 
 def _is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+# The choices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A design choice that changes modules or parameters of the converted network."""
+
+    wanted: str  # what it acts on, in words
+    off: Any  # the value that leaves the network as it is; `None`: every value acts
+    find: Callable[[BcosNetwork, int | None], list[str]]  # (network, K) -> dotted names of what the choice acts on
+    act: Callable[[BcosNetwork, list[str], Any], None]  # (network, these names, value) changes the network in place
+
+
+def _by(new: Callable[[Any], nn.Module]) -> Callable[[BcosNetwork, list[str], Any], None]:
+    """The action of a choice that replaces each module it finds by `new(module)`."""
+
+    def act(network: BcosNetwork, names: list[str], value: Any) -> None:
+        for name in names:
+            _put(network, name, new(network.get_submodule(name)))
+
+    return act
+
+
+def _biases(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name, _ in network.named_parameters() if is_bias(name)]
+
+
+def _treat_biases(network: BcosNetwork, names: list[str], value: str) -> None:
+    """Takes all biases away if `value` is `remove`. Biases that decay stay: the optimiser decays them."""
+    if value == "remove":
+        for module in network.modules():
+            for name in [name for name in module._parameters if is_bias(name)]:
+                module.register_parameter(name, None)
+
+
+def _batch_norms(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, BcosBatchNorm)]
+
+
+def _already_converted(network: BcosNetwork, names: list[str], value: str) -> None:
+    """Does nothing: `convert` has made the norms as the choice wants them."""
+
+
+def _stem_pools(network: BcosNetwork, classes: int | None) -> list[str]:
+    return _places(network, _is_stem_pool)[:1]
+
+
+def _average_pool(pool: nn.MaxPool2d) -> nn.Module:
+    return BcosAvgPool2d(3, 2, 1, ceil_mode=pool.ceil_mode, count_include_pad=True)
+
+
+def _pools_before_a_classifier(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name in _places(network, _is_global_pool) if classes and _classifies(network, name)][-1:]
+
+
+def _activations(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name in _places(network, _is_activation) if not _is_in_a_factor(network, name)]
+
+
+def _embeddings(network: BcosNetwork, classes: int | None) -> list[str]:
+    return [name for name, _ in network.named_parameters() if is_embedding(name)]
+
+
+def _without_embeddings(network: BcosNetwork, names: list[str], value: str) -> None:
+    """Puts buffers of zeros where the embeddings were, because the forward passes of the libraries go on adding them."""
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and is_embedding(name):
+                delattr(module, name)
+                module.register_buffer(name, torch.zeros_like(parameter), persistent=False)
+
+
+def _projections(network: BcosNetwork, classes: int | None) -> list[str]:
+    towers = [(path, module) for path, module in network.named_modules() if isinstance(module, EmbeddingTower)]
+    return [f"{path}.{tower.projection}" for path, tower in towers if tower.projection is not None]
+
+
+CHOICES = {  # in the order in which they act
+    "bias": Choice("a parameter that is a bias", "keep", _biases, _treat_biases),
+    "norm": Choice("a BatchNorm", None, _batch_norms, _already_converted),
+    "stem_pool": Choice("an nn.MaxPool2d of 3×3, stride 2, padding 1", "keep", _stem_pools, _by(_average_pool)),
+    "gap_reorder": Choice(
+        "an nn.AdaptiveAvgPool2d(1) and a classifier", False, _pools_before_a_classifier, _by(lambda _: LocationsToBatch())
+    ),
+    "activation": Choice("a ReLU or gated activation that is a module", "keep", _activations, _by(lambda _: nn.Identity())),
+    "position_embedding": Choice(
+        "a parameter that is a position embedding or a class token", "keep", _embeddings, _without_embeddings
+    ),
+    "projection": Choice(
+        "the last linear layer of an embedding tower",
+        "linear",
+        _projections,
+        _by(lambda layer: Conversion().child(layer, "projection")),
+    ),
+}

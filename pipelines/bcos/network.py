@@ -59,6 +59,16 @@ class LocationsToBatch(nn.Module):
         return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1], 1, 1)
 
 
+class EmbeddingTower(nn.Module):
+    """A network that maps images to embeddings (N, D): it has no classes, so no logit bias.
+
+    `projection` is the dotted name of its last linear layer; `None` if it ends otherwise. The layer stays linear (B = 1 at every
+    B of the others) unless `bcosify(projection="bcos")` makes it a B-cos layer.
+    """
+
+    projection: str | None = None
+
+
 class BcosNetwork(nn.Module):
     """Images (N, 6, H, W) in [0, 1] -> logits (N, K) = z/T + logit bias, with normalisation inside.
 

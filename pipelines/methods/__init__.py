@@ -1,6 +1,14 @@
 """One file a method: how it trains, and how it is evaluated."""
 
 from pipelines.methods.bcosification import Bcosification, build_bcosification
+from pipelines.methods.clip import (
+    ClipBcosification,
+    ImageText,
+    ImageTextTraining,
+    build_clip,
+    build_image_text,
+    check_equal_shares,
+)
 from pipelines.methods.e2kd import E2KD, build_e2kd, check_pair
 from pipelines.methods.guidance import (
     Guidance,

@@ -20,21 +20,16 @@ if TYPE_CHECKING:
     from pipelines.params import BcosificationParams
 
 
-class Bcosification(Classification):
-    """Binary cross-entropy with off-label targets 1/K, on a network of `bcosify` made with `params.design()`.
+class FineTuning:
+    """How B and the biases of a B-cos network are treated during training, whatever it learns.
 
-    Args:
-        module, task, num_classes: as in `Classification`.
-        params: how B and the biases are treated during training.
+    Attributes:
+        module: the B-cos network, made with `params.design()`.
+        params: the choices.
     """
 
-    def __init__(self, module: nn.Module, task: str, num_classes: int, params: BcosificationParams) -> None:
-        super().__init__(module, task, num_classes, params.mixup)
-        self.params = params
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
-        return {"loss": uniform_off_label_bce(model(batch["image"]), batch["target"])}
+    module: nn.Module
+    params: BcosificationParams
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weights of two and more dimensions, others, biases, learned Bs: each group with the decay that the params say."""
@@ -71,6 +66,23 @@ class Bcosification(Classification):
         if biases:
             found["bias_abs_mean"] = float(torch.cat(biases).abs().mean())
         return found
+
+
+class Bcosification(FineTuning, Classification):
+    """Binary cross-entropy with off-label targets 1/K, on a network of `bcosify` made with `params.design()`.
+
+    Args:
+        module, task, num_classes: as in `Classification`.
+        params: how B and the biases are treated during training.
+    """
+
+    def __init__(self, module: nn.Module, task: str, num_classes: int, params: BcosificationParams) -> None:
+        super().__init__(module, task, num_classes, params.mixup)
+        self.params = params
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` of a prepared batch."""
+        return {"loss": uniform_off_label_bce(model(batch["image"]), batch["target"])}
 
 
 def is_exponent(name: str) -> bool:

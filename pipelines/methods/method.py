@@ -17,6 +17,7 @@ class Method(Protocol):
     module: nn.Module
     fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
     fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
+    shared: tuple[str, ...]  # tensors of `prepare` of which `loss` needs the rows of all workers, see there
     losses: tuple[str, ...]  # names that `loss` returns, in some steps at least: an epoch can be selected by any of them
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
@@ -29,6 +30,10 @@ class Method(Protocol):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named scalars of a prepared batch, each a mean over its images; `loss` is the one to minimise. `model` is `module`.
+
+        Of each tensor NAME that is `shared`, `batch` has `all_NAME` (M, ...) too: the rows of all images of the step, on all
+        workers, M the same in every step, without gradient. `row` (N,) int64 says which of them belongs to each image; rows of
+        zeros belong to none.
 
         Must be a pure function of its inputs (no random numbers, no state): it may be compiled and called on parts of a batch.
         """
@@ -74,6 +79,7 @@ class Classification:
 
     fixed: tuple[nn.Module, ...] = ()
     fields: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0) -> None:
@@ -105,11 +111,7 @@ class Classification:
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay on weights of two and more dimensions, none on biases and norms."""
-        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return weight_groups(self.module, weight_decay)
 
     def set_progress(self, epochs: float) -> None:
         """Nothing changes from epoch to epoch."""
@@ -117,3 +119,12 @@ class Classification:
     def epoch_metrics(self) -> dict[str, float]:
         """None."""
         return {}
+
+
+def weight_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters for an optimiser: decay on those of two and more dimensions, none on biases and norms."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]

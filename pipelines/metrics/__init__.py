@@ -1,4 +1,4 @@
-"""Every metric: classification, localisation, the grid pointing game, agreement, faithfulness."""
+"""Every metric: classification, localisation, the grid pointing game, agreement, faithfulness, retrieval."""
 
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (
@@ -37,3 +37,4 @@ from pipelines.metrics.localisation import (
     without_union,
 )
 from pipelines.metrics.means import LocalisationMetric, MeanScore, measured
+from pipelines.metrics.retrieval import Recall

@@ -9,7 +9,8 @@ HIGHER = frozenset(
         *("accuracy", "accuracy_top5", "f1", "precision", "recall", "mean_average_precision", "agreement"),
         *(f"{kind}_{group}_accuracy" for kind in ("worst", "mean") for group in ("group", "class_group")),
         *("gridpg", "gridpg_own_grids", "epg", "on_object_epg", "size_corrected_epg", "iou", "iou_at_0.5"),
-        "explanation_similarity",
+        *("explanation_similarity", "cosine"),
+        *(f"{way}_recall_at_{top}" for way in ("image_to_text", "text_to_image") for top in (1, 5, 10)),
     )
 )
 LOWER = frozenset(("calibration_error", "unexplained_share", "unexplained_share_as_published"))

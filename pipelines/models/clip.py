@@ -30,13 +30,7 @@ from pipelines.storage.paths import users_path
 log = logging.getLogger(__name__)
 
 PREFIX, CUSTOM = "open_clip:", "custom"  # of names; `open_clip:custom` has its whole config in the options
-TEXT_PARTS = (
-    "positional_embedding",
-    "text_projection",
-    "token_embedding",
-    "transformer",
-    "ln_final",
-)  # of the plain `CLIP` class
+TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final"}  # at the top of a `CLIP`
 _told_of_length: set[int] = set()  # contexts of which the log has said that texts are cut
 
 
@@ -98,6 +92,11 @@ def resolved_name(name: str, options: dict[str, Any]) -> tuple[str, dict[str, An
     if not (name.startswith(PREFIX) and is_config_file(name)):
         return name, options
     return f"{PREFIX}{CUSTOM}", _tower_config(name.removeprefix(PREFIX), "vision_cfg", options)
+
+
+def embedding_width(name: str, options: dict[str, Any]) -> int:
+    """D, of the image tower that `build` gives for `name` and `options`."""
+    return _tower_config(name.removeprefix(PREFIX), "vision_cfg", options)["embed_dim"]
 
 
 def _tower_config(plain: str, part: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -193,10 +192,38 @@ def tag_config(plain: str, tag: str) -> dict[str, Any]:
     """open_clip's description of a tag's weights: places, `mean`, `std`, `interpolation`; raises WeightsError."""
     found = open_clip().get_pretrained_cfg(plain, tag)
     if not found:
-        known = open_clip().list_pretrained_tags_by_model(plain)
+        known = tags_of(plain)
         near = ", ".join(difflib.get_close_matches(tag, known, 5, 0.3) or known) or "none: give a file or URL"
         raise WeightsError(f"weights {tag!r} of {PREFIX}{plain}: no such tag, and no file here; its tags: {near}")
     return found
+
+
+def tags_of(plain: str) -> list[str]:
+    """The tags of weights that open_clip has for a name."""
+    return open_clip().list_pretrained_tags_by_model(plain)
+
+
+def preprocess_config(plain: str, weights: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`mean`, `std`, `interpolation`, `resize_mode`, `image_size` for weights of an image tower; `known`: as published.
+
+    A tag says them, or the `preprocess_cfg` of an `open_clip_config.json`. For other weights they are those of OpenAI's CLIP.
+
+    Raises:
+        ModelError, WeightsError: an unknown name; an unknown tag.
+    """
+    constants = open_clip(".constants")
+    default = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
+    default |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    said: dict[str, Any] = {}
+    if weights != "none" and not names_a_file(weights):
+        said = tag_config(plain, weights)
+    elif is_config_file(plain):
+        said = read_json(users_path(plain)).get("preprocess_cfg", {})
+    size = _tower_config(plain, "vision_cfg", options)["vision_cfg"].get("image_size", 224)
+    return {
+        **{key: said.get(key, value) for key, value in default.items()},
+        **{"image_size": size if isinstance(size, int) else size[-1], "known": "mean" in said and "std" in said},
+    }
 
 
 # The text tower -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How images are prepared for the weights of a network: what timm and torchvision say about their pretrained weights."""
+"""How images are prepared for the weights of a network: what timm, torchvision and open_clip say about their weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import timm
 import torchvision
 
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.models.clip import preprocess_config, tags_of
 from pipelines.models.errors import WeightsError
 from pipelines.models.weights import names_a_file
 from pipelines.models.zoo import library_of
@@ -27,7 +28,8 @@ class Preprocessing:
 
     Attributes:
         mean, std: of RGB in [0, 1].
-        normalisation_known: whether the publisher says `mean` and `std`; otherwise they are ImageNet's.
+        normalisation_known: whether the publisher says `mean` and `std`; otherwise they are ImageNet's, or for a tower of
+            open_clip those of OpenAI's CLIP.
         image_size: side of the square that the network sees, pixels.
         crop_pct: `image_size` over the shorter side that images are resized to before the centre crop.
         interpolation: of that resizing: `bilinear`, `bicubic`, ...
@@ -64,6 +66,8 @@ def preprocessing_of(name: str, weights: str, options: dict[str, Any] | None = N
         ModelError, WeightsError: an unknown name; an unknown tag.
     """
     library, plain = library_of(name)
+    if library == "open_clip":
+        return _of_open_clip(plain, weights, options or {})
     if weights == "none":
         return Preprocessing()
     if names_a_file(weights):
@@ -89,7 +93,7 @@ def chosen_preprocessing(
     eval_resize: int | None = None,
     section: str = "model",
 ) -> Preprocessing:
-    """The preprocessing for `weights`, with `mean` and `std` where they are given, ImageNet's where nobody says any.
+    """The preprocessing for `weights`, with `mean` and `std` where they are given, the default where nobody says any.
 
     The log says in one line what was taken, and in another one what contradicts the weights.
 
@@ -109,8 +113,9 @@ def chosen_preprocessing(
     elif known.normalisation_known:
         log.info("weights %s of %s: %s, as published with them", weights, name, known)
     elif weights != "none" and len(given) < 2:
-        told = "weights %s of %s do not say their normalisation: ImageNet's is taken%s"
-        log.info(told, weights, name, _of_library(name))
+        default = "ImageNet's" if _close(known.mean, IMAGENET_MEAN) else "that of OpenAI's CLIP"
+        told = "weights %s of %s do not say their normalisation: %s is taken%s"
+        log.info(told, weights, name, default, _of_library(name, known))
     if image_size is not None and known.view:
         here = Preprocessing(image_size=image_size, crop_pct=image_size / (eval_resize or image_size), interpolation="bilinear")
         differing = {key: value for key, value in here.view.items() if not _same(known.view.get(key, value), value)}
@@ -142,6 +147,14 @@ def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
     return _of_config(timm.models.resolve_pretrained_cfg(name, **chosen).to_dict())
 
 
+def _of_open_clip(plain: str, weights: str, options: dict[str, Any]) -> Preprocessing:
+    """What open_clip says about the weights; the size is that of the tower."""
+    config = preprocess_config(plain, weights, options)
+    crop = 1.0 if config["resize_mode"] == "shortest" else None  # otherwise the whole image is squeezed to the square
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Preprocessing(mean, std, config["known"], config["image_size"], crop, config["interpolation"])
+
+
 def _of_config(config: dict[str, Any]) -> Preprocessing:
     """What timm's `pretrained_cfg` says."""
     view: dict[str, Any] = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation")}
@@ -162,13 +175,17 @@ def _beside(weights: str) -> Preprocessing:
         return Preprocessing()
 
 
-def _of_library(name: str) -> str:
-    """What timm's own weights of the network want, if that is not ImageNet's normalisation, for the log."""
+def _of_library(name: str, default: Preprocessing) -> str:
+    """What the library's own weights of the network want, if that is not the normalisation of `default`, for the log."""
     library, plain = library_of(name)
-    known = _of_timm(plain, {}) if library == "timm" else Preprocessing()
-    if _close(known.mean, IMAGENET_MEAN):
+    known = default
+    if library == "timm":
+        known = _of_timm(plain, {})
+    elif library == "open_clip" and (tags := tags_of(plain)):
+        known = _of_open_clip(plain, tags[0], {})
+    if _close(known.mean, default.mean):
         return ""
-    return f" (timm's own want mean {_few(known.mean)}, std {_few(known.std)}: set mean and std if these are such weights)"
+    return f" ({library}'s own want mean {_few(known.mean)}, std {_few(known.std)}: set mean and std if these are such weights)"
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -82,7 +82,7 @@ def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool =
     """
     if spec.zero_shot:
         tower = assemble(tower_spec(spec), network, check=check)
-        texts = torch.ones(len(spec.classes), spec.zero_shot["width"])
+        texts = torch.ones(len(spec.classes), spec.zero_shot["width"])  # in the place of those that the weights bring
         return ZeroShotNetwork(tower, texts, spec.zero_shot["scale"])
     network = network or build_network(spec)
     if spec.kind == "conventional":

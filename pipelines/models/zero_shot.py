@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.bcos.cosine import CosineHead
-from pipelines.models.clip import TextTower, open_clip
+from pipelines.models.clip import TextTower, embedding_width, open_clip
 from pipelines.models.errors import ModelError
 from pipelines.storage.files import staged
 
@@ -80,9 +80,12 @@ def zero_shot_classifier(
         from pipelines.models.store import load
 
         tower, spec = load(tower)
+    width = embedding_width(spec.name, spec.options)
+    if width != text_tower.width:
+        raise ModelError(f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts")
     texts = zero_shot_weights(text_tower, names, templates)
     model = ZeroShotNetwork(tower, texts, scale).eval()
-    of_classes = {"scale": scale, "width": texts.shape[1]}
+    of_classes = {"scale": scale, "width": width}
     return model, dataclasses.replace(spec, task="multiclass", classes=tuple(names), zero_shot=of_classes)
 
 

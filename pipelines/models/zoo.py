@@ -1,4 +1,4 @@
-"""`build(name, weights)`: networks of torchvision, timm and open_clip by name, the CIFAR and X-DNN ResNets, SimpleViTs and ViT-Cs."""
+"""`build(name, weights)`: networks of torchvision, timm and open_clip by name, CIFAR and X-DNN ResNets, SimpleViTs, ViT-Cs."""
 
 from __future__ import annotations
 

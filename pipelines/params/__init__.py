@@ -1,6 +1,7 @@
 """Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
 
 from pipelines.params.base import ParamsError, keyed
+from pipelines.params.clip import ClipParams, ImageTextParams
 from pipelines.params.data import (
     AnnotatedParams,
     CaptionsParams,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CODE = ("__init__.py", "errors.py", "process.py", "bcos", "models", "storage")  # of `pipelines`: what `served.py` imports
 REQUIREMENTS = ("fsspec", "mlflow", "numpy", "safetensors", "timm", "torch", "torchvision")  # what that code imports
+ARTIFACTS = ("weights", "config", "text_weights", "text_config")  # names of `model_files` for the code that serves the model
 
 
 def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, name: str) -> str:
@@ -40,9 +41,9 @@ def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, 
         mlflow.pyfunc.save_model(
             f"{folder}/model",
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={key: str(path) for key, path in zip(("weights", "config"), model_files(directory), strict=True)},
+            artifacts=dict(zip(ARTIFACTS, map(str, model_files(directory)), strict=False)),  # a text tower is not always there
             code_paths=[str(_copy_code(Path(folder, "code")))],
-            pip_requirements=requirements(),
+            pip_requirements=requirements(spec),
             signature=_signature(spec),
             input_example=np.full((1, 3, spec.image_size, spec.image_size), 0.5, dtype=np.float32),
             mlflow_model=Model(model_id=model.model_id, model_uuid=model.model_id, run_id=origin.run_id),
@@ -54,9 +55,10 @@ def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, 
     return model.model_id
 
 
-def requirements() -> list[str]:
-    """`REQUIREMENTS` in the versions installed here, without a build's name (`+cpu`), which no package index knows."""
-    return [f"{package}=={installed(package).partition('+')[0]}" for package in REQUIREMENTS]
+def requirements(spec: ModelSpec) -> list[str]:
+    """What the model needs, in the versions installed here, without a build's name (`+cpu`), which no package index knows."""
+    packages = REQUIREMENTS + (("open_clip_torch",) if spec.name.startswith("open_clip:") else ())
+    return [f"{package}=={installed(package).partition('+')[0]}" for package in packages]
 
 
 def _copy_code(folder: Path) -> Path:
@@ -72,14 +74,19 @@ def _copy_code(folder: Path) -> Path:
 
 
 def _signature(spec: ModelSpec) -> Any:
-    """Images (-1, 3, H, W) float32 -> logits (-1, K), with the params of `ServedModel.predict`."""
+    """Images (-1, 3, H, W) float32 -> logits (-1, K) or embeddings (-1, D), with the params of `ServedModel.predict`."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+    from pipelines.models.clip import embedding_width
+
     size = spec.image_size
+    name, width = "logits", len(spec.classes)
+    if spec.task == "embedding":
+        name, width = "embeddings", embedding_width(spec.name, spec.options)
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, 3, size, size))]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, len(spec.classes)), "logits")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, width), name)]),
         params=ParamSchema([ParamSpec("explain", "boolean", False), ParamSpec("targets", "long", [], shape=(-1,))]),
     )

@@ -18,6 +18,8 @@ from pipelines.storage.files import file_digest
 from pipelines.storage.paths import project_root
 
 DIGEST = "content.sha256"  # tag: which model it is, see `content_digest`
+MODEL = ("model.safetensors", "model.json")  # files of a model, as `pipelines.models` writes them
+TEXT_TOWER = ("text.safetensors", "text.json")
 EXPERIMENT = "dvc.experiment"  # tag: name of the DVC experiment
 
 
@@ -72,8 +74,9 @@ def experiment_tags() -> dict[str, str]:
 
 
 def model_files(directory: str | Path) -> list[Path]:
-    """The files of the model in a folder, in the order of `content_digest`."""
-    return [Path(directory, name) for name in ("model.safetensors", "model.json")]
+    """The files of the model in a folder, in the order of `content_digest`; with those of a text tower that lies beside it."""
+    names = MODEL + (TEXT_TOWER if all(Path(directory, name).is_file() for name in TEXT_TOWER) else ())
+    return [Path(directory, name) for name in names]
 
 
 def content_digest(files: Iterable[Path]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,17 @@ from pipelines.errors import UserError, redacted
 from pipelines.tracking.candidate import DATA, nominate
 from pipelines.tracking.journal import now
 from pipelines.tracking.packaging import log_model
-from pipelines.tracking.provenance import DIGEST, EXPERIMENT, content_digest, experiment_tags, git_tags, model_files, version_tags
+from pipelines.tracking.provenance import (
+    DIGEST,
+    EXPERIMENT,
+    MODEL,
+    TEXT_TOWER,
+    content_digest,
+    experiment_tags,
+    git_tags,
+    model_files,
+    version_tags,
+)
 from pipelines.tracking.runs import describe_dataset, flatten
 from pipelines.tracking.server import (
     alone,
@@ -32,13 +42,11 @@ from pipelines.tracking.server import (
 from pipelines.tracking.sync import find_or_create_run, log_dataset, log_params_and_tags
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from torch import nn
 
-    from pipelines.models import ModelSpec
+    from pipelines.models import ModelSpec, TextTower
 
 EVIDENCE, TRAINING = "evidence.sha256", "training.run"  # tags of a version; the second is the id of an MLflow run
 
@@ -71,6 +79,29 @@ class Registered:
         return f"models:/{self.name}/{self.version}"
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a reviewer sees of a version.
+
+    Attributes:
+        version: in the registry.
+        spec: of its model.
+        metrics: name -> value.
+        pictures: files.
+        dataset: that the metrics were measured on, as `describe_dataset` gives it.
+        tags: of the version, besides those that the evidence gives it.
+        has_text_tower: whether a text tower is with the model.
+    """
+
+    version: ModelVersion
+    spec: ModelSpec
+    metrics: Mapping[str, float]
+    pictures: list[Path]
+    dataset: Mapping[str, str]
+    tags: Mapping[str, str]
+    has_text_tower: bool
+
+
 def register(
     model_directory: str | Path,
     *,
@@ -88,7 +119,7 @@ def register(
 ) -> Registered:
     """Registers the model unless this exact version is registered already. Idempotent.
 
-    Two versions are the same if their `model.safetensors` and `model.json` are. A version whose artifacts are not all
+    Two versions are the same if the files of their models are, with those of a text tower. A version whose artifacts are not all
     there is passed over. New metrics or pictures of a registered model go to its version. Tags of a new version lead to the
     run that trained it and to its DVC experiment.
 
@@ -117,11 +148,12 @@ def register(
     with _one_line(uri), alone(uri, "register"):
         client = connect(uri)
         found = _find(client, name, digest, directory)
-        evidence = describe_dataset(manifest, name=dataset, context="evaluation")
-        version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, evidence)
+        measured_on = describe_dataset(manifest, name=dataset, context="evaluation")
+        version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, measured_on)
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
         kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # what it first came from
-        _show_evidence(client, version, spec, metrics, files, evidence, {**(tags or {}), **kept})
+        has_text = len(model_files(directory)) > len(MODEL)
+        _show(client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}, has_text))
         version = client.get_model_version(name, str(version.version))  # with the tags that it now has
         told = nominate(client, version, alias, compare, higher_is_better)
         run = client.get_run(str(version.run_id))
@@ -145,10 +177,26 @@ def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
     """
     from pipelines.models import load as load_directory
 
+    with model_folder(uri) as folder:
+        return load_directory(folder)
+
+
+def load_text_tower(uri: str | Path) -> TextTower:
+    """The text tower with the model at `uri`, in evaluation mode; arguments and errors are those of `load`."""
+    from pipelines.models import load_text_tower as load_from_directory
+
+    with model_folder(uri) as folder:
+        return load_from_directory(folder)
+
+
+@contextmanager
+def model_folder(uri: str | Path) -> Iterator[Path]:
+    """In the block, a folder on this machine with the files of a model; arguments and errors are those of `load`."""
     if not str(uri).startswith("models:/"):
         folder = Path(uri)
         inner = folder / "artifacts"
-        return load_directory(inner if all(path.is_file() for path in model_files(inner)) else folder)
+        yield inner if all(path.is_file() for path in model_files(inner)) else folder
+        return
     server = tracking_uri()
     with tempfile.TemporaryDirectory() as folder_name:
         with _one_line(server):
@@ -157,9 +205,11 @@ def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
             client = connect(server)
             name, version = get_model_name_and_version(client, str(uri))
             repository = _artifacts(client, name, version)
-            for file in model_files("artifacts"):
-                repository.download_artifacts(file.as_posix(), folder_name)
-        return load_directory(Path(folder_name) / "artifacts")
+            there = {item.path for item in repository.list_artifacts("artifacts")}
+            with_text = all(f"artifacts/{file}" in there for file in TEXT_TOWER)
+            for file in MODEL + (TEXT_TOWER if with_text else ()):
+                repository.download_artifacts(f"artifacts/{file}", folder_name)
+        yield Path(folder_name) / "artifacts"
 
 
 def _find(client: MlflowClient, name: str, digest: str, directory: Path) -> ModelVersion | None:
@@ -224,19 +274,13 @@ def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str
     return {TRAINING: training.info.run_id, **({EXPERIMENT: name} if name else {}), **experiment_tags()}
 
 
-def _show_evidence(
-    client: MlflowClient,
-    version: ModelVersion,
-    spec: ModelSpec,
-    metrics: Mapping[str, float],
-    pictures: list[Path],
-    dataset: Mapping[str, str],
-    tags: Mapping[str, str],
-) -> None:
+def _show(client: MlflowClient, evidence: Evidence) -> None:
     """Puts metrics, pictures, tags and a description on the version, where they are not those it has."""
     from mlflow.entities import Metric
 
-    parts = [json.dumps([dict(metrics), dict(dataset), dict(tags)], sort_keys=True), content_digest(pictures)]
+    version, metrics, dataset = evidence.version, evidence.metrics, evidence.dataset
+    content = [dict(metrics), dict(dataset), dict(evidence.tags)]
+    parts = [json.dumps(content, sort_keys=True), content_digest(evidence.pictures)]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     if version.tags.get(EVIDENCE) == digest:
         return
@@ -245,40 +289,36 @@ def _show_evidence(
     model_id = str(version.source).removeprefix("models:/")
     values = [Metric(key, float(value), now(), 0, model_id=model_id, **named) for key, value in metrics.items()]
     client.log_batch(run_id, metrics=values)
-    for picture in pictures:
+    for picture in evidence.pictures:
         client.log_artifact(run_id, str(picture), "pictures")
     figures = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
-    for key, value in {**figures, DATA: dataset["digest"], **tags}.items():
+    for key, value in {**figures, DATA: dataset["digest"], **evidence.tags}.items():
         client.set_model_version_tag(version.name, version.version, key, redacted(value))
-    description = redacted(_description(version, spec, metrics, pictures, dataset, tags))
-    client.update_model_version(version.name, version.version, description)
+    client.update_model_version(version.name, version.version, redacted(_description(evidence)))
     client.set_model_version_tag(version.name, version.version, EVIDENCE, digest)
 
 
-def _description(
-    version: ModelVersion,
-    spec: ModelSpec,
-    metrics: Mapping[str, float],
-    pictures: list[Path],
-    dataset: Mapping[str, str],
-    tags: Mapping[str, str],
-) -> str:
+def _description(evidence: Evidence) -> str:
     """What a reviewer reads, in markdown."""
+    version, spec, dataset, tags = evidence.version, evidence.spec, evidence.dataset, evidence.tags
     origin = {"MLflow run": tags.get(TRAINING), "DVC experiment": tags.get(EXPERIMENT)}
     led = [f"{what} `{value}`" for what, value in origin.items() if value]
     samples = json.loads(dataset["profile"])["samples"]
-    rows = [f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items())]
-    paths = [f"- `pictures/{path.name}`" for path in pictures] or ["- none"]
+    rows = [f"| {key} | {value:.4g} |" for key, value in sorted(evidence.metrics.items())]
+    paths = [f"- `pictures/{path.name}`" for path in evidence.pictures] or ["- none"]
+    embeds = spec.task == "embedding"
+    gives = "embeddings" if embeds else f"{len(spec.classes)} classes"
+    uri = f"models:/{version.name}/{version.version}"
     lines = [
-        f"**{spec.name}** ({spec.kind}, {spec.task}), {len(spec.classes)} classes, {spec.image_size} x {spec.image_size} px.",
+        f"**{spec.name}** ({spec.kind}, {spec.task}), {gives}, {spec.image_size} x {spec.image_size} px.",
         f"Measured on `{dataset['name']}` ({', '.join(f'{split} {count}' for split, count in samples.items())}).",
         *([f"Trained by {', '.join(led)}."] if led else []),
         *("", "| metric | value |", "| --- | --- |", *rows, ""),
         *(f"Pictures, artifacts of run `{version.run_id}`:", "", *paths, ""),
-        *("```python", "from pipelines.tracking import load", ""),
-        *(f"model, spec = load({f'models:/{version.name}/{version.version}'!r})", "```", ""),
+        *("```python", f"from pipelines.tracking import load{', load_text_tower' * evidence.has_text_tower}", ""),
+        *(f"model, spec = load({uri!r})", *[f"texts = load_text_tower({uri!r})"] * evidence.has_text_tower, "```", ""),
         f"Without this project's code: `mlflow.pyfunc.load_model`; images (N, 3, {spec.image_size}, {spec.image_size}) float32,",
-        "RGB in [0, 1]; `params={'explain': True}` gives contribution maps.",
+        "RGB in [0, 1]; " + ("it gives embeddings." if embeds else "`params={'explain': True}` gives contribution maps."),
     ]
     return "\n".join(lines)
 

@@ -37,7 +37,7 @@ class InputError(MlflowException):
 
 
 class ServedModel(PythonModel):
-    """RGB images in, logits and on request explanations out."""
+    """RGB images in, logits and on request explanations out; of an image tower embeddings."""
 
     def load_context(self, context: Any) -> None:
         """Builds the network from the version's `model.json` and `model.safetensors`."""
@@ -54,11 +54,12 @@ class ServedModel(PythonModel):
                 default each image's highest logit.
 
         Returns:
-            `logits` (N, K); where explained also `targets` (N,) and `contributions` (N, H, W): what each pixel adds to the
-            target's logit.
+            `logits` (N, K), of an image tower `embeddings` (N, D); where explained also `targets` (N,) and `contributions`
+            (N, H, W): what each pixel adds to the target's logit.
 
         Raises:
-            InputError: images of another shape or range, a target that is no class, a model that does not explain itself.
+            InputError: images of another shape or range, a target that is no class, a model that does not explain itself, an
+                image tower that is to be explained.
         """
         images = add_inverse(_check_images(model_input))
         with self.one_at_a_time:
@@ -67,7 +68,9 @@ class ServedModel(PythonModel):
     def _scored(self, images: torch.Tensor, params: dict[str, Any]) -> dict[str, np.ndarray]:
         if not params.get("explain"):
             with torch.no_grad():
-                return {"logits": self.model(images).numpy()}
+                return {"embeddings" if self.spec.task == "embedding" else "logits": self.model(images).numpy()}
+        if self.spec.task == "embedding":
+            raise InputError("explain: an image tower has no classes; a zero-shot classifier made of it has")
         if self.spec.kind != "bcos":
             raise InputError(f"explain: a {self.spec.kind} model has no contribution maps of its own, a bcos model has")
         targets = self._targets(params.get("targets") or [], images)

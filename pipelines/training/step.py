@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipelines.distributed import Context, all_reduce_sum, average_gradients, gradient_sync, to_device, unwrapped
+from pipelines.distributed import (
+    Context,
+    all_reduce_sum,
+    average_gradients,
+    gather,
+    gather_rows,
+    gradient_sync,
+    to_device,
+    unwrapped,
+)
 from pipelines.params import TrainingParams
 from pipelines.storage.errors import one_line
 from pipelines.training.job import TrainingError
@@ -57,7 +66,9 @@ def compute_gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor
     share = share_of(len(batch["key"]), run.context, may_be_idle=run.job.data.on_error == "skip")
     if share.idle and not share.total > 0:
         raise TrainingError(f"no image of step {run.step} (epoch {run.epoch + 1}) decodes (data.on_error: skip)")
-    losses = gradients(run, prepare_batch(run, batch, share), share) if share.images else {}
+    prepared = prepare_batch(run, batch, share) if share.images else {}
+    all_rows = exchange(run, prepared, share)
+    losses = gradients(run, prepared, share, all_rows) if share.images else {}
     if share.idle:
         average_gradients(run.method.module, run.context)
     return losses
@@ -71,7 +82,35 @@ def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, to
         return run.method.prepare({**to_device(batch, device), **more})
 
 
-def gradients(run: Run, batch: dict[str, torch.Tensor], share: Share | None = None) -> dict[str, torch.Tensor]:
+def exchange(run: Run, batch: dict[str, torch.Tensor], share: Share) -> dict[str, torch.Tensor]:
+    """`all_NAME`, the rows of all ranks, of each tensor NAME that the method shares; `batch` gets `row`: see `Method.loss`.
+
+    All ranks take part, also one whose `batch` is empty. There is one exchange a step, before any part of the batch is taken:
+    ranks may take different numbers of parts, and DDP's own exchanges come after it. It holds one row for each image of the
+    effective batch on every rank. A ring of blocks would hold one rank's rows at a time, but would go round once for each part
+    of a batch, inside the forward pass, where a rank with fewer parts or without images would have to join it. With
+    embeddings of 1,024 numbers the rows of 300 ranks are as large as the images (6, 224, 224) of this one.
+    """
+    found: dict[str, torch.Tensor] = {}
+    room = -(-run.job.optim.batch_size // run.context.world_size)
+    for name in getattr(run.method, "shared", ()):
+        rows = batch.get(name)
+        if share.idle:  # its rank does not know the shape of a row
+            empty = [each for each in gather(None if rows is None else rows[:0].cpu(), run.context) if each is not None]
+            rows = empty[0].to(run.context.device) if rows is None else rows
+        assert rows is not None
+        found[f"all_{name}"], first = gather_rows(rows, run.context, room)
+        if share.images:
+            batch["row"] = torch.arange(first, first + share.images, device=rows.device)
+    return found
+
+
+def gradients(
+    run: Run,
+    batch: dict[str, torch.Tensor],
+    share: Share | None = None,
+    all_rows: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Computes the gradients of a prepared batch, and returns its losses without their graph.
 
     The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
@@ -81,12 +120,13 @@ def gradients(run: Run, batch: dict[str, torch.Tensor], share: Share | None = No
         run: whose objective it is.
         batch: of this rank.
         share: of the batch of all ranks; None: there is no other rank.
+        all_rows: what each part gets whole, see `exchange`.
     """
     training, device = run.job.training, run.context.device
     batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
     pieces = {name: value.tensor_split(parts_of(run, count)) for name, value in batch.items()}
-    parts = [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
+    parts = [dict(zip(pieces, values, strict=True)) | (all_rows or {}) for values in zip(*pieces.values(), strict=True)]
     # DDP waits in each step for all ranks: where one is idle, its gradients are averaged afterwards.
     objective = unwrapped(run.objective) if share is not None and share.idle else run.objective
     weight = 1.0 if share is None else share.weight

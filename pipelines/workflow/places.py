@@ -8,7 +8,6 @@ from pathlib import Path
 from pipelines import models, tracking
 from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.data.shards.stored_explanations import read_index
-from pipelines.models.store import CONFIG, WEIGHTS
 from pipelines.params import ModelParams, Params
 from pipelines.storage.files import file_digest
 from pipelines.storage.paths import users_path
@@ -44,7 +43,7 @@ def model_for_all(params: Params, folder: Path) -> str:
     if not is_shared(params):
         return str(folder)
     url = f"{params.storage.root.rstrip('/')}/models/{models.digest(folder)[:16]}"
-    return publish(folder, url, (CONFIG, WEIGHTS))
+    return publish(folder, url, models.model_file_names(folder))
 
 
 def models_for_all(params: Params, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -68,8 +67,14 @@ def absolute_weights(model: ModelParams) -> ModelParams:
 
 
 def save_model_from(source: str, out: Path) -> None:
-    """Saves the model at `source`, a folder, a file in one or `models:/name@alias` of the registry, in the folder `out`."""
+    """Saves the model at `source`, a folder, a file in one or `models:/name@alias` of the registry, in the folder `out`.
+
+    A text tower that lies beside it goes along.
+    """
     if not source.startswith("models:/"):
         source = users_path(source)
         source = str(Path(source).parent) if Path(source).is_file() else source
-    models.save(out, *tracking.load(source))
+    with tracking.model_folder(source) as folder:
+        models.save(out, *models.load(folder))
+        if models.has_text_tower(folder):
+            models.save_text_tower(out, models.load_text_tower(folder))

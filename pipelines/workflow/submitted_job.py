@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from pipelines import models
 from pipelines.data.shards.publish import explanations_upload, shards_upload
 from pipelines.data.shards.stored_explanations import INDEX
-from pipelines.models.store import CONFIG, WEIGHTS
+from pipelines.models.folder import CONFIG
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError, one_line
 from pipelines.storage.publish import File, Upload, describe, exists, fetch, publish, read_at_most
@@ -84,7 +84,7 @@ def input_upload(path: str, storage: str) -> Upload | None:
     if path == str(STORED_EXPLANATIONS):
         return explanations_upload(path, storage) if Path(path, INDEX).is_file() else None
     folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
-    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in (WEIGHTS, CONFIG)]
+    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in models.model_file_names(folder)]
     content = sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
     return Upload(path, f"{storage.rstrip('/')}/models/{content[:16]}", tuple(names)) if names else None
 

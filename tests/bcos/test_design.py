@@ -9,11 +9,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
+import pipelines.models.rules.open_clip  # noqa: F401  (a test takes the rules away, and puts back those that were there)
 from pipelines.bcos import BcosConv2d, ConversionError, LocationsToBatch, add_inverse, bcosify, convert
 from pipelines.models import ModelSpec, assemble, build, load, published, read_spec, save
-from tests.support.families import pictures
+from tests.support.families import pictures, relative, settle, shake
 
 
 class Functional(nn.Module):
@@ -30,7 +32,10 @@ class Functional(nn.Module):
 IDLE = {"bias": "remove", "norm": "uncentered", "stem_pool": "average", "gap_reorder": True, "activation": "remove"}
 
 
-@pytest.mark.parametrize(("choice", "value"), [*IDLE.items(), ("bias", "decay"), ("norm", "centered")])
+OTHERS = [("bias", "decay"), ("norm", "centered"), ("position_embedding", "remove"), ("projection", "bcos")]
+
+
+@pytest.mark.parametrize(("choice", "value"), [*IDLE.items(), *OTHERS])
 def test_a_choice_that_was_asked_for_and_finds_nothing_is_an_error(choice, value):
     with pytest.raises(ConversionError, match=rf"nothing in Functional for {choice}={value!r}") as told:
         bcosify(Functional(), **{choice: value})
@@ -44,7 +49,8 @@ def test_defaults_that_find_nothing_are_said_and_the_design_has_what_took_effect
     assert all(f"{choice}={value!r}" in message for choice, value in IDLE.items() if choice != "activation")
     assert network.design == {
         **{"b": 2.0, "b_mode": "fixed", "bias": "keep", "norm": "uncentered", "stem_pool": "keep", "gap_reorder": False},
-        **{"activation": "keep", "logit_bias": None, "temperature": 1.0, "normalize_weight": False, "max_out": 1},
+        **{"activation": "keep", "position_embedding": "keep", "projection": "linear", "logit_bias": None},
+        **{"temperature": 1.0, "normalize_weight": False, "max_out": 1},
     }
     caplog.clear()
     network = bcosify(torchvision.models.resnet18(num_classes=5), activation="remove", bias="decay")
@@ -181,10 +187,38 @@ def test_the_pool_of_a_gate_is_not_taken_for_that_of_the_classifier():
         bcosify(Excited(), gap_reorder=True)
 
 
+# Position embeddings --------------------------------------------------------------------------------------------------
+
+TRANSFORMERS = {
+    "timm": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT), {"pos_embed", "cls_token"}),
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 24, 48, num_classes=5),
+        {"pos_embedding", "class_token"},
+    ),
+}
+
+
+@pytest.mark.parametrize("library", TRANSFORMERS)
+def test_without_position_embedding_the_order_of_patches_does_not_matter(library):
+    torch.manual_seed(0)
+    make, names = TRANSFORMERS[library]
+    source, images = shake(make()), add_inverse(pictures(2, 32).double())
+    moved = images.roll(8, dims=3)  # by one patch: the same patches elsewhere
+    networks = (bcosify(source, position_embedding=choice, logit_bias=0.0).double() for choice in ("keep", "remove"))
+    kept, removed = (settle(network, images) for network in networks)
+    with torch.no_grad():
+        assert relative(removed(moved), removed(images)) <= 1e-6
+        assert relative(kept(moved), kept(images)) > 1e-3
+    parameters = {name.rpartition(".")[2] for name, _ in removed.named_parameters()}
+    assert names <= {name.rpartition(".")[2] for name, _ in kept.named_parameters()}
+    assert not names & (parameters | {name.rpartition(".")[2] for name in removed.state_dict()})
+    assert removed.design["position_embedding"] == "remove"
+
+
 # Rules ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize("library", ["torchvision", "timm", "open_clip"])
 def test_rules_of_a_library_are_found_whatever_was_imported(library, monkeypatch):
     converting = sys.modules["pipelines.bcos.convert"]
     own = {kind: rule for kind, rule in converting._RULES.items() if not rule.__module__.startswith("pipelines.models")}
@@ -193,16 +227,18 @@ def test_rules_of_a_library_are_found_whatever_was_imported(library, monkeypatch
     for name in [name for name in sys.modules if name.startswith("pipelines.models.rules")]:
         monkeypatch.delitem(sys.modules, name)
     models = {
+        "open_clip": lambda: ModifiedResNet([1, 1, 1, 1], 6, 2, image_size=32, width=8),
         "torchvision": lambda: torchvision.models.DenseNet(8, (1, 1), 16, num_classes=3),
         "timm": lambda: timm.create_model("densenet121", num_classes=3, growth_rate=8, block_config=(1, 1, 1, 1)),
     }
     network = bcosify(models[library]())
-    assert any(isinstance(module, LocationsToBatch) for module in network.modules())
-    assert isinstance(network.body.features.conv0, BcosConv2d)
+    assert isinstance(network.body.conv1 if library == "open_clip" else network.body.features.conv0, BcosConv2d)
+    assert any(isinstance(module, LocationsToBatch) for module in network.modules()) == (library != "open_clip")
+    assert all(type(layer) is nn.Linear for name, layer in network.named_modules() if name.endswith("q_proj"))
 
 
 def test_missing_rules_are_an_error(monkeypatch):
-    monkeypatch.setattr(sys.modules["pipelines.bcos.convert"], "RULES", "pipelines.models.no_rules")
+    monkeypatch.setitem(sys.modules["pipelines.bcos.convert"].RULES, "torchvision", "pipelines.models.no_rules")
     with pytest.raises(ConversionError, match=r"rules that convert a .* cannot be imported"):
         convert(torchvision.models.DenseNet(8, (1, 1), 16, num_classes=3))
 

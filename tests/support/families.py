@@ -131,7 +131,7 @@ class Tape:
             yield
 
 
-def check_frozen_jacobian(model: nn.Module, images: Tensor, **choices: Any) -> BcosNetwork:
+def check_frozen_jacobian(model: nn.Module, images: Tensor, *, tower: bool = False, **choices: Any) -> BcosNetwork:
     """W(x) of the B-cosified network is the Jacobian of that network with its input-dependent factors frozen at x.
 
     The frozen network replays recorded factors as constants, so nothing of how layers hold them is trusted: its whole gradient
@@ -141,13 +141,14 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, **choices: Any) -> B
     Args:
         model: at random weights.
         images: (N, 3, H, W) in [0, 1].
+        tower: whether `model` gives embeddings, not logits.
         choices: of `bcosify`.
 
     Returns:
         the network, float64, for further checks.
     """
     network = bcosify(shake(model), logit_bias=0.0, **choices).double()
-    assert class_count(model, network) is not None, "taken for a network without a classifier"
+    assert (class_count(model, network) is None) == tower, "a classifier taken for an embedding tower, or the reverse"
     images = add_inverse(images.double())
     settle(network, images)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from pipelines.bcos import BcosConv2d, Conversion, ConversionError, Holdable, register_conversion
-from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedSiLU, GatedTanh
+from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedQuickGELU, GatedSiLU, GatedTanh
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Rule, convert_children, keep, recast_to
 from pipelines.bcos.norms import BcosLayerNorm2d
@@ -200,12 +200,6 @@ def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, con
 
 
 # Activations x·g(x) ---------------------------------------------------------------------------------------------------
-
-
-class GatedQuickGELU(Gate):
-    """x·sigmoid(1.702·x), which approximates GELU."""
-
-    activation, gate = staticmethod(layers.quick_gelu), staticmethod(lambda x: torch.sigmoid(1.702 * x))
 
 
 class GatedHardMish(Gate):

@@ -1,0 +1,195 @@
+"""Conversion rules for open_clip's image towers (`ModifiedResNet`, `VisionTransformer`, `TimmModel`) and their blocks.
+
+Convolutions, feed-forward layers and the output projections of attention become B-cos layers. The projections to q, k and v stay
+linear, and so does the last layer of a tower, see `EmbeddingTower`. Layouts in names: N images, L tokens, C features, H heads,
+D features of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    Attention,
+    AttentionalPooler,
+    CustomResidualAttentionBlock,
+    CustomTransformer,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    PatchDropout,
+    QuickGELU,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+
+from pipelines.bcos import Conversion, ConversionError, Holdable, attend, register_conversion
+from pipelines.bcos.activations import GatedQuickGELU
+from pipelines.bcos.convert import convert_children, keep, recast_to
+from pipelines.bcos.network import EmbeddingTower
+from pipelines.bcos.norms import BcosLayerNorm
+from pipelines.bcos.precision import widened
+
+# Layers and blocks ----------------------------------------------------------------------------------------------------
+
+
+class HeldLayerNorm(BcosLayerNorm):
+    """LayerNorm whose result has the type of its input, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same."""
+        return super().forward(x).to(x.dtype)
+
+
+class HeldLayerNormFp32(BcosLayerNorm):
+    """LayerNorm in float32 at least, whose result has the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same."""
+        return super().forward(widened(x)).to(x.dtype)
+
+
+register_conversion(LayerScale, PatchDropout)(keep)
+register_conversion(LayerNorm)(recast_to(HeldLayerNorm))
+register_conversion(LayerNormFp32)(recast_to(HeldLayerNormFp32))
+register_conversion(QuickGELU)(lambda module, conversion: GatedQuickGELU())
+register_conversion(Bottleneck, Transformer, CustomTransformer, ResidualAttentionBlock, CustomResidualAttentionBlock)(
+    convert_children
+)
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+class HeldAttention(Holdable, Attention):
+    """open_clip's attention with its options, whose matrix can be held."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) -> the same; a mask is float, added to the logits (N, H, L, L)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, L, D) each
+        scale = None
+        if self.logit_scale is None:
+            q, k = self.ln_q(q), self.ln_k(k)
+        else:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            scale = self.logit_scale.clamp(max=self.logit_scale_max).exp()
+        mixed = attend(self, q, k, v, bias=attn_mask, scale=scale, dropout=self.attn_drop.p)
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(mixed.transpose(1, 2).flatten(2))))
+
+
+@register_conversion(Attention)
+def _attention(module: Attention, conversion: Conversion) -> nn.Module:
+    return conversion.recast(conversion.children(module, ["ln_inner", "out_proj", "out_drop"]), HeldAttention)
+
+
+@register_conversion(AttentionalPooler)
+def _attentional_pooler(module: AttentionalPooler, conversion: Conversion) -> nn.Module:
+    """The queries are learned: they do not depend on the image, and their norm stays ordinary."""
+    return conversion.children(module, ["attn", "ln_k"])
+
+
+class HeldAttentionPool2d(Holdable, AttentionPool2d):
+    """open_clip's attention pool, whose matrix can be held.
+
+    Of the tokens, only the first, the mean of all places, is ever used as a query. With a single query, W_k is applied to the
+    query and W_v to the mixed tokens, not to each token: q·(W_k x) = (W_kᵀ q)·x, and Σ_l a_l (W_v x_l) = W_v Σ_l a_l x_l.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, output features)."""
+        tokens_NLC = self.tokens(features)
+        with self.computing_factor():
+            q_NHD = self._of_heads(self.q_proj(tokens_NLC[:, 0]), 1)
+            logits_NHL = torch.einsum("nhd,hdc->nhc", q_NHD, self._of_heads(self.k_proj.weight)) @ tokens_NLC.transpose(1, 2)
+            if self.k_proj.bias is not None:  # the same for all tokens: changes nothing, but gives the bias its gradient of 0
+                logits_NHL = logits_NHL + (q_NHD * self._of_heads(self.k_proj.bias)).sum(-1, keepdim=True)
+            matrix_NHL = (logits_NHL * q_NHD.shape[-1] ** -0.5).softmax(-1)
+        mixed_NHC = self.hold(matrix_NHL) @ tokens_NLC
+        values = torch.einsum("nhc,hdc->nhd", mixed_NHC, self._of_heads(self.v_proj.weight)).flatten(1)
+        return self.c_proj(values if self.v_proj.bias is None else values + self.v_proj.bias)
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 1 + h·w, C): the mean of all places, then each place, plus their position embeddings."""
+        places_NLC = features.flatten(2).transpose(1, 2)
+        tokens_NLC = torch.cat([places_NLC.mean(1, keepdim=True), places_NLC], 1)
+        if not isinstance(self.positional_embedding, nn.Parameter):  # removed: images of any size can be pooled
+            return tokens_NLC
+        return tokens_NLC + self.positional_embedding.to(tokens_NLC.dtype)
+
+    def _of_heads(self, projected: Tensor, dim: int = 0) -> Tensor:
+        """`projected`, whose axis `dim` has C rows, with two axes instead: heads, and features of a head."""
+        return projected.unflatten(dim, (self.num_heads, -1))
+
+
+register_conversion(AttentionPool2d)(recast_to(HeldAttentionPool2d))
+
+# Towers ---------------------------------------------------------------------------------------------------------------
+
+
+class ResNetTower(EmbeddingTower, ModifiedResNet):
+    """CLIP's ResNet, which ends in an attention pool: (N, 6, H, W) -> (N, D)."""
+
+
+@register_conversion(ModifiedResNet)
+def _modified_resnet(module: ModifiedResNet, conversion: Conversion) -> nn.Module:
+    tower = conversion.recast(conversion.children(module), ResNetTower)
+    tower.projection = None if module.attnpool is None else "attnpool.c_proj"
+    return tower
+
+
+class TransformerTower(EmbeddingTower, VisionTransformer):
+    """CLIP's vision transformer: (N, 6, H, W) -> (N, D). `proj` is a linear layer, of a matrix of the original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6, H, W) -> (N, D), also where open_clip's own attentional pools give (N, 1, D)."""
+        pooled, _ = self._pool(self.transformer(self._embeds(x)))
+        return self.proj(pooled if pooled.ndim == 2 else pooled.squeeze(1))
+
+
+@register_conversion(VisionTransformer)
+def _vision_transformer(module: VisionTransformer, conversion: Conversion) -> nn.Module:
+    if module.output_tokens or (module.pool_type == "none" and getattr(module, "attn_pool_contrastive", None) is None):
+        raise ConversionError(
+            f"the tower at {conversion.path or 'the top'!r} gives tokens, not an embedding for each image: build it with "
+            "output_tokens=False and a pool_type of 'tok' or 'avg'"
+        )
+    tower = conversion.recast(conversion.children(module), TransformerTower)
+    matrix = tower.proj
+    del tower.proj
+    if matrix is None:
+        tower.proj = nn.Identity()
+        return tower
+    tower.proj = nn.Linear(*matrix.shape, bias=False)
+    tower.proj.weight = conversion.derived(matrix, matrix.T.contiguous())
+    tower.projection = "proj"
+    return tower
+
+
+class TimmTower(EmbeddingTower, TimmModel):
+    """A network of timm and a head: (N, 6, H, W) -> (N, D)."""
+
+
+@register_conversion(TimmModel)
+def _timm_model(module: TimmModel, conversion: Conversion) -> nn.Module:
+    projection = _projection_of(module)
+    if projection is not None:
+        conversion.leave(module.get_submodule(projection))
+    tower = conversion.recast(conversion.children(module), TimmTower)
+    tower.projection = projection
+    return tower
+
+
+def _projection_of(tower: TimmModel) -> str | None:
+    """Name of the last linear layer: of the head or, where the head has none, of the trunk's classifier, if it has one."""
+    for name in ("head.proj", "head.mlp.fc2"):
+        if name in dict(tower.named_modules()):
+            return name
+    classifier = tower.trunk.get_classifier()
+    named = ((name, module) for name, module in tower.named_modules() if module is classifier)
+    return next((name for name, module in named if isinstance(module, nn.Linear)), None)
