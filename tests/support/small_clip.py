@@ -1,0 +1,43 @@
+"""A small CLIP with random weights in folders: the original image tower, its B-cosified twin, and the text tower beside both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipelines import models
+from pipelines.bcos import add_inverse
+from pipelines.models import ModelSpec
+
+WIDTH, SIDE = 16, 32  # of the embeddings; of the images, pixels
+CONFIG = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {
+        "timm_model_name": "test_resnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": SIDE,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def small_clip(folder: Path) -> dict[str, str]:
+    """Folders of the image towers `original` and `bcos`, each with the same text tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "small.json"
+    config.write_text(json.dumps(CONFIG))
+    torch.manual_seed(0)
+    network, text = models.build(f"open_clip:{config}"), models.build_text_tower(f"open_clip:{config}")
+    for kind, name in (("conventional", "original"), ("bcos", "bcos")):
+        spec = ModelSpec(f"open_clip:{config}", (), SIDE, kind, task="embedding")  # type: ignore[arg-type]
+        tower = models.assemble(spec, network).train()
+        with torch.no_grad():
+            for _ in range(20):  # norms learn their statistics: at random weights alone, embeddings of a B-cos tower vanish
+                tower(add_inverse(torch.rand(16, 3, SIDE, SIDE)))
+        models.save(folder / name, tower, spec)
+        models.save_text_tower(folder / name, text)
+    return {name: str(folder / name) for name in ("original", "bcos")}
