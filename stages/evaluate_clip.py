@@ -2,7 +2,7 @@
 
 from pipelines.evaluation.text_gallery import draw_text_gallery
 from pipelines.storage.files import write_json
-from pipelines.workflow.evaluating import CODE, evaluate_towers, towers
+from pipelines.workflow.evaluating_towers import CODE, evaluate_towers, towers
 from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, shards_for_all
 from pipelines.workflow.reports import flat

@@ -62,6 +62,7 @@ class ClipEvaluateParams(Strict):
     hold_norm: bool = True  # hold the embedding's norm, so that contributions sum to the cosine; false: as published
     posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam",)  # of conventional towers
     probe: LinearProbeParams = LinearProbeParams()
+    text2concept: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str] = {}  # name -> folder of a B-cos classifier
     pictures: Annotated[int, Field(ge=0)] = 8  # of text localisation, for each B-cosified tower
     smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15  # side of the mean filter of their opacity, pixels
     seed: int = 0  # draws which images these show

@@ -111,12 +111,19 @@ def _imports(module: str) -> frozenset[str]:
     """Modules of this project that importing `module` and calling its functions imports, the packages around it among them."""
     found = {module.rpartition(".")[0]} - {""}
     path = _file(module)
-    for node in _import_statements(ast.parse(path.read_text())) if path is not None else ():
+    tree = ast.parse("" if path is None else path.read_text())
+    found |= {value for node in ast.walk(tree) if isinstance(node, ast.Constant) and _names_rules(value := node.value)}
+    for node in _import_statements(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
             found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}  # a name may be a module
     return frozenset(name for name in found if _file(name) is not None)
+
+
+def _names_rules(value: object) -> bool:
+    """Whether a constant of the code is the name of a module with conversion rules, which `convert` imports when it needs it."""
+    return isinstance(value, str) and value.startswith("pipelines.models.rules.")
 
 
 def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
