@@ -56,7 +56,7 @@ class AshaParams(Strict):
 class SearchParams(Strict):
     """A search by Ray Tune and Optuna: the work of a stage, many times over, with some params replaced."""
 
-    stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide"]
+    stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide", "clip@cnn", "clip@vit"]
     space: Annotated[list[SearchDimension], Field(min_length=1)]
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
     trials: PositiveInt
@@ -82,13 +82,16 @@ class SearchParams(Strict):
     @property
     def section(self) -> str:
         """The key of the searched stage's own params."""
-        return "guide.guided" if self.stage == "guide" else self.stage.replace("@", ".")
+        section = self.stage.replace("@", ".")
+        return {"guide": "guide.guided", "clip.cnn": "clip.cnn.bcosify", "clip.vit": "clip.vit.bcosify"}.get(section, section)
 
     @property
     def searchable(self) -> tuple[str, ...]:
         """Where the keys of the space may be: in what the searched stage depends on, but not the stages before it."""
         if self.stage == "guide":
             return (self.section, "guide.data", "seed")
+        if self.stage.startswith("clip"):
+            return (self.section, "clip.data", "seed")
         return (self.section, *(("distill.student",) if self.stage.startswith("distill") else ()), "data", "seed")
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ INPUTS: dict[str, tuple[str, ...]] = {  # params of a searched stage's training 
     "bcosify": ("model",),
     "distill": ("distill.shots", "distill.shots_seed", "distill.frozen"),
     "guide": (),
+    "clip": (),
 }
 
 
@@ -70,7 +71,7 @@ def of_search(params: Params, task: Task) -> tuple[Any, ...]:
     drawn = {f"{params.search.section}.epochs", *(dimension.key for dimension in params.search.space)}
     places = (*params.search.searchable, *INPUTS[params.search.stage.partition("@")[0]])
     content = leaves(params.model_dump(mode="json"))
-    speed = {f"{place}.{knob}" for place in ("data", "guide.data") for knob in SPEED}
+    speed = {f"{place}.{knob}" for place in ("data", "guide.data", "clip.data") for knob in SPEED}
     read = {key for key in content if f"{key}.".startswith(tuple(f"{place}." for place in places))}
     fixed = {key: content[key] for key in sorted(read - drawn - speed)}
     how = params.search.model_dump(mode="json", exclude={"trials", "concurrency", "workers"})

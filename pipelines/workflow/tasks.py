@@ -210,7 +210,9 @@ def clip(whole: Params, tower: str) -> Task:
     return Task(params, f"clip/{tower}", optim, build, spec, upstream=(original,), save=save)
 
 
-TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretrain, bcosify, distill, classify, guide, image_text, clip)}
+TASKS: dict[str, Callable[..., Task]] = {
+    task.__name__: task for task in (pretrain, bcosify, distill, classify, guide, image_text, clip)
+}
 
 
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
@@ -237,7 +239,9 @@ def check_captions(manifest: Manifest, dataset: str) -> None:
     """Raises `DataError` unless there are captions to train and to validate with."""
     for split in ("train", "val"):
         if "caption" not in manifest.fields.get(split, ()):
-            raise DataError(f"clip.pairs: no image of {split} in {dataset} has a caption: an image tower and a text tower learn from pairs")
+            raise DataError(
+                f"clip.pairs: no image of {split} in {dataset} has a caption: an image tower and a text tower learn from pairs"
+            )
 
 
 def save_pair(folder: Path, module: nn.Module, spec: ModelSpec) -> None:

@@ -64,7 +64,8 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
     each_epoch = [name for name, direction in known.items() if name.startswith("val/") and direction is not None]
     manifest, cells = read_manifest(task.job("").shards), params.evaluate.grid_size**2
     of_boxes = ["val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"]
-    at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + of_boxes * ("boxes" in manifest.fields.get("val", ()))
+    boxed = task.spec.task != "embedding" and "boxes" in manifest.fields.get("val", ())
+    at_the_end = ["val/gridpg"] * (task.spec.task == "multiclass") + of_boxes * boxed
     for number, name in enumerate(params.search.metrics):
         halves = number == 0 and params.search.asha is not None
         allowed = each_epoch if halves else dict.fromkeys([*each_epoch, *at_the_end])

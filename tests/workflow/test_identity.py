@@ -12,7 +12,8 @@ from pipelines.workflow.identity import ROOT, code_digest, code_files
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 COMPUTED = [name for name, stage in STAGES.items() if not stage.get("always_changed")]
-TRAINED = ("pretrain", "bcosify", "distill", "classify", "guide")
+TRAINED = ("pretrain", "bcosify", "distill", "classify", "guide", "image_text", "clip")
+DATA = {"classify": "guide.data", "guide": "guide.data", "image_text": "clip.data", "clip": "clip.data"}  # of others: data
 
 
 def listed(deps: list[str]) -> list[Path]:
@@ -53,7 +54,7 @@ def test_no_stage_depends_on_a_folder_of_other_stages_outputs():
 def test_dvc_and_run_directories_depend_on_the_same_params(stage):
     named = STAGES[stage]["params"]
     assert {key for key in named if key.startswith("training.")} == {f"training.{key}" for key in identity.COMPUTATION}
-    data = "guide.data" if stage in ("classify", "guide") else "data"
+    data = DATA.get(stage, "data")
     knobs = {f"{data}.{key}" for key in set(DataParams.model_fields) - identity.SPEED}
     assert {key for key in named if key.startswith(f"{data}.")} == knobs
 

@@ -3,13 +3,13 @@ from operator import attrgetter
 
 import pytest
 
-from pipelines.data.shards.manifest import MANIFEST, Manifest
+from pipelines.data.shards.manifest import MANIFEST, Manifest, read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.methods import check_pair
 from pipelines.models import ModelError, ModelSpec
 from pipelines.params import keyed, load, replaced
 from pipelines.training import TrainingError
-from pipelines.workflow.tasks import Task, check_boxes, student_spec
+from pipelines.workflow.tasks import Task, check_boxes, check_captions, student_spec
 
 
 def shards(folder, **fields):
@@ -24,9 +24,20 @@ def test_a_data_set_without_boxes_cannot_guide(tmp_path):
         check_boxes(shards(tmp_path, train=("boxes",), val=("mask",), test=("boxes",)))
 
 
-@pytest.mark.parametrize("section", ["pretrain", "bcosify.scratch", "distill.e2kd", "guide.classify", "guide.guided"])
+def test_a_data_set_without_captions_cannot_train_a_pair(tmp_path):
+    check_captions(read_manifest(shards(tmp_path, train=("caption",), val=("caption",))), "some")
+    with pytest.raises(DataError, match=r"clip.pairs: no image of val in some has a caption"):
+        check_captions(read_manifest(shards(tmp_path, train=("caption",), val=("boxes",))), "some")
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["pretrain", "bcosify.scratch", "distill.e2kd", "guide.classify", "guide.guided", "clip.cnn.pretrain", "clip.vit.bcosify"],
+)
 def test_errors_about_training_params_name_their_key(section):
-    name = {"guide.classify": "classify", "guide.guided": "guide"}.get(section, section.replace(".", "/"))
+    names = {"guide.classify": "classify", "guide.guided": "guide"}
+    names |= {"clip.cnn.pretrain": "image_text/cnn", "clip.vit.bcosify": "clip/vit"}
+    name = names.get(section, section.replace(".", "/"))
     params = load()
     task = Task(params, name, attrgetter(section)(params), build=lambda: None, spec=None)
     assert task.section == section
