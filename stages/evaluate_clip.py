@@ -1,4 +1,4 @@
-"""Stage `evaluate_clip`: original and B-cosified image towers beside each other; figures and pictures in `reports/evaluate_clip`."""
+"""Stage `evaluate_clip`: original and B-cosified image towers, in figures and pictures in `reports/evaluate_clip`."""
 
 from pipelines.evaluation.text_gallery import draw_text_gallery
 from pipelines.storage.files import write_json

@@ -1,4 +1,4 @@
-"""Stage `image_text TOWER`: an image tower and its text tower, as they come or trained on captions, in `models/image_text/TOWER`."""
+"""Stage `image_text TOWER`: an image tower and its text tower, trained on captions, in `models/image_text/TOWER`."""
 
 import sys
 
