@@ -59,7 +59,10 @@ class ClipBcosification(FineTuning):
         params: the loss, and how B and the biases are treated.
     """
 
+    params: ClipParams
+    fixed: tuple[nn.Module, ...]
     fields: tuple[str, ...] = ()
+    shared: tuple[str, ...]
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: nn.Module, teacher: nn.Module, params: ClipParams) -> None:
@@ -96,13 +99,11 @@ class ClipBcosification(FineTuning):
     def _local_loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """The loss of these images alone."""
         params = self.params
-        match params.loss:
-            case "siglip":
-                return siglip_loss(features, targets, params.scale, params.pair_bias)
-            case "cosine":
-                return cosine_embedding_loss(features, targets)
-            case "info_nce":
-                return info_nce_loss(features, targets, params.temperature_nce)
+        if params.loss == "siglip":
+            return siglip_loss(features, targets, params.scale, params.pair_bias)
+        if params.loss == "cosine":
+            return cosine_embedding_loss(features, targets)
+        return info_nce_loss(features, targets, params.temperature_nce)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
@@ -189,7 +190,8 @@ class ImageTextTraining:
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: ImageText, params: ImageTextParams) -> None:
-        self.module, self.params = module, params
+        self.module: nn.Module = module
+        self.towers, self.params = module, params
         self.fixed: tuple[nn.Module, ...] = (module.image,) if params.locked else ()
         together = dist.is_available() and dist.is_initialized()
         rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -198,7 +200,7 @@ class ImageTextTraining:
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, 6, H, W) in [0, 1], or the embeddings (N, D) of a locked tower as `features`; `tokens` (N, L)."""
         images = add_inverse(batch["image"])
-        if self.module.locked:
+        if self.towers.locked:
             parts = images.tensor_split(batch.get("parts", 1))
             return {"features": torch.cat([self._embedded(part) for part in parts]), "tokens": self._tokens(batch)}
         return {"image": images, "tokens": self._tokens(batch)}
@@ -211,7 +213,7 @@ class ImageTextTraining:
 
     def metrics(self) -> Any:
         """`loss`, with the pairs of each validation batch, and the figures of `Recall`, of each image's first caption."""
-        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.module.text.width)}
+        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.towers.text.width)}
         return MetricCollection(kinds, compute_groups=False)
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
@@ -228,26 +230,24 @@ class ImageTextTraining:
     def set_progress(self, epochs: float) -> None:
         """Bounds the scale of cosines to 100: the last step may have taken it above."""
         with torch.no_grad():
-            self.module.logit_scale.clamp_(0, LARGEST_SCALE)
+            self.towers.logit_scale.clamp_(0, LARGEST_SCALE)
 
     def epoch_metrics(self) -> dict[str, float]:
         """`logit_scale`, by which cosines are multiplied."""
-        return {"logit_scale": float(self.module.logit_scale.exp())}
+        return {"logit_scale": float(self.towers.logit_scale.exp())}
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
         """The embeddings of a locked image tower, float32."""
-        return widened(self.module.image(images)).detach()
+        return widened(self.towers.image(images)).detach()
 
     def _tokens(self, batch: Batch) -> Tensor:
         """The tokens of each image's caption; raises `ModelError`, which names the image, where there is none."""
         captions = batch.get("caption", [""] * len(batch["key"]))
         for key, caption in zip(batch["key"], captions, strict=True):
             if not caption.strip():
-                raise ModelError(
-                    f"image {key} has no caption: an image tower and a text tower are trained on images with captions"
-                )
-        return self.module.text.tokens(captions).to(batch["image"].device)
+                raise ModelError(f"image {key} has no caption: two towers are trained on images with captions")
+        return self.towers.text.tokens(captions).to(batch["image"].device)
 
     @staticmethod
     def _compared(model: Any, images: Tensor, texts: Tensor) -> tuple[Any, ...]:

@@ -19,15 +19,15 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from pipelines import losses, models
 from pipelines.bcos import add_inverse, layer_b
-from pipelines.methods import build_clip, check_equal_shares
+from pipelines.methods import build_clip, build_image_text, check_equal_shares
 from pipelines.methods.method import Method
 from pipelines.models import ModelError
-from pipelines.params import DataParams, ImageTextParams, ParamsError, TrainingParams
+from pipelines.params import DataParams, ImageTextParams, ModelParams, NetworkParams, ParamsError, TrainingParams
 from pipelines.training import Context, train
 from pipelines.training.job import directions
 from pipelines.training.objective import Objective
 from tests.support import toy_tower
-from tests.support.clip import RN, VIT
+from tests.support.clip import RN, TEXT, VIT
 from tests.support.toy_tower import COUNT, SIDE, WIDTH, ToyTower, batch_of, clip_params, job_of, pair, step, taught
 
 
@@ -90,11 +90,13 @@ def test_memory_grows_with_the_rows_of_a_rank_not_with_all_targets() -> None:
     assert peaks[0] < 8 * 4 * rows * rows
 
 
-def test_compiled_the_loss_and_its_gradient_stay() -> None:
+@pytest.mark.parametrize("which", ["siglip of a tower", "clip", "siglip"])
+def test_compiled_the_loss_and_its_gradient_stay(which: Any) -> None:
     torch.compiler.reset()
-    method = taught(clip_params())
-    prepared = method.prepare(batch_of(range(COUNT)))
-    batch = prepared | {"all_target": prepared["target"].flip(0), "row": torch.arange(COUNT).flip(0)}
+    method: Method = taught(clip_params()) if which == "siglip of a tower" else pair(captioned(loss=which))
+    batch = method.prepare(batch_of(range(COUNT)))
+    if "target" in batch:
+        batch |= {"all_target": batch["target"].flip(0), "row": torch.arange(COUNT).flip(0)}
     objective = Objective(method)
     found = []
     for run in (objective, torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager")):
@@ -275,3 +277,36 @@ def test_shares_that_may_differ_are_refused_before_training(
     training, data = TrainingParams(workers=workers), DataParams(image_size=SIDE, on_error=on_error)
     with nullcontext() if told is None else pytest.raises(ParamsError, match=told):
         check_equal_shares(batch_size, training, data)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_towers_of_open_clip_are_trained_and_saved(tmp_path: Path, locked: bool) -> None:
+    spec = tower_folder(tmp_path / "image", VIT)
+    options = {"embed_dim": 16, "text_cfg": TEXT}
+    text = NetworkParams(name="open_clip:custom", options=options)
+    model = ModelParams(name=spec.name, weights=str(tmp_path / "image" / "model.safetensors"), options=spec.options)
+    optim = captioned(epochs=1, lr=0.001, locked=locked)
+    build = partial(build_image_text, model, spec, text, optim, 0)
+    original, _ = models.load(tmp_path / "image")
+    method = build()
+    images = torch.rand(COUNT, 3, 32, 32)
+    tokens = method.towers.text.tokens(["a photo of a dog"] * COUNT)
+    with torch.no_grad():
+        assert torch.equal(method.towers.image.eval()(add_inverse(images)), original(add_inverse(images)))
+    batch = {"key": ["k"] * COUNT, "image": images, "caption": [f"a photo of {row} dogs" for row in range(COUNT)]}
+    job = dataclasses.replace(job_of(build, optim, str(tmp_path / "run")), batches=lambda *_, **__: [batch] * 2, spec=spec)
+    result = train(dataclasses.replace(job, data=DataParams(image_size=32)))
+    result.load_last(method.module)
+    models.save(tmp_path / "pair", method.towers.image, spec)
+    models.save_text_tower(tmp_path / "pair", method.towers.text)
+    image, tower = models.load(tmp_path / "pair")[0], models.load_text_tower(tmp_path / "pair")
+    with torch.no_grad():
+        assert torch.equal(image(add_inverse(images)), original(add_inverse(images))) == locked
+        assert torch.equal(tower(tokens), method.towers.text.eval()(tokens))
+
+
+def test_towers_of_different_widths_are_refused(tmp_path: Path) -> None:
+    spec = tower_folder(tmp_path, VIT)
+    text = NetworkParams(name="open_clip:custom", options={"embed_dim": 24, "text_cfg": TEXT})
+    with pytest.raises(ModelError, match=r"\(16,\), the text tower of \(24,\)"):
+        build_image_text(ModelParams(name=spec.name, options=spec.options), spec, text, captioned(), 0)
