@@ -144,7 +144,7 @@ def _load_image_tower(tower: nn.Module, state: StateDict, source: str) -> None:
     if not visual:
         own = fitted(state, tower, source)
         if hasattr(tower, "trunk") and not any(key.startswith("trunk.") for key in own):
-            _load_trunk(tower.trunk, state, source)
+            _load_trunk(tower.get_submodule("trunk"), state, source)
             return
         visual = {f"visual.{key}": value for key, value in own.items()}
     open_clip(".model").resize_pos_embed(visual, SimpleNamespace(visual=tower))
