@@ -63,6 +63,9 @@ def zero_shot_classifier(
     names: Sequence[str],
     templates: str | Sequence[str] = "imagenet",
     scale: float = 100.0,
+    *,
+    batch_size: int = 256,
+    cache: str | None = None,
 ) -> tuple[ZeroShotNetwork, ModelSpec]:
     """The classifier of `names` that an image tower and a text tower make, in evaluation mode, and the spec for `save`.
 
@@ -73,6 +76,7 @@ def zero_shot_classifier(
         names: of the classes, in their order.
         templates: as `templates_of` takes them.
         scale: of the cosines.
+        batch_size, cache: as of `zero_shot_weights`.
 
     Raises:
         ModelError: towers of different widths, a scale that is no finite number above 0; see `zero_shot_weights`.
@@ -86,7 +90,7 @@ def zero_shot_classifier(
     width = embedding_width(spec.name, spec.options)
     if width != text_tower.width:
         raise ModelError(f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts")
-    texts = zero_shot_weights(text_tower, names, templates)
+    texts = zero_shot_weights(text_tower, names, templates, batch_size=batch_size, cache=cache)
     model = ZeroShotNetwork(tower, texts, scale).eval()
     of_classes = {"scale": scale, "width": width}
     return model, dataclasses.replace(spec, task="multiclass", classes=tuple(names), zero_shot=of_classes)

@@ -218,7 +218,7 @@ def test_preprocessing_is_that_of_the_tag_else_openais(config, tmp_path, caplog)
     assert (openai.mean, openai.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     assert openai.view == {"image_size": 112, "crop_pct": 1.0, "interpolation": "bicubic"}
     none = preprocessing_of(f"open_clip:{config}", "none")
-    assert (none.mean, none.normalisation_known, none.image_size) == (openai.mean, False, SIZE)
+    assert (none.mean, none.std, none.normalisation_known, none.view) == (openai.mean, openai.std, False, {"image_size": SIZE})
     torch.save(build(f"open_clip:{config}").state_dict(), tmp_path / "tower.pt")
     with caplog.at_level(logging.INFO):
         taken = chosen_preprocessing(f"open_clip:{config}", str(tmp_path / "tower.pt"))
