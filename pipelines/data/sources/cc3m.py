@@ -82,7 +82,7 @@ class Cc3m(CaptionedImages):
         contents = list_folder(root)
         left_out = contents.left_out()
         tars = _tars(contents, left_out, source)
-        split_of = _splits(tars, params.splits, left_out, source)
+        split_of = _splits(tars, dict(params.splits), left_out, source)
         tars = [tar for tar in tars if tar.name in split_of]
         records = cache / "tars"
         found: dict[str, dict[str, Any]] = {}
