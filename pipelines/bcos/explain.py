@@ -130,13 +130,14 @@ def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
     return ((images if weights.ndim == 4 else images.unsqueeze(1)) * weights).sum(-3)
 
 
-def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
+def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5, *, one_scale: bool = False) -> Tensor:
     """The explanation as a picture: colours of the weights, opaque where they are large.
 
     Args:
         images, weights: (N, 6, H, W), as `dynamic_weights` takes and gives them.
         smooth: side of the mean filter of the opacity, pixels; odd, so that the size is kept.
         percentile: percentile of an image's smoothed weight norms at which pixels are fully opaque.
+        one_scale: the largest of these percentiles counts for all images, so that their opacities compare.
 
     Returns:
         (N, H, W, 4), red, green, blue, alpha in [0, 1].
@@ -152,5 +153,6 @@ def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 
     alpha = torch.where(contribution_map(images, weights).unsqueeze(1) < 0, TINY, alpha)
     alpha = F.avg_pool2d(alpha, smooth, stride=1, padding=smooth // 2)
     opaque = torch.quantile(alpha.flatten(1).float(), percentile / 100, dim=1)[:, None, None, None]
+    opaque = opaque.amax().expand_as(opaque) if one_scale else opaque
     alpha = (alpha / opaque.clamp_min(TINY)).clamp(0, 1)
     return torch.cat([rgb, alpha], dim=1).permute(0, 2, 3, 1)

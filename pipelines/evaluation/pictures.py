@@ -112,7 +112,8 @@ def save_texts(path: str | Path, image: Tensor, texts: Sequence[str], colours: T
         for column, title in enumerate(titles, start=1):
             axes[0, column].set_title(title, parse_math=False)
         scale = ScalarMappable(Normalize(-limit, limit), "bwr")
-        bar = figure.colorbar(scale, ax=axes[1, 0], location="top", fraction=0.1, ticks=[-limit, 0, limit], format="%.1e")
+        bar = figure.colorbar(scale, ax=axes[1, 0], location="top", fraction=0.1, ticks=[-limit, 0, limit])
+        bar.set_ticklabels([f"{-limit:.1e}", "0", f"{limit:.1e}"])
         bar.set_label("contribution of a pixel to the cosine")
         _save(figure, path)
 

@@ -28,9 +28,9 @@ from pipelines.evaluation.towers import (
     as_classifier,
     check_width,
     class_names,
-    embedding_width,
     load_features,
     load_image_tower,
+    output_width,
     read_text_tower,
     replace_head,
     zero_shot_networks,
@@ -90,7 +90,7 @@ def evaluate_text2concept(
         features, spec = load_features(directory, context.device)
         if spec.kind != "bcos" or spec.zero_shot or spec.task == "embedding":
             raise ModelError(f"{directory}: Text2Concept takes a B-cos classifier")
-        width = embedding_width(features, spec)
+        width = output_width(features, spec)
         weight_CD, alignment[name] = fit_map(
             context, (features, width), (tower, text_tower.width), shards, data, params.batch_size, train_split
         )

@@ -88,13 +88,13 @@ def read_text_tower(folder: str) -> TextTower:
 
 def check_width(name: str, model: nn.Module, spec: ModelSpec, text: TextTower) -> None:
     """Raises ModelError unless image and text embeddings have the same width."""
-    width = embedding_width(model, spec)
+    width = output_width(model, spec)
     if width != text.width:
         raise ModelError(f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not fit")
 
 
 @torch.no_grad()
-def embedding_width(model: nn.Module, spec: ModelSpec) -> int:
+def output_width(model: nn.Module, spec: ModelSpec) -> int:
     """D of a tower or backbone (N, 6, H, W) -> (N, D), through which one grey image is sent."""
     grey = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=next(model.buffers()).device)
     return model(grey).shape[1]
@@ -126,15 +126,15 @@ def zero_shot_networks(
     cache: str | None = None,
 ) -> dict[str, ZeroShotNetwork]:
     """Zero-shot classifiers of the classes `names`, one for each tower; `cache` is a folder of text embeddings."""
-    embedded: dict[int, Tensor] = {}
+    embedded: dict[TextTower, Tensor] = {}  # towers may share a text tower
     networks: dict[str, ZeroShotNetwork] = {}
     for name, tower in towers.items():
-        key = id(tower.text)  # towers may share it
-        if key not in embedded:
+        if tower.text not in embedded:
             distinct = list(dict.fromkeys(names))  # open_clip's names of ImageNet have `missile` and `sunglasses` twice
             rows = [distinct.index(each) for each in names]
-            embedded[key] = zero_shot_weights(tower.text, distinct, templates, batch_size=params.text_batch, cache=cache)[rows]
-        network = ZeroShotNetwork(tower.model, embedded[key], params.scale, params.hold_norm)
+            texts = zero_shot_weights(tower.text, distinct, templates, batch_size=params.text_batch, cache=cache)
+            embedded[tower.text] = texts[rows]
+        network = ZeroShotNetwork(tower.model, embedded[tower.text], params.scale, params.hold_norm)
         networks[name] = network.to(next(tower.model.buffers()).device).eval()
     return networks
 

@@ -1,6 +1,7 @@
 """`python -m stages.tools.explain_text MODEL IMAGE "text" ["text" ...]`: a picture of what in an image speaks for each text.
 
-MODEL is the folder of a B-cosified image tower or `models:/name@alias`; its text tower lies beside it, or in the folder `--text`.
+MODEL is a B-cosified image tower or a zero-shot classifier, a folder or `models:/name@alias`; its text tower is with it, or is
+named by `--text`. Opacity and heat maps have one scale for all texts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipelines import tracking
+from pipelines import models, tracking
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
 from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.loading.decode import decode_image
@@ -23,7 +24,7 @@ from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import DataError
 from pipelines.errors import UserError, redacted
 from pipelines.evaluation.pictures import save_texts
-from pipelines.evaluation.towers import check_width, image_tower, read_text_tower
+from pipelines.evaluation.towers import check_width, image_tower
 from pipelines.models import ModelError
 from pipelines.models.zero_shot import ZeroShotNetwork
 from pipelines.params import DataParams
@@ -34,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the picture, and prints each cosine and how much of it the pixels' contributions make up."""
     asked = parser().parse_args(arguments)
     with one_line_errors():
-        model, spec = tracking.load(asked.model)
-        tower = image_tower(asked.model, model, spec)
-        if spec.kind != "bcos":
-            raise ModelError(f"{asked.model}: a conventional tower, which does not explain itself: B-cosify it first")
-        text_tower = read_text_tower(text_folder(asked.model, asked.text))
+        with tracking.model_folder(asked.model) as folder:
+            model, spec = models.load(folder)
+            tower = image_tower(asked.model, model, spec)
+            if spec.kind != "bcos":
+                raise ModelError(f"{asked.model}: a conventional tower, which does not explain itself: B-cosify it first")
+            if asked.text is None and not models.has_text_tower(folder):
+                raise ModelError(f"{asked.model}: no text tower with it: name the folder of one with --text")
+            text_tower = tracking.load_text_tower(asked.text or folder)
         check_width(asked.model, tower, spec, text_tower)
         images = add_inverse(read_image(asked.image, spec.image_size)[None])
         texts = asked.texts if asked.against is None else [*asked.texts, asked.against]
@@ -48,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             titles += [f"{text}\nagainst: {asked.against}\n{cosines[i] - cosines[-1]:+.4f}" for i, text in enumerate(asked.texts)]
             weights = torch.cat([weights, weights[:-1] - weights[-1]])
         repeated = images.expand(len(weights), -1, -1, -1)
-        maps = contribution_map(repeated, weights)
-        save_texts(asked.out, images[0], titles, rgba(repeated, weights, asked.smooth), maps)
+        maps, smooth = contribution_map(repeated, weights), spec.image_size // 15 | 1  # the published 15 at 224 pixels; odd
+        save_texts(asked.out, images[0], titles, rgba(repeated, weights, smooth, one_scale=True), maps)
     for text, cosine, of_pixels in zip(texts, cosines.tolist(), maps.double().sum((1, 2)).tolist(), strict=False):
         print(f"{text}: cosine {cosine:.4f} = {of_pixels:.4f} of the pixels + {cosine - of_pixels:.4f} of no pixel")
     print(asked.out)
@@ -61,10 +65,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="folder of an image tower, or models:/name@alias")
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("texts", metavar="text", nargs="+", help="what the image is explained for")
-    parser.add_argument("--text", metavar="FOLDER", help="folder of the text tower, if it is not beside the image tower")
+    parser.add_argument("--text", metavar="FOLDER", help="of the text tower, if none is with MODEL; or models:/...")
     parser.add_argument("--against", metavar="TEXT", help="also what speaks for each text against this one")
     parser.add_argument("--published", action="store_true", help="differentiate the embedding's norm, as published, not hold it")
-    parser.add_argument("--smooth", type=int, default=15, help="side of the mean filter of the opacity, pixels, odd")
     parser.add_argument("--out", type=Path, default=Path("explained.png"), help="the picture (default: %(default)s)")
     return parser
 
@@ -93,13 +96,6 @@ def explain_texts(tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bo
     network = ZeroShotNetwork(tower, texts, hold_norm=hold_norm).eval()
     cosines_NT, weights_NTCHW = dynamic_weights(network, images, torch.arange(len(texts), device=images.device)[None])
     return cosines_NT[0], weights_NTCHW[0]
-
-
-def text_folder(model: str, text: str | None) -> str:
-    """The folder of the text tower: `text`, or that of the model."""
-    if text is None and model.startswith("models:/"):
-        raise ModelError(f"{model}: name the folder of its text tower with --text")
-    return text or model
 
 
 def read_image(path: str, size: int) -> Tensor:

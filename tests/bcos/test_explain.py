@@ -234,6 +234,15 @@ def test_contribution_map_and_picture():
         rgba(x, weights, smooth=4)
 
 
+def test_opacities_on_one_scale_compare():
+    x, weights = torch.rand(1, 6, 8, 8).expand(2, -1, -1, -1), torch.rand(1, 6, 8, 8).repeat(2, 1, 1, 1)
+    weights[1] /= 4
+    alone, together = (rgba(x, weights, smooth=3, percentile=100, one_scale=one_scale) for one_scale in (False, True))
+    torch.testing.assert_close(alone[0], alone[1])
+    torch.testing.assert_close(together[0], alone[0])
+    torch.testing.assert_close(together[1, ..., 3], alone[1, ..., 3] / 4)
+
+
 def test_rgba_shows_the_colour_that_the_weights_ask_for():
     weights = torch.zeros(1, 6, 5, 5)
     weights[:, 0] = 1.0  # red counts for the class ...

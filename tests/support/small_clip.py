@@ -10,19 +10,9 @@ import torch
 from pipelines import models
 from pipelines.bcos import add_inverse
 from pipelines.models import ModelSpec
+from tests.support.clip import CONFIG
 
-WIDTH, SIDE = 16, 32  # of the embeddings; of the images, pixels
-CONFIG = {
-    "embed_dim": WIDTH,
-    "vision_cfg": {
-        "timm_model_name": "test_resnet",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": SIDE,
-    },
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
+WIDTH, SIDE = CONFIG["embed_dim"], 32  # of the embeddings; of the images, pixels
 
 
 def small_clip(folder: Path) -> dict[str, str]:
