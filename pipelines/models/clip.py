@@ -84,14 +84,15 @@ def _config_of_file(source: str) -> dict[str, Any]:
     return config
 
 
-def resolved_name(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def resolved_name(name: str, options: dict[str, Any], part: str = "vision_cfg") -> tuple[str, dict[str, Any]]:
     """`name` and `options` that `build` takes where the JSON file of `name` is not; others as they are.
 
-    A file becomes `open_clip:custom` with `embed_dim`, `vision_cfg` and `quick_gelu` as options.
+    A file becomes `open_clip:custom` with `embed_dim`, `quick_gelu` and `part` as options: `vision_cfg` of the image tower,
+    `text_cfg` of the text tower, for `build_text_tower`.
     """
     if not (name.startswith(PREFIX) and is_config_file(name)):
         return name, options
-    return f"{PREFIX}{CUSTOM}", _tower_config(name.removeprefix(PREFIX), "vision_cfg", options)
+    return f"{PREFIX}{CUSTOM}", _tower_config(name.removeprefix(PREFIX), part, options)
 
 
 def embedding_width(name: str, options: dict[str, Any]) -> int:

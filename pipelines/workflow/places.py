@@ -69,6 +69,17 @@ def absolute_weights(model: NetworkT) -> NetworkT:
     return model.model_copy(update={"weights": path, "sha256": model.sha256 or file_digest(path)})
 
 
+def of_config_file(model: NetworkT, part: str) -> NetworkT:
+    """`model`, a tower of open_clip, with the content of its config file if it names one, because workers may not have the file.
+
+    `part` is `vision_cfg` of an image tower or `text_cfg` of a text tower.
+    """
+    if not model.name.endswith(".json"):
+        return model
+    name, options = models.resolved_name(model.name, model.options, part)
+    return model.model_copy(update={"name": name, "options": options})
+
+
 def save_model_from(source: str, out: Path) -> None:
     """Saves the model at `source`, a folder, a file in one or `models:/name@alias` of the registry, in the folder `out`.
 

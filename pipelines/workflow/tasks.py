@@ -23,6 +23,7 @@ from pipelines.methods import (
     build_guidance,
     build_image_text,
     build_pretrain,
+    check_equal_shares,
     check_guidable,
     check_pair,
     classifier_spec,
@@ -38,6 +39,7 @@ from pipelines.workflow.places import (
     explanations_for_all,
     model_folder,
     model_for_all,
+    of_config_file,
     shards_for_all,
     shards_of,
 )
@@ -193,10 +195,14 @@ def image_text(whole: Params, tower: str) -> Task:
     """The pair of an image tower and a text tower in `clip.<tower>`, trained on images with captions."""
     params, section = whole.for_clip(whole.clip.pairs), f"clip.{tower}"
     pair: TowersParams = getattr(params.clip, tower)
+    model, text = of_config_file(pair.model, "vision_cfg"), of_config_file(pair.text, "text_cfg")
     manifest = read_manifest(shards_of(params.dataset))
     check_captions(manifest, params.dataset)
-    spec = _spec(params, f"{section}.model", replace(manifest, classes=(), task="embedding"), kind="conventional")  # type: ignore[arg-type]
-    build = partial(build_image_text, absolute_weights(pair.model), spec, absolute_weights(pair.text), pair.pretrain, params.seed)
+    known = replace(manifest, classes=(), task="embedding")  # type: ignore[arg-type]
+    spec = _spec(params, f"{section}.model", known, kind="conventional")
+    with keyed(f"{section}.pretrain", pair.pretrain):
+        check_equal_shares(pair.pretrain.batch_size, params.training, params.data)
+    build = partial(build_image_text, absolute_weights(model), spec, absolute_weights(text), pair.pretrain, params.seed)
     return Task(params, f"image_text/{tower}", pair.pretrain, build, spec, model=pair.model, save=save_pair)
 
 
@@ -277,14 +283,15 @@ def _spec(params: Params, section: str, known: Manifest | ModelSpec, **more: Any
         eval_resize=params.data.eval_resize,
         section=section,
     )
+    name, options = models.resolved_name(model.name, {**preprocessing.options, **model.options})
     return ModelSpec(
-        name=model.name,
+        name=name,
         classes=tuple(known.classes),
         image_size=params.data.image_size,
         task=known.task,  # type: ignore[arg-type]
         mean=preprocessing.mean,
         std=preprocessing.std,
-        options={**preprocessing.options, **model.options},
+        options=options,
         weights_view=preprocessing.view,
         **more,
     )
