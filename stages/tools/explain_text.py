@@ -14,19 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines import models, tracking
-from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
+from pipelines.bcos import add_inverse, contribution_map, rgba
 from pipelines.data.formats.encoded_image import DecodeError
 from pipelines.data.loading.decode import decode_image
 from pipelines.data.loading.transforms import eval_transform
 from pipelines.data.shards.sample import DataError
 from pipelines.errors import UserError, redacted
 from pipelines.evaluation.pictures import save_texts
+from pipelines.evaluation.text_gallery import explain_texts
 from pipelines.evaluation.towers import check_width, image_tower
 from pipelines.models import ModelError
-from pipelines.models.zero_shot import ZeroShotNetwork
 from pipelines.params import DataParams
 from pipelines.storage.errors import one_line
 
@@ -79,23 +79,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, FileNotFoundError) as error:
         sys.exit(redacted(str(error)))
-
-
-def explain_texts(tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Cosines (T,) of an image with texts, and the W(x) of each, from one forward pass of the tower.
-
-    Args:
-        tower: a B-cosified image tower.
-        images: (1, 6, H, W) in [0, 1].
-        texts: embeddings (T, D).
-        hold_norm: the embedding's norm is held; otherwise it is differentiated, as published.
-
-    Returns:
-        cosines (T,), weights (T, 6, H, W): with the norm held, and without biases, Σ weights·(images - mean) is the cosine.
-    """
-    network = ZeroShotNetwork(tower, texts, hold_norm=hold_norm).eval()
-    cosines_NT, weights_NTCHW = dynamic_weights(network, images, torch.arange(len(texts), device=images.device)[None])
-    return cosines_NT[0], weights_NTCHW[0]
 
 
 def read_image(path: str, size: int) -> Tensor:

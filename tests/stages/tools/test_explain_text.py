@@ -9,8 +9,9 @@ from PIL import Image
 
 from pipelines import models
 from pipelines.bcos import add_inverse
+from pipelines.evaluation.text_gallery import explain_texts
 from pipelines.models import ModelSpec, ZeroShotNetwork
-from stages.tools.explain_text import explain_texts, main
+from stages.tools.explain_text import main
 from tests.support.small_clip import SIDE, WIDTH, small_clip
 
 
