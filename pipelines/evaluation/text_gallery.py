@@ -73,6 +73,6 @@ def draw_text_gallery(
             repeated = image.expand(len(shown), -1, -1, -1)
             titles = [f"{names[label]}\ncosine {cosine:.3f}" for label, cosine in zip(shown, cosines.tolist(), strict=True)]
             paths.append(folder / f"{name}-{key}.png")
-            colours = rgba(repeated, weights, params.smooth)
+            colours = rgba(repeated, weights, params.smooth, one_scale=True)
             save_texts(paths[-1], image[0], titles, colours, contribution_map(repeated, weights))
     return paths
