@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ class UnpooledHead(Holdable):
         ValueError: another p, or see `CosineHead`.
     """
 
+    positions: Tensor | None
+
     def __init__(
         self, value: nn.Module, projection: nn.Module, texts: Tensor, p: float = 1.0, positions: Tensor | None = None
     ) -> None:
@@ -124,11 +127,11 @@ def unpooled(network: BcosNetwork, texts: Tensor, p: float = 1.0) -> BcosNetwork
     pools = [name for name, module in copied.named_modules() if hasattr(module, "v_proj") and hasattr(module, "c_proj")]
     if len(pools) != 1:
         raise ConversionError(f"unpooling takes a tower with one attention pool (v_proj, c_proj); this one has {len(pools)}")
-    pool = copied.get_submodule(pools[0])
-    projection = pool.c_proj
+    pool: Any = copied.get_submodule(pools[0])
+    projection: Any = pool.c_proj
     if not isinstance(projection, BcosLinear):
         projection = Conversion().child(projection, "c_proj")
         projection._configure(list(layer_b(network).values())[-1], 1, False)
-    positions = pool.positional_embedding[1:].detach() if isinstance(pool.positional_embedding, nn.Parameter) else None
+    positions = pool.positional_embedding[1:].detach() if "positional_embedding" in pool._parameters else None
     copied.set_submodule(pools[0], UnpooledHead(pool.v_proj, projection, texts, p, positions).train(pool.training))
     return copied
