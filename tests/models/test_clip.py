@@ -90,6 +90,10 @@ def test_an_image_tower_gives_embeddings_and_takes_options(config):
     assert build("open_clip:custom", options={"embed_dim": 16, "vision_cfg": RN})(torch.rand(2, 3, 64, 64)).shape == (2, 16)
     with pytest.raises(ModelError, match="nonsense"):
         build(f"open_clip:{config}", options={"nonsense": 1})
+    with pytest.raises(ModelError, match=r"cannot be built with vision_cfg .*'width': 8.*: [^\n]+$"):
+        build("open_clip:custom", options=small(width=8))  # narrower than an attention head
+    with pytest.raises(WeightsError, match="a sha256 is that of a file"):
+        build(f"open_clip:{config}", sha256="0" * 64)
     with pytest.raises(ModelError, match="takes no num_classes"):
         build(f"open_clip:{config}", num_classes=3)
     with pytest.raises(ModelError, match="open_clip:custom needs the options embed_dim, vision_cfg"):
