@@ -113,7 +113,7 @@ def _imports(module: str) -> frozenset[str]:
     found = {module.rpartition(".")[0]} - {""}
     path = _file(module)
     tree = ast.parse("" if path is None else path.read_text())
-    found |= {value for node in ast.walk(tree) if isinstance(node, ast.Constant) and _names_rules(value := node.value)}
+    found |= {node.value for node in ast.walk(tree) if _names_rules(node)}  # type: ignore[attr-defined]
     for node in _import_statements(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -122,9 +122,9 @@ def _imports(module: str) -> frozenset[str]:
     return frozenset(name for name in found if _file(name) is not None)
 
 
-def _names_rules(value: object) -> bool:
-    """Whether a constant of the code is the name of a module with conversion rules, which `convert` imports when it needs it."""
-    return isinstance(value, str) and value.startswith("pipelines.models.rules.")
+def _names_rules(node: Any) -> bool:
+    """Whether a node is the name of a module with conversion rules, as a string: `convert` imports it when it needs it."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("pipelines.models.rules.")
 
 
 def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
