@@ -3,10 +3,10 @@
     python -m benchmarks.clip [--case RN50-112 ...] [--mode eager compiled] [--rounds 7]
 
 Both steps are the teacher's forward pass, and forward and backward pass of the student with SigLIP's loss, no optimiser: `plain`
-with a student that is built like the teacher, `bcos` with the B-cosified tower. `teacher` is the teacher's forward pass alone. All
-take turns in one run; printed are medians over the rounds of the ratio to `plain` of the same mode, of compiled to eager steps,
-and the most memory that tensors take in a step, parameters left out. One line of JSON a case and mode, then a table. Needs torch
-and open_clip; on a GPU, where there is one, in bfloat16 at 224 pixels.
+with a student that is built like the teacher, `bcos` with the B-cosified tower. `teacher` is the teacher's forward pass alone.
+All take turns in one run; printed are medians over the rounds of the ratio to `plain` of the same mode, of compiled to eager
+steps, and the most memory that tensors take in a step, parameters left out. One line of JSON a case and mode, then a table. Needs
+torch and open_clip; on a GPU, where there is one, in bfloat16 at 224 pixels.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def prepare(method: ClipBcosification, batch: dict[str, Any], device: str) -> di
     return prepared | {"all_target": prepared["target"], "row": torch.arange(len(prepared["target"]), device=device)}
 
 
-def step(method: ClipBcosification, objective: nn.Module, batch: dict[str, Any], device: str, layout: torch.memory_format) -> None:
+def step(
+    method: ClipBcosification, objective: nn.Module, batch: dict[str, Any], device: str, layout: torch.memory_format
+) -> None:
     """The teacher's forward pass, and the student's forward and backward pass."""
     method.module.zero_grad(set_to_none=True)
     prepared = {name: in_memory_format(value, layout) for name, value in prepare(method, batch, device).items()}

@@ -118,8 +118,8 @@ def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float, po
             is none, and in no pair.
         scale: finite and above 0.
         bias: added to every logit.
-        positives: (N,) int64, the row of `targets` that belongs to each row of `features`. The pairs are then taken in blocks of
-            at most max(N, 256) targets, and the gradient with them: no tensor is as large as N × M or larger than `targets`.
+        positives: (N,) int64, the row of `targets` that belongs to each row of `features`. The pairs, and their gradient, are
+            then taken in blocks of max(N, 256) targets, so that memory grows with N and not with M.
 
     Raises:
         ValueError: a scale that is not finite or not above 0.

@@ -1,3 +1,4 @@
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import pipelines  # noqa: F401  (sets how OpenMP waits, before torch is imported)
 
 GROUPS = ("graph", "ray")  # markers of tests that share a fixture of minutes
+NUMBERS = itertools.count()
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest share the cores; torch reads it when it is imported
@@ -38,7 +40,8 @@ def own_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_shard_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copies of remote shards are a test's own."""
-    folder = tmp_path_factory.mktemp("shard-cache")
+    folder = tmp_path_factory.getbasetemp() / f"shard-cache-{next(NUMBERS)}"  # `mktemp` would list all folders each time
+    folder.mkdir()
     monkeypatch.setenv("SHARD_CACHE", str(folder))
     return folder
 

@@ -81,7 +81,7 @@ def evaluate_text2concept(
     boxed = manifest.labelled and "boxes" in manifest.fields.get(split, ())
     if not classified and not boxed:
         raise DataError(f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on")
-    names, text_tower = class_names(params, manifest), read_text_tower(text or original).to(context.device)
+    names, text_tower = class_names(params.names, manifest), read_text_tower(text or original).to(context.device)
     tower, tower_spec = load_image_tower(original, context.device)
     check_width(original, tower, tower_spec, text_tower)
     towers: dict[str, Tower] = {}

@@ -41,7 +41,7 @@ def evaluate_text_localisation(
         directories: of the image towers, by name.
         shards: root of labelled data with boxes, and with masks where there are any.
         data: how shards are read.
-        params: names of the classes; `localisation_templates` make the texts, by default "a photo of a {}."
+        params: `localisation_names` and `localisation_templates` make the texts, by default "a photo of a {}."
         split: whose images are explained.
         texts: name of a tower -> folder of its text tower; by default the tower's own folder.
         cache: folder in which embeddings of the texts are kept.
@@ -55,7 +55,7 @@ def evaluate_text_localisation(
         ModelError: no image tower or text tower in a folder; towers of two widths; bad names or templates.
     """
     manifest = check_boxes(shards, split)
-    names = class_names(params, manifest)
+    names = class_names(params.localisation_names, manifest)
     towers = load_towers(directories, texts or {}, context.device)
     networks = zero_shot_networks(towers, names, params.localisation_templates, params, cache)
     explained = {

@@ -21,6 +21,7 @@ from pipelines.models.clip import TextTower, load_text_tower
 from pipelines.models.folder import has_text_tower
 from pipelines.models.zero_shot import ZeroShotNetwork, check_names, imagenet_names, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
+from pipelines.params.evaluation import Names
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,18 @@ def output_width(model: nn.Module, spec: ModelSpec) -> int:
     return model(grey).shape[1]
 
 
-def class_names(params: ClipEvaluateParams, manifest: Manifest) -> tuple[str, ...]:
-    """The names that texts call the classes of the data, in the order of their labels.
+def class_names(names: Names, manifest: Manifest) -> tuple[str, ...]:
+    """The names that texts call the classes of the data, in the order of their labels: `names`, see `ClipEvaluateParams`.
 
     Raises:
         ModelError: an empty name, or one that is there twice.
         DataError: another number of names than the data has classes.
     """
-    if params.names == "data":
+    if names == "data":
         return manifest.classes
-    names = imagenet_names() if params.names == "imagenet" else params.names
-    if params.names != "imagenet":
+    if names == "imagenet":
+        names = imagenet_names()
+    else:
         check_names(names)
     if len(names) != len(manifest.classes):
         raise DataError(f"names: {len(names)} names for the {len(manifest.classes)} classes of the data")

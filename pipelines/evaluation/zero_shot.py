@@ -51,7 +51,7 @@ def evaluate_zero_shot(
         ModelError: no image tower or text tower in a folder; towers of two widths; bad names or templates.
     """
     manifest = check_labels(shards)
-    names = class_names(params, manifest)
+    names = class_names(params.names, manifest)
     networks = zero_shot_networks(load_towers(directories, texts or {}, context.device), names, params.templates, params, cache)
     return classify(context, networks, len(names), shards, data, params.batch_size, split)
 

@@ -25,9 +25,10 @@ from pipelines.methods.bcosification import FineTuning
 from pipelines.methods.method import weight_groups
 from pipelines.metrics import MeanScore, Recall
 from pipelines.models import ModelError, ModelSpec
+from pipelines.params import ParamsError
 
 if TYPE_CHECKING:
-    from pipelines.params import ClipParams, ImageTextParams, ModelParams
+    from pipelines.params import ClipParams, DataParams, ImageTextParams, ModelParams, NetworkParams, TrainingParams
 
 LARGEST_SCALE = math.log(100)  # of cosines, as CLIP's authors bound it
 SCALES = {"clip": (math.log(1 / 0.07), None), "siglip": (math.log(10), -10.0)}  # where logit scale and bias start
@@ -58,7 +59,10 @@ class ClipBcosification(FineTuning):
         params: the loss, and how B and the biases are treated.
     """
 
+    params: ClipParams
+    fixed: tuple[nn.Module, ...]
     fields: tuple[str, ...] = ()
+    shared: tuple[str, ...]
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: nn.Module, teacher: nn.Module, params: ClipParams) -> None:
@@ -95,13 +99,11 @@ class ClipBcosification(FineTuning):
     def _local_loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """The loss of these images alone."""
         params = self.params
-        match params.loss:
-            case "siglip":
-                return siglip_loss(features, targets, params.scale, params.pair_bias)
-            case "cosine":
-                return cosine_embedding_loss(features, targets)
-            case "info_nce":
-                return info_nce_loss(features, targets, params.temperature_nce)
+        if params.loss == "siglip":
+            return siglip_loss(features, targets, params.scale, params.pair_bias)
+        if params.loss == "cosine":
+            return cosine_embedding_loss(features, targets)
+        return info_nce_loss(features, targets, params.temperature_nce)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
@@ -188,7 +190,8 @@ class ImageTextTraining:
     losses: tuple[str, ...] = ("loss",)
 
     def __init__(self, module: ImageText, params: ImageTextParams) -> None:
-        self.module, self.params = module, params
+        self.module: nn.Module = module
+        self.towers, self.params = module, params
         self.fixed: tuple[nn.Module, ...] = (module.image,) if params.locked else ()
         together = dist.is_available() and dist.is_initialized()
         rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -197,7 +200,7 @@ class ImageTextTraining:
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, 6, H, W) in [0, 1], or the embeddings (N, D) of a locked tower as `features`; `tokens` (N, L)."""
         images = add_inverse(batch["image"])
-        if self.module.locked:
+        if self.towers.locked:
             parts = images.tensor_split(batch.get("parts", 1))
             return {"features": torch.cat([self._embedded(part) for part in parts]), "tokens": self._tokens(batch)}
         return {"image": images, "tokens": self._tokens(batch)}
@@ -210,7 +213,7 @@ class ImageTextTraining:
 
     def metrics(self) -> Any:
         """`loss`, with the pairs of each validation batch, and the figures of `Recall`, of each image's first caption."""
-        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.module.text.width)}
+        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.towers.text.width)}
         return MetricCollection(kinds, compute_groups=False)
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
@@ -227,26 +230,24 @@ class ImageTextTraining:
     def set_progress(self, epochs: float) -> None:
         """Bounds the scale of cosines to 100: the last step may have taken it above."""
         with torch.no_grad():
-            self.module.logit_scale.clamp_(0, LARGEST_SCALE)
+            self.towers.logit_scale.clamp_(0, LARGEST_SCALE)
 
     def epoch_metrics(self) -> dict[str, float]:
         """`logit_scale`, by which cosines are multiplied."""
-        return {"logit_scale": float(self.module.logit_scale.exp())}
+        return {"logit_scale": float(self.towers.logit_scale.exp())}
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
         """The embeddings of a locked image tower, float32."""
-        return widened(self.module.image(images)).detach()
+        return widened(self.towers.image(images)).detach()
 
     def _tokens(self, batch: Batch) -> Tensor:
         """The tokens of each image's caption; raises `ModelError`, which names the image, where there is none."""
         captions = batch.get("caption", [""] * len(batch["key"]))
         for key, caption in zip(batch["key"], captions, strict=True):
             if not caption.strip():
-                raise ModelError(
-                    f"image {key} has no caption: an image tower and a text tower are trained on images with captions"
-                )
-        return self.module.text.tokens(captions).to(batch["image"].device)
+                raise ModelError(f"image {key} has no caption: two towers are trained on images with captions")
+        return self.towers.text.tokens(captions).to(batch["image"].device)
 
     @staticmethod
     def _compared(model: Any, images: Tensor, texts: Tensor) -> tuple[Any, ...]:
@@ -264,30 +265,24 @@ def open_clip_loss(name: str, rank: int = 0, workers: int = 1) -> nn.Module:
     return ClipLoss(local_loss=workers > 1, gather_with_grad=workers > 1, rank=rank, world_size=workers)
 
 
-def check_equal_shares(batch_size: int, workers: int, on_error: str) -> None:
-    """Raises `ModelError` if workers may have different numbers of images in a step, which open_clip's losses do not take.
-
-    Args:
-        batch_size: of all workers.
-        workers: as many as there may be.
-        on_error: `data.on_error`.
-    """
-    if workers == 1:
+def check_equal_shares(batch_size: int, training: TrainingParams, data: DataParams) -> None:
+    """Raises `ParamsError` if workers may have different numbers of images in a step, which open_clip's losses do not take."""
+    if training.most_workers == 1:
         return
-    if batch_size % workers:
-        raise ModelError(
-            f"batch_size: {batch_size} images in equal shares for {workers} workers are wanted: open_clip's loss gathers as many "
-            "from each"
-        )
-    if on_error == "skip":
-        raise ModelError(
-            f"batch_size: open_clip's loss gathers as many images from each of {workers} workers, and data.on_error: skip leaves "
-            "some out: set it to raise, or take one worker"
+    for workers in range(training.least_workers, training.most_workers + 1):
+        if batch_size % workers:
+            equal = batch_size // workers * workers or workers
+            raise ParamsError(
+                f"batch_size: open_clip's loss takes as many images from each of {workers} workers: {equal}, not {batch_size}"
+            )
+    if data.on_error == "skip":
+        raise ParamsError(
+            "data.on_error: skip leaves images out, and open_clip's loss takes as many from each worker: raise, or one worker"
         )
 
 
 def build_image_text(
-    model: ModelParams, spec: ModelSpec, text: ModelParams, params: ImageTextParams, seed: int
+    model: ModelParams, spec: ModelSpec, text: NetworkParams, params: ImageTextParams, seed: int
 ) -> ImageTextTraining:
     """The method on the image tower of `model` and the text tower of `text`; what has no weights is drawn by `seed`.
 

@@ -1,7 +1,7 @@
 """Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
 
 from pipelines.params.base import ParamsError, keyed
-from pipelines.params.clip import ClipParams, ImageTextParams
+from pipelines.params.clip import ClipGroupParams, ClipParams, ImageTextParams, TowersParams
 from pipelines.params.data import (
     AnnotatedParams,
     CaptionsParams,
@@ -31,5 +31,5 @@ from pipelines.params.methods import (
     StudentParams,
 )
 from pipelines.params.search import AshaParams, SearchDimension, SearchParams
-from pipelines.params.training import ModelParams, OptimiserParams, StorageParams, TrainingParams
+from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams, StorageParams, TrainingParams
 from pipelines.params.whole import Params, TrackingParams, check_space, leaves, load, param, replaced, validate

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from pipelines.params.base import PositiveFloat
+from pipelines.params.base import PositiveFloat, Strict
+from pipelines.params.data import DataParams
+from pipelines.params.evaluation import ClipEvaluateParams
 from pipelines.params.methods import BcosificationParams
-from pipelines.params.training import OptimiserParams
+from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams
 
 
 class ImageTextParams(OptimiserParams):
@@ -57,3 +59,26 @@ class ClipParams(BcosificationParams):
     def design(self) -> dict[str, Any]:
         """The keyword arguments of `bcosify` for the tower as training starts."""
         return super().design() | {"position_embedding": self.position_embedding, "projection": self.projection}
+
+
+class TowersParams(Strict):
+    """An image tower with its text tower: the original pair, and the B-cosified image tower."""
+
+    model: ModelParams  # of the image tower: `open_clip:RN50`, or `open_clip:FILE`, a JSON config of one's own
+    text: NetworkParams  # of the text tower, likewise
+    pretrain: ImageTextParams
+    bcosify: ClipParams
+
+
+class ClipGroupParams(Strict):
+    """B-cosified CLIP: which towers, on which data sets, and how they are evaluated."""
+
+    towers: list[Literal["cnn", "vit"]]  # that are trained
+    pairs: str  # of `datasets`: images with captions, that the original pair is trained on and retrieval is measured on
+    images: str  # that B-cosification learns from, without captions or labels
+    labelled: str  # for zero-shot classification and linear probes
+    located: str  # with boxes, for text localisation
+    data: DataParams  # how these are read
+    cnn: TowersParams
+    vit: TowersParams
+    evaluate: ClipEvaluateParams

@@ -8,6 +8,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.params.base import Fraction, Sha256, Strict
 
+Split = Literal["train", "val", "test"]
+
 
 class DatasetParams(Strict):
     """What every data set has, whatever its source."""
@@ -23,9 +25,9 @@ class ScenesParams(DatasetParams):
     source: Literal["scenes"]
     variant: Literal["objects", "scenes"] = "objects"
     image_size: Annotated[int, Field(ge=16, le=1024)] = 64
-    counts: dict[Literal["train", "val", "test"], PositiveInt]
+    counts: dict[Split, PositiveInt]
     objects_per_image: tuple[PositiveInt, PositiveInt] = (1, 1)  # least, most
-    correlation: dict[Literal["train", "val", "test"], Fraction] = {}  # of class and background; 0 where not named
+    correlation: dict[Split, Fraction] = {}  # of class and background; 0 where not named
     seed: int = 0
     captions: bool = False  # one to three sentences an image that name its objects, colours and background; boxes and masks stay
 
@@ -48,7 +50,7 @@ class ImageFolderParams(DatasetParams):
     source: Literal["imagefolder"]
     root: str
     sha256: Sha256 | None = None
-    splits: dict[Literal["train", "val", "test"], str] = {}  # our split -> its folder; by default the same name
+    splits: dict[Split, str] = {}  # our split -> its folder; by default the same name, where no other split names it
     labelled: bool = True  # false: images anywhere below the folder of a split, without classes; for students of a teacher
 
 
@@ -74,11 +76,19 @@ class AnnotatedParams(DatasetParams):
 
 
 class Voc2007Params(AnnotatedParams):
-    """PASCAL VOC 2007: the official archives, or what lies at `root` in their layout (VOCdevkit/VOC2007)."""
+    """PASCAL VOC 2007: the official archives, or what lies at `root` in their layout; VOC 2012 has the same layout."""
 
     source: Literal["voc2007"]
     root: str | None = None  # a folder or archive, local or at any fsspec URL
+    splits: dict[Split, str] = {}  # our split -> its list in ImageSets/Main, of the files at root; by default the same name
     difficult: bool = True  # whether objects marked difficult count as objects
+    masks: Literal["instances", "classes"] = "instances"  # classes: class masks where an image has no instances
+
+    @model_validator(mode="after")
+    def _splits_of_a_root(self) -> Voc2007Params:
+        if self.splits and self.root is None:
+            raise ValueError("splits: the official archives have their own; give the root whose lists these are")
+        return self
 
 
 class Coco2014Params(AnnotatedParams):
@@ -97,9 +107,6 @@ class WaterbirdsParams(AnnotatedParams):
     root: str | None = None  # of metadata.csv and the images; a folder or archive, local or at any fsspec URL
     sha256: Sha256 | None = None  # of the archive, the official one too: its publisher gives none
     cub_root: str | None = None  # of CUB's images.txt and bounding_boxes.txt, likewise
-
-
-Split = Literal["train", "val", "test"]
 
 
 class CaptionsParams(DatasetParams):

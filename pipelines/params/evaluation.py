@@ -45,16 +45,23 @@ class LinearProbeParams(Strict):
     seed: int = 0
 
 
+Names = Literal["data", "imagenet"] | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class ClipEvaluateParams(Strict):
     """Zero-shot accuracy, retrieval, text localisation and linear probes of image towers."""
 
     batch_size: PositiveInt = 128
     workers: Annotated[int, Field(ge=0)] = 0
     text_batch: PositiveInt = 256  # texts at once through the text tower, which bounds its memory
-    names: Literal["data", "imagenet"] | Annotated[tuple[str, ...], Field(min_length=1)] = "data"  # or one's own, in label order
+    names: Names = "data"  # of the classes: the data's, open_clip's of ImageNet, or one's own in label order
     templates: str | tuple[str, ...] = "imagenet"  # a list of open_clip (`imagenet`, `simple`, `plain`) or one's own
+    localisation_names: Names = "data"  # of the classes, in text localisation
     localisation_templates: str | tuple[str, ...] = "plain"  # of the texts that text localisation explains
     scale: PositiveFloat = 100.0  # logits are scale times cosine
     hold_norm: bool = True  # hold the embedding's norm, so that contributions sum to the cosine; false: as published
     posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam",)  # of conventional towers
     probe: LinearProbeParams = LinearProbeParams()
+    pictures: Annotated[int, Field(ge=0)] = 8  # of text localisation, for each B-cosified tower
+    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15  # side of the mean filter of their opacity, pixels
+    seed: int = 0  # draws which images these show

@@ -10,15 +10,20 @@ from pydantic import Field, PositiveInt, model_validator
 from pipelines.params.base import NonNegativeFloat, PositiveFloat, Sha256, Strict
 
 
-class ModelParams(Strict):
+class NetworkParams(Strict):
     """Which network, and which weights to start from."""
 
-    name: str  # `resnet20` (CIFAR), a torchvision name, a timm name, or `torchvision:name`, `timm:name`
+    name: str  # `resnet20` (CIFAR), a torchvision name, a timm name, or `torchvision:name`, `timm:name`, `open_clip:name`
     weights: str = "none"  # `none`, a library tag such as IMAGENET1K_V2, or a local file or URL
     sha256: Sha256 | None = None  # of the file that `weights` names
+    options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
+
+
+class ModelParams(NetworkParams):
+    """A network of images, and how these are normalised."""
+
     mean: tuple[float, float, float] | None = None  # of RGB; none: the weights' own, ImageNet's where these say nothing
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise
-    options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
 
 
 class StorageParams(Strict):

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from pipelines.params.base import ParamsError, Strict
+from pipelines.params.clip import ClipGroupParams
 from pipelines.params.data import SOURCES, DataParams, Dataset
 from pipelines.params.evaluation import EvaluateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams
@@ -44,6 +45,7 @@ class Params(Strict):
     bcosify: BcosifyParams
     distill: DistillParams
     guide: GuideParams
+    clip: ClipGroupParams
     evaluate: EvaluateParams
     search: SearchParams
     tracking: TrackingParams
@@ -51,6 +53,10 @@ class Params(Strict):
     def for_guide(self) -> Params:
         """These params with the data of `guide` in the place of the run's."""
         return self.model_copy(update={"dataset": self.guide.dataset, "data": self.guide.data})
+
+    def for_clip(self, dataset: str) -> Params:
+        """These params with `dataset`, read as `clip.data` says, as the run's."""
+        return self.model_copy(update={"dataset": dataset, "data": self.clip.data})
 
     @model_validator(mode="after")
     def _stored_maps_follow(self) -> Params:
@@ -61,7 +67,9 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _dataset_exists(self) -> Params:
-        for key, name in (("dataset", self.dataset), ("guide.dataset", self.guide.dataset)):
+        named = {"dataset": self.dataset, "guide.dataset": self.guide.dataset}
+        named |= {f"clip.{key}": getattr(self.clip, key) for key in ("pairs", "images", "labelled", "located")}
+        for key, name in named.items():
             if name not in self.datasets:
                 raise ValueError(f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))})")
         return self

@@ -83,13 +83,13 @@ def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, to
 
 
 def exchange(run: Run, batch: dict[str, torch.Tensor], share: Share) -> dict[str, torch.Tensor]:
-    """`all_NAME`, the rows of all ranks, of each tensor NAME that the method shares; `batch` gets `row`: see `Method.loss`.
+    """The rows of all ranks of each tensor NAME that the method shares, as `all_NAME`; `batch` gets `row`: see `Method.loss`.
 
-    All ranks take part, also one whose `batch` is empty. There is one exchange a step, before any part of the batch is taken:
-    ranks may take different numbers of parts, and DDP's own exchanges come after it. It holds one row for each image of the
-    effective batch on every rank. A ring of blocks would hold one rank's rows at a time, but would go round once for each part
-    of a batch, inside the forward pass, where a rank with fewer parts or without images would have to join it. With
-    embeddings of 1,024 numbers the rows of 300 ranks are as large as the images (6, 224, 224) of this one.
+    All ranks take part, also a rank whose `batch` is empty. There is one gather a step, before any part of the batch is taken:
+    ranks may take different numbers of parts, the compiler sees no collective, and DDP's collectives come later. Each rank then
+    holds the rows of the whole batch. A ring would hold one rank's rows at a time, but it would go round once for each part,
+    inside the forward pass, and ranks with fewer parts or without images would have to join each round. The rows are small:
+    embeddings of 1,024 numbers from 300 ranks take as much memory as this rank's images (6, 224, 224).
     """
     found: dict[str, torch.Tensor] = {}
     room = -(-run.job.optim.batch_size // run.context.world_size)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation import evaluate_with_correctness
+from pipelines.evaluation.linear_probe import evaluate_linear_probe
+from pipelines.evaluation.retrieval import evaluate_retrieval
+from pipelines.evaluation.text_localisation import evaluate_text_localisation
+from pipelines.evaluation.zero_shot import evaluate_zero_shot
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError, keyed
 from pipelines.training import launch
@@ -47,3 +51,33 @@ def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
     with keyed("training", training):
         return launch(evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root)
+
+
+def towers(params: Params) -> dict[str, Path]:
+    """Folders of the image towers of the run, originals and B-cosified, by their names in reports."""
+    folders = {f"{tower}_original": f"image_text/{tower}" for tower in params.clip.towers}
+    folders |= {f"{tower}_bcos": f"clip/{tower}" for tower in params.clip.towers}
+    return {name: model_folder(folder) for name, folder in folders.items()}
+
+
+def evaluate_towers(params: Params, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Zero-shot accuracy, linear probes, retrieval and text localisation of image towers, each on its data set of `clip`."""
+    clip = params.clip
+    evaluations: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+        "zero_shot": (evaluate_zero_shot, clip.labelled),
+        "linear_probe": (evaluate_linear_probe, clip.labelled),
+        "retrieval": (evaluate_retrieval, clip.pairs),
+        "text_localisation": (evaluate_text_localisation, clip.located),
+    }
+    training = params.training.with_loader(clip.data.loader_workers).model_copy(update={"workers": clip.evaluate.workers})
+    directories = models_for_all(params, folders)
+    with keyed("training", training):
+        return {
+            name: launch(
+                evaluate,
+                *(directories, shards_for_all(params.for_clip(dataset)), clip.data, clip.evaluate),
+                training=training,
+                storage=params.storage.root,
+            )
+            for name, (evaluate, dataset) in evaluations.items()
+        }

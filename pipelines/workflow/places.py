@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines import models, tracking
 from pipelines.data.shards.publish import publish_explanations, publish_shards
 from pipelines.data.shards.stored_explanations import read_index
-from pipelines.params import ModelParams, Params
+from pipelines.params import NetworkParams, Params
 from pipelines.storage.files import file_digest
 from pipelines.storage.paths import users_path
 from pipelines.storage.publish import publish
+
+NetworkT = TypeVar("NetworkT", bound=NetworkParams)
 
 REPORTS = Path("reports")
 STORED_EXPLANATIONS = Path("data/explanations")
@@ -58,7 +61,7 @@ def explanations_for_all(params: Params, root: str | None) -> str | None:
     return publish_explanations(root, params.storage.root)
 
 
-def absolute_weights(model: ModelParams) -> ModelParams:
+def absolute_weights(model: NetworkT) -> NetworkT:
     """`model` with the absolute path and sha256 of a local weights file, because workers may run in another folder."""
     path = users_path(model.weights)
     if not Path(path).is_file():

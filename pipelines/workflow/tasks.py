@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from pipelines import models
 from pipelines.data.loading.subsets import Subset, annotated_images, few_shot, validation_images
 from pipelines.data.shards.manifest import Manifest, read_manifest
 from pipelines.data.shards.sample import DataError
@@ -15,8 +18,10 @@ from pipelines.data.shards.stored_explanations import INDEX, Origin, check_origi
 from pipelines.methods import (
     build_bcosification,
     build_classifier,
+    build_clip,
     build_e2kd,
     build_guidance,
+    build_image_text,
     build_pretrain,
     check_guidable,
     check_pair,
@@ -25,7 +30,7 @@ from pipelines.methods import (
 from pipelines.methods.stored_explanations import origin_of
 from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
 from pipelines.models.image_size import image_size_errors
-from pipelines.params import ModelParams, OptimiserParams, Params, ParamsError, keyed, param
+from pipelines.params import ClipParams, ModelParams, OptimiserParams, Params, ParamsError, TowersParams, keyed, param
 from pipelines.training import Job
 from pipelines.workflow.places import (
     STORED_EXPLANATIONS,
@@ -56,6 +61,7 @@ class Task:
         subset: the training images to take, None for all; `models/<name>/subset.json` lists them.
         explanations: root of the stored explanations of the training images.
         notes: file name -> what else the model was trained on, as JSON; saved beside the model.
+        save: writes the trained module to a folder: (folder, module, spec).
     """
 
     params: Params
@@ -68,11 +74,15 @@ class Task:
     subset: Subset | None = None
     explanations: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    save: Callable[[Path, nn.Module, ModelSpec], None] = models.save
 
     @property
     def section(self) -> str:
         """The key of `optim` in params.yaml."""
-        return {"classify": "guide.classify", "guide": "guide.guided"}.get(self.name, self.name.replace("/", "."))
+        stage, _, which = self.name.partition("/")
+        sections = {"classify": "guide.classify", "guide": "guide.guided"}
+        sections |= {"image_text": f"clip.{which}.pretrain", "clip": f"clip.{which}.bcosify"}
+        return sections.get(stage, self.name.replace("/", "."))
 
     def all_notes(self) -> dict[str, Any]:
         """`notes`, and the subset."""
@@ -179,7 +189,28 @@ def guide(whole: Params) -> Task:
     return Task(params, "guide", optim, build, read_spec(classifier), upstream=(classifier,), notes=notes)
 
 
-TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretrain, bcosify, distill, classify, guide)}
+def image_text(whole: Params, tower: str) -> Task:
+    """The pair of an image tower and a text tower in `clip.<tower>`, trained on images with captions."""
+    params, section = whole.for_clip(whole.clip.pairs), f"clip.{tower}"
+    pair: TowersParams = getattr(params.clip, tower)
+    manifest = read_manifest(shards_of(params.dataset))
+    check_captions(manifest, params.dataset)
+    spec = _spec(params, f"{section}.model", replace(manifest, classes=(), task="embedding"), kind="conventional")  # type: ignore[arg-type]
+    build = partial(build_image_text, absolute_weights(pair.model), spec, absolute_weights(pair.text), pair.pretrain, params.seed)
+    return Task(params, f"image_text/{tower}", pair.pretrain, build, spec, model=pair.model, save=save_pair)
+
+
+def clip(whole: Params, tower: str) -> Task:
+    """The B-cosified image tower of `models/image_text/<tower>`, which teaches it on images alone."""
+    params, original = whole.for_clip(whole.clip.images), model_folder(f"image_text/{tower}")
+    optim: ClipParams = getattr(params.clip, tower).bcosify
+    spec = replace(read_spec(original), kind="bcos", design=optim.design())
+    build = partial(build_clip, spec, model_for_all(params, original), optim, params.seed)
+    save = partial(save_with_text, original)
+    return Task(params, f"clip/{tower}", optim, build, spec, upstream=(original,), save=save)
+
+
+TASKS: dict[str, Callable[..., Task]] = {task.__name__: task for task in (pretrain, bcosify, distill, classify, guide, image_text, clip)}
 
 
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
@@ -200,6 +231,25 @@ def check_boxes(shards: str) -> None:
     for split in ("train", "val"):
         if "boxes" not in fields.get(split, ()):
             raise DataError(f"guide.dataset: no image of {split} in {shards} has a box: guidance needs some")
+
+
+def check_captions(manifest: Manifest, dataset: str) -> None:
+    """Raises `DataError` unless there are captions to train and to validate with."""
+    for split in ("train", "val"):
+        if "caption" not in manifest.fields.get(split, ()):
+            raise DataError(f"clip.pairs: no image of {split} in {dataset} has a caption: an image tower and a text tower learn from pairs")
+
+
+def save_pair(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
+    """Saves the image tower and the text tower of the module of `ImageTextTraining`."""
+    models.save(folder, module.image, spec)  # type: ignore[arg-type]
+    models.save_text_tower(folder, module.text)  # type: ignore[arg-type]
+
+
+def save_with_text(original: Path, folder: Path, module: nn.Module, spec: ModelSpec) -> None:
+    """Saves the B-cosified image tower beside the text tower of the original."""
+    models.save(folder, module, spec)
+    models.save_text_tower(folder, models.load_text_tower(original))
 
 
 def _classifier_spec(params: Params, **more: Any) -> ModelSpec:

@@ -122,4 +122,4 @@ def save_best(task: Task, result: Result, out: Path) -> None:
     """Saves the best epoch's model in the folder `out`."""
     module = task.build().module
     result.load_best(module)
-    models.save(out, module, task.spec)
+    task.save(out, module, task.spec)

@@ -23,7 +23,8 @@ from pipelines.metrics import (
     with_arrows,
 )
 from pipelines.models import ModelSpec
-from pipelines.params import DistillationParams, GuidanceParams
+from pipelines.params import DistillationParams, GuidanceParams, ImageTextParams
+from tests.support import toy_tower
 
 GUIDANCE = GuidanceParams(epochs=1, batch_size=4, lr=0.1, localisation_weight=0.5)
 NETWORK = nn.Linear(2, 8)
@@ -41,16 +42,18 @@ METHODS = [
     student(labelled=False),
     ObjectClassification(NETWORK, "multiclass", 8),
     Guidance(NETWORK, "multilabel", 8, GUIDANCE),
+    toy_tower.taught(toy_tower.clip_params()),
+    toy_tower.pair(ImageTextParams(epochs=1, batch_size=4, lr=0.1)),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{method.task}")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}")
 def test_nothing_is_measured_on_no_image(method):
     assert measured(method.metrics().compute()) == {}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{method.task}")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}")
 def test_the_direction_of_a_name_is_that_of_the_metric(method):
     for name, metric in method.metrics().items():
         for figure, direction in getattr(metric, "figures", {name: metric.higher_is_better}).items():

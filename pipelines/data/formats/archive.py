@@ -175,13 +175,19 @@ def read(raw: Path, ref: Ref) -> bytes:
         DataError: the file is gone, or the member no longer has the size that was listed.
     """
     try:
-        content = files.read(ref.name) if "://" in ref.name else _read_local(raw / ref.name, ref)
+        content = _read_remote(ref) if "://" in ref.name else _read_local(raw / ref.name, ref)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise DataError(f"{as_text(ref.name)}: cannot be read ({reason}); was it moved? run fetch again") from None
     if ref.size not in (UNKNOWN, len(content)):
         raise DataError(f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again")
     return content
+
+
+def _read_remote(ref: Ref) -> bytes:
+    """The bytes of a member of a file at a URL, or of all of that file."""
+    whole = ref.offset == WHOLE_FILE
+    return files.read(ref.name) if whole else files.read(ref.name, ref.offset, ref.offset + ref.size)
 
 
 def _read_local(path: Path, ref: Ref) -> bytes:

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipelines.data.formats.archive import as_text
+from pipelines.data.formats.archive import as_text, in_archive
 from pipelines.data.shards.sample import DataError
 
 FLICKR8K_LISTS = {split: f"Flickr_8k.{name}Images.txt" for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
@@ -35,11 +35,11 @@ class Columns(NamedTuple):
 def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Iterator[Row]:
     """The rows of the table at `path`, one by one: `Flickr8k.token.txt`, or a table with a header.
 
-    Cells of a table are separated by tabs in a `.tsv` and in other files whose header has a tab, and by commas otherwise. Texts may
-    be in quotes, as `csv` and pandas write them. White space in a text becomes single blanks.
+    Cells of a table are separated by tabs in a `.tsv` and in other files whose header has a tab, and by commas otherwise. Texts
+    may be in quotes, as `csv` and pandas write them. White space in a text becomes single blanks.
 
     Raises:
-        DataError: a column is missing, a quoted text has no end, or a row has more cells than the header; the error names the line.
+        DataError: a column is missing, a quoted text has no end, or a row has more cells than the header. Names the line.
     """
     text = content.decode("utf-8-sig", errors="replace")
     where = f"{source}: {path}"
@@ -48,19 +48,21 @@ def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Itera
         return
     delimiter = "\t" if path.endswith(".tsv") or "\t" in text.partition("\n")[0] else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    done = 0  # lines
     try:
         names = reader.fieldnames or ()
         missing = [column for column in (columns.image, columns.caption) if column not in names]
         if missing:
             raise DataError(f"{where}: has no column {', '.join(missing)} (it has {', '.join(map(as_text, names)) or 'none'})")
         for cells in reader:
-            line = f"{where}: line {reader.line_num}"
+            done = reader.line_num
+            line = f"{where}: line {done}"
             if None in cells:
                 raise DataError(f"{line}: has more cells than the header: put texts that contain the separator in quotes")
             image, caption, split = (cells.get(column) or "" for column in columns)
-            yield Row(line, as_text(image.strip()), " ".join(caption.split()), split.strip())
+            yield Row(line, as_text(in_archive(image.strip())), " ".join(caption.split()), split.strip())
     except csv.Error as error:
-        raise DataError(f"{where}: line {reader.line_num}: {error}: quotes in a quoted text are doubled") from None
+        raise DataError(f"{where}: line {max(done, 1) + 1}: not a row ({error}): quotes in a quoted text are doubled") from None
 
 
 def _tokens(text: str, where: str) -> Iterator[Row]:

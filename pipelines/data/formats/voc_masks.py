@@ -1,7 +1,8 @@
-"""PASCAL VOC's instance segmentations as masks whose instance i is the box i - 1.
+"""PASCAL VOC's segmentations as masks whose instance i is the box i - 1.
 
-In `SegmentationObject` a pixel has the number of its object, counted from 1 in the order of the annotation file, 0 for
-background, or 255 where objects border on each other or on what is not labelled.
+In `SegmentationObject` a pixel has the number of its object, counted from 1 in the order of the annotation file. In
+`SegmentationClass` it has the number of its class, counted from 1 in the order of `voc_xml.CLASSES`. In both, 0 is background,
+and 255 (void) marks borders of objects and what is not labelled.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Ref
-from pipelines.data.formats.boxes import Annotation
+from pipelines.data.formats.boxes import Annotation, Corners
 from pipelines.data.formats.encoded_image import DecodeError, mask_ids
 from pipelines.data.formats.png import encode_png
-from pipelines.data.formats.voc_xml import VocAnnotation
+from pipelines.data.formats.voc_xml import CLASSES, VocAnnotation
 from pipelines.data.shards.sample import DataError
 
 VOID = 255
@@ -44,19 +45,78 @@ def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -
     if seen and max(seen) > len(annotation.objects):
         return None
     for number in seen:
-        xmin, ymin, xmax, ymax = (max(0, round(corner)) for corner in annotation.objects[number - 1].corners)
+        xmin, ymin, xmax, ymax = _pixels(annotation.objects[number - 1].corners)
         if 2 * np.count_nonzero(ids[ymin:ymax, xmin:xmax] == number) < np.count_nonzero(ids == number):
             return None
-    numbers = np.cumsum(kept) * np.asarray(kept, bool)
-    return {"segmentation": ref, "numbers": numbers.tolist()}
+    return {"segmentation": ref, "numbers": _numbers(kept)}
+
+
+def plan_classes(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -> dict[str, object] | None:
+    """The JSON value from which `draw` draws the mask of a class segmentation; None if it does not fit the annotation.
+
+    A class segmentation does not separate the objects of one class. So each pixel of a class is given to the object with the
+    smallest box among that class's boxes that contain the pixel (the first object if two boxes have the same area). A pixel in
+    no box of its class is background.
+
+    The segmentation fits if the sizes agree and every number is a class's, 0 or void.
+
+    Args:
+        raw: the folder that `ref` is relative to.
+        ref: the class segmentation.
+        annotation: of the same image.
+        kept: for each object, whether it is a box of the sample. The pixels of the other objects are background.
+
+    Raises:
+        DataError: the segmentation is gone or does not decode.
+    """
+    classes = _read(raw, ref)
+    if classes.shape != (annotation.height, annotation.width) or len(annotation.objects) >= VOID:
+        return None
+    if classes[classes != VOID].max(initial=0) > len(CLASSES):
+        return None
+    regions = [(item.label + 1, *_pixels(item.corners)) for item in annotation.objects]
+    smallest_last = sorted(zip(_numbers(kept), regions, strict=True), key=lambda item: _area(*item[1][1:]))[::-1]
+    return {"classes": ref, "objects": [(number, *region) for number, region in smallest_last]}
 
 
 def draw(raw: Path, annotation: Annotation) -> bytes:
-    """The PNG of instance ids; objects without a box and void borders are background. See `plan`."""
-    table = np.zeros(VOID + 1, np.uint8)
-    numbers = annotation.mask["numbers"]
-    table[1 : 1 + len(numbers)] = numbers
-    return encode_png(table[_read(raw, Ref(*annotation.mask["segmentation"]))], deflate=True)
+    """The PNG of instance ids; objects without a box and void are background. See `plan` and `plan_classes`."""
+    mask = annotation.mask
+    if "classes" in mask:
+        ids = _draw_objects(_read(raw, Ref(*mask["classes"])), mask["objects"])
+    else:
+        table = np.zeros(VOID + 1, np.uint8)
+        table[1 : 1 + len(mask["numbers"])] = mask["numbers"]
+        ids = table[_read(raw, Ref(*mask["segmentation"]))]
+    return encode_png(ids, deflate=True)
+
+
+def _draw_objects(classes: np.ndarray, objects: Sequence[Sequence[int]]) -> np.ndarray:
+    """Instance ids, (H, W) uint8, of a class segmentation (H, W).
+
+    Each object is (its id, number of its class, xmin, ymin, xmax, ymax); later objects are drawn over earlier ones.
+    """
+    ids = np.zeros(classes.shape, np.uint8)
+    for number, value, xmin, ymin, xmax, ymax in objects:
+        box = np.s_[ymin:ymax, xmin:xmax]
+        ids[box][classes[box] == value] = number
+    return ids
+
+
+def _numbers(kept: Sequence[bool]) -> list[int]:
+    """For each object, the id of its instance: 1 for the first one that is kept, 0 for those that are not kept."""
+    return (np.cumsum(kept) * np.asarray(kept, bool)).tolist()
+
+
+def _pixels(corners: Corners) -> tuple[int, int, int, int]:
+    """The half-open box in whole pixels, from pixel 0 on."""
+    xmin, ymin, xmax, ymax = (max(0, round(corner)) for corner in corners)
+    return xmin, ymin, xmax, ymax
+
+
+def _area(xmin: int, ymin: int, xmax: int, ymax: int) -> int:
+    """Pixels in a half-open box."""
+    return (xmax - xmin) * (ymax - ymin)
 
 
 def _read(raw: Path, ref: Ref) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -87,7 +89,7 @@ def _text(element: ElementTree.Element, tag: str, path: str) -> str:
 def _number(element: ElementTree.Element, tag: str, path: str) -> float:
     """The number in a child."""
     text = _text(element, tag, path)
-    try:
-        return float(text)
-    except ValueError:
-        raise DataError(f"{path}: <{element.tag}> has {tag} {text!r}, which is not a number") from None
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise DataError(f"{path}: <{element.tag}> has {tag} {text!r}, which is not a number")

@@ -7,6 +7,7 @@ starts at batch k gives the batches of an uninterrupted one from there, and no g
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -30,6 +31,7 @@ from pipelines.distributed import Context
 from pipelines.params import DataParams
 from pipelines.storage.retry import is_remote
 
+log = logging.getLogger(__name__)
 PREFETCH = 2  # batches that each loader process makes ahead
 
 
@@ -114,7 +116,7 @@ def loader(
     )
     numbers = rank_batches(unread(order, earlier, sampling), sampling)[start_batch:]
     empty = "refuse" if train and context.world_size == 1 else "give" if train else "drop"
-    batches = RankBatches(str(root), shards, numbers, decoder, data, empty)  # type: ignore[arg-type]
+    batches = RankBatches(str(root), split, manifest.tars, shards, numbers, decoder, data, empty)  # type: ignore[arg-type]
     return Loader(batches, data.loader_workers, context.device, as_bytes)
 
 
@@ -175,7 +177,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
     """Batches of one rank; of `n` loader processes, process `w` makes the batches w, w + n, ... Picklable.
 
     Attributes:
-        root, shards: where the samples are.
+        root, split, tars, shards: where the samples are, see `read_samples`.
         numbers: those of each batch's samples, counted through `shards`.
         decoder: makes the batches.
         data: how shards are read.
@@ -183,6 +185,8 @@ class RankBatches(IterableDataset[Batch | DataError]):
     """
 
     root: str
+    split: str
+    tars: str | None
     shards: Sequence[Shard]
     numbers: Sequence[Sequence[int]]
     decoder: Decoder
@@ -194,7 +198,8 @@ class RankBatches(IterableDataset[Batch | DataError]):
         info = get_worker_info()
         process, processes = (0, 1) if info is None else (info.id, info.num_workers)
         mine = self.numbers[process::processes]
-        samples = read_samples(self.root, self.shards, list(chain.from_iterable(mine)), verify=self.data.verify)
+        where, numbers_of_all = {"split": self.split, "tars": self.tars}, list(chain.from_iterable(mine))
+        samples = read_samples(self.root, self.shards, numbers_of_all, verify=self.data.verify, **where)
         try:
             with self._prefetched(process, processes) as reach, closing(samples), closing(self.decoder):
                 for place, numbers in enumerate(mine):
@@ -209,11 +214,12 @@ class RankBatches(IterableDataset[Batch | DataError]):
 
         One of the rank's processes sees to it for all of them, because the order of the epoch is known.
         """
-        if process > 0 or not is_remote(self.root):
+        place = self.root if self.tars is None else self.tars
+        if process > 0 or not is_remote(place):
             yield lambda batch: None
             return
         ahead = PREFETCH * processes if get_worker_info() else 0
-        with closing(Prefetcher(self.root, list(first_needs(self.shards, self.numbers)), ahead)) as prefetcher:
+        with closing(Prefetcher(place, list(first_needs(self.shards, self.numbers)), ahead)) as prefetcher:
             yield prefetcher.reach
 
     def _batch(self, raw_samples: Iterable[RawSample]) -> Batch:
@@ -227,6 +233,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
                 errors.append(DecodeError(f"{raw.shard}: {raw.key}: does not decode: {error}"))
                 if self.data.on_error == "raise":
                     raise errors[-1] from None
+                log.warning("left out: %s", errors[-1])
         if self.empty == "refuse" and not samples:
             raise errors[0]
         return self.decoder.collate(samples, skipped=len(errors))

@@ -39,7 +39,13 @@ class CaptionedImages(ListedImages):
 
 
 def write_captioned(
-    found: Mapping[str, Sequence[CaptionedRef]], raw: Path, params: DatasetParams, *, source: str, checksum: str, left_out: LeftOut
+    found: Mapping[str, Sequence[CaptionedRef]],
+    raw: Path,
+    params: DatasetParams,
+    *,
+    source: str,
+    checksum: str,
+    left_out: LeftOut,
 ) -> None:
     """Writes the indexes and the manifest of captioned images to `raw`.
 

@@ -49,9 +49,9 @@ def write_labelled(
     left_out = _outside(contents, folders)
     found = {split: images.classes_of(contents, folder, source, left_out) for split, folder in folders.items()}
     for split in ("train", "test"):
-        if not found[split] and not (split == "train" and train_optional):
+        if not found.get(split) and not (split == "train" and train_optional):
             there = archive.top_names(contents.files)
-            raise DataError(f"{source}: no images in {folders[split]}/<class>/; there is: {there}")
+            raise DataError(f"{source}: no images in {folders.get(split, split)}/<class>/; there is: {there}")
     classes = _class_names(found, source, folders)
     refs = {
         split: images.references(contents, folders[split], found[split], classes) if split in folders else []
@@ -71,7 +71,10 @@ def write_unlabelled(
         DataError: `train` is missing or empty.
     """
     left_out = _outside(contents, folders)
-    refs = {split: images.unlabelled(contents, folder, source, left_out) for split, folder in folders.items()}
+    refs = {
+        split: images.unlabelled(contents, folders[split], source, left_out) if split in folders else []
+        for split in ("train", "val", "test")
+    }
     if not refs["train"]:
         raise DataError(f"{source}: no images in {folders['train']}/; there is: {archive.top_names(contents.files)}")
     _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}), left_out)

@@ -30,6 +30,12 @@ def keys_of(names: Mapping[str, str]) -> dict[str, str]:
     return {path: key if _is_free(key, taken) else _hashed(key, path) for path, key in safe.items()}
 
 
+def in_part(number: int, key: str) -> str:
+    """A key for the sample `key` of data set `number` of several: keys of different data sets, or of one, differ."""
+    longer = f"{number}_{key}"
+    return longer if len(longer) <= LONGEST_KEY else _hashed(longer, longer)
+
+
 def _is_free(key: str, taken: Counter[str]) -> bool:
     """Whether a safe name can be a key as it is; one that looks like a hashed key could meet one."""
     return 0 < len(key) <= LONGEST_KEY and taken[key.lower()] == 1 and not _LIKE_HASHED.fullmatch(key.lower())

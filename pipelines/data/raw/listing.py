@@ -30,10 +30,7 @@ class ListedImages:
 
     def describe(self, raw: Path) -> Description:
         """The data set fetched into `raw`."""
-        try:
-            return _DESCRIPTION.validate_python(read_raw_manifest(raw))
-        except ValidationError as error:
-            raise DataError(f"{raw / _MANIFEST}: damaged ({one_line(error)}); run fetch again") from None
+        return read_description(raw)
 
     def index(self, raw: Path, split: str) -> list[Any]:
         """References as `fetch` listed them; those of `train` shuffled, so that every shard has all classes."""
@@ -76,6 +73,14 @@ def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | 
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
     source = redacted(description.source)
     files.write_json(raw / _MANIFEST, {**asdict(description), "source": source, **details, "files": listed})
+
+
+def read_description(raw: Path) -> Description:
+    """The data set that the manifest in `raw` describes; raises `DataError` if there is none or it is damaged."""
+    try:
+        return _DESCRIPTION.validate_python(read_raw_manifest(raw))
+    except ValidationError as error:
+        raise DataError(f"{raw / _MANIFEST}: damaged ({one_line(error)}); run fetch again") from None
 
 
 def read_raw_manifest(raw: Path) -> dict[str, Any]:

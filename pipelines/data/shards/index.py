@@ -82,10 +82,14 @@ def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, 
         start += size
 
 
-def read_entries(root: str, shard: Shard) -> tuple[Entry, ...]:
-    """Where the samples of a shard at `root` lie, read from its part of the index alone; errors are those of `read_index`."""
+def read_entries(root: str, shard: Shard, split: str | None = None) -> tuple[Entry, ...]:
+    """Where the samples of a shard lie, read from its part of the index at `root` alone; errors are those of `read_index`.
+
+    A tar that is read in place may have samples of several splits: then `split` must be given.
+    """
     manifest = read_manifest(root)
-    split = next((split for split, shards in manifest.splits.items() if shard in shards), None)
+    named = [split] if split is not None else manifest.splits
+    split = next((name for name in named if shard in manifest.splits.get(name, ())), None)
     if split is None:
         raise ShardError(f"{shard.name}: it is not in the manifest at {root}")
     index, place = _index(root, manifest, split), manifest.shards(split).index(shard)

@@ -67,6 +67,8 @@ class Manifest:
         splits: the shards of each split, in order.
         fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
         indexes: the index of each split; none if an earlier version wrote the shards.
+        tars: absolute path or URL of the folder of the shards, if these are tars of img2dataset that are read in place: captions
+            lie in `.txt`, and only samples that the index names are read. None: this project's shards, beside the manifest.
     """
 
     classes: tuple[str, ...]
@@ -76,6 +78,7 @@ class Manifest:
     splits: dict[str, tuple[Shard, ...]]
     fields: dict[str, tuple[str, ...]]
     indexes: dict[str, Index] = field(default_factory=dict)
+    tars: str | None = None
 
     def count(self, split: str) -> int:
         """Samples of `split`; raises `ShardError` if there is no such split."""
@@ -99,7 +102,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
-        return asdict(self)
+        content = asdict(self)
+        if self.tars is None:
+            del content["tars"]  # so that digests stay those of earlier versions
+        return content
 
 
 _CONTENT = TypeAdapter(Manifest)

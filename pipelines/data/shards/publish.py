@@ -16,9 +16,10 @@ def publish_shards(folder: str, storage: str) -> str:
 
 
 def shards_upload(folder: str, storage: str) -> Upload:
-    """The shards of a manifest in a local folder, and where in `storage` they belong."""
+    """The shards of a manifest in a local folder, and where in `storage` they belong. Tars that are read in place stay there."""
     manifest = read_manifest(folder)
-    listed = (*(shard for shards in manifest.splits.values() for shard in shards), *manifest.indexes.values())
+    shards = (shard for of_split in manifest.splits.values() for shard in of_split)
+    listed = (*(shards if manifest.tars is None else ()), *manifest.indexes.values())
     sizes = {file.name: file.bytes for file in listed}
     return Upload(folder, f"{storage.rstrip('/')}/shards/{manifest.digest[:16]}", (*sizes, MANIFEST), sizes)
 

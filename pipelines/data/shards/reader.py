@@ -15,7 +15,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
+from pipelines.data.formats.img2dataset import CAPTION, annotation_of
 from pipelines.data.shards.cache import NoRoomError, open_copy
 from pipelines.data.shards.index import read_entries
 from pipelines.data.shards.manifest import Shard, ShardError
@@ -45,14 +47,24 @@ class RawSample:
     last: bool
 
 
-def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, verify: bool) -> Generator[RawSample, None, None]:
+def read_samples(
+    root: str,
+    shards: Sequence[Shard],
+    numbers: Sequence[int],
+    *,
+    verify: bool,
+    split: str | None = None,
+    tars: str | None = None,
+) -> Generator[RawSample, None, None]:
     """The samples of these numbers, in this order, counted through `shards`.
 
     Args:
-        root: folder or fsspec URL of the shards.
+        root: folder or fsspec URL of the manifest.
         shards: of one split, in the manifest's order.
         numbers: each in [0, samples of the split).
         verify: check each shard's sha256 before its first sample is read.
+        split: the name of that split; only tars that are read in place need it.
+        tars: see `Manifest`.
 
     Raises:
         ShardError: a shard is missing, truncated, or not what the manifest says; the error names it.
@@ -60,11 +72,14 @@ def read_samples(root: str, shards: Sequence[Shard], numbers: Sequence[int], *, 
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
     left = Counter(shard_of)
-    with OpenShards(root, SUFFIXES, partial(read_entries, root), check_entries, verify=verify) as opened:
+    indexed, place = partial(read_entries, root, split=split), root if tars is None else tars
+    with OpenShards(place, SUFFIXES, indexed, check_entries, verify=verify, scanned=tars is None) as opened:
         for number, index in zip(numbers, shard_of, strict=True):
             shard = shards[index]
             entry = opened.entries(shard)[number - starts[index]]
             content = opened.read(shard, entry)
+            if "json" not in content:
+                content["json"] = annotation_of(content.pop(CAPTION))
             left[index] -= 1
             if not left[index]:
                 opened.close(shard.name)
@@ -77,7 +92,7 @@ def check_entries(shard: Shard, entries: Sequence[Entry]) -> None:
         raise ShardError(f"{shard.name}: {len(entries)} samples; the manifest says {shard.count}")
     for entry in entries:
         suffixes = [suffix for suffix, _, _ in entry.files]
-        if "json" not in suffixes or sum(suffix in IMAGES for suffix in suffixes) != 1:
+        if not {"json", CAPTION} & set(suffixes) or sum(suffix in IMAGES for suffix in suffixes) != 1:
             raise ShardError(f"{shard.name}: {entry.key} has {', '.join(suffixes)}; one image and a json are needed")
 
 
@@ -90,6 +105,7 @@ class OpenShards:
         indexed: returns from the index where the samples of a shard lie.
         check: raises `ShardError` if these cannot be the samples of a shard.
         verify: check the sha256 of each shard.
+        scanned: whether a shard is scanned for its samples where it is at hand; otherwise `indexed` alone says where they lie.
         patient: wait for room in the cache, if nothing is open; until that was once in vain.
     """
 
@@ -101,9 +117,10 @@ class OpenShards:
         check: Callable[[Shard, Sequence[Entry]], None] = lambda shard, entries: None,
         verify: bool = False,
         patient: bool = True,
+        scanned: bool = True,
     ) -> None:
         self._root, self._suffixes, self._indexed, self._check = root, suffixes, indexed, check
-        self._verify, self._patient, self._told = verify, patient, False
+        self._verify, self._patient, self._scanned, self._told = verify, patient, scanned, False
         self._entries: dict[str, tuple[Entry, ...]] = {}
         self._open: OrderedDict[str, int] = OrderedDict()  # descriptors of local files, the one used last at the end
         self._direct: set[str] = set()  # shards that are read from the storage, because the cache has no room for them
@@ -157,13 +174,21 @@ class OpenShards:
                 log.warning("%s; samples are read one by one meanwhile", error)
             self._told, self._patient = True, False
             self._direct.add(shard.name)
-            entries = self._indexed(shard)
+            entries = self._known(shard)
         else:
             self._open[shard.name] = descriptor
             shard.check(path, verify=self._verify)
-            try:
-                entries = scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
-            except (tarfile.TarError, EOFError) as error:
-                raise ShardError(f"{shard.name}: not a whole tar: {error}") from None
+            entries = self._scan(shard, path, descriptor) if self._scanned else self._known(shard)
         self._check(shard, entries)
         self._entries[shard.name] = entries
+
+    def _known(self, shard: Shard) -> tuple[Entry, ...]:
+        """Where the samples lie by the index, which is read once in a pass although a shard may be opened several times."""
+        return self._entries.get(shard.name) or self._indexed(shard)
+
+    def _scan(self, shard: Shard, path: Path, descriptor: int) -> tuple[Entry, ...]:
+        """Where the samples lie by the shard itself."""
+        try:
+            return scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
+        except (tarfile.TarError, EOFError) as error:
+            raise ShardError(f"{shard.name}: not a whole tar: {error}") from None

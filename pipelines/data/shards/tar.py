@@ -65,11 +65,16 @@ def scan(path: Path, size: int, changed: int, suffixes: tuple[str, ...]) -> tupl
         tarfile.TarError, EOFError: the tar is corrupt.
     """
     found: dict[str, list[tuple[str, int, int]]] = {}
-    for name, offset, bytes_ in _plain_members(path) or _members(path):
+    for name, offset, bytes_ in members(path):
         key, _, suffix = name.partition(".")
         if suffix in suffixes:
             found.setdefault(key, []).append((suffix, offset, bytes_))
     return tuple(Entry(key, tuple(files)) for key, files in found.items())
+
+
+def members(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and bytes of each file in a tar, in its order; raises as `scan` does."""
+    return _plain_members(path) or _members(path)
 
 
 def _members(path: Path) -> list[tuple[str, int, int]]:

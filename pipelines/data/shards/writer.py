@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.shards.check import check_sample
+from pipelines.data.shards.in_place import InPlace, write_in_place
 from pipelines.data.shards.index import index_name, index_part, known_of, write_index
 from pipelines.data.shards.manifest import MANIFEST, Index, Manifest, Shard
 from pipelines.data.shards.sample import DataError, Description, Sample, caption_entry
@@ -50,7 +51,7 @@ class _ShardPlan:
 def write_shards(
     source: Source, raw: Path, out: str | Path, *, shard_size: int, workers: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`.
+    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`; see `in_place` if it lies in tars.
 
     The manifest is written last, and an old one is deleted first, so that shards of an interrupted call never have one. The same
     source gives the same bytes, whatever the number of processes.
@@ -67,6 +68,8 @@ def write_shards(
         DataError: a sample does not pass `check_sample`, or a key comes twice in a split; the error names the key.
         StorageError: no space left, or `out` cannot be written to; no part of a shard is left.
     """
+    if isinstance(source, InPlace):
+        return write_in_place(source, raw, str(out), progress=progress)
     description = source.describe(raw)
     splits = [split for split, count in description.counts.items() if count > 0]
     plans = [plan for split in splits for plan in _plan(split, source.index(raw, split), shard_size)]

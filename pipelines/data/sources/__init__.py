@@ -34,6 +34,12 @@ class Source(Protocol):
         """The sample of one reference. May be called in any order and from any number of processes."""
 
 
+def modules(params: Dataset) -> tuple[str, ...]:
+    """Names of the modules that read the data set of `params`: its source's, and those of the data sets that it is made of."""
+    kinds = dict.fromkeys(each.source for each in (params, *getattr(params, "of", ())))
+    return tuple(f"{__name__}.{kind}" for kind in kinds)
+
+
 def get(params: Dataset) -> Source:
     """The source of `params`: `SOURCE` of the module that `params.source` names, the only one imported."""
     source: Source = importlib.import_module(f"{__name__}.{params.source}").SOURCE(params)

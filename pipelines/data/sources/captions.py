@@ -93,7 +93,7 @@ class _Reader:
                 captioned.add(row.image)
                 yield split_of[row.image], row
             elif row.image:
-                self._left_out.add("captions of images that no split lists", row.where)
+                self._left_out.add("captions of images that no split lists", row.where.removeprefix(f"{self._source}: "))
             else:
                 self._bad(row.where, "names no image", "rows without the name of an image")
         for image in split_of.keys() - captioned:
@@ -134,7 +134,9 @@ class _Reader:
     def _split_of(self, row: Row) -> str:
         """The split that the row names; `train` if it names none."""
         if row.split and row.split.lower() not in SPLIT_NAMES:
-            raise DataError(f"{row.where}: {self._params.split_column} is {row.split!r}, which is none of {', '.join(SPLIT_NAMES)}")
+            raise DataError(
+                f"{row.where}: {self._params.split_column} is {row.split!r}, which is none of {', '.join(SPLIT_NAMES)}"
+            )
         return SPLIT_NAMES[row.split.lower()] if row.split else "train"
 
     def _image_folder(self, rows: Sequence[Row]) -> str:
@@ -167,7 +169,7 @@ class _Reader:
         """Raises `DataError` for a row without image or text, or counts it, as `on_bad_row` says."""
         if self._params.on_bad_row == "raise":
             raise DataError(f"{where}: {fault}; on_bad_row: skip leaves such rows out")
-        self._left_out.add(plural, where)
+        self._left_out.add(plural, where.removeprefix(f"{self._source}: "))
 
     def _references(self, captions: Mapping[str, Sequence[str]], folder: str) -> list[CaptionedRef]:
         """References to the images of one split, with unique keys."""

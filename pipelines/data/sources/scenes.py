@@ -75,7 +75,8 @@ class Scenes(ListedImages):
         return Description(
             classes=CLASSES,
             task="multiclass" if params.variant == "objects" else "multilabel",
-            source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}" + (", captions" if params.captions else ""),
+            source=f"scenes: {params.variant}, {params.image_size} px, seed {params.seed}"
+            + (", captions" if params.captions else ""),
             checksum=checksum,
             counts={split: params.counts.get(split, 0) for split in SPLITS},
         )

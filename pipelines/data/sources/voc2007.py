@@ -1,4 +1,4 @@
-"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), with its own three splits; multi-label."""
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010) with its own three splits, or VOC 2012, in the same layout; multi-label."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ ARCHIVES = {
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar", "md5:b6e924de25625d8de591ea690078ad9f"
     ),
 }
+# Folders of segmentations, and how each is read: the first that has the image is taken.
+INSTANCES = {"SegmentationObject": voc_masks.plan}
+MASKS = {
+    "instances": INSTANCES,
+    "classes": INSTANCES | {"SegmentationClassAug": voc_masks.plan_classes, "SegmentationClass": voc_masks.plan_classes},
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,14 @@ class Voc2007(AnnotatedImages):
     """The 20 classes in alphabetical order; an image's labels are the classes of its objects.
 
     Objects marked difficult are kept, as the published work on model guidance does, unless `difficult` is false: then they
-    give neither box nor label. Where there is an instance segmentation it becomes the mask; void borders are background.
+    give neither box nor label.
+
+    An image's instance segmentation becomes its mask; void borders are background. If `masks` is `classes`, an image without
+    one gets its mask from its class segmentation (`SegmentationClassAug`, else `SegmentationClass`): a pixel of class c becomes
+    the instance of the smallest box of class c that contains it. Void pixels, pixels of a class that are in no box of that
+    class, and pixels of objects left out are background.
+
+    VOC 2012 is read from its root with `splits`, as the labels of its test images are not public.
     """
 
     params: Voc2007Params
@@ -45,7 +58,8 @@ class Voc2007(AnnotatedImages):
         """Reads every annotation of the three splits at `root`, or in the official archives.
 
         Raises:
-            DataError: a split, an annotation or an image is missing, an annotation is not whole, or a box makes no sense.
+            DataError: a split, an annotation or an image is missing, two splits list an image, an annotation is not whole, or
+                a box makes no sense.
         """
         root = self.params.root
         if root is None:
@@ -53,7 +67,7 @@ class Voc2007(AnnotatedImages):
         else:
             contents, checksum = open_root(root, None, raw, cache, progress)
         source = f"voc2007: {root or ARCHIVES['trainval'].url}"
-        top = archive.folder_with(contents, "ImageSets/Main/train.txt", source)
+        top = archive.folder_with(contents, _list_of("train", self.params), source)
         reader = _Reader(raw, contents, top, source, self.params)
         sizes = {split: annotated.write_split(raw, split, reader.read(split, progress)) for split in annotated.SPLITS}
         reader.count_unlisted()
@@ -72,19 +86,21 @@ class _Reader:
 
     def __init__(self, raw: Path, contents: Contents, top: str, source: str, params: Voc2007Params) -> None:
         self._raw, self._contents, self._top, self._source = raw, contents, top, source
-        self._difficult = params.difficult
+        self._params = params
         self.left_out = contents.left_out()
         self.check = BoxCheck(params.on_bad_box, self.left_out)
         self._listed: set[str] = set()
 
     def read(self, split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
-        """The images of `split` in their official order."""
-        path = f"{self._top}ImageSets/Main/{split}.txt"
+        """The images of `split` in the order of its list."""
+        path = f"{self._top}{_list_of(split, self._params)}"
         lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
         names = [as_text(line.split()[0]) for line in lines if line.strip()]
         keys = keys_of({name: name for name in names})
         if len(keys) < len(names):
             raise DataError(f"{path}: names {Counter(names).most_common(1)[0][0]} more than once: an image is one sample")
+        if twice := self._listed.intersection(names):
+            raise DataError(f"{path}: names {min(twice)}, which another split has: an image belongs to one split")
         self._listed.update(names)
         with bar(f"annotations of {split}", len(names), show=progress) as shown:
             for name in names:
@@ -109,7 +125,7 @@ class _Reader:
         kept: list[bool] = []
         for number, item in enumerate(read.objects, 1):
             corners = None
-            if item.difficult and not self._difficult:
+            if item.difficult and not self._params.difficult:
                 self.left_out.add("difficult objects", f"{path}: object {number}")
             else:
                 labels.add(item.label)
@@ -121,11 +137,17 @@ class _Reader:
         return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
 
     def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
-        """See `voc_masks.plan`; None also if VOC does not segment the image."""
-        path = f"{self._top}SegmentationObject/{name}.png"
-        if path not in self._contents.files:
-            return None
-        mask = voc_masks.plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
-        if mask is None:
-            self.left_out.add("masks that do not fit their objects", path)
-        return mask
+        """The JSON value from which `voc_masks.draw` draws the mask; None if there is no segmentation or it does not fit."""
+        for folder, plan in MASKS[self._params.masks].items():
+            path = f"{self._top}{folder}/{name}.png"
+            if path in self._contents.files:
+                mask = plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
+                if mask is None:
+                    self.left_out.add("masks that do not fit their objects", path)
+                return mask
+        return None
+
+
+def _list_of(split: str, params: Voc2007Params) -> str:
+    """The file that lists the images of `split`, below the folder of the year."""
+    return f"ImageSets/Main/{dict(params.splits).get(split, split)}.txt"

@@ -203,6 +203,36 @@ def test_batch_holds_what_the_samples_hold(root, workers):
         assert batch["skipped"] == 0
 
 
+def captioned(number: int):
+    return plain(number, captions=tuple(f"{number}, text {text}" for text in range(number % 4)))
+
+
+def test_one_of_several_captions_is_drawn_by_seed_epoch_and_key(tmp_path):
+    shards = write(tmp_path, [captioned(number) for number in range(COUNT)])
+    texts = {}
+    for epoch in range(8):
+        drawn = {}
+        for options in ({"workers": 0}, {"workers": 2}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}):
+            for batch in train(shards, epoch=epoch, **options):
+                for key, caption in zip(batch["key"], batch["caption"], strict=True):
+                    assert drawn.setdefault(key, caption) == caption
+        for key, caption in drawn.items():
+            texts.setdefault(int(key[1:]), set()).add(caption)
+    for number, found in texts.items():
+        assert found <= set(captioned(number).captions) | ({""} if number % 4 == 0 else set())
+    assert sum(len(found) > 1 for number, found in texts.items() if number % 4 == 3) >= 4
+
+
+def test_evaluation_takes_the_first_caption_and_gives_all_if_asked(tmp_path):
+    shards = write(tmp_path, [captioned(number) for number in range(6)])
+    [batch] = evaluate(shards, batch_size=6)
+    assert batch["caption"] == ["".join(captioned(number).captions[:1]) for number in range(6)]
+    assert "captions" not in batch
+    [batch] = evaluate(shards, batch_size=6, fields=("captions",))
+    assert batch["captions"] == [list(captioned(number).captions) for number in range(6)]
+    assert "caption" not in batch
+
+
 def test_bytes_are_the_same_images(root):
     for batch, other in zip(train(root), train(root, as_bytes=True), strict=True):
         assert other["image"].dtype == torch.uint8

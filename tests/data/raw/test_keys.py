@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.data.raw.keys import keys_of
+from pipelines.data.raw.keys import in_part, keys_of
 from pipelines.data.shards.sample import KEY
 
 LONG = "Northern_cardinal_female_asset_2021-05-14_backyard_feeder_IMG_0042_JPG.rf." + "0123456789abcdef" * 4
@@ -39,3 +39,14 @@ def test_no_name_is_another_ones_hashed_key():
     first = keys_of({"a": "x y", "b": "x_y"})
     names = {"a": "x y", "b": "x_y", "c": first["a"], "d": first["b"].upper()}
     assert len({key.lower() for key in keys_of(names).values()}) == 4
+
+
+def test_keys_of_several_data_sets_are_valid_and_differ():
+    keys = [
+        in_part(number, key)
+        for number in (0, 1, 11)
+        for key in ("1_x", "x", "1", LONG[:90].replace(".", "_"), "y" * 90, "y" * 89 + "z")
+    ]
+    assert all(KEY.fullmatch(key) for key in keys)
+    assert len({key.lower() for key in keys}) == len(keys)
+    assert keys[:2] == ["0_1_x", "0_x"]

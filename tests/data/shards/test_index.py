@@ -16,8 +16,8 @@ from pipelines.data.loading.subsets import annotated_images, few_shot, validatio
 from pipelines.data.shards.index import index_name, read_entries, read_index
 from pipelines.data.shards.manifest import ShardError, read_manifest
 from pipelines.data.shards.publish import publish_shards
-from pipelines.data.shards.reader import SUFFIXES
-from pipelines.data.shards.sample import DataError
+from pipelines.data.shards.reader import SUFFIXES, read_samples
+from pipelines.data.shards.sample import DataError, captions_of
 from pipelines.data.shards.tar import scan
 from pipelines.data.shards.writer import write_shards
 from tests.support.loading import evaluate
@@ -87,6 +87,24 @@ def test_several_labels_are_in_the_index_and_so_are_none(tmp_path: Path) -> None
     samples = [replace(plain(number), label=None, labels=labels) for number, labels in enumerate([(0, 2), (), (1,)])]
     root = write(tmp_path, samples, task="multilabel")
     assert [line["labels"] for line in read_index(root, read_manifest(root), "train")] == [[0, 2], [], [1]]
+
+
+def test_one_caption_is_a_text_and_several_are_a_list(tmp_path: Path) -> None:
+    captions = [(), ("one",), ("one", "two")]
+    samples = [plain(number, captions=texts) for number, texts in enumerate(captions)]
+    root = write(tmp_path, samples)
+    lines = list(read_index(root, read_manifest(root), "train"))
+    assert [(line.get("caption"), line.get("captions")) for line in lines] == [
+        (None, None),
+        ("one", None),
+        (None, ["one", "two"]),
+    ]
+    stored = [
+        json.loads(sample.files["json"])
+        for sample in read_samples(root, read_manifest(root).shards("train"), range(3), verify=True)
+    ]
+    assert [captions_of(line) for line in lines] == [captions_of(line) for line in stored] == captions
+    assert read_manifest(root).fields["train"] == ("caption",)
 
 
 def test_the_places_in_the_index_are_those_in_the_tars(shards: Path) -> None:

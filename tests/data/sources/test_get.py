@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from pipelines.data.sources import get
-from pipelines.params import ImageFolderParams, ScenesParams
+from pipelines.data.sources import get, modules
+from pipelines.params import Cc3mParams, ImageFolderParams, MixtureParams, ScenesParams
 
 OWN = {  # modules that belong to one data set -> that data set
     "formats.coco_json": "coco2014",
@@ -16,7 +16,11 @@ OWN = {  # modules that belong to one data set -> that data set
     "drawing.scene": "scenes",
     "drawing.shapes": "scenes",
     "drawing.backgrounds": "scenes",
-    **{f"sources.{name}": name for name in ("cifar10", "coco2014", "imagefolder", "imagenet", "scenes", "voc2007", "waterbirds")},
+    "drawing.captions": "scenes",
+    "formats.caption_tables": "captions",
+    "formats.img2dataset": "cc3m",
+    **{f"sources.{name}": name for name in ("captions", "cc3m", "cifar10", "coco2014", "imagefolder", "imagenet")},
+    **{f"sources.{name}": name for name in ("mixture", "scenes", "voc2007", "waterbirds")},
 }
 IMPORTED = """
 import json, sys
@@ -37,10 +41,17 @@ def test_getting_one_data_set_imports_no_code_of_another() -> None:
     names = sorted(set(OWN.values()))
     done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(names)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    for name, modules in found.items():
-        own = {OWN.get(module.removeprefix("pipelines.data."), name) for module in modules}
+    for name, imported in found.items():
+        own = {OWN.get(module.removeprefix("pipelines.data."), name) for module in imported}
         assert own == {name}
-        assert f"pipelines.data.sources.{name}" in modules
+        assert f"pipelines.data.sources.{name}" in imported
+
+
+def test_the_code_of_a_mixture_is_that_of_its_parts_too() -> None:
+    folder = ImageFolderParams(source="imagefolder", root="photos")
+    assert modules(folder) == ("pipelines.data.sources.imagefolder",)
+    mixture = MixtureParams(source="mixture", of=(folder, Cc3mParams(source="cc3m", root="tars"), folder))
+    assert modules(mixture) == tuple(f"pipelines.data.sources.{name}" for name in ("mixture", "imagefolder", "cc3m"))
 
 
 def test_the_source_of_params_is_the_one_that_they_name() -> None:

@@ -97,6 +97,14 @@ def test_the_sources_own_validation_images_are_used(folder, tmp_path):
     assert {split: len(listed) for split, listed in read.items()} == {"train": 24, "val": 6, "test": 6}
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_folder_that_one_split_names_is_no_other_splits_by_default(folder, tmp_path, labelled):
+    (folder / "test").rename(folder / "val")
+    read = samples(image_folder(folder, splits={"test": "val"}, labelled=labelled), tmp_path)
+    assert {split: len(listed) for split, listed in read.items()} == {"train": 18, "val": 6, "test": 6}
+    assert not {sample.image for sample in read["val"]} & {sample.image for sample in read["test"]}
+
+
 def test_held_out_shares_follow_class_sizes_and_the_seed():
     labels = [0] * 50 + [1] * 30 + [2] * 20
     chosen = held_out(labels, 11, seed=3)

@@ -1,6 +1,7 @@
 """The generator of `scenes`."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.drawing.backgrounds import BACKGROUNDS
+from pipelines.data.drawing.captions import SURFACES
 from pipelines.data.drawing.scene import CLASSES, COLOURS, draw
 from pipelines.data.drawing.shapes import SHAPES, coverage
 from pipelines.data.formats.png import encode_png
@@ -180,6 +182,31 @@ def test_captions_name_objects_colours_and_background():
             assert name == CLASSES[label]
             assert colour in COLOURS
             assert article == ("an" if colour == "orange" else "a")
+
+
+def test_captioned_scenes_have_the_same_pixels_and_sentences_that_name_everything():
+    plain, captioned = drawn(several(), 60), drawn(several(captions=True), 60)
+    assert [replace(sample, captions=()) for sample in plain] == [replace(sample, captions=()) for sample in captioned]
+    assert {len(sample.captions) for sample in captioned} == {1, 2, 3}
+    for before, sample in zip(plain, captioned, strict=True):
+        assert len(set(sample.captions)) == len(sample.captions)
+        nouns = before.captions[0].partition(" on ")[0].split(" and ")
+        for caption in sample.captions:
+            assert SURFACES[list(BACKGROUNDS)[sample.group]] in caption
+            left = caption
+            for noun in nouns:
+                assert noun in left
+                left = left.replace(noun, "", 1)
+    assert drawn(several(captions=True), 60) == captioned
+    assert SURFACES.keys() == BACKGROUNDS.keys()
+
+
+def test_captions_come_through_the_raw_files(tmp_path):
+    params = several(captions=True)
+    source, raw = get(params), fetched(params, tmp_path)
+    read = [source.load(raw, ref) for ref in source.index(raw, "train")]
+    assert read == drawn(params, 25)
+    assert source.describe(raw).task == "multilabel"
 
 
 def test_coverage_is_the_area_of_a_polygon():

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import pickle
 import tarfile
 from pathlib import Path
@@ -34,10 +35,11 @@ from tests.support.fetching import (
 )
 
 VOC = SHARED / "data/voc2007-sample"
+VOC_2012 = SHARED / "data/voc2012-animals.tar.gz"
 WIDTH, HEIGHT = 40, 30
 
 
-def xml(*objects: str, width: int = WIDTH, height: int = HEIGHT) -> str:
+def xml(*objects: str, width=WIDTH, height=HEIGHT) -> str:
     return f"<annotation><size><width>{width}</width><height>{height}</height></size>{''.join(objects)}</annotation>"
 
 
@@ -47,7 +49,7 @@ def thing(name: str, xmin, ymin, xmax, ymax, difficult: int = 0, more: str = "")
 
 
 def segmentation(*regions: tuple[int, int, int, int, int], shape=(HEIGHT, WIDTH)) -> bytes:
-    """A palette PNG of regions (id, top, left, bottom, right)."""
+    """A palette PNG of regions (id, top, left, bottom, right), where id is an object's or a class's."""
     ids = np.zeros(shape, np.uint8)
     for number, top, left, bottom, right in regions:
         ids[top:bottom, left:right] = number
@@ -198,6 +200,97 @@ def test_a_segmentation_that_does_not_decode_is_named(voc, tmp_path):
         fetched(params(voc), tmp_path)
 
 
+CAT, DOG = 8, 12  # numbers of classes in class masks: from 1 on
+
+
+def class_mask(voc: Path, *regions, name="000001", folder="SegmentationClassAug", **shape) -> None:
+    """Gives an image a class segmentation of regions (class, top, left, bottom, right)."""
+    write_files(voc, {f"{folder}/{name}.png": segmentation(*regions, **shape)})
+
+
+def test_a_pixel_of_a_class_is_the_instance_of_the_smallest_box_of_that_class_around_it(voc, tmp_path):
+    annotate(voc, thing("cat", 1, 1, 30, 20), thing("dog", 11, 6, 14, 9), thing("cat", 11, 6, 20, 10))
+    class_mask(voc, (CAT, 0, 0, HEIGHT, WIDTH), (DOG, 5, 12, 9, 14))
+    expected = np.zeros((HEIGHT, WIDTH), int)
+    expected[0:20, 0:30] = 1
+    expected[5:10, 10:20] = 3  # within the first cat's box
+    expected[5:9, 12:14] = 2  # a dog's pixels are no cat's, and a cat's pixels in a dog's box no dog's
+    np.testing.assert_array_equal(ids_of(first(voc, tmp_path, masks="classes")), expected)
+    assert left_out(tmp_path) == {}
+
+
+def test_of_two_equal_boxes_the_first_has_the_pixels(voc, tmp_path):
+    annotate(voc, thing("cat", 1, 1, 10, 10), thing("cat", 6, 1, 15, 10))
+    class_mask(voc, (CAT, 0, 0, 10, 15))
+    ids = ids_of(first(voc, tmp_path, masks="classes"))
+    assert [np.count_nonzero(ids == number) for number in (1, 2)] == [100, 50]
+
+
+def test_void_and_pixels_in_no_box_of_their_class_are_background(voc, tmp_path):
+    annotate(voc, thing("cat", 1, 1, 10, 10))
+    class_mask(voc, (CAT, 0, 0, 20, 20), (255, 0, 0, 1, 20), (DOG, 8, 0, 10, 10))
+    expected = np.zeros((HEIGHT, WIDTH), int)
+    expected[1:8, 0:10] = 1
+    np.testing.assert_array_equal(ids_of(first(voc, tmp_path, masks="classes")), expected)
+
+
+def test_objects_left_out_keep_their_pixels_from_the_others(voc, tmp_path):
+    annotate(voc, thing("cat", 11, 11, 20, 20, difficult=1), thing("cat", 1, 1, 30, 30))
+    class_mask(voc, (CAT, 10, 10, 20, 21))
+    assert np.unique(ids_of(first(voc, tmp_path, masks="classes"))).tolist() == [0, 1, 2]
+    ids = ids_of(first(voc, tmp_path, masks="classes", difficult=False))
+    assert np.count_nonzero(ids == 1) == np.count_nonzero(ids) == 10
+
+
+def test_class_masks_are_read_on_demand_and_after_instances_of_the_image(voc, tmp_path):
+    class_mask(voc, (CAT, 0, 0, 9, 9))
+    class_mask(voc, (CAT, 0, 0, 1, 1), folder="SegmentationClass")
+    class_mask(voc, (CAT, 0, 0, 2, 2), folder="SegmentationClass", name="000002")
+    class_mask(voc, (CAT, 0, 0, 3, 3), name="000003")
+    class_mask(voc, (1, 0, 0, 4, 4), folder="SegmentationObject", name="000003")
+    found = by_key(params(voc, masks="classes"), tmp_path)
+    assert {key: np.count_nonzero(ids_of(sample)) for key, sample in found.items()} == {"000001": 81, "000002": 4, "000003": 16}
+    instances = by_key(params(voc), tmp_path)
+    assert [key for key, sample in instances.items() if sample.mask is not None] == ["000003"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        segmentation((CAT, 0, 0, 9, 9), shape=(HEIGHT, WIDTH + 1)),
+        segmentation((21, 0, 0, 9, 9)),  # no class
+    ],
+)
+def test_a_class_segmentation_that_does_not_fit_gives_no_mask(voc, tmp_path, content):
+    write_files(voc, {"SegmentationClassAug/000001.png": content})
+    assert first(voc, tmp_path, masks="classes").mask is None
+    assert left_out(tmp_path) == {"masks that do not fit their objects": 1}
+
+
+def test_splits_name_the_lists_of_a_root(voc, tmp_path):
+    lists = voc / "ImageSets/Main"
+    (lists / "val.txt").rename(lists / "valA.txt")
+    (lists / "test.txt").rename(lists / "valB.txt")
+    found = samples(params(voc, splits={"val": "valA", "test": "valB"}), tmp_path)
+    assert {split: [sample.key for sample in listed] for split, listed in found.items()} == {
+        "train": ["000001"],
+        "val": ["000002"],
+        "test": ["000003"],
+    }
+    with pytest.raises(DataError, match=r"ImageSets/Main/valC\.txt is missing"):
+        fetched(params(voc, splits={"val": "valC", "test": "valB"}), tmp_path)
+
+
+def test_an_image_in_two_splits_is_named(voc, tmp_path):
+    with pytest.raises(DataError, match=r"ImageSets/Main/val\.txt: names 000002, which another split has"):
+        fetched(params(voc, splits={"test": "val"}), tmp_path)
+
+
+def test_the_official_archives_have_splits_of_their_own():
+    with pytest.raises(ValueError, match="splits: the official archives have their own"):
+        Voc2007Params(source="voc2007", splits={"test": "val"})
+
+
 def test_a_bad_box_stops_the_fetch_or_leaves_its_label_alone(voc, tmp_path):
     annotate(voc, thing("dog", 11, 11, 20, 20), thing("cat", 30, 1, WIDTH + 5, 10), thing("cow", 9, 9, 3, 10))
     with pytest.raises(DataError, match=r"Annotations/000001\.xml: object 2: box .* outside its image of 40 x 30 pixels"):
@@ -213,6 +306,8 @@ def test_a_bad_box_stops_the_fetch_or_leaves_its_label_alone(voc, tmp_path):
         (xml(thing("unicorn", 1, 1, 9, 9)), r"class 'unicorn' is not one of VOC's: aeroplane, "),
         (xml(thing("cat", 1, 1, 9, 9))[:-30], r"not whole XML"),
         (xml(thing("cat", 1, "one", 9, 9)), r"bndbox/ymin 'one'.* not a number"),
+        (xml(thing("cat", 1, 1, "inf", 9)), r"bndbox/xmax 'inf'.* not a number"),
+        (xml(thing("cat", 1, 1, 9, 9), width="nan"), r"size/width 'nan'.* not a number"),
         (xml(thing("", 1, 1, 9, 9)), r"<object> has no name"),
         ("<annotation/>", r"<annotation> has no size/width"),
     ],
@@ -311,6 +406,32 @@ def test_every_box_of_the_photographs_is_the_annotation_files(tmp_path):
             torch.testing.assert_close(scaled[key], boxes * factors, atol=1e-3, rtol=0)
             count += len(boxes)
     assert count > 197
+
+
+@pytest.mark.skipif(not VOC_2012.is_file(), reason="needs the photographs")
+def test_the_animals_of_voc_2012(tmp_path):
+    some = params(VOC_2012, splits={"val": "valA", "test": "valB"}, masks="classes")
+    source, raw = fetched(some, tmp_path)
+    assert source.describe(raw).counts == {"train": 1697, "val": 865, "test": 864}
+    assert left_out(tmp_path) == {"images that no split lists": 182, "annotations of images that no split lists": 182}
+    lines = [json.loads(line) for split in SPLITS for line in (raw / f"{split}.annotations.jsonl").read_text().splitlines()]
+    assert sum(len(line["boxes"]) for line in lines) == 7168  # 7,634 with the images that no split lists
+    assert sum(line["mask"] is not None for line in lines) == 3394  # likewise 3,576
+
+    top = "voc2012-animals/VOCdevkit/VOC2012/SegmentationClassAug"
+    covered = labelled = 0
+    with tarfile.open(raw / "images.tar") as archive:
+        for ref in source.index(raw, "val")[::20]:
+            sample = source.load(raw, ref)
+            if sample.mask is None:
+                continue
+            ids = ids_of(sample)
+            classes = np.asarray(Image.open(archive.extractfile(f"{top}/{sample.key}.png")))
+            of_instances = np.array([0, *(1 + box[0] for box in sample.boxes)])
+            assert ((ids == 0) | (of_instances[ids] == classes)).all()
+            covered += np.count_nonzero(ids)
+            labelled += np.count_nonzero((classes > 0) & (classes < 255))
+    assert covered > 0.999 * labelled > 0
 
 
 def test_shards_of_the_same_annotations_are_the_same_bytes(voc, tmp_path):

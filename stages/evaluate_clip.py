@@ -1,0 +1,34 @@
+"""Stage `evaluate_clip`: original and B-cosified image towers beside each other; figures and pictures in `reports/evaluate_clip`."""
+
+from pipelines.evaluation.text_gallery import draw_text_gallery
+from pipelines.storage.files import write_json
+from pipelines.workflow.evaluating import CODE, evaluate_towers, towers
+from pipelines.workflow.identity import of_data
+from pipelines.workflow.places import REPORTS, shards_for_all
+from pipelines.workflow.reports import flat
+from pipelines.workflow.running import stage
+from pipelines.workflow.training import tracked
+
+OUT = REPORTS / "evaluate_clip"
+
+
+def main() -> None:
+    """Evaluates the towers of `clip.towers`, and draws what texts look at in images of `clip.located`."""
+    with stage() as whole:
+        params, folders = whole.for_clip(whole.clip.located), towers(whole)
+        if not folders:
+            write_json(OUT / "metrics.json", {})
+            (OUT / "pictures").mkdir(parents=True, exist_ok=True)
+            return
+        clip, upstream = params.clip, tuple(folders.values())
+        settings = (of_data(params.data), clip.evaluate, clip.pairs, clip.labelled)
+        with tracked(params, "evaluate_clip", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
+            metrics = evaluate_towers(params, folders)
+            write_json(OUT / "metrics.json", metrics)
+            run.metrics(flat({name: found["models"] for name, found in metrics.items()}))
+            explained = {name: folder for name, folder in folders.items() if name.endswith("_bcos")}
+            run.pictures(draw_text_gallery(OUT / "pictures", explained, shards_for_all(params), params.data, clip.evaluate))
+
+
+if __name__ == "__main__":
+    main()
