@@ -4,8 +4,9 @@
 
 For each architecture: the relative difference of `convert` (float32, evaluation mode), the unexplained share after `bcosify`,
 what the audit finds, and the cost of a forward pass and of a training step, B-cos against plain (both eager, taking turns,
-medians). Ends with status 1 where a difference, a share of a network without constants, or an audit is not as it should be. On
-the CPU; needs torch, torchvision and timm.
+medians). The image towers of open_clip have no classes: entries of their embedding are taken for logits. Ends with status 1
+where a difference, a share of a network without constants, or an audit is not as it should be. On the CPU; needs torch,
+torchvision, timm and open_clip.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ CASES = [
     Case("timm:maxvit_pico_rw_256", "MaxViT", options={"img_size": 64}),
     Case("timm:efficientformer_l1", "EfficientFormer", 224, batch=2),
     vit("timm:efficientformerv2_s0", "EfficientFormer v2"),
+    Case("open_clip:RN50", "CLIP's ResNet", options={"image_size": 64}),
+    Case("open_clip:RN50x4", "CLIP's ResNet", 96, {"image_size": 96}, batch=2),
+    Case("open_clip:ViT-B-32", "CLIP's ViT", 96, {"image_size": 96}, batch=2),
+    Case("open_clip:ViT-B-16-SigLIP", "SigLIP's ViT", 224, batch=1),
     Case("simple_vit_ti", "SimpleViT"),
     Case("vitc_ti", "ViT-C"),
 ]
@@ -132,7 +137,8 @@ def measure(case: Case, rounds: int = ROUNDS) -> Measured:
     torch.manual_seed(0)
     many = pictures(4 * case.batch, case.size)
     images, six = many[: case.batch], add_inverse(many[: case.batch])
-    source = settle(shake(build(case.name, num_classes=CLASSES, options=case.options)), normalised(many))
+    classes = None if case.name.startswith("open_clip:") else CLASSES
+    source = settle(shake(build(case.name, num_classes=classes, options=case.options)), normalised(many))
     difference = conversion_difference(source, images)
     network = bcosify(source)
     settle(network, add_inverse(many))
@@ -175,10 +181,10 @@ COLUMNS = (
 
 def row(found: Measured) -> list[str]:
     """The cells of one line of the table."""
-    library = "torchvision" if ":" not in found.case.name else "timm"
+    library, _, name = found.case.name.rpartition(":")
     own = found.case.name in ("resnet20", "simple_vit_ti", "vitc_ti")
     return [
-        found.case.name.removeprefix("timm:") + ("" if own else f" ({library})"),
+        name + ("" if own else f" ({library or 'torchvision'})"),
         found.case.family,
         f"{found.parameters / 1e6:.1f}",
         f"{found.case.batch} × {found.case.size}²",
@@ -193,7 +199,9 @@ def row(found: Measured) -> list[str]:
 
 def document(results: list[Measured], command: str, threads: int) -> str:
     """The page: how it was made, what the columns mean, the table, a summary."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm", "open_clip_torch")
+    )
     shares = [found.share for found in results if not found.constant]
     ratios = [[found.forward for found in results], [found.step for found in results]]
     forward, step = (f"{statistics.median(each):.2f} (largest {max(each):.2f})" for each in ratios)
@@ -202,7 +210,8 @@ def document(results: list[Measured], command: str, threads: int) -> str:
 Written by `{command}` ({versions}; {os.cpu_count()} CPU cores, {threads} threads, float32, eager).
 
 Random weights, layer scales and biases drawn at random too, so that nothing hides behind a scale of 1e-6 or a head at 0; norm
-statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; {CLASSES} classes.
+statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; {CLASSES} classes
+(the image towers of open_clip: embeddings).
 
 - *convert*: largest difference between the logits of the network and of its conversion at B = 1, over the largest logit,
   evaluation mode; wanted: at most {LIMIT:.0e}.

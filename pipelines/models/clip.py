@@ -130,7 +130,7 @@ def build_image_tower(
     vision = {**config["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
     try:
         tower = open_clip(".model")._build_vision_tower(config["embed_dim"], vision, config["quick_gelu"])
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+    except Exception as error:  # open_clip and timm raise assertions, divisions by zero and others
         raise ModelError(f"{PREFIX}{plain} cannot be built with vision_cfg {vision}: {one_line(error)}") from None
     if weights != "none":
         state, source = _weights(plain, weights, sha256, config["quick_gelu"])
@@ -144,7 +144,7 @@ def _load_image_tower(tower: nn.Module, state: StateDict, source: str) -> None:
     if not visual:
         own = fitted(state, tower, source)
         if hasattr(tower, "trunk") and not any(key.startswith("trunk.") for key in own):
-            _load_trunk(tower.trunk, state, source)
+            _load_trunk(tower.get_submodule("trunk"), state, source)
             return
         visual = {f"visual.{key}": value for key, value in own.items()}
     open_clip(".model").resize_pos_embed(visual, SimpleNamespace(visual=tower))
@@ -176,7 +176,10 @@ def _weights(plain: str, weights: str, sha256: str | None, quick_gelu: bool) -> 
         raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
     published = tag_config(plain, weights)
     if published.get("quick_gelu", False) != quick_gelu:
-        log.warning("weights %r of %s%s were trained with quick_gelu %s", weights, PREFIX, plain, not quick_gelu)
+        told = (
+            "weights %r of %s%s were trained with quick_gelu=%s: say so in the options, or take the name that ends on -quickgelu"
+        )
+        log.warning(told, weights, PREFIX, plain, not quick_gelu)
     try:
         path = open_clip().download_pretrained(published)
     except Exception as error:  # of the hub's client, of requests, of urllib
@@ -204,26 +207,20 @@ def tags_of(plain: str) -> list[str]:
 
 
 def preprocess_config(plain: str, weights: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`mean`, `std`, `interpolation`, `resize_mode`, `image_size` for weights of an image tower; `known`: as published.
+    """The image size of a tower, and `mean`, `std`, `interpolation`, `resize_mode` as far as they are said of its weights.
 
-    A tag says them, or the `preprocess_cfg` of an `open_clip_config.json`. For other weights they are those of OpenAI's CLIP.
+    A tag says them, or the `preprocess_cfg` of an `open_clip_config.json`.
 
     Raises:
         ModelError, WeightsError: an unknown name; an unknown tag.
     """
-    constants = open_clip(".constants")
-    default = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
-    default |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     said: dict[str, Any] = {}
     if weights != "none" and not names_a_file(weights):
         said = tag_config(plain, weights)
     elif is_config_file(plain):
         said = read_json(users_path(plain)).get("preprocess_cfg", {})
     size = _tower_config(plain, "vision_cfg", options)["vision_cfg"].get("image_size", 224)
-    return {
-        **{key: said.get(key, value) for key, value in default.items()},
-        **{"image_size": size if isinstance(size, int) else size[-1], "known": "mean" in said and "std" in said},
-    }
+    return {**said, "image_size": size if isinstance(size, int) else size[-1]}
 
 
 # The text tower -------------------------------------------------------------------------------------------------------
@@ -243,7 +240,7 @@ class TextTower(nn.Module):
         inner = {**config["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
         try:
             self.text = open_clip(".model")._build_text_tower(self.width, inner, config.get("quick_gelu", False))
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, OSError) as error:
+        except Exception as error:  # open_clip raises assertions, divisions by zero and others
             raise ModelError(f"a text tower cannot be built with text_cfg {inner}: {one_line(error)}") from None
         self._tokenizer: Any = None
 

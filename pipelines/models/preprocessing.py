@@ -21,6 +21,8 @@ from pipelines.storage.files import read_json
 
 log = logging.getLogger(__name__)
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -116,7 +118,7 @@ def chosen_preprocessing(
         default = "ImageNet's" if _close(known.mean, IMAGENET_MEAN) else "that of OpenAI's CLIP"
         told = "weights %s of %s do not say their normalisation: %s is taken%s"
         log.info(told, weights, name, default, _of_library(name, known))
-    if image_size is not None and known.view:
+    if image_size is not None and known.view and weights != "none":
         here = Preprocessing(image_size=image_size, crop_pct=image_size / (eval_resize or image_size), interpolation="bilinear")
         differing = {key: value for key, value in here.view.items() if not _same(known.view.get(key, value), value)}
         if differing:
@@ -150,9 +152,11 @@ def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
 def _of_open_clip(plain: str, weights: str, options: dict[str, Any]) -> Preprocessing:
     """What open_clip says about the weights; the size is that of the tower."""
     config = preprocess_config(plain, weights, options)
-    crop = 1.0 if config["resize_mode"] == "shortest" else None  # otherwise the whole image is squeezed to the square
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Preprocessing(mean, std, config["known"], config["image_size"], crop, config["interpolation"])
+    crop = 1.0 if config.get("resize_mode") == "shortest" else None  # otherwise the whole image is squeezed to the square
+    view: dict[str, Any] = {"image_size": config["image_size"], "crop_pct": crop, "interpolation": config.get("interpolation")}
+    if not config.get("mean") or not config.get("std"):
+        return Preprocessing(CLIP_MEAN, CLIP_STD, **view)
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), True, **view)
 
 
 def _of_config(config: dict[str, Any]) -> Preprocessing:

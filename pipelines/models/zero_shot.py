@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,9 @@ def zero_shot_classifier(
     names: Sequence[str],
     templates: str | Sequence[str] = "imagenet",
     scale: float = 100.0,
+    *,
+    batch_size: int = 256,
+    cache: str | None = None,
 ) -> tuple[ZeroShotNetwork, ModelSpec]:
     """The classifier of `names` that an image tower and a text tower make, in evaluation mode, and the spec for `save`.
 
@@ -72,18 +76,21 @@ def zero_shot_classifier(
         names: of the classes, in their order.
         templates: as `templates_of` takes them.
         scale: of the cosines.
+        batch_size, cache: as of `zero_shot_weights`.
 
     Raises:
-        ModelError: towers of different widths; see `zero_shot_weights`.
+        ModelError: towers of different widths, a scale that is no finite number above 0; see `zero_shot_weights`.
     """
     if not isinstance(tower, nn.Module):
         from pipelines.models.store import load
 
         tower, spec = load(tower)
+    if not 0 < scale < math.inf:
+        raise ModelError(f"the scale of cosines is a finite number above 0, not {scale}")
     width = embedding_width(spec.name, spec.options)
     if width != text_tower.width:
         raise ModelError(f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts")
-    texts = zero_shot_weights(text_tower, names, templates)
+    texts = zero_shot_weights(text_tower, names, templates, batch_size=batch_size, cache=cache)
     model = ZeroShotNetwork(tower, texts, scale).eval()
     of_classes = {"scale": scale, "width": width}
     return model, dataclasses.replace(spec, task="multiclass", classes=tuple(names), zero_shot=of_classes)
@@ -133,9 +140,14 @@ def zero_shot_weights(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ModelError unless there are names of classes, none of them empty and each there once."""
+    """Raises ModelError unless there are names of classes, none of them empty and each there once.
+
+    open_clip's names of ImageNet are taken as they are published: two pairs of classes share a name (missile, sunglasses).
+    """
     if not names:
         raise ModelError("no names of classes")
+    if tuple(names) == imagenet_names():
+        return
     seen: dict[str, int] = {}
     for index, name in enumerate(names):
         if not name.strip():

@@ -56,14 +56,14 @@ def build(
         WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
     """
     library, plain = library_of(name)
+    of_file = weights != "none" and names_a_file(weights)
+    if sha256 is not None and not of_file:
+        raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
     if library == "open_clip":
         if num_classes is not None:
             raise ModelError(f"{name} is an image tower, which gives embeddings: it takes no num_classes")
         return clip.build_image_tower(plain, weights, sha256, options)
-    construct, pretrained = _constructors(name, options or {})
-    of_file = weights != "none" and names_a_file(weights)
-    if sha256 is not None and not of_file:
-        raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
+    construct, pretrained = _constructors(library, plain, options or {})
     try:
         if weights == "none":
             return construct(num_classes)
@@ -93,13 +93,12 @@ def _from_file(construct: Constructor, weights: str, sha256: str | None, num_cla
     return _with_head(model, num_classes, weights)
 
 
-def _constructors(name: str, options: dict[str, Any]) -> tuple[Constructor, Callable[[str], nn.Module]]:
+def _constructors(library: str, plain: str, options: dict[str, Any]) -> tuple[Constructor, Callable[[str], nn.Module]]:
     """A function that makes the network with a number of classes, and one that makes it with a library's weights."""
 
     def by_classes(make: Callable[..., nn.Module]) -> Constructor:
         return lambda classes: make(**({} if classes is None else {"num_classes": classes}), **options)
 
-    library, plain = library_of(name)
     if library == "own":
         return by_classes(OWN[plain]), _no_tags
     if library == "torchvision":

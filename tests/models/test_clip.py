@@ -32,7 +32,7 @@ from pipelines.models import (
     save_text_tower,
 )
 from pipelines.storage.publish import publish
-from tests.support.clip import CONFIG, RN, TEXT, VIT
+from tests.support.clip import CONFIG, RN, TEXT, TIMM, VIT
 
 SIZE = 64
 
@@ -90,6 +90,10 @@ def test_an_image_tower_gives_embeddings_and_takes_options(config):
     assert build("open_clip:custom", options={"embed_dim": 16, "vision_cfg": RN})(torch.rand(2, 3, 64, 64)).shape == (2, 16)
     with pytest.raises(ModelError, match="nonsense"):
         build(f"open_clip:{config}", options={"nonsense": 1})
+    with pytest.raises(ModelError, match=r"cannot be built with vision_cfg .*'width': 8.*: [^\n]+$"):
+        build("open_clip:custom", options=small(width=8))  # narrower than an attention head
+    with pytest.raises(WeightsError, match="a sha256 is that of a file"):
+        build(f"open_clip:{config}", sha256="0" * 64)
     with pytest.raises(ModelError, match="takes no num_classes"):
         build(f"open_clip:{config}", num_classes=3)
     with pytest.raises(ModelError, match="open_clip:custom needs the options embed_dim, vision_cfg"):
@@ -218,7 +222,7 @@ def test_preprocessing_is_that_of_the_tag_else_openais(config, tmp_path, caplog)
     assert (openai.mean, openai.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     assert openai.view == {"image_size": 112, "crop_pct": 1.0, "interpolation": "bicubic"}
     none = preprocessing_of(f"open_clip:{config}", "none")
-    assert (none.mean, none.normalisation_known, none.image_size) == (openai.mean, False, SIZE)
+    assert (none.mean, none.std, none.normalisation_known, none.view) == (openai.mean, openai.std, False, {"image_size": SIZE})
     torch.save(build(f"open_clip:{config}").state_dict(), tmp_path / "tower.pt")
     with caplog.at_level(logging.INFO):
         taken = chosen_preprocessing(f"open_clip:{config}", str(tmp_path / "tower.pt"))
@@ -243,11 +247,14 @@ def test_a_config_file_of_the_hub_says_its_preprocessing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["conventional", "bcos"])
-def test_an_image_tower_is_a_model_like_others(config, tmp_path, kind):
+@pytest.mark.parametrize("vision", [TIMM, RN, {**VIT, "image_size": SIZE}], ids=["timm", "resnet", "vit"])
+def test_an_image_tower_is_a_model_like_others(tmp_path, kind, vision):
+    config = tmp_path / "my.json"
+    config.write_text(json.dumps({**CONFIG, "vision_cfg": vision}))
     spec = ModelSpec(f"open_clip:{config}", (), SIZE, kind, task="embedding")
     model, images = assemble(spec).eval(), torch.rand(2, 6, SIZE, SIZE)
     models.save(tmp_path / "tower", model, spec)
-    (tmp_path / "my.json").unlink()  # the model loads where its config is not
+    config.unlink()  # the model loads where its config is not
     loaded, read = models.load(tmp_path / "tower")
     assert torch.equal(loaded(images), model(images))
     assert loaded(images).shape == (2, 16)

@@ -186,6 +186,19 @@ def test_the_attention_pool_has_the_output_and_the_gradients_of_the_original(bia
         torch.testing.assert_close(found, results[0][name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["RN", "ViT custom blocks"])
+def test_a_compiled_tower_has_the_gradients_of_the_eager_one(name):
+    network, images = bcosify(tower(name), position_embedding="remove"), add_inverse(images_for(name))
+    settle(network, images).train()
+    compiled = torch.compile(lambda x: network(x).square().sum(), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        *(torch.autograd.grad(loss, list(network.parameters())) for loss in (compiled(images), network(images).square().sum())),
+        strict=True,
+    ):
+        assert relative(found, expected) <= 1e-4
+
+
 def test_a_resnet_without_position_embedding_takes_images_of_any_size():
     network = bcosify(tower("RN"), position_embedding="remove")
     assert network(add_inverse(pictures(1, 96))).shape == (1, 16)

@@ -20,7 +20,7 @@ from pipelines.models import (
     zero_shot_classifier,
     zero_shot_weights,
 )
-from pipelines.models.zero_shot import imagenet_names
+from pipelines.models.zero_shot import check_names, imagenet_names
 from tests.support.clip import TEXT, TIMM
 
 NAMES = ("dog", "tabby cat", "church")
@@ -73,6 +73,7 @@ def test_templates_and_names_are_open_clips():
     assert templates_of("plain") == ("a photo of a {}.",)
     assert templates_of(["this is {}"]) == ("this is {}",)
     assert imagenet_names() == tuple(open_clip.IMAGENET_CLASSNAMES)
+    check_names(imagenet_names())  # although two pairs of classes share a name
 
 
 def test_the_batch_bounds_what_is_encoded_at_a_time_and_changes_nothing(text, sizes):
@@ -120,7 +121,7 @@ def test_bad_names_and_templates_are_named(text):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_scale_that_is_no_positive_number_is_refused(tower, text, scale):
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ModelError, match=f"the scale of cosines is a finite number above 0, not {scale}"):
         zero_shot_classifier(tower, SPEC, text, NAMES, "plain", scale=scale)
 
 

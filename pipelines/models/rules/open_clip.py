@@ -7,6 +7,8 @@ D features of a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
@@ -67,6 +69,19 @@ register_conversion(Bottleneck, Transformer, CustomTransformer, ResidualAttentio
 class HeldAttention(Holdable, Attention):
     """open_clip's attention with its options, whose matrix can be held."""
 
+    num_heads: int
+    logit_scale_max: float
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    logit_scale: Tensor | None
+    head_scale: Tensor | None
+    attn_drop: nn.Dropout
+    ln_q: nn.Module
+    ln_k: nn.Module
+    ln_inner: nn.Module
+    out_proj: nn.Module
+    out_drop: nn.Module
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(N, L, C) -> the same; a mask is float, added to the logits (N, H, L, L)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
@@ -101,6 +116,13 @@ class HeldAttentionPool2d(Holdable, AttentionPool2d):
     query and W_v to the mixed tokens, not to each token: q·(W_k x) = (W_kᵀ q)·x, and Σ_l a_l (W_v x_l) = W_v Σ_l a_l x_l.
     """
 
+    num_heads: int
+    positional_embedding: Tensor
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    c_proj: nn.Module
+
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, output features)."""
         tokens_NLC = self.tokens(features)
@@ -118,7 +140,7 @@ class HeldAttentionPool2d(Holdable, AttentionPool2d):
         """(N, C, h, w) -> (N, 1 + h·w, C): the mean of all places, then each place, plus their position embeddings."""
         places_NLC = features.flatten(2).transpose(1, 2)
         tokens_NLC = torch.cat([places_NLC.mean(1, keepdim=True), places_NLC], 1)
-        if not isinstance(self.positional_embedding, nn.Parameter):  # removed: images of any size can be pooled
+        if "positional_embedding" not in self._parameters:  # removed: images of any size can be pooled
             return tokens_NLC
         return tokens_NLC + self.positional_embedding.to(tokens_NLC.dtype)
 
@@ -138,7 +160,7 @@ class ResNetTower(EmbeddingTower, ModifiedResNet):
 
 @register_conversion(ModifiedResNet)
 def _modified_resnet(module: ModifiedResNet, conversion: Conversion) -> nn.Module:
-    tower = conversion.recast(conversion.children(module), ResNetTower)
+    tower: Any = conversion.recast(conversion.children(module), ResNetTower)
     tower.projection = None if module.attnpool is None else "attnpool.c_proj"
     return tower
 
@@ -146,9 +168,12 @@ def _modified_resnet(module: ModifiedResNet, conversion: Conversion) -> nn.Modul
 class TransformerTower(EmbeddingTower, VisionTransformer):
     """CLIP's vision transformer: (N, 6, H, W) -> (N, D). `proj` is a linear layer, of a matrix of the original."""
 
+    transformer: nn.Module
+    proj: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, 6, H, W) -> (N, D), also where open_clip's own attentional pools give (N, 1, D)."""
-        pooled, _ = self._pool(self.transformer(self._embeds(x)))
+        pooled, _ = self._pool(self.transformer(self._embeds(x)))  # type: ignore[operator]
         return self.proj(pooled if pooled.ndim == 2 else pooled.squeeze(1))
 
 
@@ -159,13 +184,14 @@ def _vision_transformer(module: VisionTransformer, conversion: Conversion) -> nn
             f"the tower at {conversion.path or 'the top'!r} gives tokens, not an embedding for each image: build it with "
             "output_tokens=False and a pool_type of 'tok' or 'avg'"
         )
-    tower = conversion.recast(conversion.children(module), TransformerTower)
+    tower: Any = conversion.recast(conversion.children(module), TransformerTower)
     matrix = tower.proj
     del tower.proj
     if matrix is None:
         tower.proj = nn.Identity()
         return tower
-    tower.proj = nn.Linear(*matrix.shape, bias=False)
+    width, features = matrix.shape
+    tower.proj = nn.Linear(width, features, bias=False)
     tower.proj.weight = conversion.derived(matrix, matrix.T.contiguous())
     tower.projection = "proj"
     return tower
@@ -180,7 +206,7 @@ def _timm_model(module: TimmModel, conversion: Conversion) -> nn.Module:
     projection = _projection_of(module)
     if projection is not None:
         conversion.leave(module.get_submodule(projection))
-    tower = conversion.recast(conversion.children(module), TimmTower)
+    tower: Any = conversion.recast(conversion.children(module), TimmTower)
     tower.projection = projection
     return tower
 
