@@ -60,17 +60,14 @@ def read_pairs(path: Path, name: str) -> tuple[list[Pair], list[tuple[str, str]]
         for inside, of_sample in files.items():
             extension = next((suffix for suffix in IMAGES.values() if suffix in of_sample), None)
             caption = caption_of(content(of_sample[CAPTION])) if CAPTION in of_sample else ""
-            fault = None
             if extension is None:
-                fault = NO_IMAGE
+                left_out.append((NO_IMAGE, f"{name}: {inside}"))
             elif not caption:
-                fault = NO_CAPTION
+                left_out.append((NO_CAPTION, f"{name}: {inside}"))
             elif not _has_header(content(of_sample[extension])):
-                fault = BROKEN
-            if fault is None and extension is not None:
+                left_out.append((BROKEN, f"{name}: {inside}"))
+            else:
                 pairs.append(Pair(inside, extension, of_sample[extension], of_sample[CAPTION], caption))
-            elif fault is not None:
-                left_out.append((fault, f"{name}: {inside}"))
     return pairs, left_out if files else [(EMPTY, name)]
 
 

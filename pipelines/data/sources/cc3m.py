@@ -82,7 +82,7 @@ class Cc3m(CaptionedImages):
         contents = list_folder(root)
         left_out = contents.left_out()
         tars = _tars(contents, left_out, source)
-        split_of = _splits(tars, params.splits, left_out, source)
+        split_of = _splits(tars, params, left_out, source)
         tars = [tar for tar in tars if tar.name in split_of]
         records = cache / "tars"
         found: dict[str, dict[str, Any]] = {}
@@ -157,11 +157,12 @@ def _tars(contents: Contents, left_out: LeftOut, source: str) -> list[Tar]:
     return [Tar(check_name(name), found[name].place, found[name].size, stats[name]) for name in names]
 
 
-def _splits(tars: Sequence[Tar], patterns: Mapping[str, str], left_out: LeftOut, source: str) -> dict[str, str]:
+def _splits(tars: Sequence[Tar], params: Cc3mParams, left_out: LeftOut, source: str) -> dict[str, str]:
     """Name of each tar that is read -> its split. Tars that no pattern fits belong to `train` if that has no pattern."""
     split_of: dict[str, str] = {}
+    patterns = params.splits
     for tar in tars:
-        splits = [split for split, pattern in patterns.items() if fnmatch(tar.name, pattern)]
+        splits: list[str] = [split for split, pattern in patterns.items() if fnmatch(tar.name, pattern)]
         if len(splits) > 1:
             raise DataError(f"{source}: {tar.name} is in the splits {' and '.join(splits)}: a tar is in one split")
         if splits or "train" not in patterns:

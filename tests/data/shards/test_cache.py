@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import pytest
@@ -65,7 +66,12 @@ def on_disk(folder: Path) -> int:
     for place in (*folder.iterdir(), *Path("/proc/self/fd").iterdir()):
         with suppress(FileNotFoundError):
             status, name = place.stat(), os.readlink(place) if place.is_symlink() else str(place)
-            if name.startswith(f"{folder}/") and not name.removesuffix(" (deleted)").endswith(".lock"):  # these are sparse
+            # Other threads may give a descriptor to another file, or a folder, between the two calls.
+            if (
+                S_ISREG(status.st_mode)
+                and name.startswith(f"{folder}/")
+                and not name.removesuffix(" (deleted)").endswith(".lock")
+            ):  # these are sparse
                 taken[status.st_ino] = status.st_size
     return sum(taken.values())
 

@@ -68,6 +68,7 @@ def test_manifest_says_what_the_shards_are(tmp_path):
     assert [shard.count for shard in manifest.splits["train"]] == [4, 2]
     assert manifest.count("train") == 6
     assert manifest.fields["train"] == ("boxes", "mask", "group", "caption")
+    assert "tars" not in manifest.to_json()  # which would change the digests of shards that earlier versions wrote
     for shard in manifest.splits["train"]:
         file = (tmp_path / shard.name).read_bytes()
         assert (len(file), hashlib.sha256(file).hexdigest()) == (shard.bytes, shard.sha256)
@@ -162,6 +163,7 @@ def test_bad_sample_in_a_process_gives_the_same_error_and_keeps_whole_shards_alo
         ("multilabel", {"labels": (1, 1)}, "name a class twice"),
         ("multilabel", {}, "k0000: no labels"),
         ("caption", {}, "k0000: no caption"),
+        ("caption", {"captions": ("a dog", " ")}, "k0000: an empty caption"),
     ],
 )
 def test_each_task_needs_its_own_label(tmp_path, task, changes, says):

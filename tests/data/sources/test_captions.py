@@ -19,12 +19,6 @@ from tests.support.fetching import SHARED, encoded, fetched, left_out, samples, 
 
 BIG = 'two dogs, one "big"'
 ROWS = [("a.png", "a dog"), ("./a.png", BIG), ("sub/b.png", "a cat"), ("c.png", "a bird"), ("d.png", "ein Käfer")]
-    ("a.png", "a dog"),
-    ("./a.png", 'two dogs, one "big"'),
-    ("sub/b.png", "a cat"),
-    ("c.png", "a bird"),
-    ("d.png", "ein Käfer"),
-]
 
 
 def quoted(cells: tuple[str, ...], separator: str) -> str:

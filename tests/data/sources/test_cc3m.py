@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +17,11 @@ from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context
 from pipelines.params import Cc3mParams, DataParams
 from tests.support.fetching import fetched, jpeg, left_out, sharded, write_files
+from tests.support.image_text_tars import numbered, sample, write_tar
 from tests.support.loading import assert_same, keys
 
 DATA = DataParams(image_size=8, on_error="skip", shuffle_buffer=6)
 BAD = {"samples without a caption": 2, "samples without an image": 1, "images that do not decode": 1, "tars without a sample": 2}
-
-
-def sample(number: int, **changes: Any) -> dict[str, bytes | None]:
-    """The files of one sample by suffix; None leaves one out."""
-    content = {"jpg": jpeg(9, 9, number), "txt": f"photo {number}".encode(), "json": b'{"status": "success"}'}
-    return {**content, **changes}
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes | None]], stats: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for suffix, content in files.items():
-                if content is not None:
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    if stats:
-        counted = {"count": len(samples) + 3, "successes": sum(files["jpg"] is not None for files in samples.values())}
-        path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(counted))
-
-
-def numbered(tar: int, count: int, **bad: dict[str, bytes | None]) -> dict[str, dict[str, bytes | None]]:
-    """The samples of tar number `tar`, some of them replaced."""
-    return {f"{tar:05d}{n:04d}": bad.get(f"n{n}", sample(100 * tar + n)) for n in range(count)}
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.params import CaptionsParams, Cc3mParams, DataParams, MixtureParams, ScenesParams
-from tests.data.sources.test_cc3m import numbered, write_tar
 from tests.support.fetching import SPLITS, encoded, image_folder, photo_folder, samples, sharded, write_files
+from tests.support.image_text_tars import numbered, write_tar
 
 
 @pytest.fixture
