@@ -28,8 +28,8 @@ repro: setup ## run the pipeline, whatever of it changed
 test: setup ## all tests but those that start servers
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-fast: setup ## what to run before each commit: tests without the graph of stages, Ray and the compiler
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not graph and not ray and not compile and not infra"
+test-fast: setup ## what to run before each commit: tests without the graph of stages, Ray, the compiler and other processes
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not graph and not ray and not compile and not processes and not infra"
 
 test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (installed where there is none: Debian, as root)
 	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)

@@ -19,6 +19,7 @@ def test_a_benchmark_finds_all_that_it_imports(name):
     importlib.import_module(name)
 
 
+@pytest.mark.processes
 def test_speed_is_measured_and_shards_are_read_without_ray_dvc_mlflow_and_webdataset():
     missing = "import sys; sys.modules.update(dict.fromkeys(['ray', 'dvc', 'mlflow', 'webdataset', 'optuna'])); "
     subprocess.run([sys.executable, "-c", missing + f"import {', '.join(OF_SPEED + READERS)}"], check=True)

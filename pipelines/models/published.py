@@ -44,7 +44,16 @@ class Publication:
     std: tuple[float, ...]
 
 
-_ALL = {"b": 2.0, "b_mode": "fixed", "bias": "remove", "norm": "uncentered", "stem_pool": "average", "max_out": 1}
+_ALL = {
+    "b": 2.0,
+    "b_mode": "fixed",
+    "bias": "remove",
+    "norm": "uncentered",
+    "stem_pool": "average",
+    "max_out": 1,
+    "position_embedding": "keep",
+    "projection": "linear",
+}
 _LOGITS = {"logit_bias": -math.log(CLASSES - 1), "temperature": 1.0}
 PUBLICATIONS = {
     "b-cos-v2": Publication(

@@ -45,7 +45,7 @@ def changes(content: DictConfig) -> list[str]:
     """
     recipe, wanted = f"recipe={content.recipe}", leaves_of(content)
     composed = leaves_of(composition([recipe]))
-    links = [key for key, value in composed.items() if isinstance(value, str) and "${" in value]
+    links = [key for key, value in composed.items() if "${" in str(value)]
     known, own = ({key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted))
     gone = [f"~{key}" for key in known if key not in own]
     differing = [key for key, value in own.items() if key not in known or known[key] != value]

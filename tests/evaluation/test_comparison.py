@@ -55,6 +55,7 @@ def on_rank(rank, world_size, directories, shards, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
     mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation"])  # imported once for the five processes
     alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)

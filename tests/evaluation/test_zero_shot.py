@@ -62,6 +62,7 @@ def on_rank(rank, world_size, folder, *arguments):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_workers_find_what_one_finds(towers, classifier, shards, tmp_path):
     alone = everything(Context(), towers, classifier, shards)
     mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation.text2concept"])

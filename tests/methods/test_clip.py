@@ -42,6 +42,7 @@ def captioned(**values: Any) -> ImageTextParams:
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_of_several_ranks_is_the_step_of_one_on_all_images(tmp_path: Path, world_size: int) -> None:
     images, texts, owners = embeddings(1, 30), embeddings(2, 41), torch.arange(41) * 30 // 41

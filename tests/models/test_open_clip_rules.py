@@ -240,6 +240,7 @@ def test_a_converted_tower_can_be_copied_and_pickled(name, copied):
     torch.testing.assert_close(copied(model)(images), model(images))
 
 
+@pytest.mark.processes
 def test_this_project_is_imported_without_open_clip():
     code = "import sys; sys.modules['open_clip'] = None; import pipelines.bcos, pipelines.models"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -156,6 +156,7 @@ for bad, targets in ((images * 2, [0, 0]), (images, [3, 0]), (images, [1])):
 """
 
 
+@pytest.mark.processes
 def test_the_registered_model_scores_with_nothing_importable_but_what_it_declares(put, model, project, tmp_path):
     put()
     logged = next((project / "mlartifacts").rglob("MLmodel")).parent

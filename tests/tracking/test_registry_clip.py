@@ -83,6 +83,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.processes
 def test_they_score_with_nothing_importable_but_what_the_versions_declare(put, towers, project, tmp_path):
     image, text = towers
     model, spec = zero_shot_classifier(image, SPEC, text, NAMES, "plain")

@@ -35,6 +35,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.processes
 def test_same_bytes_written_twice_and_by_processes(tmp_path, processes):
     source = ToySource({"train": [rich(i) for i in range(10)], "test": [rich(i) for i in range(3)]})
     for name, workers in (("a", 0), ("b", 0), ("c", 2)):
@@ -150,6 +151,7 @@ def test_bad_sample_is_refused_by_name_and_leaves_nothing(tmp_path, sample, says
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_bad_sample_in_a_process_gives_the_same_error_and_keeps_whole_shards_alone(tmp_path, processes):
     with pytest.raises(DataError, match=r"^k0001: label 3 is out of range; there are 3 classes, 0 to 2$"):
         write(tmp_path, [plain(0), plain(1, label=3)], shard_size=1, workers=2)
