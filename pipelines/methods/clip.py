@@ -234,7 +234,7 @@ class ImageTextTraining:
 
     def epoch_metrics(self) -> dict[str, float]:
         """`logit_scale`, by which cosines are multiplied."""
-        return {"logit_scale": float(self.towers.logit_scale.exp())}
+        return {"logit_scale": float(self.towers.logit_scale.detach().exp())}
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
