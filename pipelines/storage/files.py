@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}  # of hard links
 
 
 def file_system(place: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -137,14 +138,35 @@ def create(place: str | Path, content: bytes) -> bool:
         if is_remote(place):
             _put_new(filesystem, target, content)
             return filesystem.cat_file(target) == content
-        with open(target, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(Path(target).parent)
+        _create_whole(Path(target), content)
     except FileExistsError:
         return filesystem.cat_file(target) == content
     return True
+
+
+def _create_whole(target: Path, content: bytes) -> None:
+    """Creates a local file with its content at once, so that nobody reads a part; raises `FileExistsError` if there is one.
+
+    A hard link is made only where there is no file. On filesystems without hard links, a reader may find the file still empty.
+    """
+    whole = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write_new(whole, content)
+        os.link(whole, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _write_new(target, content)
+    finally:
+        whole.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _put_new(filesystem: fsspec.AbstractFileSystem, target: str, content: bytes) -> None:

@@ -165,3 +165,20 @@ def test_a_store_that_has_no_conditional_put_is_asked_first(monkeypatch: pytest.
     assert files.create("memory://store/lock", b"mine")
     assert not files.create("memory://store/lock", b"yours")
     assert files.read("memory://store/lock") == b"mine"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_created_file_is_never_seen_in_part_where_there_are_hard_links(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    seen = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append((tmp_path / "a").exists()), sync(descriptor)))
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    assert files.create(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    assert seen[0] is False
+    assert not files.create(tmp_path / "a", b"other")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
