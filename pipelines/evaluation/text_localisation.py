@@ -54,7 +54,7 @@ def evaluate_text_localisation(
         DataError: data without labels or boxes; another number of names than the data has classes.
         ModelError: no image tower or text tower in a folder; towers of two widths; bad names or templates.
     """
-    manifest = check_boxes(shards, split)
+    manifest = check_located(shards, split)
     names = class_names(params.localisation_names, manifest)
     towers = load_towers(directories, texts or {}, context.device)
     networks = zero_shot_networks(towers, names, params.localisation_templates, params, cache)
@@ -65,7 +65,7 @@ def evaluate_text_localisation(
     return localise(context, explained, shards, data, params.batch_size, split)
 
 
-def check_boxes(shards: str, split: str) -> Manifest:
+def check_located(shards: str, split: str) -> Manifest:
     """The manifest of the shards; raises DataError unless images of `split` have labels and boxes."""
     manifest = read_manifest(shards)
     if not manifest.labelled:
