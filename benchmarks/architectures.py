@@ -51,7 +51,9 @@ class Case:
 
 def vit(name: str, family: str, **options: Any) -> Case:
     """One whose constructor wants to know the side of the images."""
-    return Case(name, family, options={("img_size" if name.startswith("timm:") else "image_size"): 64, **options})
+    return Case(
+        name, family, options={("img_size" if name.startswith("timm:") else "image_size"): 64, **options}
+    )
 
 
 CASES = [
@@ -157,7 +159,9 @@ def cost(
     function: Callable[..., None], plain: nn.Module, bcos: nn.Module, *arguments: Tensor, rounds: int
 ) -> tuple[float, float]:
     """B-cos / plain, the median of rounds in which both take turns; and the plain one's milliseconds."""
-    turns = in_turns({"plain": partial(function, plain, *arguments), "bcos": partial(function, bcos, *arguments)}, rounds)
+    turns = in_turns(
+        {"plain": partial(function, plain, *arguments), "bcos": partial(function, bcos, *arguments)}, rounds
+    )
     return ratio(turns, "bcos", "plain"), milliseconds(turns, "plain")
 
 
@@ -200,7 +204,8 @@ def row(found: Measured) -> list[str]:
 def document(results: list[Measured], command: str, threads: int) -> str:
     """The page: how it was made, what the columns mean, the table, a summary."""
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm", "open_clip_torch")
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "torchvision", "timm", "open_clip_torch")
     )
     shares = [found.share for found in results if not found.constant]
     ratios = [[found.forward for found in results], [found.step for found in results]]

@@ -29,7 +29,10 @@ from pipelines.training.step import in_memory_format
 
 CASES = {
     "cpu": {"RN50-112": Case("open_clip:RN50", 112, 16), "ViT-B-32-112": Case("open_clip:ViT-B-32", 112, 32)},
-    "cuda": {"RN50-224": Case("open_clip:RN50", 224, 128), "ViT-B-32-224": Case("open_clip:ViT-B-32", 224, 256)},
+    "cuda": {
+        "RN50-224": Case("open_clip:RN50", 224, 128),
+        "ViT-B-32-224": Case("open_clip:ViT-B-32", 224, 256),
+    },
 }
 
 
@@ -37,7 +40,9 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
     """The steps that are compared, each with a student of its own."""
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
     params = ClipParams(epochs=1, batch_size=case.batch, lr=1e-4)
-    plain = ModelSpec(case.network, (), case.size, "conventional", "embedding", options={"image_size": case.size})
+    plain = ModelSpec(
+        case.network, (), case.size, "conventional", "embedding", options={"image_size": case.size}
+    )
     torch.manual_seed(0)
     batch = {"image": torch.rand(case.batch, 3, case.size, case.size, device=device)}
     found: dict[str, Callable[[], Any]] = {}
@@ -60,15 +65,24 @@ def prepare(method: ClipBcosification, batch: dict[str, Any], device: str) -> di
     """What the loss takes: the teacher's forward pass."""
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         prepared = method.prepare(batch)
-    return prepared | {"all_target": prepared["target"], "row": torch.arange(len(prepared["target"]), device=device)}
+    return prepared | {
+        "all_target": prepared["target"],
+        "row": torch.arange(len(prepared["target"]), device=device),
+    }
 
 
 def step(
-    method: ClipBcosification, objective: nn.Module, batch: dict[str, Any], device: str, layout: torch.memory_format
+    method: ClipBcosification,
+    objective: nn.Module,
+    batch: dict[str, Any],
+    device: str,
+    layout: torch.memory_format,
 ) -> None:
     """The teacher's forward pass, and the student's forward and backward pass."""
     method.module.zero_grad(set_to_none=True)
-    prepared = {name: in_memory_format(value, layout) for name, value in prepare(method, batch, device).items()}
+    prepared = {
+        name: in_memory_format(value, layout) for name, value in prepare(method, batch, device).items()
+    }
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         loss = objective(prepared)["loss"]
     loss.backward()

@@ -50,7 +50,9 @@ CASES = {
 }
 
 
-def steps(case: TaughtCase, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], None]]:
+def steps(
+    case: TaughtCase, device: str, compiled: bool, channels_last: bool
+) -> dict[str, Callable[[], None]]:
     """The steps that are compared, each on a student of its own."""
     torch.manual_seed(0)
     teacher = keep_small_features(bcosify(build(case.teacher, num_classes=len(CLASSES)))).to(device)
@@ -58,7 +60,12 @@ def steps(case: TaughtCase, device: str, compiled: bool, channels_last: bool) ->
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
     batch = {"image": torch.rand(case.batch, 3, case.size, case.size, device=device)}
     found = {}
-    for name, weight, every in (("kd", 0.0, 1), ("live", 1.0, 1), ("frozen", 1.0, 1), (f"every {EVERY}", 1.0, EVERY)):
+    for name, weight, every in (
+        ("kd", 0.0, 1),
+        ("live", 1.0, 1),
+        ("frozen", 1.0, 1),
+        (f"every {EVERY}", 1.0, EVERY),
+    ):
         torch.manual_seed(1)
         network = bcosify(build(case.network, num_classes=len(CLASSES)), normalize_weight=True)
         student = keep_small_features(network).to(device).train()
@@ -83,7 +90,12 @@ def steps(case: TaughtCase, device: str, compiled: bool, channels_last: bool) ->
 
 
 def stepper(
-    method: Method, objective: nn.Module, batch: dict[str, Any], device: str, layout: torch.memory_format, count: int
+    method: Method,
+    objective: nn.Module,
+    batch: dict[str, Any],
+    device: str,
+    layout: torch.memory_format,
+    count: int,
 ) -> Callable[[], None]:
     """`count` steps: what the teacher gives, forward and backward pass."""
 

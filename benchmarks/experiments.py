@@ -49,10 +49,31 @@ SECTIONS = {  # stage -> its own params
 SEEDS = ("seed", "distill.shots_seed", "guide.guided.annotated_seed")
 RESULTS = REPORTS / "experiments.jsonl"
 FIGURES = (
-    *("accuracy", "f1", "worst_group_accuracy", "mean_group_accuracy", "worst_class_group_accuracy", "agreement"),
-    *("explanation_similarity", "gridpg_own_grids", "unexplained_share", "unexplained_share_as_published", "epg"),
+    *(
+        "accuracy",
+        "f1",
+        "worst_group_accuracy",
+        "mean_group_accuracy",
+        "worst_class_group_accuracy",
+        "agreement",
+    ),
+    *(
+        "explanation_similarity",
+        "gridpg_own_grids",
+        "unexplained_share",
+        "unexplained_share_as_published",
+        "epg",
+    ),
     *("iou", "iou_threshold", "iou_at_0.5"),
-    *("on_object_epg", "size_corrected_epg", "epg_small", "epg_medium", "epg_large", "train/b_mean", "train/bias_abs_mean"),
+    *(
+        "on_object_epg",
+        "size_corrected_epg",
+        "epg_small",
+        "epg_medium",
+        "epg_large",
+        "train/b_mean",
+        "train/bias_abs_mean",
+    ),
     *("teacher_accuracy", "teacher_f1", "teacher_epg", "teacher_iou", "teacher_iou_at_0.5"),
 )
 
@@ -91,7 +112,10 @@ def prepared(params: Params, name: str) -> Task:
 
 def directory_of(task: Task) -> str:
     """The folder of the task's checkpoints, named by all that its outcome depends on."""
-    origin = (read_manifest(shards_of(task.params.dataset)).digest, *(models.digest(folder) for folder in task.upstream))
+    origin = (
+        read_manifest(shards_of(task.params.dataset)).digest,
+        *(models.digest(folder) for folder in task.upstream),
+    )
     return run_directory(task.params.storage.root, "experiments", *identity.of_training(task), *origin)
 
 
@@ -130,9 +154,13 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     """Measures the runs asked for, each with each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=SECTIONS)
-    parser.add_argument("--run", nargs="+", action="append", metavar="KEY=VALUE", help="by default the params as they are")
+    parser.add_argument(
+        "--run", nargs="+", action="append", metavar="KEY=VALUE", help="by default the params as they are"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=("val", "test"), default="val")
     options = parser.parse_args()
@@ -140,9 +168,14 @@ def main() -> None:
     with stage() as base:
         for seed, run in itertools.product(options.seeds, options.run or [[]]):
             pairs = (change.split("=", 1) for change in run)
-            values = {key if "." in key else f"{SECTIONS[options.stage]}.{key}": yaml.safe_load(value) for key, value in pairs}
+            values = {
+                key if "." in key else f"{SECTIONS[options.stage]}.{key}": yaml.safe_load(value)
+                for key, value in pairs
+            }
             params = replaced(base, {"training.workers": 0, **dict.fromkeys(SEEDS, seed), **values}, "--run")
-            runs.setdefault(" ".join(run) or "params.yaml", []).append(measure(params, options.stage, options.split))
+            runs.setdefault(" ".join(run) or "params.yaml", []).append(
+                measure(params, options.stage, options.split)
+            )
     print(summary(runs))
 
 

@@ -69,7 +69,9 @@ def loop(map_of: Map, case: GridCase, grids: Tensor, classes: Tensor) -> Tensor:
     scores = torch.zeros(classes.shape, device=grids.device)
     for i, grid in enumerate(grids):
         for j, target in enumerate(classes[i]):
-            smoothed = nn.functional.avg_pool2d(map_of(grid[None], target[None]), case.smooth, 1, case.smooth // 2)
+            smoothed = nn.functional.avg_pool2d(
+                map_of(grid[None], target[None]), case.smooth, 1, case.smooth // 2
+            )
             positive = smoothed[0].clamp_min(0)
             top, left = j // case.n * case.size, j % case.n * case.size
             total = positive.sum()

@@ -59,12 +59,19 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
     box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * case.size
     pairs = labels.cpu().nonzero().float()  # image and class
     boxes = torch.cat([pairs, box.expand(len(pairs), 4)], dim=1)
-    batch = {"key": [str(row) for row in range(case.batch)], "image": images, "labels": labels, "boxes": boxes}
+    batch = {
+        "key": [str(row) for row in range(case.batch)],
+        "image": images,
+        "labels": labels,
+        "boxes": boxes,
+    }
     found = {}
     for name, weight in (("plain", 0.0), ("guided", 0.01)):
         params = GuidanceParams(epochs=1, batch_size=case.batch, lr=0.1, localisation_weight=weight)
         method = Guidance(network(case, device).train(), "multilabel", CLASSES, params)
-        found[name] = stepper(method, build_objective(method, training), batch, device, memory_format(training), 1)
+        found[name] = stepper(
+            method, build_objective(method, training), batch, device, memory_format(training), 1
+        )
     return found
 
 

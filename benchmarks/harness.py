@@ -67,21 +67,31 @@ def peak_bytes(step: Callable[[], Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [
+        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     return max(accumulate(changes), default=0)
 
 
-def compare(modes: Mapping[str, Mapping[str, Callable[[], Any]]], base: str, rounds: int) -> Iterator[dict[str, Any]]:
+def compare(
+    modes: Mapping[str, Mapping[str, Callable[[], Any]]], base: str, rounds: int
+) -> Iterator[dict[str, Any]]:
     """A line for each mode: `base` in milliseconds, each other step over `base`, and each compiled step over the eager one.
 
     The most memory that each step takes is in megabytes.
     """
-    turns = in_turns({(mode, name): step for mode, steps in modes.items() for name, step in steps.items()}, rounds)
+    turns = in_turns(
+        {(mode, name): step for mode, steps in modes.items() for name, step in steps.items()}, rounds
+    )
     for mode, steps in modes.items():
         line: dict[str, Any] = {"mode": mode, f"{base}_ms": milliseconds(turns, (mode, base))}
-        line |= {f"{name} / {base}": ratio(turns, (mode, name), (mode, base)) for name in steps if name != base}
+        line |= {
+            f"{name} / {base}": ratio(turns, (mode, name), (mode, base)) for name in steps if name != base
+        }
         line |= {f"{name}_mb": round(peak_bytes(step) / 1e6, 1) for name, step in steps.items()}
         if mode == "compiled" and "eager" in modes:
             line |= {f"{name} / eager": ratio(turns, (mode, name), ("eager", name)) for name in steps}
@@ -119,6 +129,8 @@ def main(
         torch.compiler.reset()
         case = cases[device][name]
         for line in measure(case, device, options):
-            lines.append({"case": name, "batch": case.batch, "device": device, "threads": options.threads} | line)
+            lines.append(
+                {"case": name, "batch": case.batch, "device": device, "threads": options.threads} | line
+            )
             print(json.dumps(lines[-1]), flush=True)
     print("\n" + table_of(lines))

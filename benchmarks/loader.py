@@ -39,7 +39,9 @@ def job_of(params: Params, layout: str) -> Job:
     params = replaced(params, {"training.workers": 0, "training.channels_last": layout == "last"})
     task, optim = tasks.bcosify(params, "pretrained"), params.bcosify.pretrained
     directory = str(Path("runs/loader_benchmark", layout).absolute())
-    return replace(task.job(directory), build=partial(build_bcosification, task.spec, None, optim, params.seed))
+    return replace(
+        task.job(directory), build=partial(build_bcosification, task.spec, None, optim, params.seed)
+    )
 
 
 def rate(batches: Any, count: int) -> float:
@@ -60,13 +62,17 @@ def stepped(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, A
 
 def step_rates(runs: dict[str, Run], batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
     """Images a second of each run's step on batches at hand; medians of rounds in turns."""
-    turns = [{name: rate(stepped(run, batches), len(batches)) for name, run in runs.items()} for _ in range(rounds)]
+    turns = [
+        {name: rate(stepped(run, batches), len(batches)) for name, run in runs.items()} for _ in range(rounds)
+    ]
     return {name: statistics.median(turn[name] for turn in turns) for name in runs}
 
 
 def main() -> None:
     """Measures the loader with each number of processes, alone and with the step, and the step alone in both layouts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=40)

@@ -73,7 +73,15 @@ def sizes() -> str:
 
 def rates(rate: float) -> str:
     """What GPUs, each of which B-cosifies `rate` images a second, ask of storage and cores."""
-    heads = ("GPUs", "data", "images a second", "from the storage, once", "decoding cores a GPU", "shards a rank", "an epoch")
+    heads = (
+        "GPUs",
+        "data",
+        "images a second",
+        "from the storage, once",
+        "decoding cores a GPU",
+        "shards a rank",
+        "an epoch",
+    )
     rows = []
     for gpus, data in product(GPUS, DATA):
         images = gpus * rate
@@ -97,13 +105,17 @@ def limits(gpu: float, link: float, cores: int) -> str:
         }
         hours = DATA[0].images / method.batch * method.epochs * max(seconds.values()) / 3600
         parts = [f"{1000 * value:.1f}" for value in seconds.values()]
-        rows.append([method.name, gpus, f"{share:g}", *parts, max(seconds, key=seconds.__getitem__), f"{hours:.1f} h"])
+        rows.append(
+            [method.name, gpus, f"{share:g}", *parts, max(seconds, key=seconds.__getitem__), f"{hours:.1f} h"]
+        )
     return table(heads, rows)
 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", type=float, default=1, help="how many times as fast as an H200 a GPU is")
     parser.add_argument("--link", type=float, default=25, help="gigabytes a second between nodes")
     parser.add_argument("--cores", type=int, default=8, help="beside each GPU")

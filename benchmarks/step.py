@@ -46,9 +46,13 @@ class FormulaConv2d(BcosConv2d):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, H', W')."""
-        linear = nn.functional.conv2d(x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        linear = nn.functional.conv2d(
+            x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups
+        )
         squares = (x_NCHW**2).sum(1, keepdim=True)
-        sums = nn.functional.avg_pool2d(squares, self.kernel_size, self.stride, self.padding, divisor_override=1)  # type: ignore[arg-type]
+        sums = nn.functional.avg_pool2d(
+            squares, self.kernel_size, self.stride, self.padding, divisor_override=1
+        )  # type: ignore[arg-type]
         return linear * self.hold(linear.abs() / (sums + 1e-6).sqrt())
 
 
@@ -160,7 +164,10 @@ def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
         for column in targets.unbind(1):
             dynamic_weights(model, images, column)
 
-    ways: dict[str, Callable[[], Any]] = {"at once": partial(dynamic_weights, model, images, targets), "one by one": one_by_one}
+    ways: dict[str, Callable[[], Any]] = {
+        "at once": partial(dynamic_weights, model, images, targets),
+        "one by one": one_by_one,
+    }
     return ratio(in_turns(ways, max(1, rounds // 3)), "at once", "one by one")
 
 

@@ -35,7 +35,9 @@ def main() -> None:
     """Measures each resolution and precision."""
     params = load()
     teacher, _ = models.load(model_folder("bcosify/pretrained"))
-    images = torch.cat([batch["image"] for batch in loader(shards_of(params.dataset), "val", params.data, 64)])
+    images = torch.cat(
+        [batch["image"] for batch in loader(shards_of(params.dataset), "val", params.data, 64)]
+    )
     images = images[:IMAGES]
     logits, live = explained(teacher, images)
     side = live.shape[-1]
@@ -43,13 +45,17 @@ def main() -> None:
     for cell in (1, 2, 4, 8):
         for precision in (torch.float32, torch.float16):
             stored = scaled(live, side // cell).to(precision)
-            given = F.resize(stored.float(), [side, side], interpolation=InterpolationMode.BILINEAR, antialias=False)
+            given = F.resize(
+                stored.float(), [side, side], interpolation=InterpolationMode.BILINEAR, antialias=False
+            )
             cosine = float(explanation_similarity(given, live).mean())
             size = stored[0].nbytes
             whole = IMAGENET * size * (SIDE / side) ** 2
             name = str(precision).removeprefix("torch.")
             rows.append([f"{cell} × {cell}", name, f"{cosine:.4f}", f"{size:,}", f"{whole / 1e9:,.0f} GB"])
-    print(table(["pixels a cell", "precision", "cosine with the live map", "bytes an image", "ImageNet"], rows))
+    print(
+        table(["pixels a cell", "precision", "cosine with the live map", "bytes an image", "ImageNet"], rows)
+    )
     followed = train_transform(params.data, stored_map=True)
     views = [
         followed({"image": (image * 255).round().byte(), STORED_MAP: stored}, random.Random(number))
@@ -67,7 +73,10 @@ def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None)
     """Logits (N, K) and dynamic weights (N, 6, H, W) of images (N, 3, H, W), by default of the class predicted."""
     parts = images.split(64)
     of_parts = [None] * len(parts) if targets is None else targets.split(64)
-    found = [dynamic_weights(teacher, add_inverse(some), wanted) for some, wanted in zip(parts, of_parts, strict=True)]
+    found = [
+        dynamic_weights(teacher, add_inverse(some), wanted)
+        for some, wanted in zip(parts, of_parts, strict=True)
+    ]
     logits, weights = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(weights)
 

@@ -25,7 +25,9 @@ def main() -> int:
         if status := subprocess.call(stage.command, shell=True, env=told):
             return status
     try:
-        tracked = [str(path) for path in Path("runs").glob("**/tracking")]  # maybe on no server, and this directory is the job's
+        tracked = [
+            str(path) for path in Path("runs").glob("**/tracking")
+        ]  # maybe on no server, and this directory is the job's
         deliver(order, [*(path for stage in order.stages for path in stage.outputs), *tracked])
     except (OSError, DataError) as error:
         sys.exit(f"the outputs do not get to {order.place}: {one_line(error)}")

@@ -18,7 +18,11 @@ def pack(target: Path) -> int:
     Raises:
         SubmitError: it is too large; names the folder that most of it lies in.
     """
-    files = [path for path in map(Path, git("ls-files", "-z", "-co", "--exclude-standard").split("\0")) if wanted(path)]
+    files = [
+        path
+        for path in map(Path, git("ls-files", "-z", "-co", "--exclude-standard").split("\0"))
+        if wanted(path)
+    ]
     sizes: Counter[str] = Counter()
     for path in files:
         sizes[f"{path.parts[0]}/" if len(path.parts) > 1 else path.name] += path.stat().st_size

@@ -119,8 +119,14 @@ def stages(name: str) -> list[Stage]:
 def stages_of(job: str) -> list[Stage]:
     """The stages that `job_of` named this job after; raises `SubmitError` as `stages`."""
     with open_repo() as repo:
-        names = {name for stage in submittable(repo) for name in (stage.addressing, stage.addressing.partition("@")[0])}
-        found = [name for name in names if job_of(name, job[-8:]) == job and re.fullmatch("[0-9a-f]{8}", job[-8:])]
+        names = {
+            name
+            for stage in submittable(repo)
+            for name in (stage.addressing, stage.addressing.partition("@")[0])
+        }
+        found = [
+            name for name in names if job_of(name, job[-8:]) == job and re.fullmatch("[0-9a-f]{8}", job[-8:])
+        ]
         if not found:
             raise SubmitError(
                 f"{job[:100]!a} is no job of a stage in dvc.yaml; wanted is STORAGE/jobs/STAGE-NUMBER, as was printed"
@@ -171,7 +177,9 @@ def check_no_links(outputs: Sequence[str]) -> None:
         for path in (*reversed(Path(output).parents), Path(output)):
             made_by_dvc = path == Path(output) and path.resolve().is_relative_to(cache)
             if path.is_symlink() and not made_by_dvc:
-                raise SubmitError(f"{path} is a link to {os.readlink(path)!a}: outputs are put at their own place alone")
+                raise SubmitError(
+                    f"{path} is a link to {os.readlink(path)!a}: outputs are put at their own place alone"
+                )
 
 
 def describe(stage: PipelineStage) -> Stage:
@@ -179,7 +187,11 @@ def describe(stage: PipelineStage) -> Stage:
     from dvc.stage.serialize import to_single_stage_lockfile
 
     stage.save_deps()
-    recorded = {key: value for key, value in to_single_stage_lockfile(stage).items() if key in ("cmd", "deps", "params")}
+    recorded = {
+        key: value
+        for key, value in to_single_stage_lockfile(stage).items()
+        if key in ("cmd", "deps", "params")
+    }
     return Stage(
         name=stage.addressing,
         command=stage.cmd,

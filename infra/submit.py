@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
-SENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "MLFLOW_TRACKING_URI")  # no secrets
+SENT = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "MLFLOW_TRACKING_URI",
+)  # no secrets
 FROM_HERE = 15.0  # seconds for which the storage may fail while a person waits
 CONNECT, READY = 10.0, 60.0  # seconds
 INTERRUPTED = 130
@@ -67,9 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m infra.submit", description=(__doc__ or "").partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.submit", description=(__doc__ or "").partition(": ")[2]
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("stage", nargs="?", metavar="STAGE", help="such as pretrain, bcosify@pretrained, distill")
+    what.add_argument(
+        "stage", nargs="?", metavar="STAGE", help="such as pretrain, bcosify@pretrained, distill"
+    )
     what.add_argument("--follow", metavar="ID", help="follow a job submitted before and bring its outputs")
     what.add_argument("--take", metavar="PLACE", help="bring the outputs of a job in the storage")
     what.add_argument("--stop", metavar="ID", help="stop a job; its checkpoints stay")
@@ -77,9 +87,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", help=f"job server, http://HEAD:8265; by default {ADDRESS}")
     parser.add_argument("--workers", type=workers, metavar="N|MIN:MAX", help="training.workers")
     parser.add_argument("--gpus-per-worker", type=float, metavar="N", help="training.gpus_per_worker")
-    parser.add_argument("--storage", metavar="URL", help="storage.root: checkpoints, shards, models; s3://bucket/folder")
-    parser.add_argument("--prepare", action="store_true", help="put all that a job needs to the storage, and submit none")
-    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow the job to its end")
+    parser.add_argument(
+        "--storage", metavar="URL", help="storage.root: checkpoints, shards, models; s3://bucket/folder"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="put all that a job needs to the storage, and submit none"
+    )
+    parser.add_argument(
+        "--wait", action=argparse.BooleanOptionalAction, default=True, help="follow the job to its end"
+    )
     return parser.parse_args(arguments)
 
 
@@ -100,22 +116,32 @@ def connect(address: str | None) -> JobSubmissionClient:
     url = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or ""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SubmitError(f"--address or {ADDRESS}: the address of a job server is wanted, http://HEAD:8265, not {url!r}")
+        raise SubmitError(
+            f"--address or {ADDRESS}: the address of a job server is wanted, http://HEAD:8265, not {url!r}"
+        )
     try:
-        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT
+        ).close()
     except OSError as error:
         raise SubmitError(f"no Ray cluster at {url}: {error}") from None
     os.environ[ADDRESS] = url  # it wins over the argument
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+    for name in (
+        "dashboard.modules.job.sdk",
+        "dashboard.modules.dashboard_sdk",
+        "_private.runtime_env.packaging",
+    ):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(url)
     except AuthenticationError as error:
         what = "wants a token" if "required" in str(error) else "refuses this token"
-        raise SubmitError(f"the Ray cluster at {url} {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
+        raise SubmitError(
+            f"the Ray cluster at {url} {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:
         raise SubmitError(f"no Ray cluster at {url}: {one_line(error)}") from None
 
@@ -133,7 +159,10 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
             runtime_env={"working_dir": str(code), "env_vars": ray_environment() | sent()},
             metadata=metadata,
         )
-    print(f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}", flush=True)
+    print(
+        f"follow  python -m infra.submit --follow {job}\nstop    python -m infra.submit --stop {job}",
+        flush=True,
+    )
     return job
 
 
@@ -178,16 +207,23 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace, cod
         chosen = project.stages(options.stage)
         check_workers(client, least_workers(options.stage, params), replaced(params, there).training)
         if "://" not in storage:
-            raise SubmitError(f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER")
+            raise SubmitError(
+                f"storage.root is {storage!r}, a folder of this machine: say --storage s3://BUCKET/FOLDER"
+            )
         commit, dirty = project.version()
         size = pack(code)
         for stage in chosen:
             check_sent(check_stage(stage.name, replaced(params, there)), code)
-        uploads = [upload for path in needed(chosen, params) if (upload := input_upload(path, storage)) is not None]
+        uploads = [
+            upload for path in needed(chosen, params) if (upload := input_upload(path, storage)) is not None
+        ]
         for upload in uploads:
             upload.check()
         check_storage(storage, place)
-        print(f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}", flush=True)
+        print(
+            f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}",
+            flush=True,
+        )
         inputs = [publish_input(upload) for upload in uploads]
     shutil.copy2(PARAMS, code)
     project.change(code / PARAMS, there)
@@ -220,7 +256,9 @@ def least_workers(stage: str, params: Params) -> int:
     """How many workers a stage has at the least; raises `SubmitError` if it would not run on any."""
     if stage == "search":
         return params.search.concurrency * max(1, params.search.workers)
-    least = params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
+    least = (
+        params.training.workers if isinstance(params.training.workers, int) else params.training.workers[0]
+    )
     if least == 0:
         raise SubmitError("training.workers is 0, the stage's own process: say --workers N")
     return least
@@ -230,7 +268,9 @@ def check_workers(client: JobSubmissionClient | None, least: int, training: Trai
     """Raises `SubmitError` if the nodes of the cluster never have room for so many workers."""
     if client is None:
         return
-    nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")["result"]["result"]
+    nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")[
+        "result"
+    ]["result"]
     each = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     if room_for([node["resources_total"] for node in nodes], each) < least and not autoscales(client):
         has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in each}
@@ -243,7 +283,9 @@ def check_workers(client: JobSubmissionClient | None, least: int, training: Trai
 def room_for(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
     """How many workers that need `each` of the resources fit on the nodes together, every one on a single node."""
     wanted = {kind: amount for kind, amount in each.items() if amount > 0}
-    return sum(min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes)
+    return sum(
+        min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes
+    )
 
 
 def autoscales(client: JobSubmissionClient) -> bool:
@@ -277,7 +319,11 @@ def check_storage(storage: str, place: str) -> None:
 def sent() -> dict[str, str]:
     """What of the environment the job gets: addresses, unless there is a password in one."""
     values = {name: os.environ[name] for name in SENT if os.environ.get(name)}
-    return {name: value for name, value in values.items() if "@" not in value and not value.startswith(("sqlite:", "file:"))}
+    return {
+        name: value
+        for name, value in values.items()
+        if "@" not in value and not value.startswith(("sqlite:", "file:"))
+    }
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
@@ -298,7 +344,9 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         return details.driver_exit_code or 1
     place = (details.metadata or {}).get("place", "")
     if not place.endswith(f"/jobs/{job}"):
-        raise SubmitError(f"job {job} ended well and has no outputs for this project: infra.submit did not submit it")
+        raise SubmitError(
+            f"job {job} ended well and has no outputs for this project: infra.submit did not submit it"
+        )
     return take(place)
 
 
@@ -307,8 +355,12 @@ def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
-        known = ", ".join(str(each.submission_id) for each in client.list_jobs() if each.submission_id) or "none"
-        raise SubmitError(f"no job {job!r} on this cluster (it has {known})" if "404" in str(error) else str(error)) from None
+        known = (
+            ", ".join(str(each.submission_id) for each in client.list_jobs() if each.submission_id) or "none"
+        )
+        raise SubmitError(
+            f"no job {job!r} on this cluster (it has {known})" if "404" in str(error) else str(error)
+        ) from None
 
 
 async def show(client: JobSubmissionClient, job: str) -> None:

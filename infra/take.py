@@ -23,7 +23,9 @@ from pipelines.tracking.server import tracking_uri, where_to_look
 from pipelines.tracking.sync import sync
 from pipelines.workflow.submitted_job import Result, fetch_result, read_result
 
-JOURNALS = re.compile("runs/.+/tracking/.+")  # files of the runs that the job tracked; they do not become files here
+JOURNALS = re.compile(
+    "runs/.+/tracking/.+"
+)  # files of the runs that the job tracked; they do not become files here
 
 
 def take(place: str) -> int:
@@ -38,7 +40,9 @@ def take(place: str) -> int:
     result = read_result(place)
     if result.stages != {stage.name: stage.state for stage in stages}:
         names = ", ".join(stage.name for stage in stages)
-        raise SubmitError(f"{names}: code, params or inputs here are no longer those submitted; outputs stay in {place}")
+        raise SubmitError(
+            f"{names}: code, params or inputs here are no longer those submitted; outputs stay in {place}"
+        )
     outputs = [output for stage in stages for output in stage.outputs]
     check(result, outputs, place)
     project.check_no_links(outputs)
@@ -58,9 +62,13 @@ def check(result: Result, outputs: Sequence[str], place: str) -> None:
     """Raises `SubmitError` unless every file belongs to an output (or is of a tracked run), and every output has some."""
     found = set()
     for file in result.files:
-        output = next((output for output in outputs if file.name == output or file.name.startswith(f"{output}/")), None)
+        output = next(
+            (output for output in outputs if file.name == output or file.name.startswith(f"{output}/")), None
+        )
         if output is None and not JOURNALS.fullmatch(file.name):
-            raise SubmitError(f"{place}: {file.name[:200]} is in no output of the stage ({', '.join(outputs)}): nothing is taken")
+            raise SubmitError(
+                f"{place}: {file.name[:200]} is in no output of the stage ({', '.join(outputs)}): nothing is taken"
+            )
         found.add(output)
     missing = [output for output in outputs if output not in found]
     if missing:
@@ -77,7 +85,9 @@ def put_in_place(taken: Path, outputs: Sequence[str], before: Path) -> Iterator[
         before: a new folder for what was there.
     """
     before.mkdir()
-    undo: list[tuple[Path, Path, bool]] = []  # an output, where that was moved which was there, and whether there was some
+    undo: list[
+        tuple[Path, Path, bool]
+    ] = []  # an output, where that was moved which was there, and whether there was some
     try:
         for number, output in enumerate(outputs):
             target, old = Path(output), before / str(number)
@@ -114,7 +124,12 @@ def track(taken: Path, place: str) -> None:
                 run = sync(journal, tracking_uri())
                 look = where_to_look(tracking_uri(), run.info.experiment_id, run.info.run_id)
                 print(f"MLflow run {head['stage']} {run.info.run_id}: {look}")
-        except Exception as error:  # the outputs are here, whatever is wrong with a server or with what was tracked
+        except (
+            Exception
+        ) as error:  # the outputs are here, whatever is wrong with a server or with what was tracked
             again = f"python -m infra.submit --take {place}"
-            print(f"not logged to MLflow: {one_line(error)}; nothing is lost: log it later with `{again}`", file=sys.stderr)
+            print(
+                f"not logged to MLflow: {one_line(error)}; nothing is lost: log it later with `{again}`",
+                file=sys.stderr,
+            )
             return

@@ -24,8 +24,12 @@ class Context:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[dict[str, Any]], None] | None = None  # hands metrics to Ray Train and Tune; on all ranks
-    preempted: Callable[[], bool] | None = None  # whether a node of the workers is about to be taken away; on all ranks
+    report: Callable[[dict[str, Any]], None] | None = (
+        None  # hands metrics to Ray Train and Tune; on all ranks
+    )
+    preempted: Callable[[], bool] | None = (
+        None  # whether a node of the workers is about to be taken away; on all ranks
+    )
 
 
 def use_threads(local_world_size: int) -> None:
@@ -83,7 +87,9 @@ def unwrapped(objective: nn.Module) -> nn.Module:
 
 def gradient_sync(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
-    return nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
+    return (
+        nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
+    )
 
 
 def gather(value: Any, context: Context) -> list[Any]:
@@ -135,7 +141,9 @@ def all_reduce_min(value: torch.Tensor, context: Context) -> float:
 
 def all_reduce_sum(values: Sequence[float], context: Context) -> torch.Tensor:
     """The sums of all ranks' `values`, float32 on the device of `context`; does not wait for a GPU."""
-    sums = torch.stack([torch.full((), value, dtype=torch.float32, device=context.device) for value in values])
+    sums = torch.stack(
+        [torch.full((), value, dtype=torch.float32, device=context.device) for value in values]
+    )
     if context.world_size > 1:
         dist.all_reduce(sums)
     return sums
@@ -149,9 +157,13 @@ def average_gradients(module: nn.Module, context: Context) -> None:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if context.world_size == 1 or not parameters:
         return
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=context.device)
+    used = torch.tensor(
+        [float(parameter.grad is not None) for parameter in parameters], device=context.device
+    )
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    for parameter in (parameter for parameter, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere):
+    for parameter in (
+        parameter for parameter, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere
+    ):
         mean = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         mean = mean.contiguous()
         dist.all_reduce(mean)
@@ -160,5 +172,7 @@ def average_gradients(module: nn.Module, context: Context) -> None:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """`batch` with its tensors on `device`, except `boxes`: to select some of them there would wait for a GPU."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "boxes"}
+    tensors = {
+        name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "boxes"
+    }
     return batch | {name: value.to(device, non_blocking=True) for name, value in tensors.items()}

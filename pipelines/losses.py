@@ -37,7 +37,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def binary_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def binary_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> Tensor:
     """τ²·Σ_k KL(σ(t_k/τ) ‖ σ(s_k/τ)) of logits (N, K), the mean over images: a scalar. For several labels an image.
 
     There each class is a decision of its own, with its threshold at logit 0, which a softmax would not teach.
@@ -107,7 +109,9 @@ def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     return (entropy * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
 
 
-def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float, positives: Tensor | None = None) -> Tensor:
+def siglip_loss(
+    features: Tensor, targets: Tensor, scale: float, bias: float, positives: Tensor | None = None
+) -> Tensor:
     """Pairwise sigmoid loss of embeddings, summed over all pairs and divided by N: a scalar.
 
     Both are normalised first; pair (i, j) has the logit scale·cos + bias, and is positive where j is the target of i.
@@ -139,7 +143,9 @@ def siglip_loss(features: Tensor, targets: Tensor, scale: float, bias: float, po
 
 
 @torch.library.custom_op("bcos_pipelines::siglip_of_pairs", mutates_args=())
-def _siglip_of_pairs(features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float) -> tuple[Tensor, Tensor]:
+def _siglip_of_pairs(
+    features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float
+) -> tuple[Tensor, Tensor]:
     """The loss of all pairs, a scalar, and its gradient (N, D) by `features`, which are normalised.
 
     One operation for autograd and the compiler: both would keep the logits of every block, or unroll the loop.
@@ -159,7 +165,9 @@ def _siglip_of_pairs(features: Tensor, targets: Tensor, positives: Tensor, scale
 
 
 @_siglip_of_pairs.register_fake
-def _(features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float) -> tuple[Tensor, Tensor]:
+def _(
+    features: Tensor, targets: Tensor, positives: Tensor, scale: float, bias: float
+) -> tuple[Tensor, Tensor]:
     return features.new_empty(()), torch.empty_like(features)
 
 

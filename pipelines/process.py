@@ -38,7 +38,9 @@ SOCKET_NAME = 103 if sys.platform == "darwin" else 107  # bytes that the path of
 
 def short_folder() -> str | None:
     """A folder for sockets whose path is short and in which this process may write; None if there is none."""
-    return next((folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)), None)
+    return next(
+        (folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)), None
+    )
 
 
 def _shorten_socket_names() -> None:
@@ -86,7 +88,9 @@ def cpu_quotas(root: str | Path = "/") -> Iterator[float]:
         group = PurePosixPath(name.lstrip("/"))
         for mount in (controllers, "cpu") if controllers else ("", "unified"):
             for folder in (Path(root, "sys/fs/cgroup", mount, each) for each in (group, *group.parents)):
-                bound = _text(folder / "cpu.max") or _text(folder / "cpu.cfs_quota_us") + _text(folder / "cpu.cfs_period_us")
+                bound = _text(folder / "cpu.max") or _text(folder / "cpu.cfs_quota_us") + _text(
+                    folder / "cpu.cfs_period_us"
+                )
                 quota, period = [*bound.split(), "", ""][:2]
                 if quota.isdecimal() and period.isdecimal():  # not `max` or -1: no bound
                     yield int(quota) / int(period)

@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-_UNITS: dict[str, dict[str, Any]] = {"bytes": {"unit": "B", "unit_scale": True, "unit_divisor": 1024}, "items": {"unit": ""}}
+_UNITS: dict[str, dict[str, Any]] = {
+    "bytes": {"unit": "B", "unit_scale": True, "unit_divisor": 1024},
+    "items": {"unit": ""},
+}
 _LINES = {  # without a terminal: nothing of work that is done within a minute
     "mininterval": 60.0,
     "maxinterval": 60.0,
@@ -17,7 +20,14 @@ _LINES = {  # without a terminal: nothing of work that is done within a minute
 }
 
 
-def bar(what: str, total: int | None, *, unit: Literal["bytes", "items"] = "items", done: int = 0, show: bool = True) -> tqdm:
+def bar(
+    what: str,
+    total: int | None,
+    *,
+    unit: Literal["bytes", "items"] = "items",
+    done: int = 0,
+    show: bool = True,
+) -> tqdm:
     """A bar that starts at `done`, a context manager: `update(step)` advances it by bytes or items."""
     settings: dict[str, Any] = {} if sys.stderr.isatty() else _LINES
     return tqdm(desc=what, total=total, initial=done, disable=not show, **_UNITS[unit], **settings)

@@ -19,10 +19,16 @@ def main() -> None:
     Students are evaluated beside their teacher, on grids of their own, so that they do not decide on the grids of the others.
     """
     with stage() as params:
-        models, followers = classifiers(params, read_manifest(shards_of(params.dataset)).classes), students(params)
+        models, followers = (
+            classifiers(params, read_manifest(shards_of(params.dataset)).classes),
+            students(params),
+        )
         upstream = (*models.values(), *followers.values())
         settings = (of_data(params.data), params.evaluate)
-        with tracked(params, "evaluate", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
+        with tracked(params, "evaluate", *settings, upstream=upstream, code=CODE, context="evaluation") as (
+            run,
+            _,
+        ):
             metrics, right = evaluate_models(params, models)
             of_students, students_right = evaluate_models(params, followers, "test", "teacher")
             write_json(OUT / "metrics.json", metrics)

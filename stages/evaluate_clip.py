@@ -22,12 +22,18 @@ def main() -> None:
             return
         clip, upstream = params.clip, tuple(folders.values())
         settings = (of_data(params.data), clip.evaluate, clip.pairs, clip.labelled)
-        with tracked(params, "evaluate_clip", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
+        with tracked(
+            params, "evaluate_clip", *settings, upstream=upstream, code=CODE, context="evaluation"
+        ) as (run, _):
             metrics = evaluate_towers(params, folders)
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({name: found["models"] for name, found in metrics.items()}))
             explained = {name: folder for name, folder in folders.items() if name.endswith("_bcos")}
-            run.pictures(draw_text_gallery(OUT / "pictures", explained, shards_for_all(params), params.data, clip.evaluate))
+            run.pictures(
+                draw_text_gallery(
+                    OUT / "pictures", explained, shards_for_all(params), params.data, clip.evaluate
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,19 @@ OUT = REPORTS / "evaluate_guidance"
 def main() -> None:
     """Evaluates both on the splits of the params, also by the attribution that was guided; pictures are of the last split."""
     with stage() as whole:
-        params, models = whole.for_guide(), {"unguided": model_folder("classify"), "guided": model_folder("guide")}
+        params, models = (
+            whole.for_guide(),
+            {"unguided": model_folder("classify"), "guided": model_folder("guide")},
+        )
         guided = Attribution(params.guide.guided.attribution, params.guide.guided.layer)
         settings = (of_data(params.data), params.evaluate, params.guide.splits, asdict(guided))
         upstream = tuple(models.values())
-        with tracked(params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation") as (run, _):
-            found = {split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits}
+        with tracked(
+            params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation"
+        ) as (run, _):
+            found = {
+                split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits
+            }
             metrics = {split: of_split for split, (of_split, _) in found.items()}
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))

@@ -14,7 +14,9 @@ def main(name: str) -> None:
     with stage() as params:
         dataset = params.datasets[name]
         origin = dataset.model_dump(mode="json", exclude={"shard_size", "val_count", "split_seed"})
-        cache = Path(run_directory("runs", f"fetch-{name}", origin))  # partial downloads outlive the stage's outputs
+        cache = Path(
+            run_directory("runs", f"fetch-{name}", origin)
+        )  # partial downloads outlive the stage's outputs
         with keyed(f"datasets.{name}", dataset):
             sources.get(dataset).fetch(Path("data/raw", name), cache)
 

@@ -35,7 +35,10 @@ def main() -> None:
             compare=select,
             higher_is_better=higher_is_better(select) is not False,
         )
-        write_json(REPORTS / "register.json", {"uri": version.uri, "version": version.version, "digest": version.digest})
+        write_json(
+            REPORTS / "register.json",
+            {"uri": version.uri, "version": version.version, "digest": version.digest},
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from pipelines.workflow.places import STORED_EXPLANATIONS, shards_of
 from pipelines.workflow.running import stage
 from pipelines.workflow.submitted_job import inputs_for_all
 from pipelines.workflow.training import tracked
-from pipelines.workflow.trials import CODE, report_search, run_trial, task_of, track_trial, with_measurable_metrics
+from pipelines.workflow.trials import (
+    CODE,
+    report_search,
+    run_trial,
+    task_of,
+    track_trial,
+    with_measurable_metrics,
+)
 
 
 def main() -> None:

@@ -17,8 +17,12 @@ def main(name: str) -> None:
     with stage() as params:
         dataset, out = params.datasets[name], Path("data/shards", name)
         source = sources.get(dataset)
-        written = write_shards(source, Path("data/raw", name), out, shard_size=dataset.shard_size, workers=cpu_count())
-        counts = {split: sum(shard["count"] for shard in shards) for split, shards in written["splits"].items()}
+        written = write_shards(
+            source, Path("data/raw", name), out, shard_size=dataset.shard_size, workers=cpu_count()
+        )
+        counts = {
+            split: sum(shard["count"] for shard in shards) for split, shards in written["splits"].items()
+        }
         log.info("%s: samples: %s", out, ", ".join(f"{split} {count}" for split, count in counts.items()))
 
 

@@ -13,7 +13,10 @@ def main(name: str) -> None:
     """Writes down the code that the data set called `name` depends on, without the code of other data sets."""
     with stage() as params:
         files = code_files(*sources.modules(params.datasets[name]))
-        write_json(Path("data/code", f"{name}.json"), {path.relative_to(ROOT).as_posix(): file_digest(path) for path in files})
+        write_json(
+            Path("data/code", f"{name}.json"),
+            {path.relative_to(ROOT).as_posix(): file_digest(path) for path in files},
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ GROUPS = ("graph", "ray")  # markers of tests that share a fixture of minutes
 NUMBERS = itertools.count()
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_WORKER:
-    os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest share the cores; torch reads it when it is imported
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # workers of pytest share the cores; torch reads it when it is imported
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,7 +42,9 @@ def own_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_shard_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copies of remote shards are a test's own."""
-    folder = tmp_path_factory.getbasetemp() / f"shard-cache-{next(NUMBERS)}"  # `mktemp` would list all folders each time
+    folder = (
+        tmp_path_factory.getbasetemp() / f"shard-cache-{next(NUMBERS)}"
+    )  # `mktemp` would list all folders each time
     folder.mkdir()
     monkeypatch.setenv("SHARD_CACHE", str(folder))
     return folder

@@ -19,7 +19,10 @@ SECRET = "s3cr3t"
         (f"https://host/x#access_token={SECRET}", "https://host/x#***"),
         (f"https://user:{SECRET}@host:5000/x", "https://host:5000/x"),
         (f"https://{SECRET}@host/x", "https://host/x"),
-        (f"postgresql+psycopg2://mlflow:{SECRET}/with@signs@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
+        (
+            f"postgresql+psycopg2://mlflow:{SECRET}/with@signs@db:5432/mlflow",
+            "postgresql+psycopg2://db:5432/mlflow",
+        ),
         (f"postgresql://mlflow:/{SECRET}@db/mlflow", "postgresql://db/mlflow"),
         (f"sftp://user:{SECRET}@host/folder", "sftp://host/folder"),
     ],

@@ -45,7 +45,9 @@ def test_params(project):
         else:
             path.write_bytes(broken(text, draw))
         said = outcome(lambda: load(path), lines=None)
-        assert said == OK or all(line.startswith(f"{path}: ") for line in said.splitlines()), said  # a line for each fault
+        assert said == OK or all(line.startswith(f"{path}: ") for line in said.splitlines()), (
+            said
+        )  # a line for each fault
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

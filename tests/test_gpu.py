@@ -78,7 +78,9 @@ def test_logits_weights_and_gradients_are_those_of_the_cpu(name, layout):
     on_gpu = copy.deepcopy(on_cpu).to("cuda", memory_format=layout)
     images, targets = batch()
     there = (images.to("cuda", memory_format=layout), targets.cuda())
-    for one, other in zip(dynamic_weights(on_gpu, *there), dynamic_weights(on_cpu, images, targets), strict=True):
+    for one, other in zip(
+        dynamic_weights(on_gpu, *there), dynamic_weights(on_cpu, images, targets), strict=True
+    ):
         assert difference(one, other) < 1e-9
     on_cpu.train()
     on_gpu.train()
@@ -117,19 +119,25 @@ def test_killed_and_run_again_is_as_never_killed(tmp_path, at_step):
 
 
 def test_a_loss_that_is_not_finite_is_found_at_the_next_look(tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss of step 4 .* not a finite number; the checkpoint of step 2 is kept"):
+    with pytest.raises(
+        TrainingError, match=r"the loss of step 4 .* not a finite number; the checkpoint of step 2 is kept"
+    ):
         train(toy_job(tmp_path, accident("nan", 4), gpus_per_worker=1, log_every=3))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 40, "val": 10, "test": 50})
+    return drawn_shards(
+        tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 40, "val": 10, "test": 50}
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_on_the_gpu_are_those_of_the_cpu(shards, workers):
     data, cuda = DATA.model_copy(update={"loader_workers": workers}), Context(device=torch.device("cuda"))
-    for here, there in zip(loader(shards, "test", data, 7), loader(shards, "test", data, 7, context=cuda), strict=True):
+    for here, there in zip(
+        loader(shards, "test", data, 7), loader(shards, "test", data, 7, context=cuda), strict=True
+    ):
         assert here["key"] == there["key"]
         assert there["image"].is_cuda
         assert there["image"].max() <= 1
@@ -153,8 +161,18 @@ def job(shards, directories, name, directory, training):
         method = partial(build_guidance, directories["bcos"], optim)
     else:
         optim, student = DistillationParams(**settings, explanation_weight=1.0), StudentParams(name="resnet8")
-        method = partial(build_e2kd, student, models.read_spec(directories["bcos"]), directories["bcos"], optim, 0)
-    return Job(build=method, shards=shards, data=DATA, optim=optim, training=training, seed=0, directory=str(directory))
+        method = partial(
+            build_e2kd, student, models.read_spec(directories["bcos"]), directories["bcos"], optim, 0
+        )
+    return Job(
+        build=method,
+        shards=shards,
+        data=DATA,
+        optim=optim,
+        training=training,
+        seed=0,
+        directory=str(directory),
+    )
 
 
 @pytest.mark.parametrize("name", ["bcosification", "distillation", "guidance"])
@@ -162,25 +180,35 @@ def test_an_epoch_of_a_method_is_that_of_the_cpu(shards, directories, tmp_path, 
     histories = {}
     for gpus in (0, 1):
         training = TrainingParams(workers=0, gpus_per_worker=gpus)
-        histories[gpus] = train(job(shards, directories, name, tmp_path / str(gpus), training)).history[0]["metrics"]
+        histories[gpus] = train(job(shards, directories, name, tmp_path / str(gpus), training)).history[0][
+            "metrics"
+        ]
     rate = "train/images_per_second"
     assert {**histories[1], rate: 0} == pytest.approx({**histories[0], rate: 0}, rel=0.01, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["bcosification", "distillation", "guidance"])
-def test_compiled_and_in_half_precision_an_epoch_of_a_method_is_near_that_in_single(shards, directories, tmp_path, name):
+def test_compiled_and_in_half_precision_an_epoch_of_a_method_is_near_that_in_single(
+    shards, directories, tmp_path, name
+):
     losses = {}
     for kind, changes in {"plain": {}, "fast": {"compile": True, "precision": "bfloat16"}}.items():
         training = TrainingParams(workers=0, gpus_per_worker=1, **changes)
-        losses[kind] = train(job(shards, directories, name, tmp_path / kind, training)).history[0]["metrics"]["train/loss"]
+        losses[kind] = train(job(shards, directories, name, tmp_path / kind, training)).history[0]["metrics"][
+            "train/loss"
+        ]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=0.05)
 
 
 def test_an_evaluation_finds_what_it_finds_on_the_cpu(shards, directories):
     params = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3)
     arguments = (directories, shards, DATA, params, "test", "conventional")
-    with cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):  # torch's default; an evaluation is exact all the same
-        here, there = (evaluate(Context(device=torch.device(name)), *arguments)[0] for name in ("cpu", "cuda"))
+    with cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=True
+    ):  # torch's default; an evaluation is exact all the same
+        here, there = (
+            evaluate(Context(device=torch.device(name)), *arguments)[0] for name in ("cpu", "cuda")
+        )
     assert there["grids"]["count"] == 6
     assert there["models"]["bcos"]["explanations"]["bcos"]["unexplained_share"] < 1e-4
     assert dict(flat(there)) == pytest.approx(dict(flat(here)), abs=1e-3)

@@ -58,7 +58,13 @@ def test_localisation_losses_by_hand(loss, expected):
     torch.testing.assert_close(loss(MAPS, MASKS), torch.tensor(expected))
 
 
-LOCALISATION = [losses.energy_loss, losses.l1_loss, losses.rrr_loss, losses.ppce_loss, losses.size_corrected_energy_loss]
+LOCALISATION = [
+    losses.energy_loss,
+    losses.l1_loss,
+    losses.rrr_loss,
+    losses.ppce_loss,
+    losses.size_corrected_energy_loss,
+]
 
 
 @pytest.mark.parametrize("loss", LOCALISATION)
@@ -81,7 +87,9 @@ def test_the_size_corrected_energy_loss_is_that_of_sauter_et_al(alpha):
     maps, masks = torch.randn(3, 8, 8), torch.zeros(3, 8, 8)
     masks[0, :, :4], masks[1, 2:, 1:], masks[2] = 1, 1, 1
     energy, area = 1 - losses.energy_loss(maps, masks), masks.mean((1, 2))
-    torch.testing.assert_close(losses.size_corrected_energy_loss(maps, masks, alpha), 1 - energy / area**alpha)
+    torch.testing.assert_close(
+        losses.size_corrected_energy_loss(maps, masks, alpha), 1 - energy / area**alpha
+    )
 
 
 SIDE = 224
@@ -121,7 +129,10 @@ def test_siglip_by_hand():
 
 def test_siglip_of_targets_in_any_order_with_rows_of_zeros_between():
     torch.manual_seed(0)
-    features, targets = torch.randn(300, 5, dtype=torch.float64, requires_grad=True), torch.randn(700, 5, dtype=torch.float64)
+    features, targets = (
+        torch.randn(300, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(700, 5, dtype=torch.float64),
+    )
     targets[100:150] = 0
     own = torch.cat([torch.arange(200, 350), torch.arange(99, -1, -1), torch.arange(650, 700)])
     present = targets.abs().sum(1) > 0

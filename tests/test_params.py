@@ -63,10 +63,22 @@ def test_every_model_is_valid(model):
         ("pretrain.lr", -1, "pretrain.lr: .* greater than 0.*-1"),
         ("bcosify.pretrained.b", 0.5, "bcosify.pretrained.b: .* greater than or equal to 1"),
         ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove', 'decay' or 'keep'.*'drop'"),
-        ("datasets.objects.correlation", {"train": 2}, "datasets.objects.correlation.train: .* less than or equal to 1"),
+        (
+            "datasets.objects.correlation",
+            {"train": 2},
+            "datasets.objects.correlation.train: .* less than or equal to 1",
+        ),
         ("datasets.objects.objects_per_image", [3, 1], "least .3. is above the most .1."),
-        ("guide.dataset", "scenez", "guide.dataset: 'scenez' is not in datasets .it has captioned, .*cifar10, "),
-        ("guide.guided.localisation_weight", -1, "localisation_weight: .* greater than or equal to 0 .got -1"),
+        (
+            "guide.dataset",
+            "scenez",
+            "guide.dataset: 'scenez' is not in datasets .it has captioned, .*cifar10, ",
+        ),
+        (
+            "guide.guided.localisation_weight",
+            -1,
+            "localisation_weight: .* greater than or equal to 0 .got -1",
+        ),
         ("guide.guided.mixup", 0.2, "guide.guided: mixup: boxes are of single images"),
         ("guide.guided.select", "f2", "guide.guided.select: .*'f1', 'epg', 'iou' or 'knee'"),
         ("dataset", "objectz", "dataset: 'objectz' is not in datasets .it has captioned, .*cifar10, "),
@@ -78,22 +90,66 @@ def test_every_model_is_valid(model):
         ("bcosify.starts", [], "bcosify.starts: .*at least 1"),
         ("evaluate.smooth", 4, "evaluate.smooth: must be odd .got 4."),
         ("search.metrics", ["accuracy"], r"search.metrics.0: .*'\^val/'.*'accuracy'"),
-        ("search.space", [{"key": "bcosify.pretrained.bb", "choice": [1]}], "search.space: 'bcosify.pretrained.bb' is not in"),
-        ("search.space", [{"key": "pretrain.lr", "uniform": [1, 2]}], "'pretrain.lr' does not change what bcosify@pretrained"),
-        ("search.space", [{"key": "bcosify.pretrained.b", "uniform": [0.5, 2]}], "space: bcosify.pretrained.b: .*1 .got 0.5."),
-        ("search.space", [{"key": "bcosify.pretrained.b", "uniform": [2, 2]}], "the least .2. must be below the most .2."),
-        ("search.space", [{"key": "bcosify.pretrained.bias", "choice": ["keep", "drop"]}], "bias: .*'remove', .*'drop'"),
-        ("search.space", [{"key": "seed", "choice": [1], "when": {"data.augment": "none"}}], "when names 'data.augment'"),
-        ("search.space", [{"key": "seed", "choice": [1], "uniform": [1, 2]}], "exactly one of choice, uniform and loguniform"),
-        ("search.space", [{"key": "bcosify.pretrained.warmup_steps", "uniform": [0, 9]}], "warmup_steps: .*valid integer.*2.86"),
+        (
+            "search.space",
+            [{"key": "bcosify.pretrained.bb", "choice": [1]}],
+            "search.space: 'bcosify.pretrained.bb' is not in",
+        ),
+        (
+            "search.space",
+            [{"key": "pretrain.lr", "uniform": [1, 2]}],
+            "'pretrain.lr' does not change what bcosify@pretrained",
+        ),
+        (
+            "search.space",
+            [{"key": "bcosify.pretrained.b", "uniform": [0.5, 2]}],
+            "space: bcosify.pretrained.b: .*1 .got 0.5.",
+        ),
+        (
+            "search.space",
+            [{"key": "bcosify.pretrained.b", "uniform": [2, 2]}],
+            "the least .2. must be below the most .2.",
+        ),
+        (
+            "search.space",
+            [{"key": "bcosify.pretrained.bias", "choice": ["keep", "drop"]}],
+            "bias: .*'remove', .*'drop'",
+        ),
+        (
+            "search.space",
+            [{"key": "seed", "choice": [1], "when": {"data.augment": "none"}}],
+            "when names 'data.augment'",
+        ),
+        (
+            "search.space",
+            [{"key": "seed", "choice": [1], "uniform": [1, 2]}],
+            "exactly one of choice, uniform and loguniform",
+        ),
+        (
+            "search.space",
+            [{"key": "bcosify.pretrained.warmup_steps", "uniform": [0, 9]}],
+            "warmup_steps: .*valid integer.*2.86",
+        ),
         ("search.shots", 0, "search.shots: .*greater than 0"),
         ("search.workers", 2, "search: asha: trials that train on Ray workers run to their end"),
         ("pretrain.lr", float("inf"), "pretrain.lr: .*finite"),
         ("datasets.objects.counts", {"train": 5, "val": 5}, "counts: test missing"),
         ("datasets.voc", {"source": "voc2007", "difficlt": False}, "datasets.voc.difficlt: unknown key"),
-        ("datasets.coco", {"source": "coco2014", "crowd": "keep"}, "datasets.coco.crowd: .*'label', 'ignore' or 'box'.*'keep'"),
-        ("datasets.birds", {"source": "waterbirds", "variant": 90}, "datasets.birds.variant: .*95 or 100.*90"),
-        ("datasets.voc", {"source": "voc2007", "on_bad_box": "drop"}, "datasets.voc.on_bad_box: .*'raise' or 'skip'.*'drop'"),
+        (
+            "datasets.coco",
+            {"source": "coco2014", "crowd": "keep"},
+            "datasets.coco.crowd: .*'label', 'ignore' or 'box'.*'keep'",
+        ),
+        (
+            "datasets.birds",
+            {"source": "waterbirds", "variant": 90},
+            "datasets.birds.variant: .*95 or 100.*90",
+        ),
+        (
+            "datasets.voc",
+            {"source": "voc2007", "on_bad_box": "drop"},
+            "datasets.voc.on_bad_box: .*'raise' or 'skip'.*'drop'",
+        ),
     ],
 )
 def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, told):
@@ -104,7 +160,9 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(key, value, 
 def test_compiling_and_checkpointing_together_are_refused_in_one_line():
     content = changed("training.compile", True)
     content["training"]["checkpoint_activations"] = True
-    with pytest.raises(params.ParamsError, match=r"^params.yaml: training: compile and checkpoint_activations: choose[^\n]*"):
+    with pytest.raises(
+        params.ParamsError, match=r"^params.yaml: training: compile and checkpoint_activations: choose[^\n]*"
+    ):
         params.validate(content, "params.yaml")
 
 
@@ -124,5 +182,8 @@ def test_a_space_that_does_not_fit_the_other_params_matters_to_the_search_alone(
     if mode == "scheduled":
         params.check_space(found)
     else:
-        with pytest.raises(params.ParamsError, match=r"^params: search.space: bcosify.pretrained: b: a learned B .*, not 1\.5"):
+        with pytest.raises(
+            params.ParamsError,
+            match=r"^params: search.space: bcosify.pretrained: b: a learned B .*, not 1\.5",
+        ):
             params.check_space(found)

@@ -27,9 +27,15 @@ def system(root: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"proc__self__cgroup": "0::/a/b\n", "sys__fs__cgroup__a__cpu.max": "150000 100000\n"}, [1.5]),  # of a parent
+        (
+            {"proc__self__cgroup": "0::/a/b\n", "sys__fs__cgroup__a__cpu.max": "150000 100000\n"},
+            [1.5],
+        ),  # of a parent
         ({"proc__self__cgroup": "0::/a\n", "sys__fs__cgroup__a__cpu.max": "max 100000\n"}, []),
-        ({"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "400000 200000\n"}, [2.0]),  # a container's own view
+        (
+            {"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "400000 200000\n"},
+            [2.0],
+        ),  # a container's own view
         (
             {
                 "proc__self__cgroup": "5:memory:/x\n4:cpu,cpuacct:/docker/1\n",  # named as on the host
@@ -56,7 +62,9 @@ def test_quotas_of_control_groups(tmp_path: Path, files: dict[str, str], expecte
 
 
 @pytest.mark.parametrize(("quotas", "cores"), [([], 6), ([2.5, 9.0], 3), ([0.3], 1), ([64.0], 6)])
-def test_cores_follow_affinity_and_the_tightest_quota(monkeypatch: pytest.MonkeyPatch, quotas: list[float], cores: int) -> None:
+def test_cores_follow_affinity_and_the_tightest_quota(
+    monkeypatch: pytest.MonkeyPatch, quotas: list[float], cores: int
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     monkeypatch.setattr(process, "cpu_quotas", lambda: iter(quotas))
     assert cpu_count() == cores
@@ -82,4 +90,6 @@ with Listener(family="AF_UNIX") as listener:
 def run_with(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a process of its own."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False
+    )

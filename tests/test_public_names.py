@@ -48,7 +48,15 @@ DEFAULTS = {
     },
     "dynamic_weights": {"create_graph": False},
     "rgba": {"smooth": 15, "percentile": 99.5},
-    "BcosConv2d": {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "bias": False, "b": 2.0, "max_out": 1},
+    "BcosConv2d": {
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        "bias": False,
+        "b": 2.0,
+        "max_out": 1,
+    },
     "BcosLinear": {"bias": False, "b": 2.0},
     "attribute": {"method": "bcos", "layer": None, "resize": True},
     "distillation_loss": {"temperature": 1.0},
@@ -66,7 +74,8 @@ def test_a_public_name_takes_the_arguments_that_it_always_took(module, name):
     assert {key: parameters[key].default for key in DEFAULTS.get(name, {})} == DEFAULTS.get(name, {})
     new = [key for key in parameters if key not in {argument.removeprefix("*") for argument in wanted}]
     assert all(
-        parameters[key].default is not inspect.Parameter.empty or parameters[key].kind == inspect.Parameter.VAR_KEYWORD
+        parameters[key].default is not inspect.Parameter.empty
+        or parameters[key].kind == inspect.Parameter.VAR_KEYWORD
         for key in new
         if wanted
     )

@@ -26,7 +26,13 @@ class AttributionMethod(Protocol):
     """Images (N, 6, H, W) and targets, as `explain` takes them -> logits (N, K) and maps (N, h, w) or (N, T, h, w)."""
 
     def __call__(
-        self, model: nn.Module, images: Tensor, targets: Tensor | None, *, layer: str | None, create_graph: bool
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor | None,
+        *,
+        layer: str | None,
+        create_graph: bool,
     ) -> tuple[Tensor, Tensor]:
         """Logits and maps, with their graph where `create_graph` is set."""
 
@@ -175,7 +181,9 @@ def explain_pairs(
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero()[:, 0]
         targets = present[rows].nonzero()[:, 1].view(len(rows), count)
-        asked = targets if count else targets.new_zeros(len(rows), 1)  # of an image without any class, only the logits are used
+        asked = (
+            targets if count else targets.new_zeros(len(rows), 1)
+        )  # of an image without any class, only the logits are used
         logits, *values = explain_some(images[rows], asked)
         order.append(rows)
         places.append((starts[rows, None] + torch.arange(count, device=rows.device)).flatten())
@@ -194,7 +202,9 @@ class Explainer(Protocol):
         """Logits and maps of the classes `targets` (N,), by default those that the model predicts."""
 
 
-def comparable_explainers(one: nn.Module, other: nn.Module, images: Tensor, *, held: bool) -> tuple[Explainer, Explainer]:
+def comparable_explainers(
+    one: nn.Module, other: nn.Module, images: Tensor, *, held: bool
+) -> tuple[Explainer, Explainer]:
     """How two models are explained so that their maps compare.
 
     Args:
@@ -207,5 +217,7 @@ def comparable_explainers(one: nn.Module, other: nn.Module, images: Tensor, *, h
     """
     if held:
         return dynamic_weights, dynamic_weights
-    of_one, of_other = (partial(explain, attribution=Attribution("gradcam").resolved(model, images)) for model in (one, other))
+    of_one, of_other = (
+        partial(explain, attribution=Attribution("gradcam").resolved(model, images)) for model in (one, other)
+    )
     return of_one, of_other

@@ -24,7 +24,11 @@ def forward_with_features(model: nn.Module, images: Tensor, layer: str, cut: boo
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
         near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
-        told = f"near it: {', '.join(near)}" if near else f"its children: {', '.join(n for n, _ in model.named_children())}"
+        told = (
+            f"near it: {', '.join(near)}"
+            if near
+            else f"its children: {', '.join(n for n, _ in model.named_children())}"
+        )
         raise ValueError(f"{type(model).__name__} has no layer {layer!r}; {told}")
     features: Tensor | None = None
 

@@ -43,10 +43,16 @@ def last_features(model: nn.Module, images: Tensor) -> str:
         if isinstance(weight, Tensor) and weight.ndim >= 2:
             before_classifier.extend(spatial)
             spatial.clear()
-        if isinstance(module, nn.AdaptiveAvgPool2d) or not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        if (
+            isinstance(module, nn.AdaptiveAvgPool2d)
+            or not isinstance(output, Tensor)
+            or output.ndim not in (3, 4)
+        ):
             return
         if not _is_image(output, images):
-            if isinstance(weight, Tensor) and weight.ndim == 1:  # a norm of tokens: the network goes on from here
+            if (
+                isinstance(weight, Tensor) and weight.ndim == 1
+            ):  # a norm of tokens: the network goes on from here
                 before_classifier.clear()
                 spatial.clear()
         elif len(output) == 1 and output[0, 0].numel() > 1:
@@ -60,7 +66,9 @@ def last_features(model: nn.Module, images: Tensor) -> str:
         model(images[:1].detach())
     if not before_classifier:
         name = type(getattr(model, "body", getattr(model, "network", model))).__name__
-        raise ModelError(f"{name} has no convolutional features of more than one place for GradCAM: name a layer")
+        raise ModelError(
+            f"{name} has no convolutional features of more than one place for GradCAM: name a layer"
+        )
     return before_classifier[-1]
 
 

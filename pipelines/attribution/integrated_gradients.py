@@ -28,11 +28,18 @@ def integrated_gradients(
         raise ValueError("integrated_gradients explains the input alone: leave `layer` out")
 
     def gradients(
-        forward_fn: Callable[[Tensor], Tensor], inputs: tuple[Tensor], target_ind: Tensor, additional_forward_args: None = None
+        forward_fn: Callable[[Tensor], Tensor],
+        inputs: tuple[Tensor],
+        target_ind: Tensor,
+        additional_forward_args: None = None,
     ) -> tuple[Tensor, ...]:
         logits = forward_fn(inputs[0])
-        every_step = target_ind.expand(len(logits))  # captum repeats the targets for its steps, but not a single one
-        return torch.autograd.grad(logits.gather(1, every_step[:, None]).sum(), inputs, create_graph=create_graph)
+        every_step = target_ind.expand(
+            len(logits)
+        )  # captum repeats the targets for its steps, but not a single one
+        return torch.autograd.grad(
+            logits.gather(1, every_step[:, None]).sum(), inputs, create_graph=create_graph
+        )
 
     integral = IntegratedGradients(model)
     integral.gradient_func = gradients  # captum's own keeps no graph
@@ -41,9 +48,13 @@ def integrated_gradients(
     with torch.set_grad_enabled(create_graph):
         logits = model(images)  # first: in training mode it moves statistics that the graph of the maps keeps
     targets = predicted(logits) if targets is None else targets
-    with evaluating(model):  # the integral is of a function of one image, which a network in training mode is not
+    with evaluating(
+        model
+    ):  # the integral is of a function of one image, which a network in training mode is not
         maps = [
-            integral.attribute(images, baseline, targets_N, n_steps=steps, internal_batch_size=internal_batch_size).sum(1)
+            integral.attribute(
+                images, baseline, targets_N, n_steps=steps, internal_batch_size=internal_batch_size
+            ).sum(1)
             for targets_N in targets.view(len(targets), -1).unbind(1)
         ]
     return logits, torch.stack(maps, dim=1) if targets.ndim == 2 else maps[0]

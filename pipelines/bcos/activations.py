@@ -88,7 +88,10 @@ class GatedGELU(Gate):
 class GatedQuickGELU(Gate):
     """x·sigmoid(1.702·x), which approximates GELU."""
 
-    activation, gate = staticmethod(lambda x: x * torch.sigmoid(1.702 * x)), staticmethod(lambda x: torch.sigmoid(1.702 * x))
+    activation, gate = (
+        staticmethod(lambda x: x * torch.sigmoid(1.702 * x)),
+        staticmethod(lambda x: torch.sigmoid(1.702 * x)),
+    )
 
 
 class BcosReLU(Explainable, nn.ReLU):
@@ -107,6 +110,9 @@ class BcosAvgPool2d(Explainable, nn.AvgPool2d):
         if self.explanation is None or not self.explanation.fused:
             return super().forward(x)
         kernel, stride, padding = (
-            [value, value] if isinstance(value, int) else list(value) for value in (self.kernel_size, self.stride, self.padding)
+            [value, value] if isinstance(value, int) else list(value)
+            for value in (self.kernel_size, self.stride, self.padding)
         )
-        return fused.average_pool(x, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override)
+        return fused.average_pool(
+            x, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override
+        )

@@ -72,7 +72,11 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
         bias = self._bias(q, k, attn_mask, key_padding_mask)
         if need_weights:
             logits = q @ k.transpose(-2, -1) * self.head_dim**-0.5
-            weights = self.hold(F.dropout((logits if bias is None else logits + bias).softmax(-1), self.dropout, self.training))
+            weights = self.hold(
+                F.dropout(
+                    (logits if bias is None else logits + bias).softmax(-1), self.dropout, self.training
+                )
+            )
             mixed = weights @ v
         else:
             weights, mixed = None, attend(self, q, k, v, bias=bias, dropout=self.dropout)
@@ -98,7 +102,9 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
             projected = [x.transpose(0, 1) for x in projected]
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
 
-    def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    def _bias(
+        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
         """Both masks as one addend of the logits, broadcast to (N, heads, L, S)."""
         bias = None
         if attn_mask is not None:  # (L, S) or (N·heads, L, S)
@@ -112,17 +118,25 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
 
 def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as a float: -inf where a boolean one is set, as torch's attention has it."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf")) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask
+    )
 
 
 @register_conversion(nn.MultiheadAttention)
 def _multihead_attention(module: nn.MultiheadAttention, conversion: Conversion) -> nn.Module:
     if module.bias_k is not None or module.add_zero_attn:
-        raise ConversionError(f"{conversion.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted")
+        raise ConversionError(
+            f"{conversion.path!r}: a MultiheadAttention with add_bias_kv or add_zero_attn cannot be converted"
+        )
     return conversion.recast(conversion.children(module, ["out_proj"]), BcosMultiheadAttention)
 
 
-register_conversion(NonDynamicallyQuantizableLinear)(lambda module, conversion: conversion.by_rule_of(nn.Linear, module))
+register_conversion(NonDynamicallyQuantizableLinear)(
+    lambda module, conversion: conversion.by_rule_of(nn.Linear, module)
+)
 
 
 @register_conversion(nn.TransformerEncoderLayer)
@@ -134,7 +148,9 @@ def _encoder_layer(module: nn.TransformerEncoderLayer, conversion: Conversion) -
                 f"{conversion.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
             )
         module.activation = activations[module.activation]
-    module.activation_relu_or_gelu = 0  # otherwise torch's fused inference reads the weights of ordinary layers
+    module.activation_relu_or_gelu = (
+        0  # otherwise torch's fused inference reads the weights of ordinary layers
+    )
     return conversion.children(module)
 
 

@@ -85,7 +85,13 @@ def audit(network: nn.Module, images: Tensor) -> list[Finding]:
     """
     calls: list[tuple[int, int, str]] = []
     writes = _Writes()
-    with recording(), _untouched(network), _noting(network, calls), explaining(network, Explanation(detach=True)), writes:
+    with (
+        recording(),
+        _untouched(network),
+        _noting(network, calls),
+        explaining(network, Explanation(detach=True)),
+        writes,
+    ):
         logits = network(usable(images).detach().requires_grad_())
     found: dict[str, list[str]] = {}
     for node, outputs in sorted(_graph(logits.grad_fn).items(), key=lambda item: item[0]._sequence_nr()):
@@ -95,7 +101,10 @@ def audit(network: nn.Module, images: Tensor) -> list[Finding]:
             operations = found.setdefault(_innermost(calls, number), [])
             if operation not in operations:
                 operations.append(operation)
-    return [Finding(path, type(network.get_submodule(path)).__name__, tuple(names)) for path, names in found.items()]
+    return [
+        Finding(path, type(network.get_submodule(path)).__name__, tuple(names))
+        for path, names in found.items()
+    ]
 
 
 def check_held(network: nn.Module, images: Tensor) -> None:
@@ -174,7 +183,9 @@ def _noting(network: nn.Module, calls: list[tuple[int, int, str]]) -> Iterator[N
     hooks = []
     for path, module in network.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(number())))
-        hooks.append(module.register_forward_hook(lambda *_, path=path: calls.append((begun.pop(), number(), path))))
+        hooks.append(
+            module.register_forward_hook(lambda *_, path=path: calls.append((begun.pop(), number(), path)))
+        )
     try:
         yield
     finally:

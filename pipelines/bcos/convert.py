@@ -41,7 +41,12 @@ from pipelines.bcos.originals import plain_copy
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
-NEUTRAL = {"__init__", "__repr__", "extra_repr", "reset_parameters"}  # methods that do not change what a module computes
+NEUTRAL = {
+    "__init__",
+    "__repr__",
+    "extra_repr",
+    "reset_parameters",
+}  # methods that do not change what a module computes
 RULES = {  # where the rules of a library are: imported when its first module is converted, whatever was imported before
     "torchvision": "pipelines.models.rules",
     "timm": "pipelines.models.rules",
@@ -57,7 +62,9 @@ class Conversion:
     norm: NormMode = "uncentered"
     image_layer: nn.Module | None = None  # the layer that takes the image
     done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # shared modules stay shared
-    replaced: dict[torch.Tensor, tuple[nn.Parameter, str]] = dataclasses.field(default_factory=dict)  # see `derived`
+    replaced: dict[torch.Tensor, tuple[nn.Parameter, str]] = dataclasses.field(
+        default_factory=dict
+    )  # see `derived`
 
     def child(self, module: nn.Module, name: str) -> nn.Module:
         """The converted `module`, which is `name` in the module whose rule this is."""
@@ -65,7 +72,9 @@ class Conversion:
 
     def children(self, module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         """`module` itself with its children converted in place; of `names` (dotted: of its descendants) those that exist."""
-        for name in list(module._modules) if names is None else names:  # `named_children` would name a shared child once
+        for name in (
+            list(module._modules) if names is None else names
+        ):  # `named_children` would name a shared child once
             path, _, attribute = name.rpartition(".")
             parent = module.get_submodule(path)
             child = getattr(parent, attribute, None)
@@ -95,7 +104,10 @@ class Conversion:
             ConversionError: `source` is tied: elsewhere it is replaced by another value.
         """
         if source not in self.replaced:
-            self.replaced[source] = nn.Parameter(value.detach().to(source.dtype), source.requires_grad), self.path
+            self.replaced[source] = (
+                nn.Parameter(value.detach().to(source.dtype), source.requires_grad),
+                self.path,
+            )
             return self.replaced[source][0]
         known, path = self.replaced[source]
         if known.shape != value.shape or not torch.equal(known, value.to(known.dtype)):
@@ -158,22 +170,32 @@ def _rule_of(kind: type[nn.Module]) -> Rule:
         try:
             importlib.import_module(RULES[library])
         except ImportError as error:
-            raise ConversionError(f"the rules that convert a {kind.__name__} cannot be imported: {error}") from None
+            raise ConversionError(
+                f"the rules that convert a {kind.__name__} cannot be imported: {error}"
+            ) from None
     overridden: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         if base in _RULES and not any(hasattr(base, name) for name in overridden):
             return _RULES[base]
-        overridden |= {name for name, value in vars(base).items() if callable(value) or isinstance(value, property)} - NEUTRAL
+        overridden |= {
+            name for name, value in vars(base).items() if callable(value) or isinstance(value, property)
+        } - NEUTRAL
     return _walk
 
 
 def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
     """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
     of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
-    owns = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    owns = [
+        name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
     leaf = next(module.children(), None) is None
     if of_torch or owns or leaf:
-        reason = f"it owns {', '.join(owns)}" if owns and not of_torch else "its output may depend on the input non-linearly"
+        reason = (
+            f"it owns {', '.join(owns)}"
+            if owns and not of_torch
+            else "its output may depend on the input non-linearly"
+        )
         raise ConversionError(
             f"no conversion rule for {type(module).__name__} at {conversion.path or 'the top'!r} ({reason}): write one with "
             f"@register_conversion({type(module).__name__})"
@@ -203,7 +225,9 @@ register_conversion(nn.GroupNorm)(recast_to(BcosGroupNorm))
 def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
     of_image = module is conversion.image_layer
     if of_image and module.groups > 1:
-        raise ConversionError(f"{conversion.path!r} takes the image in {module.groups} groups: give its weight with groups=1")
+        raise ConversionError(
+            f"{conversion.path!r} takes the image in {module.groups} groups: give its weight with groups=1"
+        )
     layer = BcosConv2d(
         module.in_channels * (2 if of_image else 1),
         module.out_channels,
@@ -231,7 +255,9 @@ def _linear(module: nn.Linear, conversion: Conversion) -> nn.Module:
 @register_conversion(nn.BatchNorm2d, nn.BatchNorm1d)
 def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
     if module.running_mean is None or module.running_var is None:
-        raise ConversionError(f"{conversion.path!r}: a BatchNorm without running statistics cannot be converted")
+        raise ConversionError(
+            f"{conversion.path!r}: a BatchNorm without running statistics cannot be converted"
+        )
     centered = conversion.norm == "centered"
     weight: nn.Parameter | None = module.weight
     bias: nn.Parameter | None = module.bias
@@ -283,7 +309,9 @@ def _with_parameters(layer: LayerT, weight: torch.Tensor | None, bias: torch.Ten
     """`layer` with these as its parameters: the same objects; tensors that are no parameters are not trained."""
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            setattr(layer, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), False))
+            setattr(
+                layer, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), False)
+            )
     return layer
 
 
@@ -314,7 +342,10 @@ def convert(
         ConversionError: a module without a rule, no layer that takes three channels, or something that a conversion would lose,
             see `originals.plain_copy`.
     """
-    with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # parameters made in inference mode could never be trained
         body = plain_copy(model)
         conversion = Conversion(norm=norm, image_layer=_image_layer(body))
         before = set(body.modules())
@@ -324,7 +355,9 @@ def convert(
     for parameter in network.parameters():
         if parameter in conversion.replaced:
             _, path = conversion.replaced[parameter]
-            raise _tied(path, next(name for name, other in network.body.named_parameters() if other is parameter))
+            raise _tied(
+                path, next(name for name, other in network.body.named_parameters() if other is parameter)
+            )
     return _like_its_weights(network)
 
 
@@ -354,4 +387,6 @@ def _image_layer(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and getattr(module, "in_channels", None) == 3:
             return module
-    raise ConversionError("no layer of this network takes three channels, so where the image enters is unknown")
+    raise ConversionError(
+        "no layer of this network takes three channels, so where the image enters is unknown"
+    )

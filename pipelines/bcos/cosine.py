@@ -56,8 +56,13 @@ class CosineHead(Holdable):
         """(..., D) -> (..., K)."""
         embeddings = widened(embeddings)
         factor = self.scale / torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True).clamp_min(TINY)
-        with torch.autocast(embeddings.device.type, enabled=False):  # half precision would leave three digits of a cosine
-            return F.linear(embeddings * (self.hold(factor) if self.hold_norm else factor), self.texts.to(embeddings.dtype))
+        with torch.autocast(
+            embeddings.device.type, enabled=False
+        ):  # half precision would leave three digits of a cosine
+            return F.linear(
+                embeddings * (self.hold(factor) if self.hold_norm else factor),
+                self.texts.to(embeddings.dtype),
+            )
 
     def extra_repr(self) -> str:
         """The layer's arguments, as `print` shows them."""
@@ -84,7 +89,12 @@ class UnpooledHead(Holdable):
     positions: Tensor | None
 
     def __init__(
-        self, value: nn.Module, projection: nn.Module, texts: Tensor, p: float = 1.0, positions: Tensor | None = None
+        self,
+        value: nn.Module,
+        projection: nn.Module,
+        texts: Tensor,
+        p: float = 1.0,
+        positions: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not (p == 0 or 1 <= p < math.inf):
@@ -124,14 +134,22 @@ def unpooled(network: BcosNetwork, texts: Tensor, p: float = 1.0) -> BcosNetwork
         ValueError: see `UnpooledHead`.
     """
     copied = copy.deepcopy(network)
-    pools = [name for name, module in copied.named_modules() if hasattr(module, "v_proj") and hasattr(module, "c_proj")]
+    pools = [
+        name
+        for name, module in copied.named_modules()
+        if hasattr(module, "v_proj") and hasattr(module, "c_proj")
+    ]
     if len(pools) != 1:
-        raise ConversionError(f"unpooling takes a tower with one attention pool (v_proj, c_proj); this one has {len(pools)}")
+        raise ConversionError(
+            f"unpooling takes a tower with one attention pool (v_proj, c_proj); this one has {len(pools)}"
+        )
     pool: Any = copied.get_submodule(pools[0])
     projection: Any = pool.c_proj
     if not isinstance(projection, BcosLinear):
         projection = Conversion().child(projection, "c_proj")
         projection._configure(list(layer_b(network).values())[-1], 1, False)
     positions = pool.positional_embedding[1:].detach() if "positional_embedding" in pool._parameters else None
-    copied.set_submodule(pools[0], UnpooledHead(pool.v_proj, projection, texts, p, positions).train(pool.training))
+    copied.set_submodule(
+        pools[0], UnpooledHead(pool.v_proj, projection, texts, p, positions).train(pool.training)
+    )
     return copied

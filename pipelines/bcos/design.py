@@ -27,7 +27,16 @@ from pipelines.bcos.norms import BcosBatchNorm
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = {"fc", "classifier", "head", "heads", "head_dist", "linear", "last_linear", "logits"}  # usual names of a classifier
+CLASSIFIERS = {
+    "fc",
+    "classifier",
+    "head",
+    "heads",
+    "head_dist",
+    "linear",
+    "last_linear",
+    "logits",
+}  # usual names of a classifier
 CLASS_TOKENS = {"class_embedding", "class_token", "cls_token", "dist_token", "reg_token"}  # their usual names
 KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages of modules whose pools are known
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "mish", "tanh"}
@@ -104,9 +113,21 @@ def bcosify(
     classes = class_count(model, network, logit_bias)
     found = {name: choice.find(network, classes) for name, choice in CHOICES.items()}
     design = {
-        **{"b": b, "b_mode": b_mode, "bias": bias, "norm": norm, "stem_pool": stem_pool, "gap_reorder": gap_reorder},
+        **{
+            "b": b,
+            "b_mode": b_mode,
+            "bias": bias,
+            "norm": norm,
+            "stem_pool": stem_pool,
+            "gap_reorder": gap_reorder,
+        },
         **{"activation": activation, "position_embedding": position_embedding, "projection": projection},
-        **{"logit_bias": logit_bias, "temperature": temperature, "normalize_weight": normalize_weight, "max_out": max_out},
+        **{
+            "logit_bias": logit_bias,
+            "temperature": temperature,
+            "normalize_weight": normalize_weight,
+            "max_out": max_out,
+        },
     }
     idle = [name for name, choice in CHOICES.items() if design[name] != choice.off and not found[name]]
     _say(type(model).__name__, {name: design[name] for name in idle}, asked)
@@ -122,7 +143,9 @@ def bcosify(
             if max_out > 1:
                 layer.weight = drawn.setdefault(layer.weight, _drawn(layer.weight, max_out))
     network.design = {**design, **{name: CHOICES[name].off for name in idle if CHOICES[name].off is not None}}
-    network.logit_bias = (0.0 if classes is None else -math.log(classes - 1)) if logit_bias is None else logit_bias
+    network.logit_bias = (
+        (0.0 if classes is None else -math.log(classes - 1)) if logit_bias is None else logit_bias
+    )
     network.temperature = temperature
     return network
 
@@ -176,18 +199,28 @@ def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None
         return None
     classes = layer.out_channels if isinstance(layer, BcosConv2d) else layer.out_features
     if classes < 2 and logit_bias is None:
-        raise ConversionError(f"the default logit bias needs two classes or more, the last layer has {classes}: give logit_bias")
+        raise ConversionError(
+            f"the default logit bias needs two classes or more, the last layer has {classes}: give logit_bias"
+        )
     return classes
 
 
 def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
     """The last B-cos layer in the order of definition, if what is defined after it may follow a classifier."""
-    leaves = [(name, module) for name, module in network.named_modules() if next(module.children(), None) is None]
-    last = max(index for index, (_, module) in enumerate(leaves) if isinstance(module, BcosConv2d | BcosLinear))
+    leaves = [
+        (name, module) for name, module in network.named_modules() if next(module.children(), None) is None
+    ]
+    last = max(
+        index for index, (_, module) in enumerate(leaves) if isinstance(module, BcosConv2d | BcosLinear)
+    )
     layer = leaves[last][1]
     for name, module in leaves[last + 1 :]:
         removed = isinstance(module, nn.Identity) and name.rpartition(".")[2] in CLASSIFIERS
-        if removed or isinstance(module, Holdable) or (isinstance(module, nn.ReLU) and not _sees_single_places(layer)):
+        if (
+            removed
+            or isinstance(module, Holdable)
+            or (isinstance(module, nn.ReLU) and not _sees_single_places(layer))
+        ):
             return None
     return layer
 
@@ -278,7 +311,9 @@ def _places(network: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[str
 def _is_in_a_factor(network: nn.Module, name: str) -> bool:
     """Whether the module of this name only helps to compute the factor of a layer around it, as in a squeeze-excitation."""
     places = name.split(".")
-    return any(isinstance(network.get_submodule(".".join(places[:end])), Holdable) for end in range(1, len(places)))
+    return any(
+        isinstance(network.get_submodule(".".join(places[:end])), Holdable) for end in range(1, len(places))
+    )
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -305,8 +340,12 @@ class Choice:
 
     wanted: str  # what it acts on, in words
     off: Any  # the value that leaves the network as it is; `None`: every value acts
-    find: Callable[[BcosNetwork, int | None], list[str]]  # (network, K) -> dotted names of what the choice acts on
-    act: Callable[[BcosNetwork, list[str], Any], None]  # (network, these names, value) changes the network in place
+    find: Callable[
+        [BcosNetwork, int | None], list[str]
+    ]  # (network, K) -> dotted names of what the choice acts on
+    act: Callable[
+        [BcosNetwork, list[str], Any], None
+    ]  # (network, these names, value) changes the network in place
 
 
 def _by(new: Callable[[Any], nn.Module]) -> Callable[[BcosNetwork, list[str], Any], None]:
@@ -369,18 +408,27 @@ def _without_embeddings(network: BcosNetwork, names: list[str], value: str) -> N
 
 
 def _projections(network: BcosNetwork, classes: int | None) -> list[str]:
-    towers = [(path, module) for path, module in network.named_modules() if isinstance(module, EmbeddingTower)]
+    towers = [
+        (path, module) for path, module in network.named_modules() if isinstance(module, EmbeddingTower)
+    ]
     return [f"{path}.{tower.projection}" for path, tower in towers if tower.projection is not None]
 
 
 CHOICES = {  # in the order in which they act
     "bias": Choice("a parameter that is a bias", "keep", _biases, _treat_biases),
     "norm": Choice("a BatchNorm", None, _batch_norms, _already_converted),
-    "stem_pool": Choice("an nn.MaxPool2d of 3×3, stride 2, padding 1", "keep", _stem_pools, _by(_average_pool)),
-    "gap_reorder": Choice(
-        "an nn.AdaptiveAvgPool2d(1) and a classifier", False, _pools_before_a_classifier, _by(lambda _: LocationsToBatch())
+    "stem_pool": Choice(
+        "an nn.MaxPool2d of 3×3, stride 2, padding 1", "keep", _stem_pools, _by(_average_pool)
     ),
-    "activation": Choice("a ReLU or gated activation that is a module", "keep", _activations, _by(lambda _: nn.Identity())),
+    "gap_reorder": Choice(
+        "an nn.AdaptiveAvgPool2d(1) and a classifier",
+        False,
+        _pools_before_a_classifier,
+        _by(lambda _: LocationsToBatch()),
+    ),
+    "activation": Choice(
+        "a ReLU or gated activation that is a module", "keep", _activations, _by(lambda _: nn.Identity())
+    ),
     "position_embedding": Choice(
         "a parameter that is a position embedding or a class token", "keep", _embeddings, _without_embeddings
     ),

@@ -76,7 +76,9 @@ def predicted(logits: Tensor) -> Tensor:
     return logits.detach().argmax(1)
 
 
-def input_gradients(logits: Tensor, targets: Tensor | None, point: Tensor, create_graph: bool = False) -> Tensor:
+def input_gradients(
+    logits: Tensor, targets: Tensor | None, point: Tensor, create_graph: bool = False
+) -> Tensor:
     """∂logit_target/∂point (N, ...) for targets (N,); (N, T, ...) for targets (N, T); `None`: of the predicted class.
 
     Logits (N, K) were computed from `point`; each of the T targets takes one backward pass through their graph.
@@ -105,7 +107,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _traced(model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool) -> tuple[Tensor, Tensor]:
+def _traced(
+    model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool
+) -> tuple[Tensor, Tensor]:
     """`dynamic_weights` in a form that a compiler can trace and differentiate again."""
     if targets is not None and targets.ndim == 2:
         raise RuntimeError("compiled dynamic weights are those of one class per image: targets (N,)")
@@ -130,7 +134,9 @@ def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
     return ((images if weights.ndim == 4 else images.unsqueeze(1)) * weights).sum(-3)
 
 
-def rgba(images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5, *, one_scale: bool = False) -> Tensor:
+def rgba(
+    images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5, *, one_scale: bool = False
+) -> Tensor:
     """The explanation as a picture: colours of the weights, opaque where they are large.
 
     Args:

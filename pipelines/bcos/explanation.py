@@ -26,7 +26,9 @@ class Explanation:
         self.holding = True
         self.of_input = False  # whether the pass that runs now is for the gradient of the input alone
         self.differentiated = False  # whether W(x) was computed with a graph of its own
-        self.entry: Tensor | None = None  # what the first layer sees, where no gradient of the images is wanted after W(x)
+        self.entry: Tensor | None = (
+            None  # what the first layer sees, where no gradient of the images is wanted after W(x)
+        )
 
     @property
     def fused(self) -> bool:
@@ -88,7 +90,10 @@ def _outside(value: Tensor) -> Tensor:
 @contextmanager
 def recording() -> Iterator[None]:
     """In the block autograd records, whatever gradient mode the caller is in: `no_grad` or `inference_mode`."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.enable_grad():
+    with (
+        torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(),
+        torch.enable_grad(),
+    ):
         yield
 
 

@@ -41,7 +41,9 @@ class _Square(torch.autograd.Function):
         graph = torch.is_grad_enabled()  # the caller differentiates this pass: nothing in place
         magnitude = widened(linear).abs()
         weighed = magnitude * gradient if graph else magnitude.mul_(gradient)
-        d_norm = -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
+        d_norm = (
+            -(weighed * linear).sum_to_size(norm.shape) / norm.square() if ctx.needs_input_grad[1] else None
+        )
         twice = 2 / norm
         return (weighed * twice if graph else weighed.mul_(twice)).to(linear.dtype), d_norm
 
@@ -61,13 +63,17 @@ class _ExplainedSquare(torch.autograd.Function):
         return (factor * linear).to(linear.dtype), factor
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Explanation], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Explanation], output: tuple[Tensor, Tensor]
+    ) -> None:
         linear, norm, ctx.explanation = inputs
         ctx.save_for_backward(linear, norm, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, d_factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, d_factor: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         linear, norm, factor = ctx.saved_tensors
         d_linear = None if gradient is None else gradient * factor
         if ctx.explanation.holds():
@@ -82,13 +88,19 @@ class _ExplainedSquare(torch.autograd.Function):
         d_norm = -(d_factor * factor).sum_to_size(norm.shape) * inverse if ctx.needs_input_grad[1] else None
         slope = sign * inverse if graph else sign.mul_(inverse)  # of the factor by linear
         of_factor = slope * d_factor if graph else slope.mul_(d_factor)
-        d_linear = of_factor if d_linear is None else d_linear + of_factor if graph else d_linear.add_(of_factor)
+        d_linear = (
+            of_factor if d_linear is None else d_linear + of_factor if graph else d_linear.add_(of_factor)
+        )
         return d_linear.to(linear.dtype), d_norm, None
 
 
 def square(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Tensor:
     """|linear|·linear / norm, the B-cos transformation at B = 2; |linear| / norm is held while `explanation` holds."""
-    return _Square.apply(linear, norm) if explanation is None else _ExplainedSquare.apply(linear, norm, explanation)[0]
+    return (
+        _Square.apply(linear, norm)
+        if explanation is None
+        else _ExplainedSquare.apply(linear, norm, explanation)[0]
+    )
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -103,7 +115,9 @@ class _SumOfSquares(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Explanation | None], output: Tensor) -> None:
         x_NCHW, explanation = inputs
-        ctx.at_entry = explanation is not None and x_NCHW is explanation.entry  # a held norm has no gradient of the input
+        ctx.at_entry = (
+            explanation is not None and x_NCHW is explanation.entry
+        )  # a held norm has no gradient of the input
         ctx.save_for_backward(x_NCHW)
         ctx.set_materialize_grads(False)
 
@@ -129,11 +143,15 @@ class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None, at_entry: bool) -> Tensor:
+    def forward(
+        x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None, at_entry: bool
+    ) -> Tensor:
         return F.conv2d(x_NCHW, weight, None, *geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry, Explanation | None, bool], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Geometry, Explanation | None, bool], output: Tensor
+    ) -> None:
         x_NCHW, weight, ctx.geometry, ctx.explanation, ctx.at_entry = inputs
         ctx.save_for_backward(x_NCHW, weight)
 
@@ -145,7 +163,12 @@ class _Convolution(torch.autograd.Function):
             of_weight &= not ctx.explanation.of_input
             of_input &= ctx.explanation.of_input or not ctx.at_entry
         if not torch.is_grad_enabled():  # one call gives both, and lays out the gradient once
-            return *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight), None, None, None
+            return (
+                *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight),
+                None,
+                None,
+                None,
+            )
         d_x = _InputGradient.apply(gradient, weight, x_NCHW.detach(), ctx.geometry) if of_input else None
         _, d_weight = _convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, False, of_weight)
         return d_x, d_weight, None, None, None
@@ -190,7 +213,9 @@ def _convolution_gradients(
     return d_x, d_weight
 
 
-def convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None) -> Tensor:
+def convolution(
+    x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None
+) -> Tensor:
     """`F.conv2d`; where a loss on W(x) may follow, with an input gradient that is cheap to differentiate."""
     if explanation is None or explanation.detach:
         return F.conv2d(x_NCHW, weight, None, *geometry)
@@ -199,7 +224,9 @@ def convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation:
     return _traced_convolution(x_NCHW, weight, geometry)
 
 
-def _cheaply_differentiable(x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None) -> Tensor:
+def _cheaply_differentiable(
+    x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None
+) -> Tensor:
     """`_Convolution`, in autocast's type where that is enabled."""
     at_entry = explanation is not None and x_NCHW is explanation.entry
     if torch.is_autocast_enabled(x_NCHW.device.type):

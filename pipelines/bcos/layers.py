@@ -44,7 +44,11 @@ class _Bcos(Holdable):
             return square(linear, norm, explanation)
         with self.computing_factor():
             magnitude = widened(linear).abs()
-            cosine = magnitude * norm.reciprocal() if torch.is_grad_enabled() else magnitude.mul_(norm.reciprocal())
+            cosine = (
+                magnitude * norm.reciprocal()
+                if torch.is_grad_enabled()
+                else magnitude.mul_(norm.reciprocal())
+            )
             factor = cosine if b_is_2 else (cosine + COSINE_EPSILON).pow(b - 1)
         return (linear * self.hold(factor)).to(linear.dtype)
 
@@ -53,32 +57,44 @@ class _Bcos(Holdable):
         if not self.normalize_weight:
             return self.weight
         axes = tuple(range(1, self.weight.ndim))  # not flattened, which would lose the memory format
-        return self.weight / torch.linalg.vector_norm(self.weight, dim=axes, keepdim=True).clamp_min(VECTOR_EPSILON)
+        return self.weight / torch.linalg.vector_norm(self.weight, dim=axes, keepdim=True).clamp_min(
+            VECTOR_EPSILON
+        )
 
     @property
     def b(self) -> float | Tensor:
         """The exponent B >= 1: a number, or a 0-d tensor where it is scheduled or learned (then with its gradient)."""
         if self.b_offset is not None:
-            return torch.where(self.b_offset < -1, 1.0, 2 + self.b_offset)  # a clamp would have no gradient at 1 itself
+            return torch.where(
+                self.b_offset < -1, 1.0, 2 + self.b_offset
+            )  # a clamp would have no gradient at 1 itself
         return self._fixed_b if self.b_value is None else self.b_value
 
     def _is_linear(self) -> bool:
         return self.b_mode == "fixed" and self._fixed_b == 1
 
-    def _configure(self, b: float, max_out: int, normalize_weight: bool, b_mode: ExponentMode = "fixed") -> None:
+    def _configure(
+        self, b: float, max_out: int, normalize_weight: bool, b_mode: ExponentMode = "fixed"
+    ) -> None:
         if max_out < 1:
             raise ValueError(f"max_out must be at least 1, not {max_out}")
         self.b_mode, self._fixed_b = b_mode, check_exponent(b)
         device = self.weight.device
-        self.register_buffer("b_value", torch.tensor(float(b), device=device) if b_mode == "scheduled" else None)
-        self.register_parameter("b_offset", nn.Parameter(torch.tensor(b - 2.0, device=device)) if b_mode == "learned" else None)
+        self.register_buffer(
+            "b_value", torch.tensor(float(b), device=device) if b_mode == "scheduled" else None
+        )
+        self.register_parameter(
+            "b_offset", nn.Parameter(torch.tensor(b - 2.0, device=device)) if b_mode == "learned" else None
+        )
         self.max_out, self.normalize_weight = max_out, normalize_weight
 
     def extra_repr(self) -> str:
         """The layer's arguments, as `print` shows them."""
         b = float(torch.as_tensor(self.b).detach())
         more = f", max_out={self.max_out}" if self.max_out > 1 else ""
-        return f"{super().extra_repr()}, b={b:g}{more}" + (", normalize_weight" if self.normalize_weight else "")
+        return f"{super().extra_repr()}, b={b:g}{more}" + (
+            ", normalize_weight" if self.normalize_weight else ""
+        )
 
 
 class BcosLinear(_Bcos, nn.Linear):
@@ -112,7 +128,9 @@ class BcosLinear(_Bcos, nn.Linear):
         if not self._is_linear():
             with self.computing_factor():
                 squares = widened(x).square().sum(-1, keepdim=True)
-                norm = squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON  # finite second derivatives at 0
+                norm = (
+                    squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON
+                )  # finite second derivatives at 0
             linear = self._scale(linear, norm)
         return linear if self.bias is None else (linear + self.bias).to(linear.dtype)
 
@@ -182,7 +200,9 @@ class BcosConv2d(_Bcos, nn.Conv2d):
             squares = widened(x_NCHW).square().unflatten(1, (self.groups, -1)).sum(2)
         if math.prod(self.kernel_size) == 1 and padding == (0, 0):
             sums = squares[:, :, :: self.stride[0], :: self.stride[1]]
-        elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
+        elif self.dilation == (1, 1) and all(
+            2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)
+        ):
             sums = F.avg_pool2d(squares, self.kernel_size, self.stride, padding, divisor_override=1)
         else:  # the pool knows neither dilation nor wide padding: a convolution of one channel a group
             ones = squares.new_ones(self.groups, 1, *self.kernel_size)
@@ -200,7 +220,11 @@ def check_exponent(b: float) -> float:
 
 def layer_b(model: nn.Module) -> dict[str, float]:
     """The exponent B of each B-cos layer of `model`, by the layer's name."""
-    return {name: float(torch.as_tensor(layer.b).detach()) for name, layer in model.named_modules() if isinstance(layer, _Bcos)}
+    return {
+        name: float(torch.as_tensor(layer.b).detach())
+        for name, layer in model.named_modules()
+        if isinstance(layer, _Bcos)
+    }
 
 
 def set_b(model: nn.Module, b: float) -> None:
@@ -211,7 +235,9 @@ def set_b(model: nn.Module, b: float) -> None:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _Bcos) and layer.b_value is not None]
     if not layers:
-        raise ValueError("this network has no B-cos layer whose B follows a schedule: bcosify it with b_mode='scheduled'")
+        raise ValueError(
+            "this network has no B-cos layer whose B follows a schedule: bcosify it with b_mode='scheduled'"
+        )
     for layer in layers:
         layer.b_value.fill_(check_exponent(b))  # type: ignore[union-attr]
 

@@ -41,14 +41,20 @@ def plain_copy(model: nn.Module) -> nn.Module:
             have, or something that cannot be copied.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ConversionError("a TorchScript program cannot be converted: give the network that it was made of")
+        raise ConversionError(
+            "a TorchScript program cannot be converted: give the network that it was made of"
+        )
     _check_tensors(model)
-    computed = {id(value): value.detach().clone() for value in _computed(model)}  # copy.deepcopy refuses tensors with a history
+    computed = {
+        id(value): value.detach().clone() for value in _computed(model)
+    }  # copy.deepcopy refuses tensors with a history
     try:
         copied = _compiled_from(copy.deepcopy(model, computed))
     except (RuntimeError, TypeError) as error:
         told = " ".join(str(error).split())
-        raise ConversionError(f"a {type(model).__name__} that cannot be copied cannot be converted ({told})") from None
+        raise ConversionError(
+            f"a {type(model).__name__} that cannot be copied cannot be converted ({told})"
+        ) from None
     for path, module in list(copied.named_modules()):
         for name, child in list(module.named_children()):
             if child is not (original := _compiled_from(child)):
@@ -63,10 +69,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def _check_tensors(model: nn.Module) -> None:
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
-            raise ConversionError(f"{path!r} has no values yet: send one batch through the lazy modules before the conversion")
+            raise ConversionError(
+                f"{path!r} has no values yet: send one batch through the lazy modules before the conversion"
+            )
         if tensor.is_complex() or tensor.is_quantized:
             kind = "complex" if tensor.is_complex() else "quantised"
-            raise ConversionError(f"{path!r} is {kind} ({tensor.dtype}): B-cos layers are real; convert the network in float32")
+            raise ConversionError(
+                f"{path!r} is {kind} ({tensor.dtype}): B-cos layers are real; convert the network in float32"
+            )
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise ConversionError(
                 f"{path!r} has a gradient hook, which a conversion would lose: remove it, and add it afterwards"

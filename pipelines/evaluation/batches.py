@@ -36,7 +36,9 @@ def examples_by_key(read: Callable[..., Iterable[Batch]], wanted: set[str]) -> d
     found: dict[str, Example] = {}
     for batch in read(as_bytes=True, fields=("boxes",)) if wanted else ():
         boxes = batch.get("boxes", torch.zeros(0, 6))
-        for row, (key, image, labels) in enumerate(zip(batch["key"], batch["image"], labels_of(batch), strict=True)):
+        for row, (key, image, labels) in enumerate(
+            zip(batch["key"], batch["image"], labels_of(batch), strict=True)
+        ):
             if key in wanted:
                 classes = labels.nonzero()[:, 0].tolist() if labels.ndim else [int(labels)]
                 found[key] = Example(image.clone(), classes, boxes[boxes[:, 0] == row, 2:])

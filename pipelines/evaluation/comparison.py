@@ -54,15 +54,24 @@ def evaluate(
         DataError: nothing to evaluate, or images without labels.
     """
     if not read_manifest(shards).labelled:
-        raise DataError(f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports")
-    models = {name: load_explained_model(path, params.posthoc, context.device, guided) for name, path in directories.items()}
+        raise DataError(
+            f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports"
+        )
+    models = {
+        name: load_explained_model(path, params.posthoc, context.device, guided)
+        for name, path in directories.items()
+    }
     thresholds = None if split == "val" else choose_thresholds(context, models, shards, data, params)
     batches = partial(loader, shards, split, data, params.batch_size)
     single = [name for name, explained in models.items() if explained.spec.task == "multiclass"]
-    accuracy = {name: multiclass_metrics(len(models[name].spec.classes)).to(context.device) for name in single}
+    accuracy = {
+        name: multiclass_metrics(len(models[name].spec.classes)).to(context.device) for name in single
+    }
     scores = {name: Scores(explained, context.device) for name, explained in models.items()}
     students = [name for name in models if teacher is not None and name != teacher]
-    student_scores = {name: StudentScores(models[name], models[str(teacher)], context.device) for name in students}
+    student_scores = {
+        name: StudentScores(models[name], models[str(teacher)], context.device) for name in students
+    }
     seen: list[Predictions] = []
     mine = batches(context=context)
     for batch in mine:
@@ -74,7 +83,12 @@ def evaluate(
             of_student.update(batch["image"], logits[name], logits[str(teacher)])
         groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
         seen.append(
-            Predictions(batch["key"], labels_of(batch).cpu(), {name: each.cpu() for name, each in logits.items()}, groups.cpu())
+            Predictions(
+                batch["key"],
+                labels_of(batch).cpu(),
+                {name: each.cpu() for name, each in logits.items()},
+                groups.cpu(),
+            )
         )
     predictions = Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker])
     results: dict[str, Any] = {

@@ -39,9 +39,15 @@ def draw_gallery(
         shards, data, params, split, guided: as `evaluate` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    models = {name: load_explained_model(path, params.posthoc, torch.device("cpu"), guided) for name, path in directories.items()}
+    models = {
+        name: load_explained_model(path, params.posthoc, torch.device("cpu"), guided)
+        for name, path in directories.items()
+    }
     keys = list(correct)
-    chosen = [keys[index] for index in choose(torch.tensor(list(correct.values())), params.pictures, params.seed).tolist()]
+    chosen = [
+        keys[index]
+        for index in choose(torch.tensor(list(correct.values())), params.pictures, params.seed).tolist()
+    ]
     examples = examples_by_key(partial(loader, shards, split, data, params.batch_size), set(chosen))
     names = next(iter(models.values())).spec.classes
     paths = []
@@ -49,7 +55,9 @@ def draw_gallery(
         rows = {key: examples[key] for key in chosen[start : start + ROWS]}
         batch = add_inverse(torch.stack([row.image for row in rows.values()]) / 255)
         panels: dict[str, Tensor] = {}
-        titles = [f"{key}\ntrue: {', '.join(names[label] for label in row.classes)}" for key, row in rows.items()]
+        titles = [
+            f"{key}\ntrue: {', '.join(names[label] for label in row.classes)}" for key, row in rows.items()
+        ]
         for name, explained in models.items():
             predicted, explanations = _explain_predicted(explained, batch, params.smooth)
             panels |= {f"{name}\n{title}": maps for title, maps in explanations.items()}
@@ -59,7 +67,9 @@ def draw_gallery(
     return paths
 
 
-def _explain_predicted(explained: ExplainedModel, images: Tensor, smooth: int) -> tuple[list[str], dict[str, Tensor]]:
+def _explain_predicted(
+    explained: ExplainedModel, images: Tensor, smooth: int
+) -> tuple[list[str], dict[str, Tensor]]:
     """The class that the model predicts for each image, with its confidence, and the explanations of this class."""
     with torch.no_grad():
         logits = explained.model(images)
@@ -70,7 +80,10 @@ def _explain_predicted(explained: ExplainedModel, images: Tensor, smooth: int) -
     panels: dict[str, Tensor] = {}
     if explained.spec.kind == "bcos":
         _, weights = dynamic_weights(explained.model, images, targets)
-        panels = {"weights": rgba(images, weights, smooth), "contributions": contribution_map(images, weights)}
+        panels = {
+            "weights": rgba(images, weights, smooth),
+            "contributions": contribution_map(images, weights),
+        }
     for name, attribution in explained.explanations.items():
         if not attribution.of_dynamic_weights:
             panels[name] = explain(explained.model, images, targets, attribution)[1]

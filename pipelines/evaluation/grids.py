@@ -44,7 +44,13 @@ def play_grid_pointing_game(
     draw = partial(_draw, predictions, params)
     common = draw(list(models))
     played = {name: (common, draw([name])) for name in models}
-    wanted = {index for pair in played.values() for grids in pair for grid in _share(context, grids) for index in grid.images}
+    wanted = {
+        index
+        for pair in played.values()
+        for grids in pair
+        for grid in _share(context, grids)
+        for index in grid.images
+    }
     found = examples_by_key(batches, {predictions.keys[index] for index in wanted})
     table = {index: found[predictions.keys[index]].image for index in wanted}
 
@@ -74,7 +80,11 @@ def grid_windows(explained: ExplainedModel, params: EvaluateParams) -> int:
 def grid_explainer(explained: ExplainedModel, attribution: Attribution) -> Any:
     """A function of grids (G, 6, H, W) and classes (G, T) that gives maps; of ViTs in windows of their own image size."""
     explain_many = partial(attribute, explained.model, method=attribution.method, layer=attribution.layer)
-    return in_windows(explain_many, explained.spec.image_size) if knows_positions(explained.model) else explain_many
+    return (
+        in_windows(explain_many, explained.spec.image_size)
+        if knows_positions(explained.model)
+        else explain_many
+    )
 
 
 def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:

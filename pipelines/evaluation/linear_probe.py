@@ -61,18 +61,27 @@ def evaluate_linear_probe(
     labels, mine = train.labels.to(context.device), slice(context.rank, None, context.world_size)
     found: dict[str, Any] = {}
     for name in backbones:
-        seen, unseen = train.embeddings[name].to(context.device), test.embeddings[name][mine].to(context.device)
+        seen, unseen = (
+            train.embeddings[name].to(context.device),
+            test.embeddings[name][mine].to(context.device),
+        )
         found[name] = {head: {} for head in params.probe.heads}
         for head, loss in product(params.probe.heads, params.probe.losses):
             trained = train_head(seen, labels, classes, head, loss, params.probe)
             metrics = multiclass_metrics(classes).to(context.device)
             metrics.update(trained(unseen), test.labels[mine].to(context.device))
             found[name][head][loss] = measured(metrics.compute())
-    counts = {"train_images": len(train.labels), "images": len(test.labels), "skipped": train.skipped + test.skipped}
+    counts = {
+        "train_images": len(train.labels),
+        "images": len(test.labels),
+        "skipped": train.skipped + test.skipped,
+    }
     return {"models": found, **counts}
 
 
-def train_head(features: Tensor, labels: Tensor, classes: int, head: str, loss: str, params: LinearProbeParams) -> nn.Module:
+def train_head(
+    features: Tensor, labels: Tensor, classes: int, head: str, loss: str, params: LinearProbeParams
+) -> nn.Module:
     """A head (N, D) -> logits (N, `classes`), trained by AdamW with a cosine schedule; the same each time.
 
     Args:
@@ -88,14 +97,18 @@ def train_head(features: Tensor, labels: Tensor, classes: int, head: str, loss: 
         torch.manual_seed(params.seed)
         module: nn.Module = nn.Linear(features.shape[1], classes)
         if head == "bcos":
-            module = _BcosHead(features.shape[1], classes, params.b, -math.log(max(classes - 1, 1)) if loss == "bce" else 0.0)
+            module = _BcosHead(
+                features.shape[1], classes, params.b, -math.log(max(classes - 1, 1)) if loss == "bce" else 0.0
+            )
     module.to(features.device)
     optimiser = torch.optim.AdamW(module.parameters(), lr=params.lr, weight_decay=params.weight_decay)
     steps = params.epochs * math.ceil(len(features) / params.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     objective = F.cross_entropy if loss == "cross_entropy" else uniform_off_label_bce
     for _ in range(params.epochs):
-        for rows in torch.randperm(len(features), generator=generator).to(features.device).split(params.batch_size):
+        for rows in (
+            torch.randperm(len(features), generator=generator).to(features.device).split(params.batch_size)
+        ):
             optimiser.zero_grad()
             objective(module(features[rows]), labels[rows]).backward()
             optimiser.step()

@@ -56,10 +56,16 @@ def save_panels(
     Raises:
         ValueError: numbers of images, maps and titles differ, or an explanation has another shape.
     """
-    for name, number in {"titles": len(titles), **{name: len(maps) for name, maps in explanations.items()}}.items():
+    for name, number in {
+        "titles": len(titles),
+        **{name: len(maps) for name, maps in explanations.items()},
+    }.items():
         if number != len(images):
             raise ValueError(f"{name}: {number} for {len(images)} images")
-    columns = {"input": images[:, :3].permute(0, 2, 3, 1).clamp(0, 1), **{k: _panels(k, v) for k, v in explanations.items()}}
+    columns = {
+        "input": images[:, :3].permute(0, 2, 3, 1).clamp(0, 1),
+        **{k: _panels(k, v) for k, v in explanations.items()},
+    }
     with matplotlib.rc_context({"font.size": 6}):
         figure = Figure(figsize=(INCHES * len(columns), (INCHES + 0.3) * len(images)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -69,14 +75,20 @@ def save_panels(
         for row, title in enumerate(titles):
             for column, (name, panels) in enumerate(columns.items()):
                 axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
-                axes[row, column].set_title(title if column == 0 else name, parse_math=False)  # names may have a $
+                axes[row, column].set_title(
+                    title if column == 0 else name, parse_math=False
+                )  # names may have a $
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
-                axes[row, 0].add_patch(Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8))
+                axes[row, 0].add_patch(
+                    Rectangle(corner, xmax - xmin, ymax - ymin, fill=False, edgecolor="lime", linewidth=0.8)
+                )
         _save(figure, path)
 
 
-def save_texts(path: str | Path, image: Tensor, texts: Sequence[str], colours: Tensor, contributions: Tensor) -> None:
+def save_texts(
+    path: str | Path, image: Tensor, texts: Sequence[str], colours: Tensor, contributions: Tensor
+) -> None:
     """Writes a PNG: an image, and for each text a column of its colour explanation over its heat map, these on one scale.
 
     The scale stands below the image. The same input gives the same bytes.
@@ -92,10 +104,15 @@ def save_texts(path: str | Path, image: Tensor, texts: Sequence[str], colours: T
         ValueError: numbers of texts and explanations differ.
     """
     if not len(texts) == len(colours) == len(contributions):
-        raise ValueError(f"texts: {len(texts)} for {len(colours)} colour explanations and {len(contributions)} maps")
+        raise ValueError(
+            f"texts: {len(texts)} for {len(colours)} colour explanations and {len(contributions)} maps"
+        )
     limit = float(limits(contributions).max())
     panels = [on_white(colours), heat_map(contributions, limit=limit)]
-    titles = ["\n".join(wrapped for line in text.split("\n") for wrapped in textwrap.wrap(line, 26) or [""]) for text in texts]
+    titles = [
+        "\n".join(wrapped for line in text.split("\n") for wrapped in textwrap.wrap(line, 26) or [""])
+        for text in texts
+    ]
     with matplotlib.rc_context({"font.size": 6}):
         lines = max(title.count("\n") + 1 for title in titles)
         size = (INCHES * (len(texts) + 1), 2 * INCHES + 0.12 * lines + 0.1)
@@ -138,7 +155,11 @@ def draw_front(
     figure = Figure(figsize=(4 * len(others), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for other, axes in zip(others, np.atleast_1d(figure.subplots(1, len(others))), strict=True):
-        where = {n: (float(n) if other is None else values[other], values[0]) for n, values in points.items() if values}
+        where = {
+            n: (float(n) if other is None else values[other], values[0])
+            for n, values in points.items()
+            if values
+        }
         known = {n: (x, y) for n, (x, y) in where.items() if x is not None and y is not None}
         joined = sorted(known[number] for number in front if number in known)
         axes.plot([x for x, _ in known.values()], [y for _, y in known.values()], "o", color="0.7")

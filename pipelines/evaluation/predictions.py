@@ -35,13 +35,19 @@ class Predictions:
         keys = [key for part in parts for key in part.keys]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         logits = {name: torch.cat([part.logits[name] for part in parts])[order] for name in parts[0].logits}
-        labels, groups = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups"))
+        labels, groups = (
+            torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups")
+        )
         return cls([keys[index] for index in order], labels, logits, groups)
 
     def correct(self, name: str) -> dict[str, bool]:
         """Key -> whether the prediction of the model called `name` is correct, in all classes."""
         logits = self.logits[name]
-        hits = logits.argmax(1) == self.labels if self.labels.ndim == 1 else ((logits >= 0) == self.labels.bool()).all(1)
+        hits = (
+            logits.argmax(1) == self.labels
+            if self.labels.ndim == 1
+            else ((logits >= 0) == self.labels.bool()).all(1)
+        )
         return dict(zip(self.keys, hits.tolist(), strict=True))
 
     def decisions(self, name: str) -> dict[str, float]:
@@ -57,7 +63,9 @@ class Predictions:
         if not seen.any():
             return found
         scores, count = logits[:, seen].sigmoid(), int(seen.sum())
-        mean = multilabel_average_precision(scores, labels[:, seen], num_labels=count, average="macro", validate_args=False)
+        mean = multilabel_average_precision(
+            scores, labels[:, seen], num_labels=count, average="macro", validate_args=False
+        )
         return found | measured({"mean_average_precision": mean})
 
     def group_accuracies(self, name: str) -> dict[str, float]:
@@ -74,5 +82,8 @@ class Predictions:
         for kind, each in (("group", groups), ("class_group", labels * (int(groups.max()) + 1) + groups)):
             counts = each.bincount()
             accuracies = (each.bincount(hits) / counts)[counts > 0]  # of the groups that have images
-            found |= {f"worst_{kind}_accuracy": float(accuracies.min()), f"mean_{kind}_accuracy": float(accuracies.mean())}
+            found |= {
+                f"worst_{kind}_accuracy": float(accuracies.min()),
+                f"mean_{kind}_accuracy": float(accuracies.mean()),
+            }
         return found

@@ -58,12 +58,22 @@ def evaluate_retrieval(
         batch = to_device(batch, context.device)
         of_images = [[text for text in some if text.strip()] for some in batch["captions"]]
         captions = [text for some in of_images for text in some]
-        owners = torch.tensor([row for row, some in enumerate(of_images) for _ in some], dtype=torch.int64, device=context.device)
+        owners = torch.tensor(
+            [row for row, some in enumerate(of_images) for _ in some],
+            dtype=torch.int64,
+            device=context.device,
+        )
         encoded = {tower.text: tower.text.encode(captions, params.text_batch) for tower in towers.values()}
         for name, tower in towers.items():
             recall[name].update(unit_embeddings(tower.model, batch["image"]), encoded[tower.text], owners)
-        found = {"images": len(of_images), "captions": len(captions), "without_caption": sum(not some for some in of_images)}
+        found = {
+            "images": len(of_images),
+            "captions": len(captions),
+            "without_caption": sum(not some for some in of_images),
+        }
         counts = {key: counts[key] + found[key] for key in counts}
     figures = {name: measured(metric.compute()) for name, metric in recall.items()}
-    everywhere = {key: sum(gather(count, context)) for key, count in {**counts, "skipped": mine.skipped}.items()}
+    everywhere = {
+        key: sum(gather(count, context)) for key, count in {**counts, "skipped": mine.skipped}.items()
+    }
     return {"models": figures, **everywhere}

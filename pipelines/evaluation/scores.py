@@ -38,7 +38,9 @@ from pipelines.metrics import (
 )
 from pipelines.models import ModelError
 
-BOX_SIZES = dict(zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True))  # share of the image: above, up to
+BOX_SIZES = dict(
+    zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True)
+)  # share of the image: above, up to
 
 
 class Scores:
@@ -57,7 +59,10 @@ class Scores:
         by_box = by_object = None
         if "boxes" in batch and len(rows):
             boxes = select_boxes(batch["boxes"], rows, targets)
-            boxed, by_box = boxes[:, 0].long().bincount(minlength=len(rows)) > 0, box_masks(boxes, targets, size)
+            boxed, by_box = (
+                boxes[:, 0].long().bincount(minlength=len(rows)) > 0,
+                box_masks(boxes, targets, size),
+            )
             if "mask" in batch:
                 by_object = object_masks(batch["mask"][rows], select_boxes(batch["boxes"], rows), targets)
         if not self.explained.explanations:
@@ -73,7 +78,9 @@ class Scores:
                 self._add_between_classes(name, maps, by_box, rows)
                 if by_object is not None:
                     shown, epg = by_object.flatten(1).any(1), energy_pointing_game(maps, by_object)
-                    self._add_by_size(name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown)
+                    self._add_by_size(
+                        name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown
+                    )
         return logits
 
     def compute(self, context: Context, thresholds: Thresholds | None = None) -> dict[str, dict[str, float]]:
@@ -137,7 +144,9 @@ class Scores:
         """Scores of how the map sums to the logit; none for GradCAM, which has another unit, and for layers."""
         if attribution.of_dynamic_weights:
             return ("unexplained_share_as_published", "unexplained_share")
-        return () if attribution.method == "gradcam" or attribution.layer is not None else ("unexplained_share",)
+        return (
+            () if attribution.method == "gradcam" or attribution.layer is not None else ("unexplained_share",)
+        )
 
     def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
         """Scores of maps (P, H, W) against the boxes of the pairs that are `boxed` (P,): of those that cover a pixel."""
@@ -147,8 +156,18 @@ class Scores:
         self._add(name, "pairs_with_empty_boxes", located.float(), boxed & ~located)
         epg, without = energy_pointing_game(maps, masks), without_energy(maps)
         self._add_by_size(name, "epg", epg, without, shares, located)
-        self._add_by_size(name, "size_corrected_epg", size_corrected(epg, shares), without, shares, located, missing=shares == 1)
-        self._add_by_size(name, "iou", iou_by_threshold(maps, masks), without_union(maps, masks), shares, located)
+        self._add_by_size(
+            name,
+            "size_corrected_epg",
+            size_corrected(epg, shares),
+            without,
+            shares,
+            located,
+            missing=shares == 1,
+        )
+        self._add_by_size(
+            name, "iou", iou_by_threshold(maps, masks), without_union(maps, masks), shares, located
+        )
 
     def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
         """For subclasses: scores of maps (P, H, W) against the boxes of all classes of their images `rows` (P,)."""
@@ -165,12 +184,19 @@ class Scores:
     ) -> None:
         """Adds a score (P,), or (P, T) for IoU, of the `chosen` pairs, and of those with each of BOX_SIZES."""
         some = {key: chosen}
-        some |= {f"{key}_{size}": chosen & (shares > least) & (shares <= most) for size, (least, most) in BOX_SIZES.items()}
+        some |= {
+            f"{key}_{size}": chosen & (shares > least) & (shares <= most)
+            for size, (least, most) in BOX_SIZES.items()
+        }
         for each, pairs in some.items():
             if each == key or pairs.any():
-                self._add(name, each, values[pairs], undefined[pairs], None if missing is None else missing[pairs])
+                self._add(
+                    name, each, values[pairs], undefined[pairs], None if missing is None else missing[pairs]
+                )
 
-    def _add(self, name: str, key: str, values: Tensor, undefined: Tensor, missing: Tensor | None = None) -> None:
+    def _add(
+        self, name: str, key: str, values: Tensor, undefined: Tensor, missing: Tensor | None = None
+    ) -> None:
         self._metric(name, key).update(values, undefined, missing)
 
     def _metric(self, name: str, key: str) -> Any:
@@ -201,7 +227,10 @@ class StudentScores:
         if self.explain is None:
             return
         images, targets = add_inverse(images), teacher_logits.argmax(1)
-        one, other = (explain(model, images, targets)[1] for explain, model in zip(self.explain, self.models, strict=True))
+        one, other = (
+            explain(model, images, targets)[1]
+            for explain, model in zip(self.explain, self.models, strict=True)
+        )
         empty = (one.flatten(1) == 0).all(1) | (other.flatten(1) == 0).all(1)
         self.similarity.update(explanation_similarity(one, other), empty)
 

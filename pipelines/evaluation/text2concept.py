@@ -80,8 +80,13 @@ def evaluate_text2concept(
     classified = manifest.task == "multiclass"
     boxed = manifest.labelled and "boxes" in manifest.fields.get(split, ())
     if not classified and not boxed:
-        raise DataError(f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on")
-    names, text_tower = class_names(params.names, manifest), read_text_tower(text or original).to(context.device)
+        raise DataError(
+            f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on"
+        )
+    names, text_tower = (
+        class_names(params.names, manifest),
+        read_text_tower(text or original).to(context.device),
+    )
     tower, tower_spec = load_image_tower(original, context.device)
     check_width(original, tower, tower_spec, text_tower)
     towers: dict[str, Tower] = {}
@@ -92,7 +97,13 @@ def evaluate_text2concept(
             raise ModelError(f"{directory}: Text2Concept takes a B-cos classifier")
         width = output_width(features, spec)
         weight_CD, alignment[name] = fit_map(
-            context, (features, width), (tower, text_tower.width), shards, data, params.batch_size, train_split
+            context,
+            (features, width),
+            (tower, text_tower.width),
+            shards,
+            data,
+            params.batch_size,
+            train_split,
         )
         towers[name] = Tower(with_map(directory, weight_CD), spec, text_tower)
     found: dict[str, Any] = {"alignment": alignment}

@@ -19,7 +19,9 @@ from pipelines.models.zero_shot import ZeroShotNetwork, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
 
 
-def explain_texts(tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bool = True) -> tuple[Tensor, Tensor]:
+def explain_texts(
+    tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bool = True
+) -> tuple[Tensor, Tensor]:
     """Cosines (T,) of an image with texts, and the W(x) of each, from one forward pass of the tower.
 
     Args:
@@ -32,7 +34,9 @@ def explain_texts(tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bo
         cosines (T,), weights (T, 6, H, W): with the norm held, and without biases, Σ weights·(images - mean) is the cosine.
     """
     network = ZeroShotNetwork(tower, texts, hold_norm=hold_norm).eval()
-    cosines_NT, weights_NTCHW = dynamic_weights(network, images, torch.arange(len(texts), device=images.device)[None])
+    cosines_NT, weights_NTCHW = dynamic_weights(
+        network, images, torch.arange(len(texts), device=images.device)[None]
+    )
     return cosines_NT[0], weights_NTCHW[0]
 
 
@@ -63,15 +67,26 @@ def draw_text_gallery(
     (batch,) = loader(shards, split, data, len(numbers), subset=numbers, fields=())
     in_image, images = present(batch, len(names)), add_inverse(batch["image"])
     paths = []
-    for name, tower in load_towers({key: str(path) for key, path in directories.items()}, {}, torch.device("cpu")).items():
-        texts = zero_shot_weights(tower.text, names, params.localisation_templates, batch_size=params.text_batch)
+    for name, tower in load_towers(
+        {key: str(path) for key, path in directories.items()}, {}, torch.device("cpu")
+    ).items():
+        texts = zero_shot_weights(
+            tower.text, names, params.localisation_templates, batch_size=params.text_batch
+        )
         for row, key in enumerate(batch["key"]):
             shown = in_image[row].nonzero()[:, 0].tolist()
-            shown += [next((other for other in range(len(names)) if other not in shown), shown[0])] if shown else [0]
+            shown += (
+                [next((other for other in range(len(names)) if other not in shown), shown[0])]
+                if shown
+                else [0]
+            )
             image = images[row : row + 1]
             cosines, weights = explain_texts(tower.model, image, texts[shown], params.hold_norm)
             repeated = image.expand(len(shown), -1, -1, -1)
-            titles = [f"{names[label]}\ncosine {cosine:.3f}" for label, cosine in zip(shown, cosines.tolist(), strict=True)]
+            titles = [
+                f"{names[label]}\ncosine {cosine:.3f}"
+                for label, cosine in zip(shown, cosines.tolist(), strict=True)
+            ]
             paths.append(folder / f"{name}-{key}.png")
             colours = rgba(repeated, weights, params.smooth, one_scale=True)
             save_texts(paths[-1], image[0], titles, colours, contribution_map(repeated, weights))

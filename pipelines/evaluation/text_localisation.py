@@ -69,14 +69,21 @@ def check_located(shards: str, split: str) -> Manifest:
     """The manifest of the shards; raises DataError unless images of `split` have labels and boxes."""
     manifest = read_manifest(shards)
     if not manifest.labelled:
-        raise DataError(f"{shards}: images without labels: text localisation needs to know what is in an image")
+        raise DataError(
+            f"{shards}: images without labels: text localisation needs to know what is in an image"
+        )
     if "boxes" not in manifest.fields.get(split, ()):
         raise DataError(f"{shards}: no image of {split} has a box: text localisation needs some")
     return manifest
 
 
 def localise(
-    context: Context, explained: Mapping[str, ExplainedModel], shards: str, data: DataParams, batch_size: int, split: str
+    context: Context,
+    explained: Mapping[str, ExplainedModel],
+    shards: str,
+    data: DataParams,
+    batch_size: int,
+    split: str,
 ) -> dict[str, Any]:
     """The result of `evaluate_text_localisation` for models that are zero-shot classifiers of the classes of the data."""
     scores = {name: TextScores(model, context.device) for name, model in explained.items()}
@@ -88,7 +95,11 @@ def localise(
         for each in scores.values():
             each.update(batch)
     found = {name: each.compute(context, thresholds={}) for name, each in scores.items()}
-    return {"models": found, "images": sum(gather(images, context)), "skipped": sum(gather(mine.skipped, context))}
+    return {
+        "models": found,
+        "images": sum(gather(images, context)),
+        "skipped": sum(gather(mine.skipped, context)),
+    }
 
 
 class TextScores(Scores):
@@ -103,12 +114,17 @@ class TextScores(Scores):
     def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
         super()._add_boxes(name, maps, masks, boxed)
         shares = area_share(masks)
-        self._add(name, "box_share", shares[shares > 0], torch.zeros_like(shares[shares > 0], dtype=torch.bool))
+        self._add(
+            name, "box_share", shares[shares > 0], torch.zeros_like(shares[shares > 0], dtype=torch.bool)
+        )
 
     def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
         rows, located = rows.to(maps.device), masks.flatten(1).any(1)
         together = (
-            (rows[:, None] == rows) & located[:, None] & located & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+            (rows[:, None] == rows)
+            & located[:, None]
+            & located
+            & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         )
         one, other = together.nonzero(as_tuple=True)
         own = masks[one] & ~masks[other]
@@ -123,4 +139,8 @@ class TextScores(Scores):
         found = Scores._figures(key, value, threshold)
         if key == "points_to_own":
             found |= {"points_to_own_pairs": int(value["count"]), "points_to_own_chance": 0.5}
-        return {each: figure for each, figure in found.items() if each not in ("box_share_undefined", "points_to_own_undefined")}
+        return {
+            each: figure
+            for each, figure in found.items()
+            if each not in ("box_share_undefined", "points_to_own_undefined")
+        }

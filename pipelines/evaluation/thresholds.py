@@ -20,7 +20,11 @@ Thresholds = dict[str, float]  # name of an explanation -> threshold
 
 
 def choose_thresholds(
-    context: Context, models: Mapping[str, ExplainedModel], shards: str, data: DataParams, params: EvaluateParams
+    context: Context,
+    models: Mapping[str, ExplainedModel],
+    shards: str,
+    data: DataParams,
+    params: EvaluateParams,
 ) -> dict[str, Thresholds]:
     """For each model, the thresholds with the highest mean IoU on the validation split.
 
@@ -28,12 +32,16 @@ def choose_thresholds(
     """
     if "boxes" not in read_manifest(shards).fields.get("val", ()):
         return {model: {} for model in models}
-    metrics = {model: {name: IoU().to(context.device) for name in of.explanations} for model, of in models.items()}
+    metrics = {
+        model: {name: IoU().to(context.device) for name in of.explanations} for model, of in models.items()
+    }
     for batch in loader(shards, "val", data, params.batch_size, context=context, fields=("boxes",)):
         batch = to_device(batch, context.device)
         for model, explained in models.items():
             _update(metrics[model], explained, batch)
-    found = {model: {name: measured(each.compute()) for name, each in of.items()} for model, of in metrics.items()}
+    found = {
+        model: {name: measured(each.compute()) for name, each in of.items()} for model, of in metrics.items()
+    }
     return {
         model: {name: values["iou_threshold"] for name, values in of.items() if "iou_threshold" in values}
         for model, of in found.items()
@@ -44,7 +52,9 @@ def _update(metrics: Mapping[str, IoU], explained: ExplainedModel, batch: Batch)
     """Adds every (image, class) pair of a batch that has a box, to the metric of each explanation."""
     images, in_image = add_inverse(batch["image"]), present(batch, len(explained.spec.classes))
     rows, targets = in_image.nonzero(as_tuple=True)
-    masks = box_masks(select_boxes(batch["boxes"], rows, targets), targets, (images.shape[-2], images.shape[-1]))
+    masks = box_masks(
+        select_boxes(batch["boxes"], rows, targets), targets, (images.shape[-2], images.shape[-1])
+    )
     located = masks.flatten(1).any(1)
     for name, attribution in explained.explanations.items():
         _, maps = explain_pairs(partial(explain, explained.model, attribution=attribution), images, in_image)

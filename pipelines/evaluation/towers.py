@@ -52,11 +52,15 @@ def image_tower(name: str, model: nn.Module, spec: ModelSpec) -> nn.Module:
     if isinstance(model, ZeroShotNetwork):
         return model.tower
     if spec.task != "embedding":
-        raise ModelError(f"{name}: a classifier of {len(spec.classes)} classes, not an image tower: its features match no text")
+        raise ModelError(
+            f"{name}: a classifier of {len(spec.classes)} classes, not an image tower: its features match no text"
+        )
     return model
 
 
-def load_towers(directories: Mapping[str, str], texts: Mapping[str, str], device: torch.device) -> dict[str, Tower]:
+def load_towers(
+    directories: Mapping[str, str], texts: Mapping[str, str], device: torch.device
+) -> dict[str, Tower]:
     """The image towers in `directories` (name -> folder), each with its text tower.
 
     Args:
@@ -82,7 +86,9 @@ def load_towers(directories: Mapping[str, str], texts: Mapping[str, str], device
 def read_text_tower(folder: str) -> TextTower:
     """The text tower in `folder`, frozen and in evaluation mode; raises ModelError if there is none."""
     if not has_text_tower(folder):
-        raise ModelError(f"{folder}: no text tower (text.safetensors, text.json) there: name the folder that has it")
+        raise ModelError(
+            f"{folder}: no text tower (text.safetensors, text.json) there: name the folder that has it"
+        )
     return load_text_tower(folder).eval().requires_grad_(False)
 
 
@@ -90,7 +96,9 @@ def check_width(name: str, model: nn.Module, spec: ModelSpec, text: TextTower) -
     """Raises ModelError unless image and text embeddings have the same width."""
     width = output_width(model, spec)
     if width != text.width:
-        raise ModelError(f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not fit")
+        raise ModelError(
+            f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not fit"
+        )
 
 
 @torch.no_grad()
@@ -130,9 +138,13 @@ def zero_shot_networks(
     networks: dict[str, ZeroShotNetwork] = {}
     for name, tower in towers.items():
         if tower.text not in embedded:
-            distinct = list(dict.fromkeys(names))  # open_clip's names of ImageNet have `missile` and `sunglasses` twice
+            distinct = list(
+                dict.fromkeys(names)
+            )  # open_clip's names of ImageNet have `missile` and `sunglasses` twice
             rows = [distinct.index(each) for each in names]
-            texts = zero_shot_weights(tower.text, distinct, templates, batch_size=params.text_batch, cache=cache)
+            texts = zero_shot_weights(
+                tower.text, distinct, templates, batch_size=params.text_batch, cache=cache
+            )
             embedded[tower.text] = texts[rows]
         network = ZeroShotNetwork(tower.model, embedded[tower.text], params.scale, params.hold_norm)
         networks[name] = network.to(next(tower.model.buffers()).device).eval()
@@ -154,9 +166,13 @@ def load_features(directory: str, device: torch.device) -> tuple[nn.Module, Mode
 
 def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
     """The head of a classifier, its last linear layer, and its name; raises ModelError if there is none."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)]
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)
+    ]
     if not layers:
-        raise ModelError(f"{type(model).__name__} has no linear layer as its head: its features are not known")
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer as its head: its features are not known"
+        )
     return layers[-1]
 
 
@@ -183,7 +199,12 @@ class Embedded:
 
 
 def embed_split(
-    context: Context, backbones: Mapping[str, nn.Module], shards: str, data: DataParams, batch_size: int, split: str
+    context: Context,
+    backbones: Mapping[str, nn.Module],
+    shards: str,
+    data: DataParams,
+    batch_size: int,
+    split: str,
 ) -> Embedded:
     """Embeddings of a labelled split by each of the `backbones`, from one pass over the images.
 
@@ -203,7 +224,9 @@ def embed_split(
     parts = gather((keys, labels, rows, mine.skipped), context)
     all_keys = [key for part in parts for key in part[0]]
     if not all_keys:
-        raise DataError(f"{shards}: no image in {split} to evaluate: the split is empty, or none of its images decodes")
+        raise DataError(
+            f"{shards}: no image in {split} to evaluate: the split is empty, or none of its images decodes"
+        )
     order = sorted(range(len(all_keys)), key=all_keys.__getitem__)
     return Embedded(
         {name: torch.cat([each for part in parts for each in part[2][name]])[order] for name in backbones},

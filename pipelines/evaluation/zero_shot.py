@@ -52,7 +52,9 @@ def evaluate_zero_shot(
     """
     manifest = check_labels(shards)
     names = class_names(params.names, manifest)
-    networks = zero_shot_networks(load_towers(directories, texts or {}, context.device), names, params.templates, params, cache)
+    networks = zero_shot_networks(
+        load_towers(directories, texts or {}, context.device), names, params.templates, params, cache
+    )
     return classify(context, networks, len(names), shards, data, params.batch_size, split)
 
 

@@ -33,14 +33,24 @@ class FineTuning:
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weights of two and more dimensions, others, biases, learned Bs: each group with the decay that the params say."""
-        named = [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-        weights = [(name, parameter) for name, parameter in named if not is_bias(name) and not is_exponent(name)]
+        named = [
+            (name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad
+        ]
+        weights = [
+            (name, parameter) for name, parameter in named if not is_bias(name) and not is_exponent(name)
+        ]
         bias_decay = self.params.bias_decay if self.params.bias == "decay" else 0.0
         groups = [
-            {"params": [parameter for _, parameter in weights if parameter.ndim > 1], "weight_decay": weight_decay},
+            {
+                "params": [parameter for _, parameter in weights if parameter.ndim > 1],
+                "weight_decay": weight_decay,
+            },
             {"params": [parameter for _, parameter in weights if parameter.ndim <= 1], "weight_decay": 0.0},
             {"params": [parameter for name, parameter in named if is_bias(name)], "weight_decay": bias_decay},
-            {"params": [parameter for name, parameter in named if is_exponent(name)], "weight_decay": self.params.b_decay},
+            {
+                "params": [parameter for name, parameter in named if is_exponent(name)],
+                "weight_decay": self.params.b_decay,
+            },
         ]
         return [group for group in groups if group["params"]]
 
@@ -62,7 +72,11 @@ class FineTuning:
         found = {"b_mean": sum(exponents.values()) / len(exponents)}
         if self.params.b_mode != "fixed":
             found |= {f"b/{name}": value for name, value in exponents.items()}
-        biases = [parameter.detach().flatten() for name, parameter in self.module.named_parameters() if is_bias(name)]
+        biases = [
+            parameter.detach().flatten()
+            for name, parameter in self.module.named_parameters()
+            if is_bias(name)
+        ]
         if biases:
             found["bias_abs_mean"] = float(torch.cat(biases).abs().mean())
         return found

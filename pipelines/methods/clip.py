@@ -28,10 +28,20 @@ from pipelines.models import ModelError, ModelSpec
 from pipelines.params import ParamsError
 
 if TYPE_CHECKING:
-    from pipelines.params import ClipParams, DataParams, ImageTextParams, ModelParams, NetworkParams, TrainingParams
+    from pipelines.params import (
+        ClipParams,
+        DataParams,
+        ImageTextParams,
+        ModelParams,
+        NetworkParams,
+        TrainingParams,
+    )
 
 LARGEST_SCALE = math.log(100)  # of cosines, as CLIP's authors bound it
-SCALES = {"clip": (math.log(1 / 0.07), None), "siglip": (math.log(10), -10.0)}  # where logit scale and bias start
+SCALES = {
+    "clip": (math.log(1 / 0.07), None),
+    "siglip": (math.log(10), -10.0),
+}  # where logit scale and bias start
 
 
 class MeanLoss(MeanScore):
@@ -82,7 +92,11 @@ class ClipBcosification(FineTuning):
         features = widened(model(batch["image"]))
         if "all_target" in batch:
             params = self.params
-            return {"loss": siglip_loss(features, batch["all_target"], params.scale, params.pair_bias, positives=batch["row"])}
+            return {
+                "loss": siglip_loss(
+                    features, batch["all_target"], params.scale, params.pair_bias, positives=batch["row"]
+                )
+            }
         return {"loss": self._local_loss(features, batch["target"])}
 
     def metrics(self) -> Any:
@@ -202,7 +216,10 @@ class ImageTextTraining:
         images = add_inverse(batch["image"])
         if self.towers.locked:
             parts = images.tensor_split(batch.get("parts", 1))
-            return {"features": torch.cat([self._embedded(part) for part in parts]), "tokens": self._tokens(batch)}
+            return {
+                "features": torch.cat([self._embedded(part) for part in parts]),
+                "tokens": self._tokens(batch),
+            }
         return {"image": images, "tokens": self._tokens(batch)}
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,7 +230,10 @@ class ImageTextTraining:
 
     def metrics(self) -> Any:
         """`loss`, with the pairs of each validation batch, and the figures of `Recall`, of each image's first caption."""
-        kinds: dict[str, Metric | MetricCollection] = {"loss": MeanLoss(), "recall": Recall(self.towers.text.width)}
+        kinds: dict[str, Metric | MetricCollection] = {
+            "loss": MeanLoss(),
+            "recall": Recall(self.towers.text.width),
+        }
         return MetricCollection(kinds, compute_groups=False)
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
@@ -246,7 +266,9 @@ class ImageTextTraining:
         captions = batch.get("caption", [""] * len(batch["key"]))
         for key, caption in zip(batch["key"], captions, strict=True):
             if not caption.strip():
-                raise ModelError(f"image {key} has no caption: two towers are trained on images with captions")
+                raise ModelError(
+                    f"image {key} has no caption: two towers are trained on images with captions"
+                )
         return self.towers.text.tokens(captions).to(batch["image"].device)
 
     @staticmethod
@@ -295,5 +317,7 @@ def build_image_text(
     text_tower = models.build_text_tower(text.name, text.weights, text.sha256, text.options)
     found = embedding_shape(image, spec.image_size)
     if found != (text_tower.width,):
-        raise ModelError(f"the image tower gives embeddings of the shape {found}, the text tower of ({text_tower.width},)")
+        raise ModelError(
+            f"the image tower gives embeddings of the shape {found}, the text tower of ({text_tower.width},)"
+        )
     return ImageTextTraining(ImageText(image, text_tower, params.loss, params.locked), params)

@@ -17,7 +17,12 @@ from pipelines import models
 from pipelines.attribution import Explainer, comparable_explainers
 from pipelines.bcos import add_inverse, check_held
 from pipelines.data.loading.batch import Batch
-from pipelines.losses import binary_distillation_loss, distillation_loss, explanation_loss, uniform_off_label_bce
+from pipelines.losses import (
+    binary_distillation_loss,
+    distillation_loss,
+    explanation_loss,
+    uniform_off_label_bce,
+)
 from pipelines.methods.method import Classification
 from pipelines.metrics import Agreement
 from pipelines.models import ModelError, ModelSpec
@@ -65,7 +70,9 @@ class E2KD(Classification):
         with_labels = self.params.label_weight > 0 or self.params.mixup > 0
         made = super().prepare(batch) if with_labels else {"image": add_inverse(batch["image"])}
         matched = self.explain_teacher is not None and batch.get("step", 0) % self.params.explain_every == 0
-        parts = made["image"].tensor_split(batch.get("parts", 1))  # which bound the memory of the teacher, too
+        parts = made["image"].tensor_split(
+            batch.get("parts", 1)
+        )  # which bound the memory of the teacher, too
         if self.params.explanations == "frozen":
             logits = batch["teacher_logits"]
             made |= {"teacher_maps": batch["teacher_maps"]} if matched else {}
@@ -79,7 +86,11 @@ class E2KD(Classification):
 
     def targets(self, batch: Batch) -> Tensor:
         """Those of the data; where it has none, zeros that are mixed along with the images and count for nothing."""
-        return super().targets(batch) if self.labelled else batch["image"].new_zeros(len(batch["image"]), dtype=torch.long)
+        return (
+            super().targets(batch)
+            if self.labelled
+            else batch["image"].new_zeros(len(batch["image"]), dtype=torch.long)
+        )
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss`, and what it is made of, unweighted: `distillation`, on a step with explanations `explanation`, and `label`."""
@@ -88,14 +99,22 @@ class E2KD(Classification):
         if "teacher_maps" in batch:
             assert self.explain_student is not None
             logits, maps = self.explain_student(model, images, teacher_logits.argmax(1), create_graph=True)
-            losses["explanation"] = explanation_loss(maps.to(batch["teacher_maps"].dtype), batch["teacher_maps"]).mean()
+            losses["explanation"] = explanation_loss(
+                maps.to(batch["teacher_maps"].dtype), batch["teacher_maps"]
+            ).mean()
         else:
             logits = model(images)
         divergence = distillation_loss if self.task == "multiclass" else binary_distillation_loss
-        losses["distillation"] = divergence(logits.to(teacher_logits.dtype), teacher_logits, params.temperature)
+        losses["distillation"] = divergence(
+            logits.to(teacher_logits.dtype), teacher_logits, params.temperature
+        )
         if params.label_weight > 0:
             losses["label"] = self._label_loss(logits, batch["target"])
-        weights = {"distillation": 1.0, "explanation": params.explanation_weight, "label": params.label_weight}
+        weights = {
+            "distillation": 1.0,
+            "explanation": params.explanation_weight,
+            "label": params.label_weight,
+        }
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}  # type: ignore[dict-item]
 
     def metrics(self) -> Any:
@@ -139,7 +158,9 @@ def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
     if teacher.classes != student.classes:
         raise ModelError(f"teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
     if teacher.task != student.task:
-        raise ModelError(f"teacher: it was trained for the task {teacher.task}; the data has the task {student.task}")
+        raise ModelError(
+            f"teacher: it was trained for the task {teacher.task}; the data has the task {student.task}"
+        )
     if teacher.image_size != student.image_size:
         raise ModelError(
             f"teacher: it was trained at {teacher.image_size} px; image_size must be the same, not {student.image_size}"
@@ -157,7 +178,12 @@ def _few(classes: tuple[str, ...], most: int = 4) -> str:
 
 
 def build_e2kd(
-    model: ModelParams, spec: ModelSpec, teacher: str | Path, params: DistillationParams, seed: int, labelled: bool = True
+    model: ModelParams,
+    spec: ModelSpec,
+    teacher: str | Path,
+    params: DistillationParams,
+    seed: int,
+    labelled: bool = True,
 ) -> E2KD:
     """The method on the student of `spec`, from the weights that `model` names or of weights drawn by `seed`.
 
@@ -177,7 +203,9 @@ def build_e2kd(
     explained = params.explanation_weight > 0
     check_pair(spec, teacher_spec, explained)
     torch.manual_seed(seed)
-    network = models.build(model.name, model.weights, num_classes=len(spec.classes), sha256=model.sha256, options=model.options)
+    network = models.build(
+        model.name, model.weights, num_classes=len(spec.classes), sha256=model.sha256, options=model.options
+    )
     module = models.assemble(spec, network)
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":

@@ -81,7 +81,12 @@ class Guidance(ObjectClassification):
     fields: tuple[str, ...] = ("boxes",)
 
     def __init__(
-        self, module: nn.Module, task: str, num_classes: int, params: GuidanceParams, annotated: Iterable[str] | None = None
+        self,
+        module: nn.Module,
+        task: str,
+        num_classes: int,
+        params: GuidanceParams,
+        annotated: Iterable[str] | None = None,
     ) -> None:
         super().__init__(module, task, num_classes)
         self.params = params
@@ -89,7 +94,11 @@ class Guidance(ObjectClassification):
         self.attribution = Attribution(params.attribution, params.layer)
         options = {"alpha": params.alpha} if params.loss == "size_corrected_energy" else {}
         self.localisation = partial(LOCALISATION[params.loss], **options)
-        self.losses = ("loss", "classification", *(("localisation",) if params.localisation_weight > 0 else ()))
+        self.losses = (
+            "loss",
+            "classification",
+            *(("localisation",) if params.localisation_weight > 0 else ()),
+        )
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """`image`, `target` (N, K); if an annotated image has boxes `class` (N,), drawn from its labels, `mask` (N, H, W).
@@ -107,21 +116,40 @@ class Guidance(ObjectClassification):
         if not len(boxes):
             return made
         masks = box_masks(dilated(boxes, self.params.dilation, size), drawn, size)
-        count = drawn.new_ones(len(drawn), dtype=torch.float32) * batch.get("step_images", self.params.batch_size)
-        return {**made, "class": drawn, "mask": masks & made["target"].bool().any(1)[:, None, None], "count": count}
+        count = drawn.new_ones(len(drawn), dtype=torch.float32) * batch.get(
+            "step_images", self.params.batch_size
+        )
+        return {
+            **made,
+            "class": drawn,
+            "mask": masks & made["target"].bool().any(1)[:, None, None],
+            "count": count,
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss`, and its parts: `classification`, and if λ > 0 `localisation`, the mean over all images, also unguided ones."""
         if "mask" not in batch:
             classification = super().loss(model, batch)["loss"]
             losses = {"loss": classification, "classification": classification}
-            return losses if self.params.localisation_weight == 0 else losses | {"localisation": torch.zeros_like(classification)}
+            return (
+                losses
+                if self.params.localisation_weight == 0
+                else losses | {"localisation": torch.zeros_like(classification)}
+            )
         images, masks = batch["image"], batch["mask"]
-        logits, maps = explain(model, images, batch["class"], self.attribution, create_graph=True, resize=False)
+        logits, maps = explain(
+            model, images, batch["class"], self.attribution, create_graph=True, resize=False
+        )
         each = torch.where(masks.flatten(1).any(1), self.localisation(widened(maps), masks), 0.0)
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
-        together = self.params.localisation_weight * (each * batch["count"]).mean()  # the mean times the count is the sum
-        return {"loss": classification + together, "classification": classification, "localisation": each.mean()}
+        together = (
+            self.params.localisation_weight * (each * batch["count"]).mean()
+        )  # the mean times the count is the sum
+        return {
+            "loss": classification + together,
+            "classification": classification,
+            "localisation": each.mean(),
+        }
 
     def metrics(self) -> Any:
         """Those of classification, and `epg` and `IoU`'s of the pairs of an image and a class that has a box."""
@@ -188,7 +216,9 @@ def build_classifier(spec: ModelSpec, backbone: str | Path, seed: int) -> Object
     return ObjectClassification(models.load_backbone(backbone, spec), spec.task, len(spec.classes))
 
 
-def build_guidance(classifier: str | Path, params: GuidanceParams, annotated: Iterable[str] | None = None) -> Guidance:
+def build_guidance(
+    classifier: str | Path, params: GuidanceParams, annotated: Iterable[str] | None = None
+) -> Guidance:
     """Guidance of the model in the folder `classifier`.
 
     Args:

@@ -15,10 +15,14 @@ class Method(Protocol):
     """A trainable module with its losses and metrics. It does not know where it runs."""
 
     module: nn.Module
-    fixed: tuple[nn.Module, ...]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
+    fixed: tuple[
+        nn.Module, ...
+    ]  # take part in `prepare` and `update`, as a teacher does, and never train: no part of the state
     fields: tuple[str, ...]  # what it reads of batches beside images and labels, see `loader`
     shared: tuple[str, ...]  # tensors of `prepare` of which `loss` needs the rows of all workers, see there
-    losses: tuple[str, ...]  # names that `loss` returns, in some steps at least: an epoch can be selected by any of them
+    losses: tuple[
+        str, ...
+    ]  # names that `loss` returns, in some steps at least: an epoch can be selected by any of them
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of `loss` from a batch of the loader: tensors with one row per image. Draws its random numbers here.

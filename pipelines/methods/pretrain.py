@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Pretrain(Classification):
     """Cross-entropy (multiclass, with label smoothing) or binary cross-entropy (multilabel)."""
 
-    def __init__(self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__(module, task, num_classes, mixup)
         self.label_smoothing = label_smoothing
 
@@ -34,5 +36,7 @@ def build_pretrain(model: ModelParams, spec: models.ModelSpec, params: PretrainP
     """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
     torch.manual_seed(seed)
     classes = len(spec.classes)
-    network = models.build(model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options)
+    network = models.build(
+        model.name, model.weights, num_classes=classes, sha256=model.sha256, options=model.options
+    )
     return Pretrain(models.assemble(spec, network), spec.task, classes, params.mixup, params.label_smoothing)

@@ -29,7 +29,10 @@ def multiclass_metrics(num_classes: int) -> MetricCollection:
 
 def multilabel_metrics(num_classes: int) -> MetricCollection:
     """Micro `f1`, `precision`, `recall` at logit >= 0, to be updated with logits (N, K), labels (N, K) of {0, 1}."""
-    kinds: dict[str, Metric | MetricCollection] = {"f1": _F1(num_classes), "precision": _Precision(num_classes)}
+    kinds: dict[str, Metric | MetricCollection] = {
+        "f1": _F1(num_classes),
+        "precision": _Precision(num_classes),
+    }
     return MetricCollection(kinds | {"recall": _Recall(num_classes)})
 
 

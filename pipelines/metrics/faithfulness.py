@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 
-def deletion(model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object) -> Tensor:
+def deletion(
+    model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object
+) -> Tensor:
     """Area under the probability while the most important pixels are removed first; (N,) in [0, 1], small for a faithful map.
 
     Arguments are those of `removal_curve`.
@@ -19,7 +21,9 @@ def deletion(model: nn.Module, images: Tensor, attributions: Tensor, targets: Te
     return _area(removal_curve(model, images, attributions, targets, **options))  # type: ignore[arg-type]
 
 
-def insertion(model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object) -> Tensor:
+def insertion(
+    model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object
+) -> Tensor:
     """Area under the probability while the least important pixels are removed first; (N,) in [0, 1], large for a faithful map.
 
     Read backwards this is the curve of inserting the most important pixels into the mean image. Arguments as in `removal_curve`.
@@ -53,9 +57,16 @@ def removal_curve(
         (N, steps + 1): with nothing removed, ..., with all removed.
     """
     pixels = attributions[0].numel()
-    ranks = attributions.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).view(attributions.shape)
+    ranks = (
+        attributions.flatten(1)
+        .argsort(dim=1, descending=True, stable=True)
+        .argsort(dim=1)
+        .view(attributions.shape)
+    )
     removed = torch.linspace(0, pixels, steps + 1, device=images.device).round()
-    pairs = torch.cartesian_prod(torch.arange(len(images), device=images.device), torch.arange(steps + 1, device=images.device))
+    pairs = torch.cartesian_prod(
+        torch.arange(len(images), device=images.device), torch.arange(steps + 1, device=images.device)
+    )
     mean = model.mean[:, None, None]  # type: ignore[index]
     curve = []
     for index, step in (batch.unbind(1) for batch in pairs.split(batch_size)):

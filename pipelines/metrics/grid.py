@@ -43,7 +43,14 @@ def confidence(labels: Tensor, *logits: Tensor) -> Tensor:
 
 
 def draw_grids(
-    confidences: Tensor, labels: Tensor, keys: Sequence[str], allowed: Tensor, *, n: int, count: int, seed: int
+    confidences: Tensor,
+    labels: Tensor,
+    keys: Sequence[str],
+    allowed: Tensor,
+    *,
+    n: int,
+    count: int,
+    seed: int,
 ) -> list[Grid]:
     """At most `count` grids of n × n images; no image is in two of them.
 
@@ -60,7 +67,9 @@ def draw_grids(
         seed: draws the classes.
     """
     queues: dict[int, deque[int]] = {}
-    order = sorted(allowed.nonzero()[:, 0].tolist(), key=lambda index: (-float(confidences[index]), keys[index]))
+    order = sorted(
+        allowed.nonzero()[:, 0].tolist(), key=lambda index: (-float(confidences[index]), keys[index])
+    )
     for index in order:
         queues.setdefault(int(labels[index]), deque()).append(index)
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +78,9 @@ def draw_grids(
         left = sorted(label for label, queue in queues.items() if queue)
         if len(left) < n * n:
             break
-        drawn = [left[position] for position in torch.randperm(len(left), generator=generator)[: n * n].tolist()]
+        drawn = [
+            left[position] for position in torch.randperm(len(left), generator=generator)[: n * n].tolist()
+        ]
         grids.append(Grid(tuple(queues[label].popleft() for label in drawn), tuple(drawn)))
     return grids
 
@@ -109,7 +120,9 @@ def grid_pointing_game(explain: Explain, grids: Tensor, classes: Tensor, smooth:
     Returns:
         (G, n²) in [0, 1]: for each cell's class the share of its map that lies in this cell.
     """
-    return grid_scores(explain(grids.contiguous(memory_format=torch.channels_last), classes), smooth)  # the faster layout
+    return grid_scores(
+        explain(grids.contiguous(memory_format=torch.channels_last), classes), smooth
+    )  # the faster layout
 
 
 def in_windows(explain: Explain, size: int) -> Explain:
@@ -135,12 +148,18 @@ def in_windows(explain: Explain, size: int) -> Explain:
         """(N, C, H, W) and (N, T) -> (N, T, H, W)."""
         height, width = images.shape[-2:]
         if height % stride or width % stride:
-            raise ValueError(f"sides of images must be multiples of {stride}, half the window: not {height} × {width}")
-        tiles = F.pad(images, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)  # (N, C, rows, columns, size, size)
+            raise ValueError(
+                f"sides of images must be multiples of {stride}, half the window: not {height} × {width}"
+            )
+        tiles = (
+            F.pad(images, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)
+        )  # (N, C, rows, columns, size, size)
         windows = tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
         per_image = len(windows) // len(images)
         at_once = max(1, len(images) * height * width // size**2)
-        parts = zip(windows.split(at_once), classes.repeat_interleave(per_image, 0).split(at_once), strict=True)
+        parts = zip(
+            windows.split(at_once), classes.repeat_interleave(per_image, 0).split(at_once), strict=True
+        )
         maps = torch.cat([explain(some, of_them) for some, of_them in parts]).unflatten(0, (-1, per_image))
         columns = maps.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (N, T·size·size, windows)
         return F.fold(columns, (height, width), size, padding=padding, stride=stride)

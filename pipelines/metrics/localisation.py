@@ -16,7 +16,25 @@ from pipelines.metrics.means import LocalisationMetric, MeanScore
 
 TINY = 1e-7
 # Candidates for the threshold of IoU. The best one is chosen on validation: maps made of few strong pixels need a low one.
-THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+THRESHOLDS = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.07,
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+    0.45,
+    0.5,
+)
 
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
@@ -74,7 +92,9 @@ def iou_by_threshold(attributions: Tensor, masks: Tensor, thresholds: Sequence[f
     """
     _same_shape(attributions, masks)
     bounds = torch.tensor(thresholds, dtype=attributions.dtype, device=attributions.device)
-    passed = torch.bucketize(_scaled(attributions), bounds).flatten(1)  # how many thresholds a pixel is strictly above
+    passed = torch.bucketize(_scaled(attributions), bounds).flatten(
+        1
+    )  # how many thresholds a pixel is strictly above
     inside = masks.bool().flatten(1)
     counts = torch.zeros(2, len(passed), len(thresholds) + 1, dtype=torch.int32, device=passed.device)
     counts[0].scatter_add_(1, passed, torch.ones_like(passed, dtype=torch.int32))
@@ -112,7 +132,9 @@ def box_masks(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = (torch.arange(side, device=classes.device) + 0.5 for side in size)
     inside_x = (columns >= boxes[:, 2, None]) & (columns < boxes[:, 4, None])
     inside_y = (rows >= boxes[:, 3, None]) & (rows < boxes[:, 5, None])
-    inside_y &= (label == classes[image])[:, None]  # boxes of other classes stay: a GPU would have to say how many are left
+    inside_y &= (label == classes[image])[
+        :, None
+    ]  # boxes of other classes stay: a GPU would have to say how many are left
     covered = torch.zeros(len(classes), *size, dtype=torch.int32, device=classes.device)
     covered.index_add_(0, image, (inside_y[:, :, None] & inside_x[:, None, :]).int())
     return covered > 0
@@ -128,7 +150,9 @@ def object_masks(instances: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
     """
     boxes, classes = boxes.cpu(), classes.cpu()
     image, label = boxes[:, 0].long(), boxes[:, 1].long()
-    instance = torch.arange(1, len(boxes) + 1) - torch.searchsorted(image, image)  # of each box in its image, from 1 on
+    instance = torch.arange(1, len(boxes) + 1) - torch.searchsorted(
+        image, image
+    )  # of each box in its image, from 1 on
     most = max(len(boxes), int(instances.max()) if instances.numel() else 0)
     table = torch.zeros(len(classes), most + 1, dtype=torch.bool)
     table[image, instance] = label == classes[image]
@@ -168,7 +192,11 @@ class IoU(LocalisationMetric):
     """
 
     higher_is_better = True
-    figures: ClassVar[dict[str, bool | None]] = {"iou": True, "iou_threshold": None, "iou_at_0.5": True}  # name -> direction
+    figures: ClassVar[dict[str, bool | None]] = {
+        "iou": True,
+        "iou_threshold": None,
+        "iou_at_0.5": True,
+    }  # name -> direction
 
     def __init__(self) -> None:
         super().__init__(len(THRESHOLDS))
@@ -187,4 +215,6 @@ class IoU(LocalisationMetric):
 
 def _same_shape(attributions: Tensor, masks: Tensor) -> None:
     if attributions.shape != masks.shape:
-        raise ValueError(f"attributions {tuple(attributions.shape)} and masks {tuple(masks.shape)} differ in shape")
+        raise ValueError(
+            f"attributions {tuple(attributions.shape)} and masks {tuple(masks.shape)} differ in shape"
+        )

@@ -49,7 +49,11 @@ class LocalisationMetric(Metric):
             undefined: (N,) of bool, pairs that count with the score that they have by definition (0).
             missing: (N,) of bool, pairs that have no score. They count as undefined, and in no mean.
         """
-        undefined = torch.zeros(len(scores), dtype=torch.bool, device=scores.device) if undefined is None else undefined
+        undefined = (
+            torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+            if undefined is None
+            else undefined
+        )
         if missing is not None:
             self.undefined += missing.sum()
             scores, undefined = scores[~missing], undefined[~missing]

@@ -66,13 +66,23 @@ class Recall(Metric):
         images, texts, counts = (dim_zero_cat(state) for state in (self.images, self.texts, self.counts))
         owners = torch.arange(len(images), device=counts.device).repeat_interleave(counts)
         ranks = {
-            "image_to_text": ranks_of_best(images, texts, torch.arange(len(images), device=owners.device), owners)[counts > 0],
-            "text_to_image": ranks_of_best(texts, images, owners, torch.arange(len(images), device=owners.device)),
+            "image_to_text": ranks_of_best(
+                images, texts, torch.arange(len(images), device=owners.device), owners
+            )[counts > 0],
+            "text_to_image": ranks_of_best(
+                texts, images, owners, torch.arange(len(images), device=owners.device)
+            ),
         }
-        return {f"{way}_recall_at_{top}": (found < top).double().mean() for way, found in ranks.items() for top in TOPS}
+        return {
+            f"{way}_recall_at_{top}": (found < top).double().mean()
+            for way, found in ranks.items()
+            for top in TOPS
+        }
 
 
-def ranks_of_best(queries: Tensor, candidates: Tensor, owners: Tensor, owners_of_candidates: Tensor) -> Tensor:
+def ranks_of_best(
+    queries: Tensor, candidates: Tensor, owners: Tensor, owners_of_candidates: Tensor
+) -> Tensor:
     """How many candidates of other owners are at least as near to each query as the nearest of its own: (Q,) int64.
 
     Args:
@@ -85,6 +95,10 @@ def ranks_of_best(queries: Tensor, candidates: Tensor, owners: Tensor, owners_of
     for some, owner in zip(queries.split(ROWS), owners.split(ROWS), strict=True):
         cosines = some @ candidates.T
         own = owner[:, None] == owners_of_candidates
-        best = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True) if len(candidates) else cosines.new_zeros(len(some), 1)
+        best = (
+            cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+            if len(candidates)
+            else cosines.new_zeros(len(some), 1)
+        )
         found.append(((cosines >= best) & ~own).sum(1))
     return torch.cat(found)

@@ -72,11 +72,17 @@ def _check_archive(path: Path) -> None:
     names = zipfile.ZipFile(path).namelist()
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last:
-        raise WeightsError("a TorchScript program, not a checkpoint: save torch.jit.load(FILE).state_dict() with torch.save")
+        raise WeightsError(
+            "a TorchScript program, not a checkpoint: save torch.jit.load(FILE).state_dict() with torch.save"
+        )
     if "archive_format" in last:
-        raise WeightsError("an exported program, not a checkpoint: save torch.export.load(FILE).state_dict with torch.save")
+        raise WeightsError(
+            "an exported program, not a checkpoint: save torch.export.load(FILE).state_dict with torch.save"
+        )
     if "data.pkl" not in last:
-        raise WeightsError(f"an archive of {', '.join(names[:5]) or 'nothing'}, not a checkpoint of torch.save: unpack it")
+        raise WeightsError(
+            f"an archive of {', '.join(names[:5]) or 'nothing'}, not a checkpoint of torch.save: unpack it"
+        )
 
 
 def _unpickled(path: Path) -> Any:
@@ -118,31 +124,66 @@ def _list(*_: Any) -> list[Any]:
 
 
 FRAMEWORKS = (
-    *("lightning.", "lightning_fabric.", "lightning_utilities.", "mmengine.", "omegaconf.", "pytorch_lightning.", "typing."),
+    *(
+        "lightning.",
+        "lightning_fabric.",
+        "lightning_utilities.",
+        "mmengine.",
+        "omegaconf.",
+        "pytorch_lightning.",
+        "typing.",
+    ),
     *("torch.amp.", "torch.cuda.amp.", "torch.nn.modules.loss.", "torch.optim."),
 )
 DICTS = (  # subclasses of dict, which become one
-    *("easydict.EasyDict", "fvcore.common.config.CfgNode", "ml_collections.config_dict.config_dict.ConfigDict"),
-    *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
-    *("lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict", "yacs.config.CfgNode"),
+    *(
+        "easydict.EasyDict",
+        "fvcore.common.config.CfgNode",
+        "ml_collections.config_dict.config_dict.ConfigDict",
+    ),
+    *(
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "lightning.pytorch.utilities.parsing.AttributeDict",
+    ),
+    *(
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "yacs.config.CfgNode",
+    ),
 )
 
 
 def _harmless() -> list[Any]:
     """The allow-list in the form of torch.serialization.safe_globals."""
-    plain = [argparse.Namespace, types.SimpleNamespace, np.dtype, np.ndarray, torch.torch_version.TorchVersion]
+    plain = [
+        argparse.Namespace,
+        types.SimpleNamespace,
+        np.dtype,
+        np.ndarray,
+        torch.torch_version.TorchVersion,
+    ]
     plain += [datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone]
     plain += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
     multiarray = np._core.multiarray  # type: ignore[attr-defined]
     arrays = {"scalar": multiarray.scalar, "_reconstruct": multiarray._reconstruct}
     named: list[Any] = [
-        (function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, function in arrays.items()
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in arrays.items()
     ]
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-    named += [(pathlib.PurePath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in paths]
-    named += [(getattr(builtins, name), f"builtins.{name}") for name in ("bool", "float", "frozenset", "int", "str")]
+    named += [
+        (pathlib.PurePath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in paths
+    ]
+    named += [
+        (getattr(builtins, name), f"builtins.{name}") for name in ("bool", "float", "frozenset", "int", "str")
+    ]
     named += [(getattr(builtins, name), f"builtins.{name}") for name in ("dict", "list", "tuple", "slice")]
-    named += [(_dict, "collections.defaultdict"), (_list, "collections.deque"), *((dict, name) for name in DICTS)]
+    named += [
+        (_dict, "collections.defaultdict"),
+        (_list, "collections.deque"),
+        *((dict, name) for name in DICTS),
+    ]
     return plain + named
 
 

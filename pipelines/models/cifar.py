@@ -17,7 +17,9 @@ class PadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + new_channels, H/stride, W/stride)."""
         before = self.new_channels // 2
-        x = F.avg_pool2d(x, 1, self.stride)  # of one place: a strided slice, but its gradient keeps the memory format
+        x = F.avg_pool2d(
+            x, 1, self.stride
+        )  # of one place: a strided slice, but its gradient keeps the memory format
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
 

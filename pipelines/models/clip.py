@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from pipelines.models.errors import ModelError, WeightsError
 from pipelines.models.folder import TEXT_CONFIG, TEXT_WEIGHTS, has_text_tower, local_folder
-from pipelines.models.weights import StateDict, few, fitted, load_strictly, names_a_file, paired, read_state_dict
+from pipelines.models.weights import (
+    StateDict,
+    few,
+    fitted,
+    load_strictly,
+    names_a_file,
+    paired,
+    read_state_dict,
+)
 from pipelines.storage.errors import DamagedFileError, one_line
 from pipelines.storage.files import read_json, staged, write_json
 from pipelines.storage.paths import users_path
@@ -30,7 +38,13 @@ from pipelines.storage.paths import users_path
 log = logging.getLogger(__name__)
 
 PREFIX, CUSTOM = "open_clip:", "custom"  # of names; `open_clip:custom` has its whole config in the options
-TEXT_PARTS = {"positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final"}  # at the top of a `CLIP`
+TEXT_PARTS = {
+    "positional_embedding",
+    "text_projection",
+    "token_embedding",
+    "transformer",
+    "ln_final",
+}  # at the top of a `CLIP`
 _told_of_length: set[int] = set()  # contexts of which the log has said that texts are cut
 
 
@@ -62,7 +76,9 @@ def clip_config(name: str) -> dict[str, Any]:
     if config is None:
         known = open_clip().list_models()
         near = ", ".join(difflib.get_close_matches(plain, known, 5, 0.3)) or "see open_clip.list_models()"
-        raise ModelError(f"unknown model {name!r} of open_clip; near it: {near}; or a .json file with a config of one's own")
+        raise ModelError(
+            f"unknown model {name!r} of open_clip; near it: {near}; or a .json file with a config of one's own"
+        )
     return config
 
 
@@ -78,9 +94,15 @@ def _config_of_file(source: str) -> dict[str, Any]:
         raise ModelError(f"config {source}: not a readable JSON file ({one_line(error)})") from None
     config = content.get("model_cfg", content) if isinstance(content, dict) else None
     parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    missing = [key for key, kind in parts.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)]
+    missing = [
+        key
+        for key, kind in parts.items()
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind)
+    ]
     if config is None or missing:
-        raise ModelError(f"config {source}: no config of open_clip: {', '.join(missing)} missing or of another type")
+        raise ModelError(
+            f"config {source}: no config of open_clip: {', '.join(missing)} missing or of another type"
+        )
     return config
 
 
@@ -109,7 +131,11 @@ def _tower_config(plain: str, part: str, options: dict[str, Any]) -> dict[str, A
     if missing := [key for key in ("embed_dim", part) if key not in found]:
         raise ModelError(f"{PREFIX}{CUSTOM} needs the options {', '.join(missing)}")
     inner = {**config.get(part, {}), **found[part], **own}
-    return {"embed_dim": found["embed_dim"], "quick_gelu": found.get("quick_gelu", False), part: deepcopy(inner)}
+    return {
+        "embed_dim": found["embed_dim"],
+        "quick_gelu": found.get("quick_gelu", False),
+        part: deepcopy(inner),
+    }
 
 
 # The image tower ------------------------------------------------------------------------------------------------------
@@ -132,7 +158,9 @@ def build_image_tower(
     try:
         tower = open_clip(".model")._build_vision_tower(config["embed_dim"], vision, config["quick_gelu"])
     except Exception as error:  # open_clip and timm raise assertions, divisions by zero and others
-        raise ModelError(f"{PREFIX}{plain} cannot be built with vision_cfg {vision}: {one_line(error)}") from None
+        raise ModelError(
+            f"{PREFIX}{plain} cannot be built with vision_cfg {vision}: {one_line(error)}"
+        ) from None
     if weights != "none":
         state, source = _weights(plain, weights, sha256, config["quick_gelu"])
         _load_image_tower(tower, state, source)
@@ -177,10 +205,14 @@ def _weights(plain: str, weights: str, sha256: str | None, quick_gelu: bool) -> 
         raise WeightsError(f"weights {weights!r}: a sha256 is that of a file or URL")
     published = tag_config(plain, weights)
     if published.get("quick_gelu", False) != quick_gelu:
-        told = (
-            "weights %r of %s%s were trained with quick_gelu=%s: say so in the options, or take the name that ends on -quickgelu"
+        log.warning(
+            "weights %r of %s%s were trained with quick_gelu=%s: say so in the options, "
+            "or take the name that ends on -quickgelu",
+            weights,
+            PREFIX,
+            plain,
+            not quick_gelu,
         )
-        log.warning(told, weights, PREFIX, plain, not quick_gelu)
     try:
         path = open_clip().download_pretrained(published)
     except Exception as error:  # of the hub's client, of requests, of urllib
@@ -198,7 +230,9 @@ def tag_config(plain: str, tag: str) -> dict[str, Any]:
     if not found:
         known = tags_of(plain)
         near = ", ".join(difflib.get_close_matches(tag, known, 5, 0.3) or known) or "none: give a file or URL"
-        raise WeightsError(f"weights {tag!r} of {PREFIX}{plain}: no such tag, and no file here; its tags: {near}")
+        raise WeightsError(
+            f"weights {tag!r} of {PREFIX}{plain}: no such tag, and no file here; its tags: {near}"
+        )
     return found
 
 
@@ -240,9 +274,13 @@ class TextTower(nn.Module):
         self.config, self.width = config, int(config["embed_dim"])
         inner = {**config["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
         try:
-            self.text = open_clip(".model")._build_text_tower(self.width, inner, config.get("quick_gelu", False))
+            self.text = open_clip(".model")._build_text_tower(
+                self.width, inner, config.get("quick_gelu", False)
+            )
         except Exception as error:  # open_clip raises assertions, divisions by zero and others
-            raise ModelError(f"a text tower cannot be built with text_cfg {inner}: {one_line(error)}") from None
+            raise ModelError(
+                f"a text tower cannot be built with text_cfg {inner}: {one_line(error)}"
+            ) from None
         self._tokenizer: Any = None
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
@@ -330,7 +368,11 @@ def build_text_tower(
 
 def _load_text_tower(tower: TextTower, state: StateDict, source: str) -> None:
     """Loads what is of the text tower in `state`: under `text.`, or at the top as in open_clip's plain `CLIP`."""
-    text = {key: value for key, value in state.items() if key.startswith("text.") and not key.endswith(".position_ids")}
+    text = {
+        key: value
+        for key, value in state.items()
+        if key.startswith("text.") and not key.endswith(".position_ids")
+    }
     if not text:
         text = {f"text.{key}": value for key, value in state.items() if key.partition(".")[0] in TEXT_PARTS}
     if not text:
@@ -358,11 +400,15 @@ def load_text_tower(directory: str | Path) -> TextTower:
         WeightsError: the weights are not of the tower that its config describes.
     """
     if not has_text_tower(directory):
-        raise FileNotFoundError(f"no text tower in {directory}: {TEXT_CONFIG} and {TEXT_WEIGHTS} are wanted there")
+        raise FileNotFoundError(
+            f"no text tower in {directory}: {TEXT_CONFIG} and {TEXT_WEIGHTS} are wanted there"
+        )
     with local_folder(directory, (TEXT_CONFIG, TEXT_WEIGHTS)) as folder:
         config = read_json(folder / TEXT_CONFIG)
         if not isinstance(config, dict) or not {"embed_dim", "text_cfg"} <= config.keys():
-            raise DamagedFileError(f"{directory}/{TEXT_CONFIG}: not what `save_text_tower` writes: save it again")
+            raise DamagedFileError(
+                f"{directory}/{TEXT_CONFIG}: not what `save_text_tower` writes: save it again"
+            )
         tower = TextTower(config)
         load_strictly(tower, read_state_dict(str(folder / TEXT_WEIGHTS)), str(directory))
     return tower.eval()

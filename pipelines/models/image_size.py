@@ -38,7 +38,9 @@ def image_size_errors(spec: ModelSpec, size: int) -> Iterator[None]:
             raise
         known = next((known for known in _sizes(network) if _takes(network, known)), None)
         if known is None:
-            raise ModelError(f"model {spec.name} takes no images of {size} (data.image_size): {one_line(error)}") from error
+            raise ModelError(
+                f"model {spec.name} takes no images of {size} (data.image_size): {one_line(error)}"
+            ) from error
         raise ModelError(f"model {spec.name} takes images of {known}, data.image_size is {size}") from error
 
 

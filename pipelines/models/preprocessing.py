@@ -21,7 +21,10 @@ from pipelines.storage.files import read_json
 
 log = logging.getLogger(__name__)
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of OpenAI's CLIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,11 @@ class Preprocessing:
     @property
     def view(self) -> dict[str, Any]:
         """Image size, crop and interpolation, as far as they are known."""
-        known = {"image_size": self.image_size, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        known = {
+            "image_size": self.image_size,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
         return {key: value for key, value in known.items() if value is not None}
 
     def __str__(self) -> str:
@@ -80,8 +87,12 @@ def preprocessing_of(name: str, weights: str, options: dict[str, Any] | None = N
         if library == "timm":
             return _of_timm(plain if weights == "pretrained" else f"{plain}.{weights}", options or {})
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"weights {weights!r} of {name}: no such tag ({one_line(error)}), and no file here") from None
-    raise WeightsError(f"weights {weights!r} of {name}: this network has no tagged weights: give a file or URL")
+        raise WeightsError(
+            f"weights {weights!r} of {name}: no such tag ({one_line(error)}), and no file here"
+        ) from None
+    raise WeightsError(
+        f"weights {weights!r} of {name}: this network has no tagged weights: give a file or URL"
+    )
 
 
 def chosen_preprocessing(
@@ -111,7 +122,9 @@ def chosen_preprocessing(
     other = {key: value for key, value in given.items() if not _close(value, getattr(known, key))}
     if known.normalisation_known and other:
         told = ", ".join(f"{section}.{key} {_few(value)}" for key, value in other.items())
-        log.warning("%s contradicts the weights %s of %s (%s): the params are taken", told, weights, name, known)
+        log.warning(
+            "%s contradicts the weights %s of %s (%s): the params are taken", told, weights, name, known
+        )
     elif known.normalisation_known:
         log.info("weights %s of %s: %s, as published with them", weights, name, known)
     elif weights != "none" and len(given) < 2:
@@ -119,8 +132,12 @@ def chosen_preprocessing(
         told = "weights %s of %s do not say their normalisation: %s is taken%s"
         log.info(told, weights, name, default, _of_library(name, known))
     if image_size is not None and known.view and weights != "none":
-        here = Preprocessing(image_size=image_size, crop_pct=image_size / (eval_resize or image_size), interpolation="bilinear")
-        differing = {key: value for key, value in here.view.items() if not _same(known.view.get(key, value), value)}
+        here = Preprocessing(
+            image_size=image_size, crop_pct=image_size / (eval_resize or image_size), interpolation="bilinear"
+        )
+        differing = {
+            key: value for key, value in here.view.items() if not _same(known.view.get(key, value), value)
+        }
         if differing:
             told = ", ".join(f"{key} {known.view[key]} (here {value})" for key, value in differing.items())
             log.info("weights %s of %s were evaluated otherwise than here: %s", weights, name, told)
@@ -141,7 +158,9 @@ def _of_torchvision(name: str, tag: str) -> Preprocessing:
         options = {"image_size": weights.meta["min_size"][0]}
     size = int(view.crop_size[0])
     crop = size / view.resize_size[0]
-    return Preprocessing(tuple(view.mean), tuple(view.std), True, size, crop, str(view.interpolation.value), options)
+    return Preprocessing(
+        tuple(view.mean), tuple(view.std), True, size, crop, str(view.interpolation.value), options
+    )
 
 
 def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
@@ -152,8 +171,14 @@ def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
 def _of_open_clip(plain: str, weights: str, options: dict[str, Any]) -> Preprocessing:
     """What open_clip says about the weights; the size is that of the tower."""
     config = preprocess_config(plain, weights, options)
-    crop = 1.0 if config.get("resize_mode") == "shortest" else None  # otherwise the whole image is squeezed to the square
-    view: dict[str, Any] = {"image_size": config["image_size"], "crop_pct": crop, "interpolation": config.get("interpolation")}
+    crop = (
+        1.0 if config.get("resize_mode") == "shortest" else None
+    )  # otherwise the whole image is squeezed to the square
+    view: dict[str, Any] = {
+        "image_size": config["image_size"],
+        "crop_pct": crop,
+        "interpolation": config.get("interpolation"),
+    }
     if not config.get("mean") or not config.get("std"):
         return Preprocessing(CLIP_MEAN, CLIP_STD, **view)
     return Preprocessing(tuple(config["mean"]), tuple(config["std"]), True, **view)

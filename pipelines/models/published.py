@@ -29,7 +29,16 @@ CLASSES, IMAGE_SIZE = 1000, 224
 CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}  # of a block, past the permutation and the activation
 DENSENET_PARTS = (
     *("conv0", "norm0", "relu0", "pool0"),
-    *("denseblock1", "transition1", "denseblock2", "transition2", "denseblock3", "transition3", "denseblock4", "norm5"),
+    *(
+        "denseblock1",
+        "transition1",
+        "denseblock2",
+        "transition2",
+        "denseblock3",
+        "transition3",
+        "denseblock4",
+        "norm5",
+    ),
 )
 
 
@@ -133,21 +142,30 @@ def translated(name: str, state: StateDict, source: str) -> StateDict:
         WeightsError: keys of another repository.
     """
     publication, architecture = _publication(name)
-    prefix = next((prefix for prefix in publication.prefixes if all(key.startswith(prefix) for key in state)), None)
+    prefix = next(
+        (prefix for prefix in publication.prefixes if all(key.startswith(prefix) for key in state)), None
+    )
     if prefix is None:
         wanted = " or ".join(map(repr, publication.prefixes))
         found = next(key for key in state if not key.startswith(publication.prefixes))
-        raise WeightsError(f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?")
+        raise WeightsError(
+            f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?"
+        )
     found_state = {}
     for key, value in state.items():
         if key.endswith(".running_mean"):
             continue
-        key = re.sub(r"\.linear\.weight$", ".weight", key.removeprefix(prefix))  # the plain layer inside a B-cos layer
+        key = re.sub(
+            r"\.linear\.weight$", ".weight", key.removeprefix(prefix)
+        )  # the plain layer inside a B-cos layer
         if architecture.startswith("convnext"):
             key = _convnext_key(key)
         if architecture.startswith("densenet") and name.startswith("b-cosification"):
             key = _densenet_key(key)
-        if _is_pointwise(key) and value.shape[2:] == (1, 1):  # published as a 1×1 convolution, a linear layer here
+        if _is_pointwise(key) and value.shape[2:] == (
+            1,
+            1,
+        ):  # published as a 1×1 convolution, a linear layer here
             value = value.flatten(1)
         found_state[f"body.{key}"] = value
     return found_state
@@ -157,7 +175,9 @@ def _publication(name: str) -> tuple[Publication, str]:
     where, _, architecture = name.partition(":")
     if where not in PUBLICATIONS or architecture not in PUBLICATIONS[where].architectures:
         known = [
-            f"{where}:{architecture}" for where, publication in PUBLICATIONS.items() for architecture in publication.architectures
+            f"{where}:{architecture}"
+            for where, publication in PUBLICATIONS.items()
+            for architecture in publication.architectures
         ]
         near = ", ".join(difflib.get_close_matches(name, known, 5)) or ", ".join(known)
         raise ModelError(f"no published model {name!r}; near it: {near}")

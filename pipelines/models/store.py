@@ -31,15 +31,21 @@ class ModelSpec:
     classes: tuple[str, ...]  # none for an image tower
     image_size: int  # side of the square it was trained on, pixels
     kind: Literal["conventional", "bcos"]
-    task: Literal["multiclass", "multilabel", "embedding"] = "multiclass"  # an embedding is what an image tower gives
+    task: Literal["multiclass", "multilabel", "embedding"] = (
+        "multiclass"  # an embedding is what an image tower gives
+    )
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the architecture's constructor
     design: dict[str, Any] = dataclasses.field(
         default_factory=dict
     )  # keyword arguments of `bcosify`; on disk as they took effect
-    weights_view: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the weights it began with: `Preprocessing.view`
-    zero_shot: dict[str, Any] = dataclasses.field(default_factory=dict)  # `scale`, `width`: an image tower with texts as classes
+    weights_view: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of the weights it began with: `Preprocessing.view`
+    zero_shot: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # `scale`, `width`: an image tower with texts as classes
 
 
 class ConventionalNetwork(nn.Module):
@@ -50,7 +56,10 @@ class ConventionalNetwork(nn.Module):
     logit_bias = 0.0
 
     def __init__(
-        self, network: nn.Module, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         self.network = network
@@ -82,7 +91,9 @@ def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool =
     """
     if spec.zero_shot:
         tower = assemble(tower_spec(spec), network, check=check)
-        texts = torch.ones(len(spec.classes), spec.zero_shot["width"])  # in the place of those that the weights bring
+        texts = torch.ones(
+            len(spec.classes), spec.zero_shot["width"]
+        )  # in the place of those that the weights bring
         return ZeroShotNetwork(tower, texts, spec.zero_shot["scale"])
     network = network or build_network(spec)
     if spec.kind == "conventional":
@@ -165,7 +176,9 @@ def read_spec(directory: str | Path) -> ModelSpec:
     try:
         return ModelSpec(**{**content, **{key: tuple(content[key]) for key in ("classes", "mean", "std")}})
     except (KeyError, TypeError) as error:
-        raise DamagedFileError(f"{directory}/{CONFIG}: not what `save` writes ({one_line(error)}): save it again") from None
+        raise DamagedFileError(
+            f"{directory}/{CONFIG}: not what `save` writes ({one_line(error)}): save it again"
+        ) from None
 
 
 def digest(directory: str | Path) -> str:

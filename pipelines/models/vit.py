@@ -43,7 +43,9 @@ class Patches(nn.Module):
         """(N, C, h·p, w·p) -> (N, h, w, p·p·C); raises ValueError where a side is no multiple of p."""
         if images.shape[-2] % self.size or images.shape[-1] % self.size:
             height, width = images.shape[-2:]
-            raise ValueError(f"sides of images must be multiples of the patch, {self.size}: not {height} × {width}")
+            raise ValueError(
+                f"sides of images must be multiples of the patch, {self.size}: not {height} × {width}"
+            )
         patches = images.unflatten(3, (-1, self.size)).unflatten(2, (-1, self.size))  # (N, C, h, p, w, p)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
 
@@ -156,21 +158,29 @@ class SimpleViT(nn.Module):
         )
         self.transformer = nn.Sequential(blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear_head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim), linear=nn.Linear(dim, num_classes)))
+        self.linear_head = nn.Sequential(
+            OrderedDict(norm=nn.LayerNorm(dim), linear=nn.Linear(dim, num_classes))
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> logits (N, K)."""
         patches = self.positional_embedding(self.to_patch_embedding(images))
         grid = patches.shape[1:3]
         tokens_NLD = self.transformer(patches.flatten(1, 2))
-        features = tokens_NLD.transpose(1, 2).unflatten(2, grid)  # as a pool of places takes them: (N, D, h, w)
+        features = tokens_NLD.transpose(1, 2).unflatten(
+            2, grid
+        )  # as a pool of places takes them: (N, D, h, w)
         return self.linear_head(self.pool(features).flatten(1))
 
 
 def _stem(channels: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in zip((3, *channels), channels, strict=False):
-        layers += [nn.Conv2d(before, after, 3, 2 if after > before else 1, 1), nn.GroupNorm(1, after), nn.GELU()]
+        layers += [
+            nn.Conv2d(before, after, 3, 2 if after > before else 1, 1),
+            nn.GroupNorm(1, after),
+            nn.GELU(),
+        ]
     return nn.Sequential(*layers)
 
 

@@ -27,10 +27,34 @@ SUFFIXES = (
     *("bin", "ckpt", "gz", "h5", "model", "msgpack", "npz", "onnx", "pickle", "pkl"),
     *("pt", "pt2", "pth", "safetensors", "tar", "th", "torchscript", "weights", "zip"),
 )
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")  # moving averages of the same weights
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # put before all keys by wrappers of networks
-INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # put anywhere in a key
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+)
+AVERAGED = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "params_ema",
+)  # moving averages of the same weights
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "net.",
+    "network.",
+)  # put before all keys by wrappers of networks
+INSIDE = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)  # put anywhere in a key
 
 
 def names_a_file(weights: str) -> bool:
@@ -131,7 +155,9 @@ def few(keys: list[str], most: int = 5) -> str:
 def _common(state: StateDict) -> str:
     """The prefix of wrappers that all keys have: then the error about missing and unexpected keys names the others."""
     prefix = ""
-    while more := next((each for each in PREFIXES if state and all(key.startswith(prefix + each) for key in state)), None):
+    while more := next(
+        (each for each in PREFIXES if state and all(key.startswith(prefix + each) for key in state)), None
+    ):
         prefix += more
     return prefix
 
@@ -149,7 +175,9 @@ def _local(source: str, sha256: str | None) -> Path:
         path = Path(users_path(source))
         if path.is_dir():
             inside = [child.name for child in sorted(path.iterdir()) if names_a_file(child.name)]
-            raise WeightsError(f"weights {source}: a folder; name a file in it ({few(inside) or 'it has none'})")
+            raise WeightsError(
+                f"weights {source}: a folder; name a file in it ({few(inside) or 'it has none'})"
+            )
         if not path.is_file():
             raise WeightsError(
                 f"weights {source}: no such file (none, a tag of the library, a local file or an http address is wanted)"
@@ -172,7 +200,9 @@ def _state_dict(content: object, source: str) -> StateDict:
     while isinstance(inner, Mapping) and (key := _wrapper(inner)) is not None:
         averaged = [name for name in AVERAGED if name != key and isinstance(inner.get(name), Mapping)]
         if key in AVERAGED or averaged:
-            log.info("weights %s: taken from %r%s", source, key, f", not from {few(averaged)}" if averaged else "")
+            log.info(
+                "weights %s: taken from %r%s", source, key, f", not from {few(averaged)}" if averaged else ""
+            )
         inner = inner[key]
     tensors = _tensors(inner)
     if not tensors:
@@ -185,10 +215,17 @@ def _state_dict(content: object, source: str) -> StateDict:
 
 def _wrapper(content: Mapping[object, object]) -> str | None:
     """The key under which `content` has its state dict; `None` if it is one itself, or has none."""
-    usual = next((key for key in (*WRAPPERS, *AVERAGED) if isinstance(content.get(key), Mapping) and content[key]), None)
+    usual = next(
+        (key for key in (*WRAPPERS, *AVERAGED) if isinstance(content.get(key), Mapping) and content[key]),
+        None,
+    )
     if usual is not None or _tensors(content):
         return usual
-    states = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping) and _tensors(value)]
+    states = [
+        key
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Mapping) and _tensors(value)
+    ]
     return states[0] if len(states) == 1 else None
 
 
@@ -196,7 +233,11 @@ def _tensors(content: object) -> StateDict:
     """The tensors and arrays of a mapping by name, without the numbers and texts beside them."""
     if not isinstance(content, Mapping):
         return {}
-    found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor | np.ndarray)}
+    found = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor | np.ndarray)
+    }
     try:
         return {key: torch.as_tensor(value) for key, value in found.items()}
     except (TypeError, ValueError):  # arrays of texts or objects

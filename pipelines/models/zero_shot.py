@@ -89,7 +89,9 @@ def zero_shot_classifier(
         raise ModelError(f"the scale of cosines is a finite number above 0, not {scale}")
     width = embedding_width(spec.name, spec.options)
     if width != text_tower.width:
-        raise ModelError(f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts")
+        raise ModelError(
+            f"the towers give embeddings of {width} numbers for images and {text_tower.width} for texts"
+        )
     texts = zero_shot_weights(text_tower, names, templates, batch_size=batch_size, cache=cache)
     model = ZeroShotNetwork(tower, texts, scale).eval()
     of_classes = {"scale": scale, "width": width}
@@ -128,7 +130,9 @@ def zero_shot_weights(
     count = len(names) * len(patterns)
     for start in range(0, count, batch_size):
         batch = range(start, min(start + batch_size, count))
-        prompts = [patterns[index % len(patterns)].replace(PLACE, names[index // len(patterns)]) for index in batch]
+        prompts = [
+            patterns[index % len(patterns)].replace(PLACE, names[index // len(patterns)]) for index in batch
+        ]
         classes = torch.tensor([index // len(patterns) for index in batch], device=device)
         sums.index_add_(0, classes, tower.encode(prompts, batch_size))
     texts = F.normalize(sums, dim=-1).cpu()
@@ -171,7 +175,9 @@ def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
         if templates == "plain":
             return PLAIN
         if templates not in known:
-            raise ModelError(f"unknown templates {templates!r}: imagenet, simple, plain, or a list of one's own")
+            raise ModelError(
+                f"unknown templates {templates!r}: imagenet, simple, plain, or a list of one's own"
+            )
         return tuple(template(PLACE) for template in getattr(open_clip(), known[templates]))
     if not templates:
         raise ModelError("no templates")

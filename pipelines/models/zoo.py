@@ -76,7 +76,9 @@ def build(
     try:
         model = pretrained(weights)
     except KeyError:
-        raise WeightsError(f"weights {weights!r} of {name}: neither a tag that it has nor a file here") from None
+        raise WeightsError(
+            f"weights {weights!r} of {name}: neither a tag that it has nor a file here"
+        ) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise WeightsError(f"weights {weights!r} of {name}: {error}") from None
     return _with_head(model, num_classes, weights)
@@ -85,7 +87,9 @@ def build(
 Constructor = Callable[[int | None], nn.Module]
 
 
-def _from_file(construct: Constructor, weights: str, sha256: str | None, num_classes: int | None) -> nn.Module:
+def _from_file(
+    construct: Constructor, weights: str, sha256: str | None, num_classes: int | None
+) -> nn.Module:
     like = construct(None)
     state = fitted(read_state_dict(weights, sha256), like, weights)
     model = construct(_classes_of(state, like))
@@ -93,7 +97,9 @@ def _from_file(construct: Constructor, weights: str, sha256: str | None, num_cla
     return _with_head(model, num_classes, weights)
 
 
-def _constructors(library: str, plain: str, options: dict[str, Any]) -> tuple[Constructor, Callable[[str], nn.Module]]:
+def _constructors(
+    library: str, plain: str, options: dict[str, Any]
+) -> tuple[Constructor, Callable[[str], nn.Module]]:
     """A function that makes the network with a number of classes, and one that makes it with a library's weights."""
 
     def by_classes(make: Callable[..., nn.Module]) -> Constructor:
@@ -103,7 +109,9 @@ def _constructors(library: str, plain: str, options: dict[str, Any]) -> tuple[Co
         return by_classes(OWN[plain]), _no_tags
     if library == "torchvision":
         get = torchvision.models.get_model
-        return by_classes(lambda **more: get(plain, weights=None, **more)), lambda tag: get(plain, weights=tag, **options)
+        return by_classes(lambda **more: get(plain, weights=None, **more)), lambda tag: get(
+            plain, weights=tag, **options
+        )
     create = timm.create_model
     return (
         by_classes(lambda **more: create(plain, **more)),
@@ -127,7 +135,10 @@ def library_of(name: str) -> tuple[Literal["own", "torchvision", "timm", "open_c
     if library in ("", "timm") and timm.is_model(plain):
         return "timm", plain
     known = [*OWN, *torchvision.models.list_models(), *timm.list_models()]
-    near = ", ".join(difflib.get_close_matches(plain, known, 5)) or "see torchvision.models and timm.list_models()"
+    near = (
+        ", ".join(difflib.get_close_matches(plain, known, 5))
+        or "see torchvision.models and timm.list_models()"
+    )
     raise ModelError(f"unknown model {name!r}; near it: {near}")
 
 
@@ -158,6 +169,12 @@ def _with_head(model: nn.Module, num_classes: int | None, weights: str) -> nn.Mo
     if old.out_features == num_classes:
         log.info("%s: head %r kept, its %d classes taken to be those of the data", weights, name, num_classes)
         return model
-    log.warning("%s: head %r has %d classes, replaced by a new one with %d", weights, name, old.out_features, num_classes)
+    log.warning(
+        "%s: head %r has %d classes, replaced by a new one with %d",
+        weights,
+        name,
+        old.out_features,
+        num_classes,
+    )
     model.set_submodule(name, nn.Linear(old.in_features, num_classes, old.bias is not None))
     return model

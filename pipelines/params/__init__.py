@@ -31,5 +31,20 @@ from pipelines.params.methods import (
     StudentParams,
 )
 from pipelines.params.search import AshaParams, SearchDimension, SearchParams
-from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams, StorageParams, TrainingParams
-from pipelines.params.whole import Params, TrackingParams, check_space, leaves, load, param, replaced, validate
+from pipelines.params.training import (
+    ModelParams,
+    NetworkParams,
+    OptimiserParams,
+    StorageParams,
+    TrainingParams,
+)
+from pipelines.params.whole import (
+    Params,
+    TrackingParams,
+    check_space,
+    leaves,
+    load,
+    param,
+    replaced,
+    validate,
+)

@@ -17,7 +17,9 @@ class ImageTextParams(OptimiserParams):
     """An image tower and a text tower trained on images with captions. `epochs: 0` takes both as they come."""
 
     loss: Literal["clip", "siglip"] = "clip"  # open_clip's: softmax over a batch, or each pair on its own
-    locked: bool = False  # the image tower stays as it is, and the text tower is trained to it (Zhai et al., LiT, 2022)
+    locked: bool = (
+        False  # the image tower stays as it is, and the text tower is trained to it (Zhai et al., LiT, 2022)
+    )
     select: str = "val/loss"
 
     @model_validator(mode="after")
@@ -34,7 +36,9 @@ class ClipParams(BcosificationParams):
     scale: PositiveFloat = 10.0  # of cosines, in siglip
     pair_bias: float = -10.0  # of a pair's logit, in siglip
     temperature_nce: PositiveFloat = 0.1  # of cosines, in info_nce
-    negatives: Literal["batch", "local"] = "batch"  # images of the effective batch, or those that a worker takes at once
+    negatives: Literal["batch", "local"] = (
+        "batch"  # images of the effective batch, or those that a worker takes at once
+    )
     position_embedding: Literal["keep", "remove"] = "keep"
     projection: Literal["linear", "bcos"] = "linear"  # the matrix after a ViT's last norm
     gap_reorder: bool = False
@@ -58,13 +62,18 @@ class ClipParams(BcosificationParams):
 
     def design(self) -> dict[str, Any]:
         """The keyword arguments of `bcosify` for the tower as training starts."""
-        return super().design() | {"position_embedding": self.position_embedding, "projection": self.projection}
+        return super().design() | {
+            "position_embedding": self.position_embedding,
+            "projection": self.projection,
+        }
 
 
 class TowersParams(Strict):
     """An image tower with its text tower: the original pair, and the B-cosified image tower."""
 
-    model: ModelParams  # of the image tower: `open_clip:RN50`, or `open_clip:FILE`, a JSON config of one's own
+    model: (
+        ModelParams  # of the image tower: `open_clip:RN50`, or `open_clip:FILE`, a JSON config of one's own
+    )
     text: NetworkParams  # of the text tower, likewise
     pretrain: ImageTextParams
     bcosify: ClipParams

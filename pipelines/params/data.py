@@ -15,7 +15,9 @@ class DatasetParams(Strict):
     """What every data set has, whatever its source."""
 
     shard_size: PositiveInt = 500  # samples a shard
-    val_count: PositiveInt | None = None  # images held out of `train` where the source has no `val` of its own
+    val_count: PositiveInt | None = (
+        None  # images held out of `train` where the source has no `val` of its own
+    )
     split_seed: int = 0  # draws which ones
 
 
@@ -50,8 +52,12 @@ class ImageFolderParams(DatasetParams):
     source: Literal["imagefolder"]
     root: str
     sha256: Sha256 | None = None
-    splits: dict[Split, str] = {}  # our split -> its folder; by default the same name, where no other split names it
-    labelled: bool = True  # false: images anywhere below the folder of a split, without classes; for students of a teacher
+    splits: dict[
+        Split, str
+    ] = {}  # our split -> its folder; by default the same name, where no other split names it
+    labelled: bool = (
+        True  # false: images anywhere below the folder of a split, without classes; for students of a teacher
+    )
 
 
 class Cifar10Params(DatasetParams):
@@ -72,7 +78,9 @@ class ImageNetParams(DatasetParams):
 class AnnotatedParams(DatasetParams):
     """What every data set has whose boxes are read from annotation files."""
 
-    on_bad_box: Literal["raise", "skip"] = "raise"  # a box inverted, empty or outside its image: stop, or drop and count
+    on_bad_box: Literal["raise", "skip"] = (
+        "raise"  # a box inverted, empty or outside its image: stop, or drop and count
+    )
 
 
 class Voc2007Params(AnnotatedParams):
@@ -80,14 +88,20 @@ class Voc2007Params(AnnotatedParams):
 
     source: Literal["voc2007"]
     root: str | None = None  # a folder or archive, local or at any fsspec URL
-    splits: dict[Split, str] = {}  # our split -> its list in ImageSets/Main, of the files at root; by default the same name
+    splits: dict[
+        Split, str
+    ] = {}  # our split -> its list in ImageSets/Main, of the files at root; by default the same name
     difficult: bool = True  # whether objects marked difficult count as objects
-    masks: Literal["instances", "classes"] = "instances"  # classes: class masks where an image has no instances
+    masks: Literal["instances", "classes"] = (
+        "instances"  # classes: class masks where an image has no instances
+    )
 
     @model_validator(mode="after")
     def _splits_of_a_root(self) -> Voc2007Params:
         if self.splits and self.root is None:
-            raise ValueError("splits: the official archives have their own; give the root whose lists these are")
+            raise ValueError(
+                "splits: the official archives have their own; give the root whose lists these are"
+            )
         return self
 
 
@@ -96,7 +110,9 @@ class Coco2014Params(AnnotatedParams):
 
     source: Literal["coco2014"]
     root: str | None = None  # a folder or archive, local or at any fsspec URL
-    crowd: Literal["label", "ignore", "box"] = "label"  # a crowd region gives its image a label, nothing, or label and box
+    crowd: Literal["label", "ignore", "box"] = (
+        "label"  # a crowd region gives its image a label, nothing, or label and box
+    )
 
 
 class WaterbirdsParams(AnnotatedParams):
@@ -135,7 +151,9 @@ class Cc3mParams(DatasetParams):
 
     source: Literal["cc3m"]
     root: str  # a folder of tars, local or at any fsspec URL
-    splits: dict[Split, str] = {}  # our split -> pattern of its tars' names, such as `val/*.tar`; by default all are train
+    splits: dict[
+        Split, str
+    ] = {}  # our split -> pattern of its tars' names, such as `val/*.tar`; by default all are train
 
 
 class MixtureParams(DatasetParams):
@@ -167,17 +185,23 @@ Single = (
 SingleDataset = Annotated[Single, Field(discriminator="source")]
 Dataset = Annotated[Single | MixtureParams, Field(discriminator="source")]
 MixtureParams.model_rebuild()
-SOURCES = frozenset(get_args(kind.model_fields["source"].annotation)[0] for kind in (*get_args(Single), MixtureParams))
+SOURCES = frozenset(
+    get_args(kind.model_fields["source"].annotation)[0] for kind in (*get_args(Single), MixtureParams)
+)
 
 
 class DataParams(Strict):
     """How shards are read."""
 
     image_size: PositiveInt  # side of the square that the model sees, pixels
-    eval_resize: PositiveInt | None = None  # shorter side before the centre crop; none: straight to image_size
+    eval_resize: PositiveInt | None = (
+        None  # shorter side before the centre crop; none: straight to image_size
+    )
     augment: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "flip"
     crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels, for pad_crop_flip
-    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = None  # magnitude of RandAugment, after crop and flip
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = (
+        None  # magnitude of RandAugment, after crop and flip
+    )
     loader_workers: Annotated[int, Field(ge=0)] = 0  # decoding processes a training worker
     shuffle_buffer: PositiveInt = 10_000  # samples
     on_error: Literal["raise", "skip"] = "raise"  # an image that does not decode: stop, or skip and count

@@ -26,9 +26,14 @@ class EvaluateParams(Strict):
     grid_count: PositiveInt
     grid_batch: PositiveInt = 16  # grids at once
     smooth: Annotated[int, Field(ge=1), AfterValidator(odd)]  # side of the mean filter of maps, pixels
-    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam", "input_x_gradient")
+    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = (
+        "gradcam",
+        "input_x_gradient",
+    )
     pictures: Annotated[int, Field(ge=0)] = 16
-    published: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PublishedParams] = {}  # evaluated too, by a name for reports
+    published: dict[
+        Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PublishedParams
+    ] = {}  # evaluated too, by a name for reports
     seed: int = 0
 
 
@@ -55,14 +60,24 @@ class ClipEvaluateParams(Strict):
     workers: Annotated[int, Field(ge=0)] = 0
     text_batch: PositiveInt = 256  # texts at once through the text tower, which bounds its memory
     names: Names = "data"  # of the classes: the data's, open_clip's of ImageNet, or one's own in label order
-    templates: str | tuple[str, ...] = "imagenet"  # a list of open_clip (`imagenet`, `simple`, `plain`) or one's own
+    templates: str | tuple[str, ...] = (
+        "imagenet"  # a list of open_clip (`imagenet`, `simple`, `plain`) or one's own
+    )
     localisation_names: Names = "data"  # of the classes, in text localisation
     localisation_templates: str | tuple[str, ...] = "plain"  # of the texts that text localisation explains
     scale: PositiveFloat = 100.0  # logits are scale times cosine
-    hold_norm: bool = True  # hold the embedding's norm, so that contributions sum to the cosine; false: as published
-    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = ("gradcam",)  # of conventional towers
+    hold_norm: bool = (
+        True  # hold the embedding's norm, so that contributions sum to the cosine; false: as published
+    )
+    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = (
+        "gradcam",
+    )  # of conventional towers
     probe: LinearProbeParams = LinearProbeParams()
-    text2concept: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str] = {}  # name -> folder of a B-cos classifier
+    text2concept: dict[
+        Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str
+    ] = {}  # name -> folder of a B-cos classifier
     pictures: Annotated[int, Field(ge=0)] = 8  # of text localisation, for each B-cosified tower
-    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15  # side of the mean filter of their opacity, pixels
+    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = (
+        15  # side of the mean filter of their opacity, pixels
+    )
     seed: int = 0  # draws which images these show

@@ -39,15 +39,21 @@ class BcosificationParams(OptimiserParams):
     @model_validator(mode="after")
     def _exponents_fit(self) -> BcosificationParams:
         if self.b_mode == "learned" and self.b != 2:
-            raise ValueError(f"b: a learned B is pulled towards 2, not {self.b:g}; b_start says where it starts")
+            raise ValueError(
+                f"b: a learned B is pulled towards 2, not {self.b:g}; b_start says where it starts"
+            )
         if self.b_mode == "scheduled" and self.b_epochs > self.epochs:
-            raise ValueError(f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.epochs} epochs")
+            raise ValueError(
+                f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.epochs} epochs"
+            )
         return self
 
     @model_validator(mode="after")
     def _biases_decay(self) -> BcosificationParams:
         if self.bias == "decay" and self.bias_decay == 0:
-            raise ValueError("bias_decay: biases that decay need a decay above 0; bias: keep leaves them as they are")
+            raise ValueError(
+                "bias_decay: biases that decay need a decay above 0; bias: keep leaves them as they are"
+            )
         return self
 
     @property
@@ -57,7 +63,16 @@ class BcosificationParams(OptimiserParams):
 
     def design(self) -> dict[str, Any]:
         """The keyword arguments of `bcosify` for the network as training starts."""
-        names = ("b_mode", "bias", "norm", "stem_pool", "gap_reorder", "activation", "logit_bias", "temperature")
+        names = (
+            "b_mode",
+            "bias",
+            "norm",
+            "stem_pool",
+            "gap_reorder",
+            "activation",
+            "logit_bias",
+            "temperature",
+        )
         chosen = self.model_dump(include={*names, "normalize_weight", "max_out"})
         return {"b": self.b if self.b_mode == "fixed" else self.b_start, **chosen}
 
@@ -72,7 +87,9 @@ class BcosifyParams(Strict):
     @model_validator(mode="after")
     def _pretrained_weights_stay(self) -> BcosifyParams:
         if self.pretrained.max_out > 1:
-            raise ValueError(f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: for scratch alone")
+            raise ValueError(
+                f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: for scratch alone"
+            )
         return self
 
 
@@ -83,12 +100,16 @@ class DistillationParams(OptimiserParams):
     explanation_weight: NonNegativeFloat = 0.0  # λ
     label_weight: NonNegativeFloat = 0.0  # α
     explain_every: PositiveInt = 1  # explanations are matched on every so many-th step alone
-    explanations: Literal["live", "frozen"] = "live"  # the teacher's: of each view, or stored once, of the fixed one
+    explanations: Literal["live", "frozen"] = (
+        "live"  # the teacher's: of each view, or stored once, of the fixed one
+    )
 
     @model_validator(mode="after")
     def _maps_follow(self) -> DistillationParams:
         if self.explanations == "frozen" and self.mixup > 0:
-            raise ValueError("mixup: frozen explanations are of single images, which cannot be mixed: set it to 0")
+            raise ValueError(
+                "mixup: frozen explanations are of single images, which cannot be mixed: set it to 0"
+            )
         return self
 
 
@@ -117,7 +138,9 @@ class DistillParams(Strict):
     teacher: str  # folder of a model, or `models:/name@alias` in the registry
     after: str  # what DVC makes, and watches, before the teacher is taken: a path
     student: StudentParams
-    shots: PositiveInt | None = None  # training images a class, or all of a class that has fewer; none: all of them
+    shots: PositiveInt | None = (
+        None  # training images a class, or all of a class that has fewer; none: all of them
+    )
     shots_seed: int = 0  # draws which ones
     frozen: FrozenParams
     kd: DistillationParams
@@ -131,11 +154,17 @@ class GuidanceParams(OptimiserParams):
         "knee"  # of the Pareto front of these three on `val`, the best of one; or its knee
     )
     loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
-    alpha: Fraction = 0.5  # α of size_corrected_energy: the higher, the more a small box counts; 0: as in energy
+    alpha: Fraction = (
+        0.5  # α of size_corrected_energy: the higher, the more a small box counts; 0: as in energy
+    )
     localisation_weight: NonNegativeFloat  # λ, of the sum of the loss over the images of an effective batch
     attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
-    layer: str | None = None  # name of a module whose output is explained; none: the input, for gradcam the last features
-    annotated: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # share of the training images whose boxes are used
+    layer: str | None = (
+        None  # name of a module whose output is explained; none: the input, for gradcam the last features
+    )
+    annotated: Annotated[float, Field(gt=0.0, le=1.0)] = (
+        1.0  # share of the training images whose boxes are used
+    )
     annotated_seed: int = 0  # draws which ones
     dilation: NonNegativeFloat = 0.0  # by which each side of a box moves out, of the box's width or height
     f1_floor: Fraction = 0.0  # of val; below it training stops
@@ -166,6 +195,8 @@ class GuideParams(Strict):
     data: DataParams
     backbone: str  # folder of a model, or `models:/name@alias` in the registry
     after: str  # what DVC makes, and watches, before the backbone is taken: a path
-    splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]  # that both classifiers are evaluated on
+    splits: Annotated[
+        list[Literal["train", "val", "test"]], Field(min_length=1)
+    ]  # that both classifiers are evaluated on
     classify: OptimiserParams
     guided: GuidanceParams

@@ -19,7 +19,9 @@ class SearchDimension(Strict):
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = None
     uniform: tuple[float, float] | None = None  # least, most
     loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    when: dict[str, Scalar] = {}  # keys before this one -> value: drawn where they have these, otherwise left as it is
+    when: dict[
+        str, Scalar
+    ] = {}  # keys before this one -> value: drawn where they have these, otherwise left as it is
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class AshaParams(Strict):
 class SearchParams(Strict):
     """A search by Ray Tune and Optuna: the work of a stage, many times over, with some params replaced."""
 
-    stage: Literal["bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide", "clip@cnn", "clip@vit"]
+    stage: Literal[
+        "bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide", "clip@cnn", "clip@vit"
+    ]
     space: Annotated[list[SearchDimension], Field(min_length=1)]
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
     trials: PositiveInt
@@ -69,8 +73,12 @@ class SearchParams(Strict):
 
     @model_validator(mode="after")
     def _halved_in_their_own_process(self) -> SearchParams:
-        if self.asha is not None and self.workers > 0:  # Ray Train's workers would hold their cores after the trial's end
-            raise ValueError("asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0")
+        if (
+            self.asha is not None and self.workers > 0
+        ):  # Ray Train's workers would hold their cores after the trial's end
+            raise ValueError(
+                "asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -83,7 +91,9 @@ class SearchParams(Strict):
     def section(self) -> str:
         """The key of the searched stage's own params."""
         section = self.stage.replace("@", ".")
-        return {"guide": "guide.guided", "clip.cnn": "clip.cnn.bcosify", "clip.vit": "clip.vit.bcosify"}.get(section, section)
+        return {"guide": "guide.guided", "clip.cnn": "clip.cnn.bcosify", "clip.vit": "clip.vit.bcosify"}.get(
+            section, section
+        )
 
     @property
     def searchable(self) -> tuple[str, ...]:
@@ -92,7 +102,12 @@ class SearchParams(Strict):
             return (self.section, "guide.data", "seed")
         if self.stage.startswith("clip"):
             return (self.section, "clip.data", "seed")
-        return (self.section, *(("distill.student",) if self.stage.startswith("distill") else ()), "data", "seed")
+        return (
+            self.section,
+            *(("distill.student",) if self.stage.startswith("distill") else ()),
+            "data",
+            "seed",
+        )
 
     @model_validator(mode="after")
     def _space_fits(self) -> SearchParams:
@@ -101,11 +116,15 @@ class SearchParams(Strict):
             key = dimension.key
             if not any(key == place or key.startswith(f"{place}.") for place in self.searchable):
                 places = ", ".join(self.searchable)
-                raise ValueError(f"space: {key!r} does not change what {self.stage} computes; that is in {places}")
+                raise ValueError(
+                    f"space: {key!r} does not change what {self.stage} computes; that is in {places}"
+                )
             if key in seen:
                 raise ValueError(f"space: {key!r} is there twice")
             if unknown := set(dimension.when) - set(seen):
-                raise ValueError(f"space: {key}: when names {sorted(unknown)[0]!r}, which is not drawn before it")
+                raise ValueError(
+                    f"space: {key}: when names {sorted(unknown)[0]!r}, which is not drawn before it"
+                )
             seen.append(key)
         if f"{self.section}.epochs" in seen:
             raise ValueError(f"space: {self.section}.epochs: all trials have search.epochs")

@@ -22,7 +22,9 @@ class NetworkParams(Strict):
 class ModelParams(NetworkParams):
     """A network of images, and how these are normalised."""
 
-    mean: tuple[float, float, float] | None = None  # of RGB; none: the weights' own, ImageNet's where these say nothing
+    mean: tuple[float, float, float] | None = (
+        None  # of RGB; none: the weights' own, ImageNet's where these say nothing
+    )
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise
 
 
@@ -35,20 +37,32 @@ class StorageParams(Strict):
 class TrainingParams(Strict):
     """The one loop and its launch: what does not depend on the method."""
 
-    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = 1  # 0: this process; N; [MIN, MAX]: elastic
+    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = (
+        1  # 0: this process; N; [MIN, MAX]: elastic
+    )
     gpus_per_worker: NonNegativeFloat = 0.0
-    cpus_per_worker: PositiveFloat = 1.0  # its loader's processes included; at least one for each and one for itself
+    cpus_per_worker: PositiveFloat = (
+        1.0  # its loader's processes included; at least one for each and one for itself
+    )
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: PositiveInt = 1  # parts of a worker's batch whose gradients make one step; more if workers are missing
+    accumulate: PositiveInt = (
+        1  # parts of a worker's batch whose gradients make one step; more if workers are missing
+    )
     channels_last: bool = True  # memory format of images and convolutions; compiled they have it anyway
     compile: bool = False  # the objective by torch.compile
-    checkpoint_activations: bool = False  # blocks keep their input alone and compute the rest again in the backward pass
+    checkpoint_activations: bool = (
+        False  # blocks keep their input alone and compute the rest again in the backward pass
+    )
     checkpoint_every: PositiveInt = 100  # steps
     keep_last: PositiveInt = 2  # checkpoints, beside the best one
-    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group between two checkpoints; -1: without end
+    max_failures: Annotated[int, Field(ge=-1)] = (
+        3  # restarts of the worker group between two checkpoints; -1: without end
+    )
     resize_every: NonNegativeFloat = 60.0  # seconds after which elastic workers look for nodes that came
     log_every: PositiveInt = 20  # steps
-    resume: str | None = None  # directory of a stage's run whose code or params were others: its checkpoints are gone on with
+    resume: str | None = (
+        None  # directory of a stage's run whose code or params were others: its checkpoints are gone on with
+    )
 
     @property
     def most_workers(self) -> int:
@@ -81,7 +95,9 @@ class TrainingParams(Strict):
     @model_validator(mode="after")
     def _compiled_or_checkpointed(self) -> TrainingParams:
         if self.compile and self.checkpoint_activations:
-            raise ValueError("compile and checkpoint_activations: choose one, the compiler decides itself what is kept")
+            raise ValueError(
+                "compile and checkpoint_activations: choose one, the compiler decides itself what is kept"
+            )
         return self
 
 

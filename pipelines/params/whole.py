@@ -62,16 +62,22 @@ class Params(Strict):
     def _stored_maps_follow(self) -> Params:
         frozen = [run for run in self.distill.runs if getattr(self.distill, run).explanations == "frozen"]
         if frozen and self.data.rand_augment is not None:
-            raise ValueError(f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: set it to null")
+            raise ValueError(
+                f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: set it to null"
+            )
         return self
 
     @model_validator(mode="after")
     def _dataset_exists(self) -> Params:
         named = {"dataset": self.dataset, "guide.dataset": self.guide.dataset}
-        named |= {f"clip.{key}": getattr(self.clip, key) for key in ("pairs", "images", "labelled", "located")}
+        named |= {
+            f"clip.{key}": getattr(self.clip, key) for key in ("pairs", "images", "labelled", "located")
+        }
         for key, name in named.items():
             if name not in self.datasets:
-                raise ValueError(f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))})")
+                raise ValueError(
+                    f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))})"
+                )
         return self
 
 
@@ -138,14 +144,22 @@ def replaced(params: Params, values: Mapping[str, Any], source: str = "params") 
 
 def param(params: Params, key: str) -> Any:
     """The value of a key such as `bcosify.pretrained.lr`."""
-    return reduce(lambda group, name: group[name] if isinstance(group, dict) else getattr(group, name), key.split("."), params)
+    return reduce(
+        lambda group, name: group[name] if isinstance(group, dict) else getattr(group, name),
+        key.split("."),
+        params,
+    )
 
 
 def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested `content` by keys such as `bcosify.pretrained.lr`."""
     found: dict[str, Any] = {}
     for name, value in content.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        found |= (
+            leaves(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{name}": value}
+        )
     return found
 
 
@@ -160,8 +174,16 @@ def _validated(content: Any, source: str) -> Params:
 def _key(item: Any) -> str:
     """The key of one pydantic error, without pydantic's own names of the branches of a union."""
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
-    for place in (2, 4):  # of the source, and of that of a mixture's part: datasets.NAME.mixture.of.0.scenes.seed
-        if parts[:1] == ["datasets"] and len(parts) > place and parts[place] in SOURCES and (place == 2 or parts[2] == "of"):
+    for place in (
+        2,
+        4,
+    ):  # of the source, and of that of a mixture's part: datasets.NAME.mixture.of.0.scenes.seed
+        if (
+            parts[:1] == ["datasets"]
+            and len(parts) > place
+            and parts[place] in SOURCES
+            and (place == 2 or parts[2] == "of")
+        ):
             parts.pop(place)
     return ".".join(parts) or "the file"
 
@@ -174,4 +196,6 @@ def _explain(source: str, item: Any) -> str:
     if item["type"] == "missing":
         return f"{source}: {key}: missing"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{source}: {key}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+    return f"{source}: {key}: {message}" + (
+        "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    )

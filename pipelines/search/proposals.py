@@ -13,7 +13,15 @@ from ray.tune.search import Searcher
 
 from pipelines.metrics import higher_is_better
 from pipelines.params import SearchDimension, SearchParams
-from pipelines.search.records import SETTLED, Trial, draw, read_trial, settle_trial, start_trial, trial_directory
+from pipelines.search.records import (
+    SETTLED,
+    Trial,
+    draw,
+    read_trial,
+    settle_trial,
+    start_trial,
+    trial_directory,
+)
 
 _BY_TPE, _AT_RANDOM = 20, 200  # attempts at values that no trial has had, one kind after the other
 
@@ -26,7 +34,11 @@ class Suggestions(Searcher):
     """
 
     def __init__(
-        self, params: SearchParams, directory: str, first: list[dict[str, Any]], on_trial: Callable[[Trial], None]
+        self,
+        params: SearchParams,
+        directory: str,
+        first: list[dict[str, Any]],
+        on_trial: Callable[[Trial], None],
     ) -> None:
         """`on_trial` gets the record of each trial that is over."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -39,7 +51,9 @@ class Suggestions(Searcher):
         for values in first:
             self.study.enqueue_trial(values)
         self._space, self._directory, self._on_trial = params.space, directory, on_trial
-        self._asked: dict[str, tuple[optuna.Trial, dict[str, Any]]] = {}  # Tune's id of a trial -> Optuna's trial, its values
+        self._asked: dict[
+            str, tuple[optuna.Trial, dict[str, Any]]
+        ] = {}  # Tune's id of a trial -> Optuna's trial, its values
 
     def suggest(self, trial_id: str) -> dict[str, Any] | Any:
         """Values that no trial has had; `Searcher.FINISHED` if none are found.
@@ -57,7 +71,9 @@ class Suggestions(Searcher):
             self.study.tell(trial, state=TrialState.FAIL)
         return Searcher.FINISHED
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Settles the record of a trial that was stopped or lost, and tells Optuna."""
         asked, values = self._asked[trial_id]
         place = trial_directory(self._directory, values)
@@ -83,7 +99,9 @@ def tpe(trials: int, seed: int) -> optuna.samplers.TPESampler:
     Dimensions are drawn together, those under a condition (`when`) in a group of their own.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `multivariate` and `group` are, since 2.2
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # `multivariate` and `group` are, since 2.2
         startup = max(1, min(10, trials // 3))
         return optuna.samplers.TPESampler(n_startup_trials=startup, multivariate=True, group=True, seed=seed)
 
@@ -101,7 +119,11 @@ def tell(study: optuna.Study, asked: optuna.Trial, trial: Trial, metrics: list[s
     elif trial["status"] == "finished" and None not in values:
         study.tell(asked, values)  # type: ignore[arg-type]
     else:
-        found = {row["epoch"]: row["metrics"][metrics[0]] for row in trial["history"] if metrics[0] in row["metrics"]}
+        found = {
+            row["epoch"]: row["metrics"][metrics[0]]
+            for row in trial["history"]
+            if metrics[0] in row["metrics"]
+        }
         if len(metrics) > 1:
             asked.set_user_attr(metrics[0], found)
         else:

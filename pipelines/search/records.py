@@ -19,7 +19,10 @@ from pipelines.storage.lease import check_held
 from pipelines.training.job import EpochRecord
 
 RECORD = "trial.json"
-SETTLED = ("finished", "stopped")  # never run again; a failed trial is tried again when the search is started again
+SETTLED = (
+    "finished",
+    "stopped",
+)  # never run again; a failed trial is tried again when the search is started again
 
 
 class Trial(TypedDict):
@@ -29,7 +32,9 @@ class Trial(TypedDict):
     started: float  # seconds since 1970, of its first start: trials are numbered in this order
     status: Literal["running", "finished", "stopped", "failed"]  # stopped: by successive halving
     history: list[EpochRecord]
-    metrics: dict[str, float]  # what was measured: of a finished one at its best epoch, of a stopped one at its last one
+    metrics: dict[
+        str, float
+    ]  # what was measured: of a finished one at its best epoch, of a stopped one at its last one
     error: str  # of a failed one
 
 
@@ -71,12 +76,18 @@ def start_trial(place: str, values: dict[str, Any]) -> Trial:
     return trial if trial.get("status") in SETTLED else settle_trial(place, trial, "running")
 
 
-def settle_trial(place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = "") -> Trial:
+def settle_trial(
+    place: str, trial: Trial, status: str, metrics: Mapping[str, float] | None = None, error: str = ""
+) -> Trial:
     """Writes the record with this status, and returns it; raises `LeaseError` if another search has taken over."""
     check_held(place)
     history: list[EpochRecord] = files.read_record(f"{place}/history.json", list) or []
     if metrics is None:
-        metrics = {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")} if history else {}
+        metrics = (
+            {name: value for name, value in history[-1]["metrics"].items() if name.startswith("val/")}
+            if history
+            else {}
+        )
     known = {"status": status, "history": history, "metrics": measured(metrics), "error": error}
     told = Trial(**{**trial, **known})  # type: ignore[typeddict-item]
     files.write_json(f"{place}/{RECORD}", told)

@@ -76,12 +76,16 @@ def search(
     known = read_trials(directory)
     left = params.trials - sum(trial["status"] in SETTLED for trial in known)
     if left <= 0:
-        found = [trial for trial in known if trial["status"] != "running"]  # enough without what a kill left half done
+        found = [
+            trial for trial in known if trial["status"] != "running"
+        ]  # enough without what a kill left half done
         for trial in found:
             on_trial(trial)
     else:
         before = [trial["values"] for trial in known]
-        queue = [*before, *(values for values in first if values not in before)][: max(params.trials, len(before))]
+        queue = [*before, *(values for values in first if values not in before)][
+            : max(params.trials, len(before))
+        ]
         with held(directory) as lease, cluster(_together(params, training)):
             _tune(work, params, training, directory, queue, on_trial, lease)
         found = read_trials(directory)
@@ -91,9 +95,13 @@ def search(
             files.remove(f"{trial_directory(directory, trial['values'])}/checkpoints")
     lost = sum(trial["status"] == "running" for trial in found)
     if lost:
-        raise TrainingError(f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on")
+        raise TrainingError(
+            f"Ray Tune lost {lost} trials of the search; what is finished is kept: start it again to go on"
+        )
     if all(trial["status"] != "finished" for trial in found):
-        raise TrainingError(f"no trial of the search was finished; {found[0]['error'] if found else 'none was started'}")
+        raise TrainingError(
+            f"no trial of the search was finished; {found[0]['error'] if found else 'none was started'}"
+        )
     return found
 
 
@@ -120,9 +128,13 @@ def _tune(
     from pipelines.search.proposals import Suggestions
 
     own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
-    if params.workers > 0:  # those take the cores, which the trial must not hold; nothing at all is no request
+    if (
+        params.workers > 0
+    ):  # those take the cores, which the trial must not hold; nothing at all is no request
         own = {"memory": 1.0}
-    function = partial(_trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd(), lease=lease)
+    function = partial(
+        _trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd(), lease=lease
+    )
     storage, name = f"{directory}/ray", uuid.uuid4().hex
     filesystem, root = fsspec.core.url_to_fs(storage)
     tuner = tune.Tuner(
@@ -168,7 +180,9 @@ def _halving(params: SearchParams) -> Any:
     )
 
 
-def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int, lease: Lease) -> None:
+def _trial(
+    config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int, lease: Lease
+) -> None:
     """A trial, in a process of Ray Tune. It ends once its record is written: what that says holds after any kill."""
     from ray import tune
 
@@ -196,7 +210,9 @@ def _trial(config: dict[str, Any], *, work: Work, metric: str, directory: str, p
                 raise  # Ray Tune starts the trial again
             if not known:
                 traceback.print_exc()
-            settle_trial(here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}")
+            settle_trial(
+                here, trial, "failed", error=str(error) if known else f"{type(error).__name__}: {error}"
+            )
             return
         settle_trial(here, trial, "finished", found)
         files.remove(f"{here}/checkpoints")

@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}  # of hard links
+NO_LINKS = {
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EXDEV,
+}  # of hard links
 
 
 def file_system(place: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -98,7 +105,9 @@ def staged(place: str | Path) -> Iterator[Path]:
         raise
     except OSError as error:
         if error.errno in FULL:
-            raise StorageError(f"{place}: no space left on the device; nothing of it was kept", error.errno) from None
+            raise StorageError(
+                f"{place}: no space left on the device; nothing of it was kept", error.errno
+            ) from None
         raise StorageError(f"{place}: not written: {one_line(error)}", error.errno) from None
 
 
@@ -234,7 +243,11 @@ def read_record(place: str | Path, kind: type[T]) -> T | None:
 def names_in(place: str | Path) -> list[str]:
     """Names of the files and folders in a folder; none if that does not exist."""
     filesystem, path = file_system(place)
-    return [PurePosixPath(inner).name for inner in filesystem.ls(path, detail=False)] if filesystem.exists(path) else []
+    return (
+        [PurePosixPath(inner).name for inner in filesystem.ls(path, detail=False)]
+        if filesystem.exists(path)
+        else []
+    )
 
 
 @retried

@@ -35,7 +35,9 @@ from pipelines.storage.retry import RETRY_SECONDS
 
 log = logging.getLogger(__name__)
 
-LASTS = RETRY_SECONDS  # seconds after its last sign of life in which a driver on another machine counts as alive
+LASTS = (
+    RETRY_SECONDS  # seconds after its last sign of life in which a driver on another machine counts as alive
+)
 RENEW = 20.0  # seconds between signs of life
 _NUMBER = re.compile(r"^(\d{8,})\.json$")
 _SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
@@ -187,7 +189,9 @@ def newest_token(directory: str) -> Lease | None:
 
 def _numbers(directory: str) -> list[int]:
     """Numbers of the tokens of a directory, the newest last."""
-    return sorted(int(match[1]) for match in map(_NUMBER.match, files.names_in(f"{directory}/lease")) if match)
+    return sorted(
+        int(match[1]) for match in map(_NUMBER.match, files.names_in(f"{directory}/lease")) if match
+    )
 
 
 def _read(directory: str, number: int) -> Lease | None:
@@ -209,7 +213,9 @@ def _sign(directory: str, owner: str) -> str:
 def _take(directory: str, owner: str, own: bool = False, wait: bool = True) -> Lease:
     """Takes the next token for the driver `owner`: a later one of its own, or one after another driver's end if `wait`."""
     while True:
-        numbers = _numbers(directory)  # before the newest one is judged: a later one has the number that is to be created
+        numbers = _numbers(
+            directory
+        )  # before the newest one is judged: a later one has the number that is to be created
         newest, holder = newest_token(directory), this_process()
         if own:
             if newest is None or newest.owner != owner:
@@ -251,7 +257,12 @@ def _wait_for_its_end(lease: Lease) -> None:
             return
     left = min(last.get("alive", 0.0) + LASTS - time(), LASTS)
     if left > 0:
-        log.warning("%s: left by %s; taken over in %.0f s unless that shows a sign of life", lease.directory, holder, left)
+        log.warning(
+            "%s: left by %s; taken over in %.0f s unless that shows a sign of life",
+            lease.directory,
+            holder,
+            left,
+        )
     while left > 0:
         sleep(RENEW / 4)
         left -= RENEW / 4

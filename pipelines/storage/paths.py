@@ -28,7 +28,9 @@ def absolute(path: str | Path) -> str:
     if fsspec.utils.get_protocol(text) != "file":
         return text.rstrip("/")
     local = os.path.normpath(os.path.expanduser(text.removeprefix("file://")))
-    return os.path.normpath(project_root() / local) if local.split(os.sep)[0] == ".." else os.path.abspath(local)
+    return (
+        os.path.normpath(project_root() / local) if local.split(os.sep)[0] == ".." else os.path.abspath(local)
+    )
 
 
 def users_path(path: str | Path) -> str:
@@ -38,7 +40,11 @@ def users_path(path: str | Path) -> str:
     project's folder. The two differ in a copy that DVC makes for an experiment, which lacks the user's other files.
     """
     here = absolute(path)
-    if fsspec.utils.get_protocol(here) != "file" or _is_there(here) or not Path(here).is_relative_to(Path.cwd()):
+    if (
+        fsspec.utils.get_protocol(here) != "file"
+        or _is_there(here)
+        or not Path(here).is_relative_to(Path.cwd())
+    ):
         return here
     return str(project_root() / Path(here).relative_to(Path.cwd()))
 

@@ -42,7 +42,9 @@ class File:
     def __post_init__(self) -> None:
         check_name(self.name)
         if type(self.bytes) is not int or self.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise StorageError(f"{_shown(self.name)}: {self.bytes!r:.40} and {self.sha256!r:.80} are no size and no sha256")
+            raise StorageError(
+                f"{_shown(self.name)}: {self.bytes!r:.40} and {self.sha256!r:.80} are no size and no sha256"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
     return url
 
 
-def _check_here(folder: str | Path, url: str, names: Iterable[str], sizes: Mapping[str, int] | None = None) -> None:
+def _check_here(
+    folder: str | Path, url: str, names: Iterable[str], sizes: Mapping[str, int] | None = None
+) -> None:
     """Raises `StorageError` unless the folder has all of the files, in these sizes."""
     for name in names:
         path = Path(folder, name)
@@ -107,7 +111,9 @@ def _check_here(folder: str | Path, url: str, names: Iterable[str], sizes: Mappi
             raise StorageError(f"{folder} cannot be put to {url}: {path}: there is no such file")
         wanted = (sizes or {}).get(name)
         if wanted is not None and path.stat().st_size != wanted:
-            raise StorageError(f"{folder} cannot be put to {url}: {path}: has {path.stat().st_size} bytes, not {wanted}")
+            raise StorageError(
+                f"{folder} cannot be put to {url}: {path}: has {path.stat().st_size} bytes, not {wanted}"
+            )
 
 
 @retried
@@ -135,7 +141,9 @@ def check_name(name: str) -> str:
     if any(part.startswith(".") or not part for part in parts):
         raise StorageError(f"the name {_shown(name)} is absolute, hidden or leads out of its folder")
     if len(name.encode()) > LONGEST_NAME or max(len(part.encode()) for part in parts) > LONGEST_PART:
-        raise StorageError(f"the name {_shown(name)} is too long: {LONGEST_NAME} bytes are allowed, {LONGEST_PART} in each part")
+        raise StorageError(
+            f"the name {_shown(name)} is too long: {LONGEST_NAME} bytes are allowed, {LONGEST_PART} in each part"
+        )
     return name
 
 

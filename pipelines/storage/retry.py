@@ -24,8 +24,24 @@ Place = TypeVar("Place", str, Path, str | Path)
 
 RETRY_SECONDS = 300.0  # for which a storage may fail without a break
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries; they double
-CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}  # raise errors of their own
-FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, StorageError)
+CLIENTS = {
+    "aiobotocore",
+    "aiohttp",
+    "azure",
+    "botocore",
+    "gcsfs",
+    "google",
+    "requests",
+    "urllib3",
+}  # raise errors of their own
+FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    StorageError,
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _retrying = ContextVar("_retrying", default=False)
 
@@ -105,5 +121,7 @@ def as_os_error(error: Exception, place: str | Path) -> Exception:
     """`error` itself, or a `StorageError` in the place of one of a storage's client."""
     if not of_a_client(error) or isinstance(error, OSError):
         return error
-    hint = ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if "Credentials" in type(error).__name__ else ""
+    hint = (
+        ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if "Credentials" in type(error).__name__ else ""
+    )
     return StorageError(f"{place}: {one_line(error)}{hint}")

@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-DECISION = "decision"  # tag: a person approved or rejected the version; machines give it no alias from then on
+DECISION = (
+    "decision"  # tag: a person approved or rejected the version; machines give it no alias from then on
+)
 DATA = "dataset.digest"  # tag: the data that the version's metrics were measured on
-OFFERED, GIVEN, PASSED = "offered", "given", "passed on"  # values of the tag `alias.<alias>`, which a machine alone sets
+OFFERED, GIVEN, PASSED = (
+    "offered",
+    "given",
+    "passed on",
+)  # values of the tag `alias.<alias>`, which a machine alone sets
 
 
-def nominate(client: MlflowClient, version: ModelVersion, alias: str, metric: str | None, higher_is_better: bool) -> str:
+def nominate(
+    client: MlflowClient, version: ModelVersion, alias: str, metric: str | None, higher_is_better: bool
+) -> str:
     """Gives `version` the alias unless the version that has it is better, or a person decided otherwise.
 
     If a person takes the alias away from a version or gives it to another one, it stays so.
@@ -37,7 +45,9 @@ def nominate(client: MlflowClient, version: ModelVersion, alias: str, metric: st
     if holder is None or str(holder.version) != number:
         if reason := _against(version, _same(client, version), holder, mark, metric, higher_is_better):
             return f"without alias {alias}, {reason}"
-        client.set_model_version_tag(name, number, mark, OFFERED)  # a call that ends before the alias is given can be repeated
+        client.set_model_version_tag(
+            name, number, mark, OFFERED
+        )  # a call that ends before the alias is given can be repeated
         if holder is not None:
             client.set_model_version_tag(name, str(holder.version), mark, PASSED)
         client.set_registered_model_alias(name, alias, number)
@@ -57,7 +67,10 @@ def _same(client: MlflowClient, version: ModelVersion) -> list[ModelVersion]:
     """`version`, and the other versions with the same model: it is registered again if their files were lost."""
     digest = version.tags.get(DIGEST)
     found = client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if digest else []
-    return [version, *(item for item in found if item.name == version.name and item.version != version.version)]
+    return [
+        version,
+        *(item for item in found if item.name == version.name and item.version != version.version),
+    ]
 
 
 def _against(

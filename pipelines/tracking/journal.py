@@ -26,7 +26,19 @@ class MetricRow(TypedDict):
 
 
 UNREADABLE_TAG = "journal.unreadable_lines"  # tells how many lines of the metrics were skipped
-_KEYS = {"key", "stage", "experiment", "started", "ended", "status", "logged", "warned", "params", "tags", "datasets"}
+_KEYS = {
+    "key",
+    "stage",
+    "experiment",
+    "started",
+    "ended",
+    "status",
+    "logged",
+    "warned",
+    "params",
+    "tags",
+    "datasets",
+}
 
 
 class Journal:
@@ -47,7 +59,12 @@ class Journal:
         return self._head() is not None
 
     def begin(
-        self, stage: str, experiment: str, params: Mapping[str, str], tags: Mapping[str, str], key: str | None = None
+        self,
+        stage: str,
+        experiment: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        key: str | None = None,
     ) -> None:
         """Opens the journal of the unfinished execution found here, which then goes on, or of a new one.
 
@@ -65,7 +82,13 @@ class Journal:
             return
         if self.root.exists():
             shutil.rmtree(self.root)
-        head = {"key": key or secrets.token_hex(8), "stage": stage, "experiment": experiment, "started": now(), "ended": None}
+        head = {
+            "key": key or secrets.token_hex(8),
+            "stage": stage,
+            "experiment": experiment,
+            "started": now(),
+            "ended": None,
+        }
         head |= {
             "status": "RUNNING",
             "logged": False,
@@ -168,7 +191,10 @@ def _row(line: bytes) -> MetricRow | None:
 def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:
     """`metrics` as rows with the present time."""
     timestamp = now()
-    return [{"key": key, "value": float(value), "step": step, "timestamp": timestamp} for key, value in metrics.items()]
+    return [
+        {"key": key, "value": float(value), "step": step, "timestamp": timestamp}
+        for key, value in metrics.items()
+    ]
 
 
 def now() -> int:

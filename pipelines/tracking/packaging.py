@@ -19,9 +19,29 @@ if TYPE_CHECKING:
 
     from pipelines.models import ModelSpec
 
-CODE = ("__init__.py", "errors.py", "process.py", "bcos", "models", "storage")  # of `pipelines`: what `served.py` imports
-REQUIREMENTS = ("fsspec", "mlflow", "numpy", "safetensors", "timm", "torch", "torchvision")  # what that code imports
-ARTIFACTS = ("weights", "config", "text_weights", "text_config")  # names of `model_files` for the code that serves the model
+CODE = (
+    "__init__.py",
+    "errors.py",
+    "process.py",
+    "bcos",
+    "models",
+    "storage",
+)  # of `pipelines`: what `served.py` imports
+REQUIREMENTS = (
+    "fsspec",
+    "mlflow",
+    "numpy",
+    "safetensors",
+    "timm",
+    "torch",
+    "torchvision",
+)  # what that code imports
+ARTIFACTS = (
+    "weights",
+    "config",
+    "text_weights",
+    "text_config",
+)  # names of `model_files` for the code that serves the model
 
 
 def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, name: str) -> str:
@@ -36,12 +56,16 @@ def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, 
     from mlflow.models import Model
 
     logged, origin = re.sub(r"[/:.%\"']", "_", name), run.info
-    model = client.create_logged_model(origin.experiment_id, name=logged, source_run_id=origin.run_id, model_type=spec.kind)
+    model = client.create_logged_model(
+        origin.experiment_id, name=logged, source_run_id=origin.run_id, model_type=spec.kind
+    )
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pyfunc.save_model(
             f"{folder}/model",
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts=dict(zip(ARTIFACTS, map(str, model_files(directory)), strict=False)),  # a text tower is not always there
+            artifacts=dict(
+                zip(ARTIFACTS, map(str, model_files(directory)), strict=False)
+            ),  # a text tower is not always there
             code_paths=[str(_copy_code(Path(folder, "code")))],
             pip_requirements=requirements(spec),
             signature=_signature(spec),
@@ -88,5 +112,7 @@ def _signature(spec: ModelSpec) -> Any:
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, 3, size, size))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, width), name)]),
-        params=ParamSchema([ParamSpec("explain", "boolean", False), ParamSpec("targets", "long", [], shape=(-1,))]),
+        params=ParamSchema(
+            [ParamSpec("explain", "boolean", False), ParamSpec("targets", "long", [], shape=(-1,))]
+        ),
     )

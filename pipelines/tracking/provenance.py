@@ -31,7 +31,9 @@ def git_tags(directory: str | Path | None = None) -> dict[str, str]:
     """
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(
+            ["git", *arguments], cwd=directory, capture_output=True, text=True, check=True, timeout=30
+        )
         return done.stdout.strip()
 
     try:
@@ -106,5 +108,6 @@ def _recorded_outputs(lock_file: Path) -> dict[str, str]:
     lock: dict[str, Any] = yaml.safe_load(lock_file.read_text()) or {}
     outputs = [item for stage in lock.get("stages", {}).values() for item in stage.get("outs", [])]
     return {
-        item["path"]: next(item[kind] for kind in (item.get("hash", "md5"), "md5", "etag") if kind in item) for item in outputs
+        item["path"]: next(item[kind] for kind in (item.get("hash", "md5"), "md5", "etag") if kind in item)
+        for item in outputs
     }

@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 
     from pipelines.models import ModelSpec, TextTower
 
-EVIDENCE, TRAINING = "evidence.sha256", "training.run"  # tags of a version; the second is the id of an MLflow run
+EVIDENCE, TRAINING = (
+    "evidence.sha256",
+    "training.run",
+)  # tags of a version; the second is the id of an MLflow run
 
 
 class TrackingError(UserError, RuntimeError):
@@ -149,11 +152,15 @@ def register(
         client = connect(uri)
         found = _find(client, name, digest, directory)
         measured_on = describe_dataset(manifest, name=dataset, context="evaluation")
-        version = found or _add(client, uri, directory, spec, digest, name, experiment, params or {}, measured_on)
+        version = found or _add(
+            client, uri, directory, spec, digest, name, experiment, params or {}, measured_on
+        )
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
         kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # what it first came from
         has_text = len(model_files(directory)) > len(MODEL)
-        _show(client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}, has_text))
+        _show(
+            client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}, has_text)
+        )
         version = client.get_model_version(name, str(version.version))  # with the tags that it now has
         told = nominate(client, version, alias, compare, higher_is_better)
         run = client.get_run(str(version.run_id))
@@ -215,7 +222,9 @@ def model_folder(uri: str | Path) -> Iterator[Path]:
 def _find(client: MlflowClient, name: str, digest: str, directory: Path) -> ModelVersion | None:
     """The newest version with this content whose artifacts are whole."""
     # No name in the filter: it may have quotes, which MLflow's filters cannot escape.
-    versions = [item for item in client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if item.name == name]
+    versions = [
+        item for item in client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if item.name == name
+    ]
     sizes = {f"artifacts/{path.name}": path.stat().st_size for path in model_files(directory)}
     for version in sorted(versions, key=lambda item: -int(item.version)):
         repository = _artifacts(client, name, version.version)
@@ -240,7 +249,13 @@ def _add(
     """A new version of `name` with the model in `directory`, from a run of its own."""
     _create_name(client, name)  # first: it refuses a bad one
     tags = {"stage": "register", **version_tags(), **git_tags(), **experiment_tags(), DIGEST: digest}
-    head = {"key": secrets.token_hex(8), "stage": "register", "experiment": experiment, "started": now(), "tags": tags}
+    head = {
+        "key": secrets.token_hex(8),
+        "stage": "register",
+        "experiment": experiment,
+        "started": now(),
+        "tags": tags,
+    }
     run = find_or_create_run(client, uri, head)
     log_params_and_tags(client, run, flatten(params), tags)
     log_dataset(client, run.info.run_id, dataset)
@@ -248,7 +263,9 @@ def _add(
     source = f"models:/{model_id}"
     kinds = {"kind": spec.kind, "task": spec.task, "architecture": spec.name, "dataset": dataset["name"]}
     with as_default(uri):
-        version = client.create_model_version(name, source, run.info.run_id, tags={**tags, **kinds}, model_id=model_id)
+        version = client.create_model_version(
+            name, source, run.info.run_id, tags={**tags, **kinds}, model_id=model_id
+        )
     client.set_terminated(run.info.run_id)
     return version
 
@@ -266,7 +283,9 @@ def _create_name(client: MlflowClient, name: str) -> None:
 
 def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
     """Tags that lead from a version to the newest run that trained its model, and to the DVC experiment."""
-    runs = client.search_runs([experiment], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time DESC"])
+    runs = client.search_runs(
+        [experiment], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time DESC"]
+    )
     training = next((run for run in runs if run.data.tags.get("stage") != "register"), None)
     if training is None:
         return experiment_tags()
@@ -287,7 +306,9 @@ def _show(client: MlflowClient, evidence: Evidence) -> None:
     run_id = str(version.run_id)
     named = {"run_id": run_id, "dataset_name": dataset["name"], "dataset_digest": dataset["digest"]}
     model_id = str(version.source).removeprefix("models:/")
-    values = [Metric(key, float(value), now(), 0, model_id=model_id, **named) for key, value in metrics.items()]
+    values = [
+        Metric(key, float(value), now(), 0, model_id=model_id, **named) for key, value in metrics.items()
+    ]
     client.log_batch(run_id, metrics=values)
     for picture in evidence.pictures:
         client.log_artifact(run_id, str(picture), "pictures")
@@ -315,10 +336,20 @@ def _description(evidence: Evidence) -> str:
         *([f"Trained by {', '.join(led)}."] if led else []),
         *("", "| metric | value |", "| --- | --- |", *rows, ""),
         *(f"Pictures, artifacts of run `{version.run_id}`:", "", *paths, ""),
-        *("```python", f"from pipelines.tracking import load{', load_text_tower' * evidence.has_text_tower}", ""),
-        *(f"model, spec = load({uri!r})", *[f"texts = load_text_tower({uri!r})"] * evidence.has_text_tower, "```", ""),
+        *(
+            "```python",
+            f"from pipelines.tracking import load{', load_text_tower' * evidence.has_text_tower}",
+            "",
+        ),
+        *(
+            f"model, spec = load({uri!r})",
+            *[f"texts = load_text_tower({uri!r})"] * evidence.has_text_tower,
+            "```",
+            "",
+        ),
         f"Without this project's code: `mlflow.pyfunc.load_model`; images (N, 3, {spec.image_size}, {spec.image_size}) float32,",
-        "RGB in [0, 1]; " + ("it gives embeddings." if embeds else "`params={'explain': True}` gives contribution maps."),
+        "RGB in [0, 1]; "
+        + ("it gives embeddings." if embeds else "`params={'explain': True}` gives contribution maps."),
     ]
     return "\n".join(lines)
 

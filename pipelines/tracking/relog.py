@@ -17,7 +17,9 @@ from pipelines.tracking.server import tracking_uri
 def main(arguments: Sequence[str] | None = None) -> int:
     """Logs each run directory to `MLFLOW_TRACKING_URI`; the number of those that could not be."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.tracking.relog", description=__doc__)
-    parser.add_argument("directories", nargs="+", metavar="RUN_DIRECTORY", help="such as runs/pretrain/0123456789ab")
+    parser.add_argument(
+        "directories", nargs="+", metavar="RUN_DIRECTORY", help="such as runs/pretrain/0123456789ab"
+    )
     failed = 0
     for directory in parser.parse_args(arguments).directories:
         journal = Journal(directory)

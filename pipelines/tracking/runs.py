@@ -103,7 +103,9 @@ def child_run(
         for record in records:
             journal.add_metrics(record["metrics"], record["epoch"])
         journal.add_metrics(metrics, records[-1]["epoch"] if records else 0)
-        journal.update(status=status, ended=now(), warned=parent.run_id is None)  # one line on a dead server is enough
+        journal.update(
+            status=status, ended=now(), warned=parent.run_id is None
+        )  # one line on a dead server is enough
     if parent.run_id is not None and not journal.head["logged"]:
         log(journal, tracking_uri(), announce=False)
 
@@ -132,12 +134,24 @@ class StageRun:
         """Opens the journal and, where the server answers, the run."""
         journal, uri = Journal(_local(directory)), tracking_uri()
         if journal.exists and journal.head["status"] == "FINISHED" and not journal.head["logged"]:
-            log(journal, uri)  # a finished execution that no server has yet: try before a new one takes its place
+            log(
+                journal, uri
+            )  # a finished execution that no server has yet: try before a new one takes its place
             if not journal.head["logged"]:
-                journal.update(status="FAILED")  # not finished until it is logged: the new execution goes on with it
-        tags = {"stage": stage, **version_tags(), **git_tags(), **experiment_tags(), "dvc.inputs": lock_hash(inputs)}
+                journal.update(
+                    status="FAILED"
+                )  # not finished until it is logged: the new execution goes on with it
+        tags = {
+            "stage": stage,
+            **version_tags(),
+            **git_tags(),
+            **experiment_tags(),
+            "dvc.inputs": lock_hash(inputs),
+        }
         tags |= {f"dvc.input.{name}": redacted(value) for name, value in input_hashes(inputs).items()}
-        known = key if isinstance(key, str) and KEY.fullmatch(key) else None  # it may come from a storage that others write to
+        known = (
+            key if isinstance(key, str) and KEY.fullmatch(key) else None
+        )  # it may come from a storage that others write to
         journal.begin(stage, experiment, flatten(params), tags, known)
         run = cls(journal, uri)
         run.run_id = log(journal, uri)
@@ -256,7 +270,9 @@ def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
 
 def children(directory: str | Path) -> list[Journal]:
     """The journals of the children of the run whose folder this is."""
-    return [journal for path in sorted(Path(directory, TRIALS).glob("*")) if (journal := Journal(path)).exists]
+    return [
+        journal for path in sorted(Path(directory, TRIALS).glob("*")) if (journal := Journal(path)).exists
+    ]
 
 
 @contextmanager
@@ -284,7 +300,9 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            text = redacted(json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value))
+            text = redacted(
+                json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
+            )
             flat[f"{prefix}{key}"] = text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
     return flat
 

@@ -42,9 +42,13 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Builds the network from the version's `model.json` and `model.safetensors`."""
         self.model, self.spec = pipelines.models.load(Path(context.artifacts["config"]).parent)
-        self.one_at_a_time = threading.Lock()  # explanation mode is a state of the model; MLflow's server calls from threads
+        self.one_at_a_time = (
+            threading.Lock()
+        )  # explanation mode is a state of the model; MLflow's server calls from threads
 
-    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    def predict(
+        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> dict[str, np.ndarray]:
         """Scores images.
 
         Args:
@@ -68,11 +72,15 @@ class ServedModel(PythonModel):
     def _scored(self, images: torch.Tensor, params: dict[str, Any]) -> dict[str, np.ndarray]:
         if not params.get("explain"):
             with torch.no_grad():
-                return {"embeddings" if self.spec.task == "embedding" else "logits": self.model(images).numpy()}
+                return {
+                    "embeddings" if self.spec.task == "embedding" else "logits": self.model(images).numpy()
+                }
         if self.spec.task == "embedding":
             raise InputError("explain: an image tower has no classes; a zero-shot classifier made of it has")
         if self.spec.kind != "bcos":
-            raise InputError(f"explain: a {self.spec.kind} model has no contribution maps of its own, a bcos model has")
+            raise InputError(
+                f"explain: a {self.spec.kind} model has no contribution maps of its own, a bcos model has"
+            )
         targets = self._targets(params.get("targets") or [], images)
         logits, weights = dynamic_weights(self.model, images, targets)
         maps = contribution_map(images, weights)
@@ -85,7 +93,9 @@ class ServedModel(PythonModel):
                 return self.model(images).argmax(1)
         classes = len(self.spec.classes)
         if len(targets) != len(images):
-            raise InputError(f"targets: one class index an image is wanted; {len(targets)} for {len(images)} images")
+            raise InputError(
+                f"targets: one class index an image is wanted; {len(targets)} for {len(images)} images"
+            )
         if not all(0 <= target < classes for target in targets):
             raise InputError(f"targets: class indices are 0 to {classes - 1}")
         return torch.tensor(targets)

@@ -29,9 +29,16 @@ SETTINGS = {  # where the environment does not say otherwise
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 retries of 120 s would hold up training for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-LIBRARIES = {"alembic", "mlflow", "sqlalchemy", "sqlite3"} | CLIENTS  # whose errors are MLflow's own, for one who asks it
+LIBRARIES = {
+    "alembic",
+    "mlflow",
+    "sqlalchemy",
+    "sqlite3",
+} | CLIENTS  # whose errors are MLflow's own, for one who asks it
 UPLOAD_TIMEOUT = "600"  # seconds: a server answers an upload when its own storage has it
-_SQLITE = re.compile(r"sqlite(?P<driver>\+\w+)?:///(?P<path>[^?]+)(?P<query>\?.*)?")  # the path is percent-encoded
+_SQLITE = re.compile(
+    r"sqlite(?P<driver>\+\w+)?:///(?P<path>[^?]+)(?P<query>\?.*)?"
+)  # the path is percent-encoded
 
 
 def tracking_uri() -> str:

@@ -61,11 +61,15 @@ def parent_tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> dict[
     """What makes `run` the child, as MLflow shows it, of the run that its journal names; nothing until that is logged."""
     if PARENT_TAG not in tags:
         return {}
-    found = client.search_runs([run.info.experiment_id], f"tags.{KEY_TAG} = '{tags[PARENT_TAG]}'", max_results=1)
+    found = client.search_runs(
+        [run.info.experiment_id], f"tags.{KEY_TAG} = '{tags[PARENT_TAG]}'", max_results=1
+    )
     return {"mlflow.parentRunId": found[0].info.run_id} if found else {}
 
 
-def log_params_and_tags(client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+def log_params_and_tags(
+    client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]
+) -> None:
     """Logs the params that the run has not (MLflow never changes one) and the tags that differ."""
     from mlflow.entities import Param, RunTag
 
@@ -86,7 +90,11 @@ def log_metrics(client: MlflowClient, run_id: str, journal: Journal) -> None:
     lines, sent = journal.line_count, journal.sent(run_id)
     rows = journal.metrics(sent or 0)
     if sent is None:
-        logged = {(key, item.step) for key in {row["key"] for row in rows} for item in client.get_metric_history(run_id, key)}
+        logged = {
+            (key, item.step)
+            for key in {row["key"] for row in rows}
+            for item in client.get_metric_history(run_id, key)
+        }
         rows = [row for row in rows if (row["key"], row["step"]) not in logged]
     log_rows(client, run_id, rows)
     if lines != sent:

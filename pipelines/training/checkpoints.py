@@ -98,7 +98,10 @@ def _check(lease: Lease | None) -> None:
 def _folders(directory: str) -> list[Folder]:
     """All checkpoints, complete or not, the newest first."""
     matches = map(_NAME.match, files.names_in(f"{directory}/checkpoints"))
-    return sorted((Folder(int(match[2] or 0), int(match[1]), match[3] or "") for match in matches if match), reverse=True)
+    return sorted(
+        (Folder(int(match[2] or 0), int(match[1]), match[3] or "") for match in matches if match),
+        reverse=True,
+    )
 
 
 def _summary(directory: str, folder: Folder) -> dict[str, Any] | None:

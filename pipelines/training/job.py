@@ -30,7 +30,9 @@ class EpochRecord(TypedDict):
 
     epoch: int
     step: int  # optimiser steps so far
-    metrics: dict[str, float]  # train/<loss>, train/lr, train/images_per_second, train/skipped, train/<of method>, val/<metric>
+    metrics: dict[
+        str, float
+    ]  # train/<loss>, train/lr, train/images_per_second, train/skipped, train/<of method>, val/<metric>
 
 
 @runtime_checkable
@@ -153,7 +155,9 @@ def directions(method: Method) -> dict[str, bool | None]:
     return found | {f"train/{name}": False for name in getattr(method, "losses", ("loss",))}
 
 
-def best_record(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> EpochRecord:
+def best_record(
+    history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
+) -> EpochRecord:
     """The one of `kept_records` with the best `select`, the first of equals; the knee of the front if `select` is `knee`.
 
     Raises:
@@ -165,11 +169,15 @@ def best_record(history: list[EpochRecord], optim: OptimiserParams, known: Direc
         return kept[0]
     if optim.select == "knee":
         return kept[pareto.knee([_point(record, optim.objectives, known) for record in kept])]
-    name = next((name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select)
+    name = next(
+        (name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select
+    )
     return max(kept, key=lambda record: _point(record, (name,), known))
 
 
-def kept_records(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> list[EpochRecord]:
+def kept_records(
+    history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
+) -> list[EpochRecord]:
     """The records whose checkpoints are worth keeping: the best by `optim.objectives`, the Pareto front if there are several.
 
     As soon as one epoch was validated, only such epochs count. Epochs before `optim.settled` (a scheduled B is not yet what it
@@ -189,7 +197,9 @@ def kept_records(history: list[EpochRecord], optim: OptimiserParams, known: Dire
         return history[-1:]
     known = _by_name(history) if known is None else known
     check_objectives(optim, known)
-    wanted = [record for record in validated if record["epoch"] >= optim.settled and not _below_floor(record, optim)]
+    wanted = [
+        record for record in validated if record["epoch"] >= optim.settled and not _below_floor(record, optim)
+    ]
     candidates = wanted or validated
     points = [_point(record, optim.objectives, known) for record in candidates]
     if len(optim.objectives) == 1:
@@ -204,7 +214,9 @@ def check_objectives(optim: OptimiserParams, known: Directions) -> None:
         if objective not in known:
             raise TrainingError(f"select: no metric {objective!r}; there are {names}")
         if known[objective] is None:
-            raise TrainingError(f"select: it is not known whether {objective!r} should rise or fall; choose one of {names}")
+            raise TrainingError(
+                f"select: it is not known whether {objective!r} should rise or fall; choose one of {names}"
+            )
 
 
 def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
@@ -212,7 +224,9 @@ def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
     validated = [record["metrics"] for record in history if _is_validated(record)]
     for objective in optim.objectives:
         if validated and not any(objective in metrics for metrics in validated):
-            raise TrainingError(f"select: {objective!r} was measured in no epoch, because no image gave a case of it")
+            raise TrainingError(
+                f"select: {objective!r} was measured in no epoch, because no image gave a case of it"
+            )
 
 
 def _is_validated(record: EpochRecord) -> bool:
@@ -241,4 +255,6 @@ def is_finished(history: list[EpochRecord], optim: OptimiserParams, known: Direc
     if history[-1]["epoch"] >= optim.epochs or _below_floor(history[-1], optim):
         return True
     best = best_record(history, optim, known)["epoch"]
-    return optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
+    return (
+        optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
+    )

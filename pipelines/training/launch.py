@@ -29,7 +29,15 @@ from pipelines.storage.errors import one_line
 from pipelines.storage.lease import LeaseError, held
 from pipelines.storage.paths import absolute
 from pipelines.training import checkpoints
-from pipelines.training.job import Job, Result, TrainingError, best_record, check_measured, is_finished, kept_records
+from pipelines.training.job import (
+    Job,
+    Result,
+    TrainingError,
+    best_record,
+    check_measured,
+    is_finished,
+    kept_records,
+)
 from pipelines.training.loop import fit, report
 from pipelines.training.preflight import check, check_batch_size
 
@@ -59,7 +67,9 @@ _START_TIMEOUT, _FIXED_WAIT, _ELASTIC_WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEO
 _WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # By these Ray Train's helpers look for their own cluster. Otherwise they look for any on this machine, and stop if it has two.
 _OWN_ADDRESS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-_LONGEST_SESSION = "/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store"  # what Ray adds to its folder
+_LONGEST_SESSION = (
+    "/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store"  # what Ray adds to its folder
+)
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
@@ -76,7 +86,9 @@ def train(job: Job, sharing: int = 1) -> Result:
         summary = checkpoints.newest(job.directory)
         if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
             history = summary["history"]
-            files.write_json(f"{job.directory}/history.json", history)  # a kill may have come before the last epoch's
+            files.write_json(
+                f"{job.directory}/history.json", history
+            )  # a kill may have come before the last epoch's
             report(job, history)
         else:
             if job.training.workers != 0:  # before Ray is started; in this process `fit` does the same
@@ -86,7 +98,12 @@ def train(job: Job, sharing: int = 1) -> Result:
             summary = checkpoints.newest(job.directory)
     known = (summary or {}).get("directions")
     check_measured(history, job.optim)
-    return Result(job.directory, history, best_record(history, job.optim, known), kept_records(history, job.optim, known))
+    return Result(
+        job.directory,
+        history,
+        best_record(history, job.optim, known),
+        kept_records(history, job.optim, known),
+    )
 
 
 def is_final(error: Exception) -> bool:
@@ -95,7 +112,9 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, FINAL) or (plain and _SHAPES.search(str(error)) is not None)
 
 
-def launch(fn: Callable[..., Any], *args: Any, training: TrainingParams, storage: str, sharing: int = 1) -> Any:
+def launch(
+    fn: Callable[..., Any], *args: Any, training: TrainingParams, storage: str, sharing: int = 1
+) -> Any:
     """What `fn(context, *args)` returns on rank 0, run as `training` says: in this process or on Ray workers.
 
     Args:
@@ -122,11 +141,15 @@ def _device(training: TrainingParams) -> torch.device:
     if training.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise TrainingError(f"gpus_per_worker: {training.gpus_per_worker:g} is asked for, but torch finds no GPU here")
+        raise TrainingError(
+            f"gpus_per_worker: {training.gpus_per_worker:g} is asked for, but torch finds no GPU here"
+        )
     return torch.device("cuda")
 
 
-def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, directory: str) -> Any:
+def _launch_on_ray(
+    fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, directory: str
+) -> Any:
     """`launch` on Ray Train workers, on the Ray that is initialised."""
     import pyarrow.fs
     from ray import cloudpickle, get_runtime_context
@@ -147,7 +170,9 @@ def _launch_on_ray(fn: Callable[..., Any], args: tuple[Any, ...], training: Trai
     filesystem, root = fsspec.core.url_to_fs(storage)
     gpus = training.gpus_per_worker
     config = {
-        "call": cloudpickle.dumps((fn, args)),  # opened by the workers alone: Ray's controller need not import it
+        "call": cloudpickle.dumps(
+            (fn, args)
+        ),  # opened by the workers alone: Ray's controller need not import it
         "failure": f"{storage}/{name}",
         "gpus": gpus,
         "watch": os.environ.get(_WATCH) != "0",
@@ -193,7 +218,9 @@ def _failure_policy(config: Any, directory: str) -> FailurePolicy:
     """Ray's own policy, whose count of the workers' failures begins anew with each checkpoint in `directory`."""
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 
-    class BetweenCheckpoints(DefaultFailurePolicy):  # local, so that it travels by value: Ray's controller need not import torch
+    class BetweenCheckpoints(
+        DefaultFailurePolicy
+    ):  # local, so that it travels by value: Ray's controller need not import torch
         def __init__(self) -> None:
             super().__init__(config)
             self._known: list[str] = []
@@ -295,13 +322,17 @@ def _connect(address: str) -> None:
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as SUBMITTED
 
     if address.startswith("http"):
-        raise TrainingError(f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}")
+        raise TrainingError(
+            f"RAY_ADDRESS is {address}, a job server: python -m infra.submit STAGE --address {address}"
+        )
     host, _, port = address.rpartition("/")[2].rpartition(":")
     code = str(Path(pipelines.__file__).parent)
     workers_have = None if SUBMITTED in os.environ else {"py_modules": [code], "env_vars": ray_environment()}
     try:
         if port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would wait for minutes
+            socket.create_connection(
+                (host, int(port)), timeout=10
+            ).close()  # Ray itself would wait for minutes
         ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {one_line(error)}") from None
@@ -315,7 +346,9 @@ def _check_gpus(training: TrainingParams) -> None:
     wanted = least * training.gpus_per_worker
     if wanted > has.get("GPU", 0) and not _autoscales():
         found = f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
-        raise TrainingError(f"gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}")
+        raise TrainingError(
+            f"gpus_per_worker: {least} workers need {wanted:g} GPUs; there are at most {found}"
+        )
 
 
 def _check_cpus(training: TrainingParams) -> None:
@@ -363,7 +396,9 @@ def _ray_folder() -> Iterator[str | None]:
         return
     if short_folder() is None:
         most = SOCKET_NAME - len(f"/ray{_LONGEST_SESSION}")
-        raise TrainingError(f"{named} is too long for Ray's sockets: RAY_TMPDIR must be a folder of at most {most} characters")
+        raise TrainingError(
+            f"{named} is too long for Ray's sockets: RAY_TMPDIR must be a folder of at most {most} characters"
+        )
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short_folder(), ignore_cleanup_errors=True) as folder:
         yield folder
 

@@ -66,7 +66,11 @@ class Tally:
 
     def state(self) -> dict[str, Any]:
         """The sums as plain numbers."""
-        return {"losses": {k: float(v) for k, v in self.losses.items()}, "counts": self.counts, "skipped": self.skipped}
+        return {
+            "losses": {k: float(v) for k, v in self.losses.items()},
+            "counts": self.counts,
+            "skipped": self.skipped,
+        }
 
 
 @dataclass
@@ -76,17 +80,23 @@ class Run:
     job: Job
     context: Context
     method: Method
-    objective: nn.Module  # the method's losses: compiled where the params say so, in DDP where there are several workers
+    objective: (
+        nn.Module
+    )  # the method's losses: compiled where the params say so, in DDP where there are several workers
     optimiser: torch.optim.Optimizer
     steps_per_epoch: int
     directions: Directions  # of the figures by which an epoch can be selected
     epoch: int = 0  # finished epochs
     batches: int = 0  # steps done in the epoch at hand
-    earlier: list[tuple[int, int]] = field(default_factory=list)  # those of other numbers of workers: (workers, steps)
+    earlier: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # those of other numbers of workers: (workers, steps)
     step: int = 0  # optimiser steps
     history: list[EpochRecord] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
-    first_bad: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))  # step of the first bad loss
+    first_bad: torch.Tensor = field(
+        default_factory=lambda: torch.tensor(math.inf)
+    )  # step of the first bad loss
     preempted: bool = False  # whether a node of the workers is about to be taken away
     lease: Lease | None = None  # of rank 0, which alone writes
 
@@ -289,9 +299,13 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
     values: dict[str, float] = {}
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
         batches = read(run, "val")
-        values = evaluate_split(run.method, run.method.module, rng_isolated(batches), context, job.training.precision)
+        values = evaluate_split(
+            run.method, run.method.module, rng_isolated(batches), context, job.training.precision
+        )
         if not values:
-            stop(run, f"val: no image could be evaluated after epoch {run.epoch}, so no epoch can be selected")
+            stop(
+                run, f"val: no image could be evaluated after epoch {run.epoch}, so no epoch can be selected"
+            )
         values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
     metrics = broadcast(metrics, context)  # rates differ between ranks
@@ -318,12 +332,18 @@ def save(run: Run) -> None:
     if run.context.rank != 0:
         return
     optim = run.job.optim
-    keep = {record["step"] for record in kept_records(run.history, optim, run.directions)} if run.history else set()
+    keep = (
+        {record["step"] for record in kept_records(run.history, optim, run.directions)}
+        if run.history
+        else set()
+    )
     state = {"model": model, "optimiser": run.optimiser.state_dict(), "ranks": ranks}
     summary = {"epoch": run.epoch, "batches": run.batches, "earlier": run.earlier, "history": run.history}
     summary["directions"] = dict(run.directions)
     with full_disk_in_one_line(run):
-        checkpoints.save(run.job.directory, run.step, state, summary, keep, run.job.training.keep_last, run.lease)
+        checkpoints.save(
+            run.job.directory, run.step, state, summary, keep, run.job.training.keep_last, run.lease
+        )
 
 
 @contextmanager
@@ -347,7 +367,9 @@ def report(job: Job, history: list[EpochRecord]) -> None:
         try:
             job.on_epoch(record)
         except Exception as error:  # whatever the tracking does, training goes on
-            print(f"epoch {record['epoch']} was not reported ({type(error).__name__}: {error}); kept for later")
+            print(
+                f"epoch {record['epoch']} was not reported ({type(error).__name__}: {error}); kept for later"
+            )
             break
         taken += 1
         files.write_json(f"{job.directory}/reported.json", {"key": job.report_key, "records": taken})

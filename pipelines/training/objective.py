@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # Code compiled for this run is this run's alone, where torch can do so (from 2.13 on).
 ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
 )
 BATCH_SIZES = 64  # that are compiled, each on its own; `data.on_error: skip` makes batches shorter
 
@@ -95,7 +97,9 @@ def checkpoint_blocks(module: nn.Module) -> None:
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The blocks of `checkpoint_blocks`, none inside another."""
     for child in module.children():
-        listed = isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(child, nn.Sequential | nn.ModuleList)
+        listed = isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(
+            child, nn.Sequential | nn.ModuleList
+        )
         if listed and next(child.children(), None) is not None:
             yield child
         else:
@@ -108,7 +112,9 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **k
         return forward(*args, **kwargs)
     states = hold_states(block)
     second = partial(_second_pass, block, states[0].explanation if states else None)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _Reusable(second)), **kwargs)
+    return checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _Reusable(second)), **kwargs
+    )
 
 
 class _Reusable(AbstractContextManager[Any]):
@@ -135,7 +141,9 @@ def _second_pass(block: nn.Module, explanation: Explanation | None) -> Iterator[
     kept = [(module, dict(module._buffers)) for module in block.modules() if module._buffers]
     try:
         for module, buffers in kept:
-            module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+            module._buffers.update(
+                {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+            )
         with explaining(block, explanation):
             yield
     finally:

@@ -41,7 +41,9 @@ def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, params: OptimiserParams, step: int, total: int) -> float:
+def set_learning_rate(
+    optimiser: torch.optim.Optimizer, params: OptimiserParams, step: int, total: int
+) -> float:
     """Sets what the schedule says for step `step` (from 0) of `total`; returns the first group's learning rate.
 
     The schedule is a function of the step alone, so there is no state to save. `onecycle` moves the momentum

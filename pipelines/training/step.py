@@ -65,7 +65,9 @@ def compute_gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor
     """
     share = share_of(len(batch["key"]), run.context, may_be_idle=run.job.data.on_error == "skip")
     if share.idle and not share.total > 0:
-        raise TrainingError(f"no image of step {run.step} (epoch {run.epoch + 1}) decodes (data.on_error: skip)")
+        raise TrainingError(
+            f"no image of step {run.step} (epoch {run.epoch + 1}) decodes (data.on_error: skip)"
+        )
     prepared = prepare_batch(run, batch, share) if share.images else {}
     all_rows = exchange(run, prepared, share)
     losses = gradients(run, prepared, share, all_rows) if share.images else {}
@@ -96,7 +98,11 @@ def exchange(run: Run, batch: dict[str, torch.Tensor], share: Share) -> dict[str
     for name in getattr(run.method, "shared", ()):
         rows = batch.get(name)
         if share.idle:  # its rank does not know the shape of a row
-            empty = [each for each in gather(None if rows is None else rows[:0].cpu(), run.context) if each is not None]
+            empty = [
+                each
+                for each in gather(None if rows is None else rows[:0].cpu(), run.context)
+                if each is not None
+            ]
             rows = empty[0].to(run.context.device) if rows is None else rows
         assert rows is not None
         found[f"all_{name}"], first = gather_rows(rows, run.context, room)
@@ -126,7 +132,10 @@ def gradients(
     batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
     count = len(next(iter(batch.values())))
     pieces = {name: value.tensor_split(parts_of(run, count)) for name, value in batch.items()}
-    parts = [dict(zip(pieces, values, strict=True)) | (all_rows or {}) for values in zip(*pieces.values(), strict=True)]
+    parts = [
+        dict(zip(pieces, values, strict=True)) | (all_rows or {})
+        for values in zip(*pieces.values(), strict=True)
+    ]
     # DDP waits in each step for all ranks: where one is idle, its gradients are averaged afterwards.
     objective = unwrapped(run.objective) if share is not None and share.idle else run.objective
     weight = 1.0 if share is None else share.weight
@@ -134,7 +143,10 @@ def gradients(
     total: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts, start=1):
         of_part = len(next(iter(part.values()))) / count
-        with gradient_sync(objective, number == len(parts)), statistics.part(of_part) if statistics else nullcontext():
+        with (
+            gradient_sync(objective, number == len(parts)),
+            statistics.part(of_part) if statistics else nullcontext(),
+        ):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
                 losses = objective(part)
             (losses["loss"] * (of_part * weight)).backward()
@@ -208,7 +220,9 @@ def errors_in_one_line(run: Run) -> Iterator[None]:
             raise
         known = f"accumulate: {run.job.training.accumulate}, checkpoint_activations: {run.job.training.checkpoint_activations}"
         cause = one_line(error).partition(". ")[0]
-        raise TrainingError(f"the first step does not fit the GPU ({known}; both can spare memory): {cause}") from error
+        raise TrainingError(
+            f"the first step does not fit the GPU ({known}; both can spare memory): {cause}"
+        ) from error
 
 
 def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

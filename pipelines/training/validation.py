@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate_split(
-    method: Method, module: nn.Module, batches: Iterable[dict[str, Any]], context: Context, precision: str = "float32"
+    method: Method,
+    module: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    context: Context,
+    precision: str = "float32",
 ) -> dict[str, float]:
     """The method's metrics of `module` (not wrapped by DDP) in evaluation mode over all ranks' batches.
 

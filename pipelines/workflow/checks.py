@@ -32,7 +32,9 @@ def check_stage(name: str, params: Params) -> list[Path]:
     Raises:
         UserError, FileNotFoundError: the stage would be refused.
     """
-    here = replaced(params, {"storage.root": "runs"})  # at a URL, workers would read there: tasks upload what they need
+    here = replaced(
+        params, {"storage.root": "runs"}
+    )  # at a URL, workers would read there: tasks upload what they need
     stage, _, which = name.partition("@")
     if stage == "explain":
         check_explain(here)

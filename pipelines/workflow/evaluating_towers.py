@@ -15,7 +15,10 @@ from pipelines.params import Params, keyed
 from pipelines.training import launch
 from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
 
-CODE = ("pipelines.evaluation.text_gallery", "pipelines.workflow.evaluating_towers")  # modules that compute this evaluation
+CODE = (
+    "pipelines.evaluation.text_gallery",
+    "pipelines.workflow.evaluating_towers",
+)  # modules that compute this evaluation
 
 
 def towers(params: Params) -> dict[str, Path]:
@@ -38,23 +41,40 @@ def evaluate_towers(params: Params, folders: Mapping[str, Path]) -> dict[str, An
         "text_localisation": (evaluate_text_localisation, clip.located),
     }
     directories = models_for_all(params, folders)
-    found = {name: _launched(params, dataset, evaluate, directories) for name, (evaluate, dataset) in evaluations.items()}
-    classifiers = models_for_all(params, {name: Path(path).absolute() for name, path in clip.evaluate.text2concept.items()})
+    found = {
+        name: _launched(params, dataset, evaluate, directories)
+        for name, (evaluate, dataset) in evaluations.items()
+    }
+    classifiers = models_for_all(
+        params, {name: Path(path).absolute() for name, path in clip.evaluate.text2concept.items()}
+    )
     if classifiers:
         found["text2concept"] = {
-            tower: _launched(params, clip.labelled, evaluate_text2concept, classifiers, directories[f"{tower}_original"])
+            tower: _launched(
+                params, clip.labelled, evaluate_text2concept, classifiers, directories[f"{tower}_original"]
+            )
             for tower in clip.towers
         }
     return found
 
 
-def _launched(params: Params, dataset: str, evaluate: Callable[..., dict[str, Any]], *models: Any) -> dict[str, Any]:
+def _launched(
+    params: Params, dataset: str, evaluate: Callable[..., dict[str, Any]], *models: Any
+) -> dict[str, Any]:
     """What `evaluate` finds of `models` on `dataset`, on the workers of `clip.evaluate`."""
     clip = params.clip
-    training = params.training.with_loader(clip.data.loader_workers).model_copy(update={"workers": clip.evaluate.workers})
+    training = params.training.with_loader(clip.data.loader_workers).model_copy(
+        update={"workers": clip.evaluate.workers}
+    )
     shards = shards_for_all(params.for_clip(dataset))
     with keyed("training", training):
         found: dict[str, Any] = launch(
-            evaluate, *models, shards, clip.data, clip.evaluate, training=training, storage=params.storage.root
+            evaluate,
+            *models,
+            shards,
+            clip.data,
+            clip.evaluate,
+            training=training,
+            storage=params.storage.root,
         )
         return found

@@ -23,10 +23,22 @@ if TYPE_CHECKING:
 
 ROOT = Path(pipelines.__file__).parents[1]
 PACKAGES = ("pipelines", "stages", "infra")
-RECORDING = ("pipelines.tracking", "pipelines.progress")  # code that records and shows, and decides no outcome
-TRAINING = ("pipelines.workflow.tasks", "pipelines.training")  # modules that train a task, with all they import
+RECORDING = (
+    "pipelines.tracking",
+    "pipelines.progress",
+)  # code that records and shows, and decides no outcome
+TRAINING = (
+    "pipelines.workflow.tasks",
+    "pipelines.training",
+)  # modules that train a task, with all they import
 
-COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}  # params.training that change what is computed
+COMPUTATION = {
+    "workers",
+    "precision",
+    "accumulate",
+    "channels_last",
+    "compile",
+}  # params.training that change what is computed
 SPEED = {"loader_workers", "verify"}  # params.data that change the speed alone
 
 INPUTS: dict[str, tuple[str, ...]] = {  # params of a searched stage's training that are not searched
@@ -118,13 +130,20 @@ def _imports(module: str) -> frozenset[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
-            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}  # a name may be a module
+            found |= {
+                str(node.module),
+                *(f"{node.module}.{alias.name}" for alias in node.names),
+            }  # a name may be a module
     return frozenset(name for name in found if _file(name) is not None)
 
 
 def _names_rules(node: Any) -> bool:
     """Whether a node is the name of a module with conversion rules, as a string: `convert` imports it when it needs it."""
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("pipelines.models.rules.")
+    return (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith("pipelines.models.rules.")
+    )
 
 
 def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -132,7 +151,9 @@ def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
-        elif not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+        elif not (
+            isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        ):
             yield from _import_statements(node)
 
 
@@ -141,7 +162,10 @@ def _file(module: str) -> Path | None:
     """The file of a module or package of this project, None if it is not one."""
     place = ROOT.joinpath(*module.split("."))
     in_project = module.partition(".")[0] in PACKAGES
-    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if in_project and path.is_file()), None)
+    return next(
+        (path for path in (place.with_suffix(".py"), place / "__init__.py") if in_project and path.is_file()),
+        None,
+    )
 
 
 @cache

@@ -38,7 +38,11 @@ def report_training(name: str, result: Result, objectives: Sequence[str]) -> Non
         front = [
             {
                 "epoch": row["epoch"],
-                **{objective: row["metrics"][objective] for objective in objectives if objective in row["metrics"]},
+                **{
+                    objective: row["metrics"][objective]
+                    for objective in objectives
+                    if objective in row["metrics"]
+                },
                 "checkpoint": redacted(f"{result.directory}/checkpoints/step-{row['step']:08d}"),
                 "chosen": row["epoch"] == best["epoch"],
             }

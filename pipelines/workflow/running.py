@@ -21,7 +21,9 @@ def stage() -> Iterator[Params]:
     """
     with redirect_stdout(_Redacting(sys.stdout)), redirect_stderr(_Redacting(sys.stderr)):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # logs where it found credentials each time
+        logging.getLogger("aiobotocore").setLevel(
+            logging.WARNING
+        )  # logs where it found credentials each time
         sys.excepthook = _print_redacted
         try:
             yield load()

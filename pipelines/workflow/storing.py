@@ -36,10 +36,14 @@ def store(params: Params, out: Path) -> None:
     shards = shards_for_all(params)
     with keyed("distill", params.distill):
         check_pair(student_spec(params, read_manifest(shards_of(params.dataset)), spec), spec, explained=True)
-        subset = None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
+        subset = (
+            None if shots is None else few_shot(shards, "train", shots, params.distill.shots_seed).numbers
+        )
     origin = explanations_origin(params)
     shared = is_shared(params)
-    place = run_directory(params.storage.root, "explanations", asdict(origin), subset, identity.code_digest(*CODE))
+    place = run_directory(
+        params.storage.root, "explanations", asdict(origin), subset, identity.code_digest(*CODE)
+    )
     if shared:
         place = f"{params.storage.root.rstrip('/')}/explanations/{PurePosixPath(place).name}"
     if not are_complete(place):

@@ -84,7 +84,11 @@ def input_upload(path: str, storage: str) -> Upload | None:
     if path == str(STORED_EXPLANATIONS):
         return explanations_upload(path, storage) if Path(path, INDEX).is_file() else None
     folders = [config.parent for config in sorted(Path(path).rglob(CONFIG))]
-    names = [(folder / name).relative_to(path).as_posix() for folder in folders for name in models.model_file_names(folder)]
+    names = [
+        (folder / name).relative_to(path).as_posix()
+        for folder in folders
+        for name in models.model_file_names(folder)
+    ]
     content = sha256("".join(f"{folder}{models.digest(folder)}" for folder in folders).encode()).hexdigest()
     return Upload(path, f"{storage.rstrip('/')}/models/{content[:16]}", tuple(names)) if names else None
 
@@ -109,7 +113,9 @@ def read_order(folder: Path) -> Order:
     try:
         return _ORDER.validate_json((folder / ORDER).read_bytes())
     except FileNotFoundError:
-        raise StorageError(f"{folder.absolute()}: no {ORDER}: this is not the working directory of a submitted job") from None
+        raise StorageError(
+            f"{folder.absolute()}: no {ORDER}: this is not the working directory of a submitted job"
+        ) from None
 
 
 def pull_inputs(inputs: Iterable[Input], folder: Path) -> None:

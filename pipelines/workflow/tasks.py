@@ -31,7 +31,16 @@ from pipelines.methods import (
 from pipelines.methods.stored_explanations import origin_of
 from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
 from pipelines.models.image_size import image_size_errors
-from pipelines.params import ClipParams, ModelParams, OptimiserParams, Params, ParamsError, TowersParams, keyed, param
+from pipelines.params import (
+    ClipParams,
+    ModelParams,
+    OptimiserParams,
+    Params,
+    ParamsError,
+    TowersParams,
+    keyed,
+    param,
+)
 from pipelines.training import Job
 from pipelines.workflow.places import (
     STORED_EXPLANATIONS,
@@ -141,7 +150,9 @@ def distill(params: Params, run: str) -> Task:
     with keyed("distill", params.distill):
         check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
     if optim.label_weight > 0 and not manifest.labelled:
-        raise ParamsError(f"distill.{run}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}")
+        raise ParamsError(
+            f"distill.{run}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}"
+        )
     subset, notes, explanations = None, {}, None
     if params.distill.shots is not None:
         shards = shards_for_all(params)
@@ -152,7 +163,9 @@ def distill(params: Params, run: str) -> Task:
         explanations = str(STORED_EXPLANATIONS.absolute())
         check_origin(explanations, explanations_origin(params))
     student = absolute_weights(params.distill.student)
-    build = partial(build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled)
+    build = partial(
+        build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled
+    )
     return Task(
         params,
         f"distill/{run}",
@@ -173,7 +186,9 @@ def classify(whole: Params) -> Task:
     manifest = read_manifest(shards_of(params.dataset))
     spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
     build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
-    check_boxes(shards_of(params.dataset))  # the stage `guide` needs them: better now than after this training
+    check_boxes(
+        shards_of(params.dataset)
+    )  # the stage `guide` needs them: better now than after this training
     with keyed("guide.guided", params.guide.guided), image_size_errors(spec, params.data.image_size):
         check_guidable(build().module, spec, params.guide.guided)
     return Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,))
@@ -202,7 +217,9 @@ def image_text(whole: Params, tower: str) -> Task:
     spec = _spec(params, f"{section}.model", known, kind="conventional")
     with keyed(f"{section}.pretrain", pair.pretrain):
         check_equal_shares(pair.pretrain.batch_size, params.training, params.data)
-    build = partial(build_image_text, absolute_weights(model), spec, absolute_weights(text), pair.pretrain, params.seed)
+    build = partial(
+        build_image_text, absolute_weights(model), spec, absolute_weights(text), pair.pretrain, params.seed
+    )
     return Task(params, f"image_text/{tower}", pair.pretrain, build, spec, model=pair.model, save=save_pair)
 
 
@@ -266,7 +283,9 @@ def _classifier_spec(params: Params, **more: Any) -> ModelSpec:
     """The spec of a model of this run's architecture for this run's data; raises `DataError` if that has no classes."""
     manifest = read_manifest(shards_of(params.dataset))
     if not manifest.labelled:
-        raise DataError(f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)")
+        raise DataError(
+            f"dataset: {params.dataset} has no labels: only students of a teacher learn from it (distill)"
+        )
     return _spec(params, "model", manifest, **more)
 
 

@@ -20,7 +20,9 @@ from pipelines.workflow.places import shards_of
 from pipelines.workflow.reports import report_training
 from pipelines.workflow.tasks import Task
 
-UNFINISHED = "execution.json"  # beside checkpoints at a URL: the key of the tracked run that goes on with them
+UNFINISHED = (
+    "execution.json"  # beside checkpoints at a URL: the key of the tracked run that goes on with them
+)
 
 
 @contextmanager

@@ -37,16 +37,24 @@ CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
 OUT = REPORTS / "search"
 UNMEASURED = {  # metric -> why a trial may have no value of it
     "val/gridpg": "too few classes have an image that the network gets right with confidence, so there is no grid",
-    **dict.fromkeys(("val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"), "no map has energy, or no box a pixel"),
+    **dict.fromkeys(
+        ("val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"),
+        "no map has energy, or no box a pixel",
+    ),
 }
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
 
 
 def task_of(params: Params, values: Mapping[str, Any]) -> Task:
     """The task of the searched stage with `values` in its params, at the length and with the workers of a trial."""
-    of_trials = {f"{params.search.section}.epochs": params.search.epochs, "training.workers": params.search.workers}
+    of_trials = {
+        f"{params.search.section}.epochs": params.search.epochs,
+        "training.workers": params.search.workers,
+    }
     stage, _, which = params.search.stage.partition("@")
-    task = TASKS[stage](replaced(params, of_trials | dict(values), "search.space"), *([which] if which else []))
+    task = TASKS[stage](
+        replaced(params, of_trials | dict(values), "search.space"), *([which] if which else [])
+    )
     if params.search.shots is None:
         return task
     with keyed("search", params.search):
@@ -61,7 +69,9 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
         ParamsError: a metric is not one that trials have, has no direction, or none is left.
     """
     known = directions(task.build())
-    each_epoch = [name for name, direction in known.items() if name.startswith("val/") and direction is not None]
+    each_epoch = [
+        name for name, direction in known.items() if name.startswith("val/") and direction is not None
+    ]
     manifest, cells = read_manifest(task.job("").shards), params.evaluate.grid_size**2
     of_boxes = ["val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"]
     boxed = task.spec.task != "embedding" and "boxes" in manifest.fields.get("val", ())
@@ -70,7 +80,9 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
         halves = number == 0 and params.search.asha is not None
         allowed = each_epoch if halves else dict.fromkeys([*each_epoch, *at_the_end])
         if known.get(name, True) is None:
-            raise ParamsError(f"search.metrics: it is not known whether {name!r} should rise or fall; take {', '.join(allowed)}")
+            raise ParamsError(
+                f"search.metrics: it is not known whether {name!r} should rise or fall; take {', '.join(allowed)}"
+            )
         if name not in allowed:
             which = "the first one, by which search.asha judges each epoch, can be" if halves else "there are"
             raise ParamsError(f"search.metrics: no metric {name!r}; {which} {', '.join(allowed)}")
@@ -111,7 +123,9 @@ def run_trial(
     return found
 
 
-def judge(context: Context, task: Task, shards: str, result: Result, params: EvaluateParams) -> dict[str, float]:
+def judge(
+    context: Context, task: Task, shards: str, result: Result, params: EvaluateParams
+) -> dict[str, float]:
     """Localisation scores on the validation split of the best epoch's explanations (of a guided model, those guided)."""
     optim, guided = task.optim, None
     if isinstance(optim, GuidanceParams):
@@ -131,7 +145,10 @@ def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: T
     metrics = params.search.metrics
     figures = [f"{name} {trial['metrics'][name]:.3f}" for name in metrics if name in trial["metrics"]]
     if trial["status"] == "finished":
-        figures += [f"{name} not measured ({UNMEASURED.get(name, 'it had no case')})" for name in _without(trial, metrics)]
+        figures += [
+            f"{name} not measured ({UNMEASURED.get(name, 'it had no case')})"
+            for name in _without(trial, metrics)
+        ]
     print(f"trial {trial['status']}: {', '.join(figures) or trial['error']} ({drawn})", flush=True)
     tracking.child_run(
         run,
@@ -174,14 +191,22 @@ def report_search(run: tracking.StageRun, found: Sequence[Trial], names: Sequenc
     best_values = {name: max(some, key=partial(rising, name)) for name, some in values.items()}
     write_json(OUT / "trials.json", rows)
     write_json(OUT / "front.json", of_front)
-    write_json(OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **best_values})
-    points = {row["trial"]: [row["metrics"].get(name) for name in known] for row in rows if row["status"] == "finished"}
+    write_json(
+        OUT / "metrics.json", {**Counter(row["status"] for row in rows), "front": len(best), **best_values}
+    )
+    points = {
+        row["trial"]: [row["metrics"].get(name) for name in known]
+        for row in rows
+        if row["status"] == "finished"
+    }
     shows = what_a_search_shows(len(rows))
     draw_front(OUT / "front.png", points, best, with_arrows(known), note=shows)
     for name in unmeasured:
         print(f"{name} was measured in no trial: {UNMEASURED.get(name, 'it had no case')}", flush=True)
     if not known:
-        raise TrainingError(f"search.metrics: no trial has measured {' or '.join(names)}; the trials are in {OUT}/trials.json")
+        raise TrainingError(
+            f"search.metrics: no trial has measured {' or '.join(names)}; the trials are in {OUT}/trials.json"
+        )
     Console(highlight=False).print(trials_table(known, of_front, len(rows)))
     run.metrics(best_values)
     run.tag("search.shows", shows)

@@ -39,23 +39,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, spec = models.load(folder)
             tower = image_tower(asked.model, model, spec)
             if spec.kind != "bcos":
-                raise ModelError(f"{asked.model}: a conventional tower, which does not explain itself: B-cosify it first")
+                raise ModelError(
+                    f"{asked.model}: a conventional tower, which does not explain itself: B-cosify it first"
+                )
             if asked.text is None and not models.has_text_tower(folder):
                 raise ModelError(f"{asked.model}: no text tower with it: name the folder of one with --text")
             text_tower = tracking.load_text_tower(asked.text or folder)
         check_width(asked.model, tower, spec, text_tower)
         images = add_inverse(read_image(asked.image, spec.image_size)[None])
         texts = asked.texts if asked.against is None else [*asked.texts, asked.against]
-        cosines, weights = explain_texts(tower, images, text_tower.encode(texts), hold_norm=not asked.published)
-        titles = [f"{text}\ncosine {cosine:.4f}" for text, cosine in zip(texts, cosines.tolist(), strict=True)]
+        cosines, weights = explain_texts(
+            tower, images, text_tower.encode(texts), hold_norm=not asked.published
+        )
+        titles = [
+            f"{text}\ncosine {cosine:.4f}" for text, cosine in zip(texts, cosines.tolist(), strict=True)
+        ]
         if asked.against is not None:
-            titles += [f"{text}\nagainst: {asked.against}\n{cosines[i] - cosines[-1]:+.4f}" for i, text in enumerate(asked.texts)]
+            titles += [
+                f"{text}\nagainst: {asked.against}\n{cosines[i] - cosines[-1]:+.4f}"
+                for i, text in enumerate(asked.texts)
+            ]
             weights = torch.cat([weights, weights[:-1] - weights[-1]])
         repeated = images.expand(len(weights), -1, -1, -1)
-        maps, smooth = contribution_map(repeated, weights), spec.image_size // 15 | 1  # the published 15 at 224 pixels; odd
+        maps, smooth = (
+            contribution_map(repeated, weights),
+            spec.image_size // 15 | 1,
+        )  # the published 15 at 224 pixels; odd
         save_texts(asked.out, images[0], titles, rgba(repeated, weights, smooth, one_scale=True), maps)
-    for text, cosine, of_pixels in zip(texts, cosines.tolist(), maps.double().sum((1, 2)).tolist(), strict=False):
-        print(f"{text}: cosine {cosine:.4f} = {of_pixels:.4f} of the pixels + {cosine - of_pixels:.4f} of no pixel")
+    for text, cosine, of_pixels in zip(
+        texts, cosines.tolist(), maps.double().sum((1, 2)).tolist(), strict=False
+    ):
+        print(
+            f"{text}: cosine {cosine:.4f} = {of_pixels:.4f} of the pixels + {cosine - of_pixels:.4f} of no pixel"
+        )
     print(asked.out)
 
 
@@ -65,10 +81,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="folder of an image tower, or models:/name@alias")
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("texts", metavar="text", nargs="+", help="what the image is explained for")
-    parser.add_argument("--text", metavar="FOLDER", help="of the text tower, if none is with MODEL; or models:/...")
+    parser.add_argument(
+        "--text", metavar="FOLDER", help="of the text tower, if none is with MODEL; or models:/..."
+    )
     parser.add_argument("--against", metavar="TEXT", help="also what speaks for each text against this one")
-    parser.add_argument("--published", action="store_true", help="differentiate the embedding's norm, as published, not hold it")
-    parser.add_argument("--out", type=Path, default=Path("explained.png"), help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="differentiate the embedding's norm, as published, not hold it",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("explained.png"), help="the picture (default: %(default)s)"
+    )
     return parser
 
 

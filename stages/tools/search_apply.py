@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         trials = required_json(REPORTS / "search/trials.json")
         number, *others = arguments
         if not number.isdecimal() or int(number) >= len(trials):
-            raise params.ParamsError(f"{number}: there is no such trial; {REPORTS}/search/trials.json has 0 to {len(trials) - 1}")
+            raise params.ParamsError(
+                f"{number}: there is no such trial; {REPORTS}/search/trials.json has 0 to {len(trials) - 1}"
+            )
         content = DictConfig(yaml.safe_load(Path("params.yaml").read_text()))
         for key, value in trials[int(number)]["values"].items():
             OmegaConf.update(content, key, value, merge=False)
@@ -46,13 +48,26 @@ def changes(content: DictConfig) -> list[str]:
     recipe, wanted = f"recipe={content.recipe}", leaves_of(content)
     composed = leaves_of(composition([recipe]))
     links = [key for key, value in composed.items() if "${" in str(value)]
-    known, own = ({key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted))
+    known, own = (
+        {key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted)
+    )
     gone = [f"~{key}" for key in known if key not in own]
     differing = [key for key, value in own.items() if key not in known or known[key] != value]
-    first = [recipe, *gone, *(f"{'' if key in known else '++'}{key}={in_hydras_grammar(own[key])}" for key in differing)]
+    first = [
+        recipe,
+        *gone,
+        *(f"{'' if key in known else '++'}{key}={in_hydras_grammar(own[key])}" for key in differing),
+    ]
     followed = composition(first)
     pairs = {link: [plain(OmegaConf.select(each, link)) for each in (content, followed)] for link in links}
-    return [*first, *(f"{link}={in_hydras_grammar(value)}" for link, (value, follows) in pairs.items() if value != follows)]
+    return [
+        *first,
+        *(
+            f"{link}={in_hydras_grammar(value)}"
+            for link, (value, follows) in pairs.items()
+            if value != follows
+        ),
+    ]
 
 
 def composition(overrides: Sequence[str]) -> DictConfig:

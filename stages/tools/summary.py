@@ -23,7 +23,14 @@ def main() -> None:
     best, trials = (required_json(REPORTS / f"search/{name}.json") for name in ("front", "trials"))
     version = required_json(REPORTS / "register.json")
     console = Console(highlight=False)
-    table = Table("model", "accuracy or F1", "explanation", "grid pointing game", "energy pointing game", "unexplained share")
+    table = Table(
+        "model",
+        "accuracy or F1",
+        "explanation",
+        "grid pointing game",
+        "energy pointing game",
+        "unexplained share",
+    )
     for name, of_model in metrics["models"].items():
         for row, (explanation, scores) in enumerate(of_model["explanations"].items() or [("", {})]):
             right = of_model.get("accuracy", of_model.get("f1"))  # multiclass, multilabel
@@ -44,13 +51,20 @@ def main() -> None:
 def followers(models: dict[str, Any]) -> Table:
     """The students beside their teacher."""
     table = Table(
-        "student", "accuracy or F1", "agreement", "explanation similarity", "grid pointing game", "energy pointing game"
+        "student",
+        "accuracy or F1",
+        "agreement",
+        "explanation similarity",
+        "grid pointing game",
+        "energy pointing game",
     )
     for name, found in models.items():
         scores: dict[str, float] = next(iter(found["explanations"].values()), {})
         right = [found.get("accuracy", found.get("f1")), found.get("agreement")]
         figures = [found.get("explanation_similarity"), scores.get("gridpg_own_grids"), scores.get("epg")]
-        table.add_row(name, *(cell(share, ".1%") for share in right), *(cell(figure, ".3g") for figure in figures))
+        table.add_row(
+            name, *(cell(share, ".1%") for share in right), *(cell(figure, ".3g") for figure in figures)
+        )
     return table
 
 

@@ -65,7 +65,9 @@ def test_integrated_gradients_equal_input_x_gradient_in_such_a_network(images):
 def test_integrated_gradients_are_complete_with_biases(images):
     model = conventional(bias=True)
     maps = attribute(model, images, TARGETS, method="integrated_gradients", steps=512)
-    whole = (model(images) - model(model.mean[:, None, None].expand_as(images))).gather(1, TARGETS[:, None])[:, 0]
+    whole = (model(images) - model(model.mean[:, None, None].expand_as(images))).gather(1, TARGETS[:, None])[
+        :, 0
+    ]
     torch.testing.assert_close(maps.sum((1, 2)), whole, atol=1e-4, rtol=1e-3)
 
 
@@ -75,31 +77,46 @@ def test_bcos_maps_are_the_contributions_of_the_dynamic_weights(images):
     torch.testing.assert_close(attribute(model, images, TARGETS), contribution_map(images, weights))
     centered = attribute(model, images, TARGETS, method="bcos_centered")
     torch.testing.assert_close(centered, ((images - model.mean[:, None, None]) * weights).sum(1))
-    torch.testing.assert_close(centered.sum((1, 2)) + model.logit_bias, logits.gather(1, TARGETS[:, None])[:, 0])
+    torch.testing.assert_close(
+        centered.sum((1, 2)) + model.logit_bias, logits.gather(1, TARGETS[:, None])[:, 0]
+    )
 
 
 @pytest.mark.parametrize("layer", ["network.stage", None])
 def test_gradcam_is_its_formula(images, layer):
     model = conventional(bias=True)
     body = model.network
-    features = body.stage(body.relu1(body.conv1((images[:, :3] - model.mean[:3, None, None]) / model.std[:3, None, None])))
-    weights = body.head.weight[TARGETS] / features[0, 0].numel()  # the gradient of the mean, the same at each place
+    features = body.stage(
+        body.relu1(body.conv1((images[:, :3] - model.mean[:3, None, None]) / model.std[:3, None, None]))
+    )
+    weights = (
+        body.head.weight[TARGETS] / features[0, 0].numel()
+    )  # the gradient of the mean, the same at each place
     expected = torch.einsum("nchw,nc->nhw", features, weights).clamp_min(0)
     maps = attribute(model, images, TARGETS, method="gradcam", layer=layer, resize=False)
     torch.testing.assert_close(maps, expected.detach())
     resized = attribute(model, images, TARGETS, method="gradcam", layer=layer)
     assert resized.shape == (3, SIZE, SIZE)
-    torch.testing.assert_close(resized, nn.functional.interpolate(expected[None], (SIZE, SIZE), mode="bilinear").detach()[0])
+    torch.testing.assert_close(
+        resized, nn.functional.interpolate(expected[None], (SIZE, SIZE), mode="bilinear").detach()[0]
+    )
 
 
 def test_the_last_features_are_a_container_before_the_pool():
     assert last_features(conventional(), torch.rand(1, 6, SIZE, SIZE)) == "network.stage"
-    assert last_features(bcos(), torch.rand(1, 6, SIZE, SIZE)) == "body.stage"  # though it classifies every location
+    assert (
+        last_features(bcos(), torch.rand(1, 6, SIZE, SIZE)) == "body.stage"
+    )  # though it classifies every location
 
 
 def test_logits_of_a_convolutional_classifier_are_no_features():
     body = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, CLASSES, 1),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )
     assert last_features(ConventionalNetwork(body), torch.rand(1, 6, SIZE, SIZE)) == "network.1"
 
@@ -120,11 +137,15 @@ def test_the_last_features_of_torchvision_networks(name, features):
         assert last_features(Meta(body), torch.rand(1, 6, 64, 64)) == f"network.{features}"
 
 
-@pytest.mark.parametrize("name", ["simple_vit_ti", "torchvision:vit_b_16", "vitc_ti", "timm:swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["simple_vit_ti", "torchvision:vit_b_16", "vitc_ti", "timm:swin_tiny_patch4_window7_224"]
+)
 def test_a_network_that_goes_on_with_tokens_has_no_features_for_gradcam(name):
     with torch.device("meta"):
         body = build(name, num_classes=CLASSES)
-        with pytest.raises(ModelError, match=rf"{type(body).__name__} has no convolutional features [^\n]* GradCAM"):
+        with pytest.raises(
+            ModelError, match=rf"{type(body).__name__} has no convolutional features [^\n]* GradCAM"
+        ):
             last_features(Meta(body), torch.rand(1, 6, 224, 224))
 
 
@@ -163,7 +184,9 @@ def test_many_targets_are_the_single_ones(images, kind, method):
     model = MODELS[kind]()
     targets = torch.tensor([[0, 1, 2], [4, 0, 4], [2, 3, 1]])
     many = attribute(model, images, targets, method=method)
-    single = torch.stack([attribute(model, images, column, method=method) for column in targets.unbind(1)], dim=1)
+    single = torch.stack(
+        [attribute(model, images, column, method=method) for column in targets.unbind(1)], dim=1
+    )
     torch.testing.assert_close(many, single)
     assert many.shape == (3, 3, SIZE, SIZE)
 
@@ -183,7 +206,9 @@ def test_without_targets_the_predicted_class_is_explained(images, kind, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_the_batch(images, kind, method):
     model = MODELS[kind]()
-    alone = torch.cat([attribute(model, images[i : i + 1], TARGETS[i : i + 1], method=method) for i in range(3)])
+    alone = torch.cat(
+        [attribute(model, images[i : i + 1], TARGETS[i : i + 1], method=method) for i in range(3)]
+    )
     torch.testing.assert_close(attribute(model, images, TARGETS, method=method), alone)
 
 
@@ -214,7 +239,9 @@ def test_a_layer_before_an_in_place_activation_is_explained_by_its_own_output(im
 def test_a_loss_on_the_maps_has_its_full_gradient(method, layer):
     """Against finite differences of the maps themselves, in float64."""
     model = bcos().double()
-    images = add_inverse(torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    images = add_inverse(
+        torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    )
     targets = torch.tensor([1, 3])
     weight = model.body.conv1.weight
     direction = torch.randn_like(weight)
@@ -230,7 +257,9 @@ def test_a_loss_on_the_maps_has_its_full_gradient(method, layer):
         above = loss(False)
         weight -= 2 * step * direction
         below = loss(False)
-    torch.testing.assert_close((gradient * direction).sum(), (above - below) / (2 * step), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        (gradient * direction).sum(), (above - below) / (2 * step), rtol=1e-4, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,10 @@ LAYERS = [
         BcosAvgPool2d((3, 2), ceil_mode=True, count_include_pad=False),
         nn.AvgPool2d((3, 2), ceil_mode=True, count_include_pad=False),
     ),
-    (BcosAvgPool2d(2, (1, 2), (0, 1), divisor_override=1), nn.AvgPool2d(2, (1, 2), (0, 1), divisor_override=1)),
+    (
+        BcosAvgPool2d(2, (1, 2), (0, 1), divisor_override=1),
+        nn.AvgPool2d(2, (1, 2), (0, 1), divisor_override=1),
+    ),
 ]
 
 
@@ -35,7 +38,14 @@ def test_values_and_derivatives_are_torchs_in_and_out_of_explanation_mode(ours, 
 
 def test_conversion_uses_them_and_a_loss_on_their_weights_has_the_same_gradient():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 3, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
     network, images = bcosify(nn.Sequential(*layers)).double(), torch.rand(2, 6, 8, 8, dtype=torch.float64)
     assert [type(layer) for layer in network.body][1:3] == [BcosReLU, BcosAvgPool2d]
     gradients = []

@@ -33,7 +33,9 @@ MASKS = {
     "none": {},
     "boolean": {"attn_mask": torch.ones(5, 5).triu(1).bool()},
     "float": {"attn_mask": torch.linspace(-1, 1, 25, dtype=DOUBLE).view(5, 5)},
-    "of each head": {"attn_mask": (torch.rand(6, 5, 5) > 0.7) & ~torch.eye(5).bool()},  # each place sees itself
+    "of each head": {
+        "attn_mask": (torch.rand(6, 5, 5) > 0.7) & ~torch.eye(5).bool()
+    },  # each place sees itself
     "padding": {"key_padding_mask": torch.arange(5) >= torch.tensor([5, 3, 1])[:, None]},
     "float padding": {"key_padding_mask": torch.linspace(-1, 1, 15, dtype=DOUBLE).view(3, 5)},
     "both": {
@@ -46,7 +48,9 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("weights", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=["no", "mean", "heads"])
+@pytest.mark.parametrize(
+    "weights", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=["no", "mean", "heads"]
+)
 def test_outputs_and_weights_are_those_of_torch(batch_first, mask, weights):
     module = attention(batch_first=batch_first)
     x = sequence(3, 5) if batch_first else sequence(5, 3)
@@ -80,7 +84,11 @@ def test_only_v_depends_on_the_input_where_the_matrix_is_held(need_weights):
     with explanation_mode(module):
         (held,) = torch.autograd.grad(module(x, x, x, need_weights=need_weights)[0].square().sum(), x)
     matrix = module(x.detach(), x.detach(), x.detach(), average_attn_weights=False)[1]
-    v = F.linear(x, module.in_proj_weight[16:], module.in_proj_bias[16:]).unflatten(-1, (2, 4)).transpose(1, 2)
+    v = (
+        F.linear(x, module.in_proj_weight[16:], module.in_proj_bias[16:])
+        .unflatten(-1, (2, 4))
+        .transpose(1, 2)
+    )
     mixed = (matrix @ v).transpose(1, 2).flatten(2)
     (expected,) = torch.autograd.grad(module.out_proj(mixed).square().sum(), x)
     torch.testing.assert_close(held, expected)
@@ -101,7 +109,9 @@ def test_dropout_takes_entries_of_the_matrix_in_training_alone():
 def test_encoders_of_torch_are_converted_without_their_fused_inference(options):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=DOUBLE, **options)
-    module = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8, dtype=DOUBLE), enable_nested_tensor=False).eval()
+    module = nn.TransformerEncoder(
+        layer, 2, norm=nn.LayerNorm(8, dtype=DOUBLE), enable_nested_tensor=False
+    ).eval()
     x, mask = sequence(3, 5), torch.ones(5, 5).triu(1).bool()
     with torch.no_grad():
         expected = module(x, mask=mask)
@@ -109,13 +119,19 @@ def test_encoders_of_torch_are_converted_without_their_fused_inference(options):
         torch.testing.assert_close(found(x, mask=mask), expected)
         for linear in [part for part in found.modules() if isinstance(part, BcosLinear)]:
             linear._configure(2.0, 1, False)
-        assert not torch.allclose(found(x, mask=mask), expected, rtol=1e-2)  # torch's own inference would not know of B
-    assert sum(isinstance(part, Holdable) for part in found.modules()) == 2 * (1 + 3 + 2) + 1 + 2 * ("activation" in options)
+        assert not torch.allclose(
+            found(x, mask=mask), expected, rtol=1e-2
+        )  # torch's own inference would not know of B
+    assert sum(isinstance(part, Holdable) for part in found.modules()) == 2 * (1 + 3 + 2) + 1 + 2 * (
+        "activation" in options
+    )
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line():
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        with pytest.raises(ConversionError, match="'encoder': a MultiheadAttention with add_bias_kv or add_zero_attn"):
+        with pytest.raises(
+            ConversionError, match="'encoder': a MultiheadAttention with add_bias_kv or add_zero_attn"
+        ):
             _convert(attention(**options), Conversion(path="encoder"))
     with pytest.raises(ConversionError, match="activation of this TransformerEncoderLayer is a function"):
         _convert(nn.TransformerEncoderLayer(8, 2, activation=torch.tanh), Conversion())

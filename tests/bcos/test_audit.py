@@ -47,9 +47,15 @@ PLANTED = {
     "cosine": (lambda x: F.normalize(x, dim=1), ["linalg_vector_norm", "div"]),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), None),
     "quotient": (lambda x: 1 / x, None),
-    "attention pool": (lambda x: x.flatten(2) @ x.flatten(2).mT @ x.flatten(2).softmax(1), ["bmm", "softmax"]),
+    "attention pool": (
+        lambda x: x.flatten(2) @ x.flatten(2).mT @ x.flatten(2).softmax(1),
+        ["bmm", "softmax"],
+    ),
     "autograd function": (Swish.apply, ["swish"]),
-    "weights from the image": (lambda x: F.conv2d(x, x[:1].expand(4, -1, -1, -1), padding=3), ["convolution"]),
+    "weights from the image": (
+        lambda x: F.conv2d(x, x[:1].expand(4, -1, -1, -1), padding=3),
+        ["convolution"],
+    ),
     "in place": (lambda x: x.clone().sigmoid_(), ["sigmoid"]),
     "in place, on a view": (lambda x: written_to(x, lambda a, b: a.sigmoid_()), ["sigmoid"]),
     "product in place, on a view": (lambda x: written_to(x, lambda a, b: a.mul_(b)), ["mul"]),
@@ -61,8 +67,12 @@ LINEAR = {
     "comparison": lambda x: x * (x > 0) + torch.where(x > x.mean(), x, -x) * torch.sign(x),
     "constants": lambda x: (x * 2 - 1) / 3 @ torch.ones(x.shape[-1], 2) + torch.arange(2).float().softmax(0),
     "centring": lambda x: x - torch.var_mean(x, 1, keepdim=True)[1],
-    "views and pads": lambda x: F.pad(torch.cat([x.flip(1).roll(1, 2), x[:, ::2]], 1).transpose(1, 2), (1, 1))[..., 1:].abs(),
-    "pools and sizes": lambda x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2, mode="bilinear") + F.avg_pool2d(x, 3, 1, 1),
+    "views and pads": lambda x: F.pad(
+        torch.cat([x.flip(1).roll(1, 2), x[:, ::2]], 1).transpose(1, 2), (1, 1)
+    )[..., 1:].abs(),
+    "pools and sizes": lambda x: (
+        F.interpolate(F.max_pool2d(x, 2), scale_factor=2, mode="bilinear") + F.avg_pool2d(x, 3, 1, 1)
+    ),
     "dropout in place, on a view": lambda x: F.dropout(x.flatten(1), 0.5, inplace=True).sum(1, keepdim=True),
     "copy to a view": lambda x: written_to(x, lambda a, b: a.copy_(b)),
     "constant factor in place, on a view": lambda x: written_to(x, lambda a, b: a.mul_(torch.rand(2, 1, 1))),

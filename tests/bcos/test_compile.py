@@ -47,7 +47,9 @@ def loss(model, images, targets):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("choices", [{}, {"b_mode": "learned", "b": 1.5}, {"bias": "keep", "norm": "centered"}])
+@pytest.mark.parametrize(
+    "choices", [{}, {"b_mode": "learned", "b": 1.5}, {"bias": "keep", "norm": "centered"}]
+)
 def test_a_compiled_loss_on_weights_and_logits_has_the_eager_gradient(choices, training):
     eager = small_network(**choices).train(training)
     compiled = copy.deepcopy(eager)
@@ -55,7 +57,9 @@ def test_a_compiled_loss_on_weights_and_logits_has_the_eager_gradient(choices, t
     expected = loss(eager, images, targets)
     got = torch.compile(loss, fullgraph=True, backend=BACKEND)(compiled, images, targets)
     torch.testing.assert_close(got, expected)
-    ours, theirs = (torch.autograd.grad(value, list(m.parameters())) for value, m in ((got, compiled), (expected, eager)))
+    ours, theirs = (
+        torch.autograd.grad(value, list(m.parameters())) for value, m in ((got, compiled), (expected, eager))
+    )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     for one, other in zip(compiled.buffers(), eager.buffers(), strict=True):  # running statistics moved once
@@ -87,7 +91,9 @@ def test_a_compiled_network_explains_several_classes_from_one_forward_pass():
     compiled.compile(fullgraph=True, backend="inductor")  # it alone frees what a second backward pass needs
     images, _ = batch()
     targets = torch.tensor([[0, 1, 2]] * len(images))
-    for one, other in zip(dynamic_weights(compiled, images, targets), dynamic_weights(eager, images, targets), strict=True):
+    for one, other in zip(
+        dynamic_weights(compiled, images, targets), dynamic_weights(eager, images, targets), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -111,7 +117,9 @@ def test_whole_networks_are_one_graph(name):
     compiled = copy.deepcopy(eager)
     compiled.compile(fullgraph=True, backend=BACKEND)
     images, targets = batch(2, 32)
-    for one, other in zip(dynamic_weights(compiled, images, targets), dynamic_weights(eager, images, targets), strict=True):
+    for one, other in zip(
+        dynamic_weights(compiled, images, targets), dynamic_weights(eager, images, targets), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 

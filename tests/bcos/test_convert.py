@@ -43,7 +43,10 @@ def with_random_statistics(model):
 @pytest.mark.parametrize(
     ("name", "norm"),
     [
-        *((name, "uncentered") for name in ("resnet18", "resnet50", "densenet121", "vgg11_bn", "timm:resnet10t")),
+        *(
+            (name, "uncentered")
+            for name in ("resnet18", "resnet50", "densenet121", "vgg11_bn", "timm:resnet10t")
+        ),
         *(("resnet20", norm) for norm in ("uncentered", "centered")),
     ],
 )
@@ -86,7 +89,15 @@ def test_design_choices_of_the_paper_are_the_default():
 
 
 def test_choices_can_be_taken_back():
-    model = bcosify(build("resnet18"), b=1.5, bias="keep", norm="centered", stem_pool="keep", gap_reorder=False, logit_bias=0.5)
+    model = bcosify(
+        build("resnet18"),
+        b=1.5,
+        bias="keep",
+        norm="centered",
+        stem_pool="keep",
+        gap_reorder=False,
+        logit_bias=0.5,
+    )
     assert any(isinstance(module, nn.MaxPool2d) for module in model.modules())
     assert all(module.centered for module in model.modules() if isinstance(module, BcosBatchNorm))
     assert [name for name, _ in model.named_parameters() if name.endswith("bias")]
@@ -102,7 +113,9 @@ def test_classifying_every_location_first_is_the_average_of_their_logits():
     features = body.layer3(body.layer2(body.layer1(body.relu(body.bn1(body.conv1(z))))))
     expected = body.linear(features.permute(0, 2, 3, 1)).mean((1, 2))
     torch.testing.assert_close(model(images), expected)
-    assert not torch.allclose(expected, bcosify(source, bias="keep", logit_bias=0.0, gap_reorder=False)(images), rtol=1e-3)
+    assert not torch.allclose(
+        expected, bcosify(source, bias="keep", logit_bias=0.0, gap_reorder=False)(images), rtol=1e-3
+    )
 
 
 def test_a_bias_free_network_explains_its_logits_wholly():

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipelines.bcos import BcosLinear, ConversionError, add_inverse, bcosify, dynamic_weights, explanation_mode
+from pipelines.bcos import (
+    BcosLinear,
+    ConversionError,
+    add_inverse,
+    bcosify,
+    dynamic_weights,
+    explanation_mode,
+)
 from pipelines.bcos.audit import audit
 from pipelines.bcos.cosine import CosineHead, UnpooledHead, unpooled
 from tests.support.families import pictures, relative, settle, shake
@@ -86,7 +93,9 @@ def test_unpooled_logits_and_their_weights_equal_the_formulas(p, position_embedd
     torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-8)
     assert relative(weights.detach(), expected) <= 1e-5
     if position_embedding == "remove":
-        torch.testing.assert_close(contributions(model, images, weights), found[range(3), targets], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            contributions(model, images, weights), found[range(3), targets], rtol=0, atol=1e-6
+        )
 
 
 def test_unpooling_leaves_the_tower_as_it_was():
@@ -101,7 +110,8 @@ def test_unpooling_leaves_the_tower_as_it_was():
 
 def test_the_output_projection_of_an_unpooled_tower_has_the_exponent_of_the_tower():
     projections = [
-        unpooled(tower(projection=choice, b=1.5)[0], texts()).body.attnpool.projection for choice in ("linear", "bcos")
+        unpooled(tower(projection=choice, b=1.5)[0], texts()).body.attnpool.projection
+        for choice in ("linear", "bcos")
     ]
     assert all(isinstance(layer, BcosLinear) and layer.b == 1.5 for layer in projections)
 

@@ -23,13 +23,23 @@ class Functional(nn.Module):
 
     def __init__(self, activation=None):
         super().__init__()
-        self.conv, self.act, self.fc = nn.Conv2d(3, 8, 3, bias=False), activation or nn.Identity(), nn.Linear(8, 5, bias=False)
+        self.conv, self.act, self.fc = (
+            nn.Conv2d(3, 8, 3, bias=False),
+            activation or nn.Identity(),
+            nn.Linear(8, 5, bias=False),
+        )
 
     def forward(self, x):
         return self.fc(F.relu(self.act(self.conv(x))).mean((2, 3)))
 
 
-IDLE = {"bias": "remove", "norm": "uncentered", "stem_pool": "average", "gap_reorder": True, "activation": "remove"}
+IDLE = {
+    "bias": "remove",
+    "norm": "uncentered",
+    "stem_pool": "average",
+    "gap_reorder": True,
+    "activation": "remove",
+}
 
 
 OTHERS = [("bias", "decay"), ("norm", "centered"), ("position_embedding", "remove"), ("projection", "bcos")]
@@ -48,7 +58,14 @@ def test_defaults_that_find_nothing_are_said_and_the_design_has_what_took_effect
     (message,) = caplog.messages
     assert all(f"{choice}={value!r}" in message for choice, value in IDLE.items() if choice != "activation")
     assert network.design == {
-        **{"b": 2.0, "b_mode": "fixed", "bias": "keep", "norm": "uncentered", "stem_pool": "keep", "gap_reorder": False},
+        **{
+            "b": 2.0,
+            "b_mode": "fixed",
+            "bias": "keep",
+            "norm": "uncentered",
+            "stem_pool": "keep",
+            "gap_reorder": False,
+        },
         **{"activation": "keep", "position_embedding": "keep", "projection": "linear", "logit_bias": None},
         **{"temperature": 1.0, "normalize_weight": False, "max_out": 1},
     }
@@ -60,7 +77,9 @@ def test_defaults_that_find_nothing_are_said_and_the_design_has_what_took_effect
 
 
 def test_activations_that_are_functions_beside_some_that_are_modules_are_an_error():
-    with pytest.raises(ConversionError, match=r"cannot take relu away, a function in the forward of Functional at 'inner'"):
+    with pytest.raises(
+        ConversionError, match=r"cannot take relu away, a function in the forward of Functional at 'inner'"
+    ):
         bcosify(Nested(), activation="remove")
 
 
@@ -75,13 +94,30 @@ class Nested(nn.Module):
 
 def test_a_shared_activation_is_removed_wherever_it_stands():
     act = nn.ReLU()
-    layers = [nn.Conv2d(3, 4, 3), act, nn.Conv2d(4, 4, 3), act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        act,
+        nn.Conv2d(4, 4, 3),
+        act,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ]
     network = bcosify(nn.Sequential(*layers), activation="remove")
     assert not any(isinstance(module, nn.ReLU) for module in network.modules())
 
 
-def test_what_the_params_leave_at_its_default_is_no_error_and_the_saved_spec_says_what_took_effect(tmp_path, caplog):
-    whole = {"b": 2.0, "bias": "remove", "norm": "uncentered", "stem_pool": "average", "gap_reorder": True, "activation": "keep"}
+def test_what_the_params_leave_at_its_default_is_no_error_and_the_saved_spec_says_what_took_effect(
+    tmp_path, caplog
+):
+    whole = {
+        "b": 2.0,
+        "bias": "remove",
+        "norm": "uncentered",
+        "stem_pool": "average",
+        "gap_reorder": True,
+        "activation": "keep",
+    }
     spec = ModelSpec("resnet8", ("a", "b", "c"), 16, "bcos", design=whole)
     model = assemble(spec)
     save(tmp_path, model, spec)
@@ -92,14 +128,20 @@ def test_what_the_params_leave_at_its_default_is_no_error_and_the_saved_spec_say
     images = add_inverse(pictures(2, 16))
     torch.testing.assert_close(loaded(images), model.eval()(images))
     with pytest.raises(ConversionError, match="norm='centered'"):
-        assemble(ModelSpec("xfixup_resnet18", ("a", "b"), 16, "bcos", design={"norm": "centered"}, options={"width": 4}))
+        assemble(
+            ModelSpec(
+                "xfixup_resnet18", ("a", "b"), 16, "bcos", design={"norm": "centered"}, options={"width": 4}
+            )
+        )
 
 
 def test_a_model_of_an_earlier_version_still_loads(tmp_path):
     spec = ModelSpec("xfixup_resnet18", ("a", "b"), 16, "bcos", options={"width": 4})
     save(tmp_path, assemble(spec), spec)
     path = tmp_path / "model.json"
-    path.write_text(path.read_text().replace('"uncentered"', '"uncentered_unshifted"'))  # said so though there is no norm
+    path.write_text(
+        path.read_text().replace('"uncentered"', '"uncentered_unshifted"')
+    )  # said so though there is no norm
     assert read_spec(tmp_path).design["norm"] == "uncentered_unshifted"
     load(tmp_path)
 
@@ -143,7 +185,9 @@ class HeadFirst(nn.Module):
     def __init__(self, last=True):
         super().__init__()
         self.fc = nn.Linear(8, 5)
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
         self.last = last
 
     def forward(self, x):
@@ -190,7 +234,10 @@ def test_the_pool_of_a_gate_is_not_taken_for_that_of_the_classifier():
 # Position embeddings --------------------------------------------------------------------------------------------------
 
 TRANSFORMERS = {
-    "timm": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT), {"pos_embed", "cls_token"}),
+    "timm": (
+        lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT),
+        {"pos_embed", "cls_token"},
+    ),
     "torchvision": (
         lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 24, 48, num_classes=5),
         {"pos_embedding", "class_token"},
@@ -204,7 +251,9 @@ def test_without_position_embedding_the_order_of_patches_does_not_matter(library
     make, names = TRANSFORMERS[library]
     source, images = shake(make()), add_inverse(pictures(2, 32).double())
     moved = images.roll(8, dims=3)  # by one patch: the same patches elsewhere
-    networks = (bcosify(source, position_embedding=choice, logit_bias=0.0).double() for choice in ("keep", "remove"))
+    networks = (
+        bcosify(source, position_embedding=choice, logit_bias=0.0).double() for choice in ("keep", "remove")
+    )
     kept, removed = (settle(network, images) for network in networks)
     with torch.no_grad():
         assert relative(removed(moved), removed(images)) <= 1e-6
@@ -221,7 +270,11 @@ def test_without_position_embedding_the_order_of_patches_does_not_matter(library
 @pytest.mark.parametrize("library", ["torchvision", "timm", "open_clip"])
 def test_rules_of_a_library_are_found_whatever_was_imported(library, monkeypatch):
     converting = sys.modules["pipelines.bcos.convert"]
-    own = {kind: rule for kind, rule in converting._RULES.items() if not rule.__module__.startswith("pipelines.models")}
+    own = {
+        kind: rule
+        for kind, rule in converting._RULES.items()
+        if not rule.__module__.startswith("pipelines.models")
+    }
     assert torchvision.models.DenseNet not in own
     monkeypatch.setattr(converting, "_RULES", own)
     for name in [name for name in sys.modules if name.startswith("pipelines.models.rules")]:
@@ -229,22 +282,33 @@ def test_rules_of_a_library_are_found_whatever_was_imported(library, monkeypatch
     models = {
         "open_clip": lambda: ModifiedResNet([1, 1, 1, 1], 6, 2, image_size=32, width=8),
         "torchvision": lambda: torchvision.models.DenseNet(8, (1, 1), 16, num_classes=3),
-        "timm": lambda: timm.create_model("densenet121", num_classes=3, growth_rate=8, block_config=(1, 1, 1, 1)),
+        "timm": lambda: timm.create_model(
+            "densenet121", num_classes=3, growth_rate=8, block_config=(1, 1, 1, 1)
+        ),
     }
     network = bcosify(models[library]())
-    assert isinstance(network.body.conv1 if library == "open_clip" else network.body.features.conv0, BcosConv2d)
-    assert any(isinstance(module, LocationsToBatch) for module in network.modules()) == (library != "open_clip")
+    assert isinstance(
+        network.body.conv1 if library == "open_clip" else network.body.features.conv0, BcosConv2d
+    )
+    assert any(isinstance(module, LocationsToBatch) for module in network.modules()) == (
+        library != "open_clip"
+    )
     assert all(type(layer) is nn.Linear for name, layer in network.named_modules() if name.endswith("q_proj"))
 
 
 def test_missing_rules_are_an_error(monkeypatch):
-    monkeypatch.setitem(sys.modules["pipelines.bcos.convert"].RULES, "torchvision", "pipelines.models.no_rules")
+    monkeypatch.setitem(
+        sys.modules["pipelines.bcos.convert"].RULES, "torchvision", "pipelines.models.no_rules"
+    )
     with pytest.raises(ConversionError, match=r"rules that convert a .* cannot be imported"):
         convert(torchvision.models.DenseNet(8, (1, 1), 16, num_classes=3))
 
 
 def test_published_designs_are_what_their_networks_have():
-    without_effect = {"b-cos-v2:vitc_ti": {"stem_pool": "keep"}, "b-cosification:resnet18": {}}  # a ViT has no pool to replace
+    without_effect = {
+        "b-cos-v2:vitc_ti": {"stem_pool": "keep"},
+        "b-cosification:resnet18": {},
+    }  # a ViT has no pool to replace
     for name, unchosen in without_effect.items():
         spec = published.published_spec(name)
         design = assemble(spec).design

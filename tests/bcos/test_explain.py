@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from benchmarks.step import keep_small_features
-from pipelines.bcos import BcosConv2d, add_inverse, bcosify, contribution_map, dynamic_weights, explanation_mode, rgba
+from pipelines.bcos import (
+    BcosConv2d,
+    add_inverse,
+    bcosify,
+    contribution_map,
+    dynamic_weights,
+    explanation_mode,
+    rgba,
+)
 from pipelines.models import build
 
 DOUBLE = torch.float64
@@ -64,7 +72,9 @@ def explicit(first, second, x, target):
 def test_gradients_of_losses_on_weights_and_logits_equal_those_of_the_explicit_formula():
     model = TwoLayers().double()
     x, target = torch.rand(5, 6, 1, 1, dtype=DOUBLE), torch.tensor([0, 1, 2, 1, 0])
-    first, second = (layer.weight.detach().flatten(1).requires_grad_() for layer in (model.first, model.second))
+    first, second = (
+        layer.weight.detach().flatten(1).requires_grad_() for layer in (model.first, model.second)
+    )
     expected_logits, expected_weights = explicit(first, second, x.flatten(1), target)
     logits, weights = dynamic_weights(model, x, target, create_graph=True)
     torch.testing.assert_close(logits, expected_logits)
@@ -74,7 +84,10 @@ def test_gradients_of_losses_on_weights_and_logits_equal_those_of_the_explicit_f
     for ours, theirs in (
         ((weights.flatten(1) * direction).sum(), (expected_weights * direction).sum()),
         (logits.square().sum(), expected_logits.square().sum()),
-        (weights.square().sum() + logits.exp().sum(), expected_weights.square().sum() + expected_logits.exp().sum()),
+        (
+            weights.square().sum() + logits.exp().sum(),
+            expected_weights.square().sum() + expected_logits.exp().sum(),
+        ),
     ):
         got = torch.autograd.grad(ours, (model.first.weight, model.second.weight), retain_graph=True)
         want = torch.autograd.grad(theirs, (first, second), retain_graph=True)
@@ -91,7 +104,11 @@ def test_gradient_of_a_loss_on_the_weights_matches_finite_differences(training):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.nn.utils.stateless._reparametrize_module(model, {"body.3.weight": weight, **buffers}):
             logits, weights = dynamic_weights(model, x, target, create_graph=True)
-            return (weights * weights.detach().sign()).sum() * 0.1 + logits.square().sum() + weights.square().sum()
+            return (
+                (weights * weights.detach().sign()).sum() * 0.1
+                + logits.square().sum()
+                + weights.square().sum()
+            )
 
     weight = parameters["body.3.weight"].detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(weight), weight)
@@ -237,7 +254,9 @@ def test_contribution_map_and_picture():
 def test_opacities_on_one_scale_compare():
     x, weights = torch.rand(1, 6, 8, 8).expand(2, -1, -1, -1), torch.rand(1, 6, 8, 8).repeat(2, 1, 1, 1)
     weights[1] /= 4
-    alone, together = (rgba(x, weights, smooth=3, percentile=100, one_scale=one_scale) for one_scale in (False, True))
+    alone, together = (
+        rgba(x, weights, smooth=3, percentile=100, one_scale=one_scale) for one_scale in (False, True)
+    )
     torch.testing.assert_close(alone[0], alone[1])
     torch.testing.assert_close(together[0], alone[0])
     torch.testing.assert_close(together[1, ..., 3], alone[1, ..., 3] / 4)
@@ -310,7 +329,11 @@ def test_explanations_are_the_same_whatever_gradient_mode_their_caller_is_in(mod
     assert torch.is_grad_enabled()
     if not frozen:
         weights.square().sum().backward()
-        assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name.endswith("weight"))
+        assert all(
+            parameter.grad is not None
+            for name, parameter in model.named_parameters()
+            if name.endswith("weight")
+        )
 
 
 def test_autocast_without_gradients_before_an_explanation_leaves_its_gradients():

@@ -88,7 +88,10 @@ def test_first_and_second_derivatives_of_the_convolution(arguments):
 
 
 def test_derivatives_stay_finite_where_the_input_is_zero():
-    for layer, x in ((BcosLinear(4, 3), torch.zeros(2, 4)), (BcosConv2d(4, 3, 3, padding=1), torch.zeros(2, 4, 5, 5))):
+    for layer, x in (
+        (BcosLinear(4, 3), torch.zeros(2, 4)),
+        (BcosConv2d(4, 3, 3, padding=1), torch.zeros(2, 4, 5, 5)),
+    ):
         x.requires_grad_()
         (first,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
         first.square().sum().backward()
@@ -120,12 +123,18 @@ def test_batch_norm_is_its_definition_and_tracks_the_biased_variance(centered):
     x = 2 * torch.randn(4, 3, 5, 6, dtype=torch.float64) + 1
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
     shape = (1, 3, 1, 1)
-    expected = (x - mean * centered) / (var + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+    expected = (x - mean * centered) / (var + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(
+        shape
+    )
     torch.testing.assert_close(norm(x), expected)
-    torch.testing.assert_close(norm.running_var, 0.7 * torch.ones(3, dtype=torch.float64) + 0.3 * var.flatten())
+    torch.testing.assert_close(
+        norm.running_var, 0.7 * torch.ones(3, dtype=torch.float64) + 0.3 * var.flatten()
+    )
     norm.eval()
     running = norm.running_mean.view(shape) if centered else 0
-    expected = (x - running) / (norm.running_var.view(shape) + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+    expected = (x - running) / (norm.running_var.view(shape) + norm.eps).sqrt() * norm.weight.view(
+        shape
+    ) + norm.bias.view(shape)
     torch.testing.assert_close(norm(x), expected)
 
 
@@ -143,7 +152,10 @@ def test_first_and_second_derivatives_of_the_batch_norm():
 
 @pytest.mark.parametrize(
     ("ours", "torchs", "shape"),
-    [(BcosLayerNorm((6,)), nn.LayerNorm((6,)), (2, 5, 6)), (BcosGroupNorm(2, 4), nn.GroupNorm(2, 4), (2, 4, 3, 3))],
+    [
+        (BcosLayerNorm((6,)), nn.LayerNorm((6,)), (2, 5, 6)),
+        (BcosGroupNorm(2, 4), nn.GroupNorm(2, 4), (2, 4, 3, 3)),
+    ],
 )
 def test_layer_and_group_norm_are_torchs_in_and_out_of_explanation_mode(ours, torchs, shape):
     x = torch.randn(shape)

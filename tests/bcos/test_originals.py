@@ -162,7 +162,11 @@ def test_programs_of_torchscript_are_refused():
 class Tied(nn.Module):
     def __init__(self, one="b", other="c"):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.Conv2d(3, 3, 3, padding=1),
+        )
         self.norms = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
         self.fc = nn.Linear(3, 5)
         self.get_submodule(other).weight = self.get_submodule(one).weight
@@ -224,7 +228,9 @@ def test_each_module_keeps_its_training_mode():
     assert not any(module.training for module in bcosify(network()).modules())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float64, 1e-6)]
+)
 def test_precision_is_kept(dtype, tolerance):
     model = network().to(dtype)
     converted = convert(model)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.bcos import BcosBatchNorm, BcosConv2d, BcosLinear, Holdable, add_inverse, bcosify, dynamic_weights
+from pipelines.bcos import (
+    BcosBatchNorm,
+    BcosConv2d,
+    BcosLinear,
+    Holdable,
+    add_inverse,
+    bcosify,
+    dynamic_weights,
+)
 from pipelines.bcos.precision import exact_float32
 from pipelines.models import build
 
@@ -55,7 +63,9 @@ def test_statistics_of_half_precision_features_are_taken_in_single(training):
 def test_every_held_factor_of_an_autocast_network_is_single_precision(monkeypatch):
     model, seen = bcosify(build("resnet8")).eval(), []
     hold = Holdable.hold
-    monkeypatch.setattr(Holdable, "hold", lambda self, factor: seen.append(factor.dtype) or hold(self, factor))
+    monkeypatch.setattr(
+        Holdable, "hold", lambda self, factor: seen.append(factor.dtype) or hold(self, factor)
+    )
     with autocast():
         dynamic_weights(model, add_inverse(torch.rand(2, 3, 32, 32)), torch.tensor([0, 1]))
     assert seen
@@ -64,11 +74,17 @@ def test_every_held_factor_of_an_autocast_network_is_single_precision(monkeypatc
 
 def test_training_and_explaining_under_autocast_are_near_single_precision():
     torch.manual_seed(0)
-    model, images, targets = bcosify(build("resnet8")).train(), add_inverse(torch.rand(8, 3, 32, 32)), torch.arange(8)
+    model, images, targets = (
+        bcosify(build("resnet8")).train(),
+        add_inverse(torch.rand(8, 3, 32, 32)),
+        torch.arange(8),
+    )
 
     def gradients():
         logits, weights = dynamic_weights(model, images, targets, create_graph=True)
-        (logits.float().square().mean() + (weights.float() * images).sum((1, 2, 3)).square().mean()).backward()
+        (
+            logits.float().square().mean() + (weights.float() * images).sum((1, 2, 3)).square().mean()
+        ).backward()
         found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         model.zero_grad()
         return found

@@ -49,15 +49,27 @@ def images(draw: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((40, 30))
     exif = Image.Exif()
     exif[0x0112] = 6
-    formats = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
+    formats = {
+        "jpg": "JPEG",
+        "png": "PNG",
+        "webp": "WEBP",
+        "tif": "TIFF",
+        "gif": "GIF",
+        "bmp": "BMP",
+        "ppm": "PPM",
+    }
     for number in range(count):
         suffix, kind = draw.choice(list(formats.items()))
         mode = draw.choice(
-            {"JPEG": ["RGB", "L", "CMYK"], "PNG": ["RGBA", "P", "I;16"], "TIFF": ["CMYK", "I;16"]}.get(kind, ["RGB"])
+            {"JPEG": ["RGB", "L", "CMYK"], "PNG": ["RGBA", "P", "I;16"], "TIFF": ["CMYK", "I;16"]}.get(
+                kind, ["RGB"]
+            )
         )
         known = {"exif": exif, "icc_profile": b"icc" * 50} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
         file = io.BytesIO()
-        (photo.convert("L").convert(mode) if mode == "I;16" else photo.convert(mode)).save(file, kind, **known)
+        (photo.convert("L").convert(mode) if mode == "I;16" else photo.convert(mode)).save(
+            file, kind, **known
+        )
         yield f"{number}.{suffix}", broken(file.getvalue(), draw)
 
 
@@ -91,7 +103,9 @@ def packed(root: Path, kind: str) -> bytes:
             for path in sorted(root.rglob("*.png")):
                 archive.write(path, path.relative_to(root))
     else:
-        with tarfile.open(fileobj=file, mode="w:gz" if kind == "gz" else "w", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(
+            fileobj=file, mode="w:gz" if kind == "gz" else "w", format=tarfile.PAX_FORMAT
+        ) as tar:
             tar.add(root, ".")
             link = tarfile.TarInfo("./train/ant/link.png")
             link.type, link.linkname = tarfile.SYMTYPE, "../bee/00.png"
@@ -128,13 +142,19 @@ def test_hostile_tars(project):
     for number in range(60):
         path = project / f"{number}.tar"
         with tarfile.open(path, "w", format=draw.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
-            for name in [*(f"{split}/ant/{i}.png" for split in SPLITS for i in range(2)), *draw.choices(names, k=4)]:
+            for name in [
+                *(f"{split}/ant/{i}.png" for split in SPLITS for i in range(2)),
+                *draw.choices(names, k=4),
+            ]:
                 member = tarfile.TarInfo(name)
                 member.size = len(good)
                 tar.addfile(member, io.BytesIO(good))
             for i in range(4):
                 member = tarfile.TarInfo(draw.choice([*names, f"train/ant/link{i}", "train/ant/link"]))
-                member.type, member.linkname = draw.choice([b"1", b"2", b"3", b"6", b"7", b"S", b"V", b"x"]), draw.choice(targets)
+                member.type, member.linkname = (
+                    draw.choice([b"1", b"2", b"3", b"6", b"7", b"S", b"V", b"x"]),
+                    draw.choice(targets),
+                )
                 tar.addfile(member)
         outcome(lambda path=path: everything(image_folder(path), project))
 
@@ -149,7 +169,9 @@ def everything(params: Any, project: Path) -> None:
         references = source.index(project / "raw", split)
         assert len(references) == description.counts[split]
         for reference in references:
-            outcome(lambda reference=reference: check_sample(source.load(project / "raw", reference), description))
+            outcome(
+                lambda reference=reference: check_sample(source.load(project / "raw", reference), description)
+            )
 
 
 # Annotations ----------------------------------------------------------------------------------------------------------
@@ -167,12 +189,18 @@ def coco() -> dict[str, Any]:
                 "category_id": 5,
                 "bbox": [1, 1, 6, 5],
                 "iscrowd": n == 2,
-                "segmentation": {"size": [9, 12], "counts": [20, 30, 58]} if n == 2 else [[1, 1, 7, 1, 7, 6, 1, 6]],
+                "segmentation": {"size": [9, 12], "counts": [20, 30, 58]}
+                if n == 2
+                else [[1, 1, 7, 1, 7, 6, 1, 6]],
             }
             for n in numbers
         ]
         categories = [{"id": 5, "name": "cat"}, {"id": 9, "name": "dog"}]
-        files[f"annotations/instances_{year}.json"] = {"images": images, "annotations": things, "categories": categories}
+        files[f"annotations/instances_{year}.json"] = {
+            "images": images,
+            "annotations": things,
+            "categories": categories,
+        }
         files |= {f"{year}/{n}.jpg": jpeg(12, 9) for n in numbers}
     return files
 
@@ -197,16 +225,24 @@ def birds() -> dict[str, Any]:
     """The files of a small Waterbirds data set and of CUB."""
     rows = [(f"a/{n}.jpg", y, split, y) for n, (y, split) in enumerate([(0, 0), (1, 0), (0, 1), (1, 2)], 1)]
     lines = [f"{n},{name},{y},{split},{place}" for n, (name, y, split, place) in enumerate(rows, 1)]
-    files: dict[str, Any] = {"metadata.csv": "\n".join(["img_id,img_filename,y,split,place", *lines]).encode()}
+    files: dict[str, Any] = {
+        "metadata.csv": "\n".join(["img_id,img_filename,y,split,place", *lines]).encode()
+    }
     files["images.txt"] = "".join(f"{n} {name}\n" for n, (name, *_) in enumerate(rows, 1)).encode()
     files["bounding_boxes.txt"] = "".join(f"{n} 1.0 2.0 5.0 4.0\n" for n in range(1, 5)).encode()
     return files | {name: jpeg(12, 9) for name, *_ in rows}
 
 
 SETS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[str, str], Any]]] = {
-    "coco": (coco, lambda root, bad: Coco2014Params(source="coco2014", root=root, val_count=1, on_bad_box=bad)),
+    "coco": (
+        coco,
+        lambda root, bad: Coco2014Params(source="coco2014", root=root, val_count=1, on_bad_box=bad),
+    ),
     "voc": (voc, lambda root, bad: Voc2007Params(source="voc2007", root=root, on_bad_box=bad)),
-    "birds": (birds, lambda root, bad: WaterbirdsParams(source="waterbirds", root=root, cub_root=root, on_bad_box=bad)),
+    "birds": (
+        birds,
+        lambda root, bad: WaterbirdsParams(source="waterbirds", root=root, cub_root=root, on_bad_box=bad),
+    ),
 }
 
 
@@ -216,14 +252,18 @@ def test_annotations(project, kind):
     make, params = SETS[kind]
     for number in range(80):
         files = make()
-        name = draw.choice([name for name in files if not name.endswith((".jpg", ".png"))] * 3 + sorted(files))
+        name = draw.choice(
+            [name for name in files if not name.endswith((".jpg", ".png"))] * 3 + sorted(files)
+        )
         if isinstance(files[name], dict) and draw.random() < 0.7:
             files[name] = altered(files[name], draw)
         elif draw.random() < 0.05:
             del files[name]
         else:
             files[name] = broken(as_bytes(files[name]), draw)
-        root = write_files(project / f"{number}", {path: as_bytes(content) for path, content in files.items()})
+        root = write_files(
+            project / f"{number}", {path: as_bytes(content) for path, content in files.items()}
+        )
         outcome(lambda root=root: everything(params(str(root), draw.choice(["raise", "skip"])), project))
         shutil.rmtree(root)
 

@@ -39,7 +39,9 @@ PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, s
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 10, "val": 10, "test": 50})
+    return drawn_shards(
+        tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 10, "val": 10, "test": 50}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def trained(tmp_path_factory, shards):
 
 def on_rank(rank, world_size, directories, shards, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     found, _ = evaluate(Context(rank, world_size), directories, shards, DATA, PARAMS)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -57,14 +61,18 @@ def on_rank(rank, world_size, directories, shards, folder):
 
 @pytest.mark.processes
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
-    mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation"])  # imported once for the five processes
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["pipelines.evaluation"]
+    )  # imported once for the five processes
     alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
     assert alone["images"] == 50
     assert alone["grids"]["count"] == 6
     for world_size in (2, 3):
         folder = tmp_path / str(world_size)
         folder.mkdir()
-        mp.start_processes(on_rank, (world_size, trained, shards, folder), nprocs=world_size, start_method="forkserver")
+        mp.start_processes(
+            on_rank, (world_size, trained, shards, folder), nprocs=world_size, start_method="forkserver"
+        )
         for rank in range(world_size):
             together = torch.load(folder / f"{rank}.pt")
             assert together["models"]["bcos"]["accuracy"] == alone["models"]["bcos"]["accuracy"]
@@ -77,7 +85,12 @@ def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shard
     assert own["unexplained_share"] < 1e-4 < own["unexplained_share_as_published"]
     posthoc = found["models"]["conventional"]["explanations"]
     assert set(posthoc) == {"gradcam", "input_x_gradient"}
-    assert all(0 <= value <= 1 for scores in (own, *posthoc.values()) for key, value in scores.items() if key.endswith("gridpg"))
+    assert all(
+        0 <= value <= 1
+        for scores in (own, *posthoc.values())
+        for key, value in scores.items()
+        if key.endswith("gridpg")
+    )
     assert not any(math.isnan(value) for _, value in flat(found))
 
 
@@ -86,7 +99,9 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
     (batch,) = loader(shards, "test", DATA, 50)
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
-    assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
+    assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"][
+        "accuracy"
+    ] == pytest.approx(right.item())
 
 
 def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
@@ -104,7 +119,9 @@ def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
     assert found["same"]["agreement"] == 1
     assert found["same"]["explanation_similarity"] == pytest.approx(1)
     targets = model(images).argmax(1)
-    (_, of_teacher), (logits, of_student) = (dynamic_weights(each.eval(), images, targets) for each in (model, student))
+    (_, of_teacher), (logits, of_student) = (
+        dynamic_weights(each.eval(), images, targets) for each in (model, student)
+    )
     cosines = nn.functional.cosine_similarity(of_student.flatten(1), of_teacher.flatten(1))
     assert found["student"]["explanation_similarity"] == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert found["student"]["agreement"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
@@ -135,10 +152,14 @@ def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
 
 def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     counts = {"train": 4, "val": 4, "test": 12}
-    shards = drawn_shards(tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts)
+    shards = drawn_shards(
+        tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts
+    )
     spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
     models.save(tmp_path / "model", models.assemble(spec), spec)
-    found, right = evaluate_with_correctness(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
+    found, right = evaluate_with_correctness(
+        Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS
+    )
     assert {"f1", "recall", "mean_average_precision"} <= set(found["models"]["bcos"])
     assert "grids" not in found
     assert len(right) == 12
@@ -155,16 +176,22 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
 
 def test_what_was_guided_is_evaluated_too(trained, shards):
     layer = Attribution("bcos", "body.layer2")
-    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"]["bcos"]
+    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"][
+        "bcos"
+    ]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
     (batch,) = loader(shards, "test", DATA, 50)
     model, _ = models.load(trained["bcos"])
-    maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=layer.method, layer=layer.layer)
+    maps = attribute(
+        model, add_inverse(batch["image"]), batch["label"], method=layer.method, layer=layer.layer
+    )
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
     assert found["explanations"]["guided"]["epg"] == pytest.approx(expected.item(), abs=1e-5)
     for same in (Attribution("bcos"), Attribution("gradcam")):
-        posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[0]["models"]["model"]
+        posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[
+            0
+        ]["models"]["model"]
         assert ("guided" in posthoc["explanations"]) == (same.method == "bcos")
 
 
@@ -184,7 +211,9 @@ def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, sh
 
 
 def test_pictures_show_what_was_guided(trained):
-    explained = load_explained_model(trained["bcos"], (), torch.device("cpu"), Attribution("bcos", "body.layer2"))
+    explained = load_explained_model(
+        trained["bcos"], (), torch.device("cpu"), Attribution("bcos", "body.layer2")
+    )
     _, panels = _explain_predicted(explained, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
     assert list(panels) == ["weights", "contributions", "guided"]
 
@@ -199,7 +228,10 @@ def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
     found = scores.compute(Context())["map"]
     assert (found["pairs_without_box"], found["pairs_with_empty_boxes"], found["pairs"]) == (1, 1, 2)
     assert (found["epg"], found["epg_undefined"]) == (0.75, 0)
-    assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (0.0, 1)  # nothing is left of a whole image
+    assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (
+        0.0,
+        1,
+    )  # nothing is left of a whole image
     assert (found["pairs_large"], found["epg_large"]) == (2, 0.75)
 
 
@@ -209,7 +241,9 @@ def test_examples_are_found_by_key_with_their_exact_pixels(shards):
     found = examples_by_key(read, set(list(images)[3:40:9]))
     assert len(found) == 5
     assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())
-    assert all(example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values())  # of no whole batch
+    assert all(
+        example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values()
+    )  # of no whole batch
 
 
 def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():

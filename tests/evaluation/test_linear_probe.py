@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("kind", "design"), [("conventional", {}), ("bcos", {"b": 1.0}), ("bcos", {"b": 1.0, "gap_reorder": False})]
+    ("kind", "design"),
+    [("conventional", {}), ("bcos", {"b": 1.0}), ("bcos", {"b": 1.0, "gap_reorder": False})],
 )
 def test_features_are_what_the_head_sees(tmp_path, kind, design):
     spec = ModelSpec("resnet8", CLASSES, SIDE, kind, design={**design, "temperature": 3.0} if design else {})
@@ -66,4 +67,6 @@ def test_every_head_and_loss_is_measured_on_every_backbone(tmp_path):
     found = evaluate_linear_probe(Context(), directories, shards, data, params)
     assert (found["train_images"], found["images"]) == (12, 8)
     for of_model in found["models"].values():
-        assert all(0 <= of_model[head][loss]["accuracy"] <= 1 for head in probe.heads for loss in probe.losses)
+        assert all(
+            0 <= of_model[head][loss]["accuracy"] <= 1 for head in probe.heads for loss in probe.losses
+        )

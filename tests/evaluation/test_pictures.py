@@ -17,7 +17,9 @@ def test_half_of_the_chosen_images_are_wrong_where_possible():
     assert not torch.equal(chosen, choose(correct, 8, seed=4))
 
 
-@pytest.mark.parametrize(("right", "wrong", "expected"), [(20, 1, (7, 1)), (2, 20, (2, 6)), (3, 2, (3, 2)), (20, 0, (8, 0))])
+@pytest.mark.parametrize(
+    ("right", "wrong", "expected"), [(20, 1, (7, 1)), (2, 20, (2, 6)), (3, 2, (3, 2)), (20, 0, (8, 0))]
+)
 def test_where_one_kind_runs_out_the_other_fills_up(right, wrong, expected):
     correct = torch.cat([torch.ones(right), torch.zeros(wrong)]).bool()
     chosen = choose(correct, 8, seed=0)

@@ -44,12 +44,18 @@ def test_every_caption_of_the_split_counts(tmp_path):
         texts = models.load_text_tower(folder).encode([text for some in batch["captions"] for text in some])
         with torch.no_grad():
             images = F.normalize(models.load(folder)[0](add_inverse(batch["image"])), dim=1)
-        assert found["models"][name] == pytest.approx(by_sorting(images, texts, owners), abs=0.06)  # one tie, at most
+        assert found["models"][name] == pytest.approx(
+            by_sorting(images, texts, owners), abs=0.06
+        )  # one tie, at most
 
 
 def test_images_without_a_caption_are_counted_and_data_without_any_named(tmp_path):
     towers = small_clip(tmp_path / "clip")
-    found = evaluate_retrieval(Context(), towers, write(tmp_path / "some", [rich(n) for n in range(9)]), DATA, PARAMS, "train")
+    found = evaluate_retrieval(
+        Context(), towers, write(tmp_path / "some", [rich(n) for n in range(9)]), DATA, PARAMS, "train"
+    )
     assert (found["images"], found["captions"], found["without_caption"]) == (9, 6, 3)
     with pytest.raises(DataError, match="no image of train has a caption"):
-        evaluate_retrieval(Context(), towers, write(tmp_path / "none", [plain(n) for n in range(9)]), DATA, PARAMS, "train")
+        evaluate_retrieval(
+            Context(), towers, write(tmp_path / "none", [plain(n) for n in range(9)]), DATA, PARAMS, "train"
+        )

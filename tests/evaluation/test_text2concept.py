@@ -30,7 +30,9 @@ def towers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=SIDE, counts={"train": 100, "val": 2, "test": 12})
+    return drawn_shards(
+        tmp_path_factory.mktemp("objects"), 20, image_size=SIDE, counts={"train": 100, "val": 2, "test": 12}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,15 @@ def test_the_map_is_that_of_least_squares(towers, shards, classifier):
     with torch.no_grad():
         of_images, wanted = features(images).double(), F.normalize(tower(images).double(), dim=1)
     errors = [
-        (of_images @ each - wanted).square().sum().item() for each in (weight.double(), torch.linalg.pinv(of_images) @ wanted)
+        (of_images @ each - wanted).square().sum().item()
+        for each in (weight.double(), torch.linalg.pinv(of_images) @ wanted)
     ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
     assert share == pytest.approx(1 - errors[0] / 100, abs=1e-3)
     with torch.no_grad():
-        assert torch.allclose(with_map(classifier, weight)(images).double(), of_images @ weight.double(), rtol=1e-3, atol=1e-5)
+        assert torch.allclose(
+            with_map(classifier, weight)(images).double(), of_images @ weight.double(), rtol=1e-3, atol=1e-5
+        )
 
 
 class _Unit(nn.Module):
@@ -88,8 +93,12 @@ def test_zero_shot_and_localisation_are_measured_where_the_data_allow(towers, sh
     assert own["unexplained_share"] < 1e-4  # the map has no bias: contributions sum to the cosine
     assert 0 <= own["epg"] <= 1
     bare = [plain(number) for number in range(4)]
-    without = evaluate_text2concept(Context(), {}, towers["original"], write(tmp_path / "a", bare), DATA, PARAMS, "train")
+    without = evaluate_text2concept(
+        Context(), {}, towers["original"], write(tmp_path / "a", bare), DATA, PARAMS, "train"
+    )
     assert set(without) == {"alignment", "zero_shot"}
     unlabelled = write(tmp_path / "b", bare, task="unlabelled")
     with pytest.raises(DataError, match="neither single labels nor boxes"):
-        evaluate_text2concept(Context(), {"bcos": classifier}, towers["original"], unlabelled, DATA, PARAMS, "train")
+        evaluate_text2concept(
+            Context(), {"bcos": classifier}, towers["original"], unlabelled, DATA, PARAMS, "train"
+        )

@@ -20,12 +20,16 @@ from pipelines.training import Context
 from tests.support.drawn import CLASSES, drawn_shards
 
 DATA = DataParams(image_size=32, augment="none")
-PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3, posthoc=("gradcam",))
+PARAMS = EvaluateParams(
+    batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3, posthoc=("gradcam",)
+)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return drawn_shards(tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 2, "val": 12, "test": 14})
+    return drawn_shards(
+        tmp_path_factory.mktemp("objects"), 20, image_size=32, counts={"train": 2, "val": 12, "test": 14}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,12 @@ def mean_iou(shards, split, folder, method, threshold):
     (batch,) = loader(shards, split, DATA, 50)
     model, _ = models.load(folder)
     maps = attribute(model, add_inverse(batch["image"]), batch["label"], method=method)
-    return attribution_iou(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:]), threshold).double().mean().item()
+    return (
+        attribution_iou(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:]), threshold)
+        .double()
+        .mean()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -95,8 +104,12 @@ def test_boxes_of_whole_images_have_no_size_corrected_score():
     assert found["size_corrected_epg_undefined"] == 2
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(3, 2, dtype=torch.long), torch.tensor([[1, 0], [0, 1], [1, 1]])])
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(3, 2, dtype=torch.long), torch.tensor([[1, 0], [0, 1], [1, 1]])]
+)
 def test_decisions_about_nothing_are_absent(labels):
-    predictions = Predictions(["a", "b", "c"], labels, {"model": torch.full((3, 2), -1.0)}, torch.full((3,), -1))
+    predictions = Predictions(
+        ["a", "b", "c"], labels, {"model": torch.full((3, 2), -1.0)}, torch.full((3,), -1)
+    )
     found = predictions.decisions("model")
     assert set(found) == ({"f1", "recall", "mean_average_precision"} if labels.any() else set())

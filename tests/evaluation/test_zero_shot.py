@@ -45,7 +45,9 @@ def classifier(tmp_path_factory):
 
 def everything(context, towers, classifier, shards):
     where = (shards, DATA, PARAMS)
-    probe = PARAMS.model_copy(update={"probe": PARAMS.probe.model_copy(update={"epochs": 1, "batch_size": 8})})
+    probe = PARAMS.model_copy(
+        update={"probe": PARAMS.probe.model_copy(update={"epochs": 1, "batch_size": 8})}
+    )
     return {
         "zero_shot": evaluate_zero_shot(context, towers, *where),
         "retrieval": evaluate_retrieval(context, towers, *where),
@@ -57,7 +59,9 @@ def everything(context, towers, classifier, shards):
 
 def on_rank(rank, world_size, folder, *arguments):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     torch.save(everything(Context(rank, world_size), *arguments), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -66,7 +70,9 @@ def on_rank(rank, world_size, folder, *arguments):
 def test_two_workers_find_what_one_finds(towers, classifier, shards, tmp_path):
     alone = everything(Context(), towers, classifier, shards)
     mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation.text2concept"])
-    mp.start_processes(on_rank, (2, tmp_path, towers, classifier, shards), nprocs=2, start_method="forkserver")
+    mp.start_processes(
+        on_rank, (2, tmp_path, towers, classifier, shards), nprocs=2, start_method="forkserver"
+    )
     for rank in range(2):
         together = dict(flat(torch.load(tmp_path / f"{rank}.pt")))
         assert together == pytest.approx(dict(flat(alone)), abs=1e-4)
@@ -79,7 +85,10 @@ def test_accuracy_is_that_of_the_cosines(towers, shards):
     for name, folder in towers.items():
         texts = zero_shot_weights(models.load_text_tower(folder), CLASSES, PARAMS.templates)
         with torch.no_grad():
-            cosines = torch.nn.functional.normalize(models.load(folder)[0](add_inverse(batch["image"])), dim=1) @ texts.T
+            cosines = (
+                torch.nn.functional.normalize(models.load(folder)[0](add_inverse(batch["image"])), dim=1)
+                @ texts.T
+            )
         right = cosines.topk(5).indices == batch["label"][:, None]
         assert found["models"][name]["accuracy"] == pytest.approx(right[:, 0].float().mean().item())
         assert found["models"][name]["accuracy_top5"] == pytest.approx(right.any(1).float().mean().item())
@@ -88,13 +97,17 @@ def test_accuracy_is_that_of_the_cosines(towers, shards):
 def test_own_names_take_the_place_of_the_datas_and_are_cached(towers, shards, tmp_path):
     names = tuple(f"shape {name}" for name in CLASSES)
     params = PARAMS.model_copy(update={"names": names})
-    found = [evaluate_zero_shot(Context(), towers, shards, DATA, params, cache=str(tmp_path)) for _ in range(2)]
+    found = [
+        evaluate_zero_shot(Context(), towers, shards, DATA, params, cache=str(tmp_path)) for _ in range(2)
+    ]
     assert found[0] == found[1]
     assert len(list(tmp_path.iterdir())) == 1  # both towers have the same text tower
     with pytest.raises(DataError, match=f"2 names for the {len(CLASSES)} classes"):
         evaluate_zero_shot(Context(), towers, shards, DATA, PARAMS.model_copy(update={"names": ("a", "b")}))
     with pytest.raises(ModelError, match="same name 'a'"):
-        evaluate_zero_shot(Context(), towers, shards, DATA, PARAMS.model_copy(update={"names": ("a",) * len(CLASSES)}))
+        evaluate_zero_shot(
+            Context(), towers, shards, DATA, PARAMS.model_copy(update={"names": ("a",) * len(CLASSES)})
+        )
 
 
 def test_the_text_tower_may_lie_elsewhere(towers, shards, tmp_path):
@@ -104,13 +117,18 @@ def test_the_text_tower_may_lie_elsewhere(towers, shards, tmp_path):
         evaluate_zero_shot(Context(), {"bcos": str(tmp_path)}, shards, DATA, PARAMS)
     texts = {"bcos": towers["original"]}
     found = evaluate_zero_shot(Context(), {"bcos": str(tmp_path)}, shards, DATA, PARAMS, texts=texts)
-    assert found["models"]["bcos"] == evaluate_zero_shot(Context(), towers, shards, DATA, PARAMS)["models"]["bcos"]
+    assert (
+        found["models"]["bcos"]
+        == evaluate_zero_shot(Context(), towers, shards, DATA, PARAMS)["models"]["bcos"]
+    )
 
 
 def test_what_cannot_be_classified_is_named(towers, classifier, shards, tmp_path):
     with pytest.raises(ModelError, match="not an image tower"):
         evaluate_zero_shot(Context(), {"model": classifier}, shards, DATA, PARAMS)
     counts = {"train": 2, "val": 2, "test": 2}
-    several = drawn_shards(tmp_path, 2, variant="scenes", image_size=SIDE, objects_per_image=(1, 2), counts=counts)
+    several = drawn_shards(
+        tmp_path, 2, variant="scenes", image_size=SIDE, objects_per_image=(1, 2), counts=counts
+    )
     with pytest.raises(DataError, match="several labels"):
         evaluate_zero_shot(Context(), towers, several, DATA, PARAMS)

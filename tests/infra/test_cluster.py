@@ -85,7 +85,10 @@ def bcosified(cluster: Cluster) -> str:
     """What was said while both stages ran, with every fifth request to the storage refused, and the storage away in training."""
     said = []
     cluster.storage.share = 0.2
-    at = {"pretrain": ("GET", "/train-", 20), "bcosify@pretrained": ("PUT", "/checkpoints/", 20)}  # the second has shards here
+    at = {
+        "pretrain": ("GET", "/train-", 20),
+        "bcosify@pretrained": ("PUT", "/checkpoints/", 20),
+    }  # the second has shards here
     for number, (stage, leave_at) in enumerate(at.items(), start=1):
         cluster.storage.leave_at = leave_at
         done = cluster.submit(stage, "--workers", "1", "--storage", STORAGE)
@@ -105,7 +108,9 @@ def test_the_stages_are_up_to_date_afterwards(cluster: Cluster, bcosified: str) 
     assert cluster.storage.refused > 20
 
 
-def test_checkpoints_and_shards_are_in_the_storage_and_none_of_it_here(cluster: Cluster, bcosified: str) -> None:
+def test_checkpoints_and_shards_are_in_the_storage_and_none_of_it_here(
+    cluster: Cluster, bcosified: str
+) -> None:
     here = s3fs.S3FileSystem(skip_instance_cache=True)
     assert len(here.glob("bcos/here/pretrain/*/checkpoints/*/complete.json")) >= 2
     assert len(here.glob("bcos/here/bcosify/pretrained/*/checkpoints/*/complete.json")) >= 2
@@ -149,7 +154,9 @@ def test_an_epoch_has_each_sample_once_while_the_storage_fails_and_is_away(clust
     shards = str(cluster.project.folder / "data/shards/objects")
     root = publish_shards(shards, "s3://bcos/outage")
     cluster.storage.share, keys = 0.2, []
-    for batch in loader(root, "train", DataParams(image_size=32, augment="none", shuffle_buffer=8), 16, train=True):
+    for batch in loader(
+        root, "train", DataParams(image_size=32, augment="none", shuffle_buffer=8), 16, train=True
+    ):
         keys += batch["key"]
         if len(keys) == 48:
             cluster.storage.__exit__()  # away before the next batch is asked for
@@ -173,19 +180,35 @@ def test_checkpoints_are_written_and_read_across_an_outage(cluster: Cluster) -> 
     [
         (["pretran"], {}, "stage 'pretran' is not in dvc.yaml; those to submit are"),
         (["evaluate"], {}, "stage 'evaluate' does not run on workers"),
-        (["pretrain", "recipe=smoke", "pretrain.select=val/no", "--storage", STORAGE], {}, "pretrain.select: no metric 'val/no'"),
-        (["pretrain", "--gpus-per-worker", "1"], {}, "need 1 GPUs and 1 CPUs; the cluster has 0 GPUs and 3 CPUs on 1 nodes"),
+        (
+            ["pretrain", "recipe=smoke", "pretrain.select=val/no", "--storage", STORAGE],
+            {},
+            "pretrain.select: no metric 'val/no'",
+        ),
+        (
+            ["pretrain", "--gpus-per-worker", "1"],
+            {},
+            "need 1 GPUs and 1 CPUs; the cluster has 0 GPUs and 3 CPUs on 1 nodes",
+        ),
         (["pretrain", "--storage", "s3://nowhere/x"], {}, "s3://nowhere/x: there is no such bucket"),
-        (["pretrain", "--storage", STORAGE], {"AWS_ACCESS_KEY_ID": ""}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        (
+            ["pretrain", "--storage", STORAGE],
+            {"AWS_ACCESS_KEY_ID": ""},
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
         (["pretrain"], {"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token"),
         (["pretrain"], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": ""}, "wants a token"),
         (["--stop", "nothing"], {}, "no job 'nothing' on this cluster"),
     ],
 )
-def test_bad_input_is_one_line(cluster: Cluster, arguments: list[str], env: dict[str, str], told: str) -> None:
+def test_bad_input_is_one_line(
+    cluster: Cluster, arguments: list[str], env: dict[str, str], told: str
+) -> None:
     if arguments[0] == "pretrain":
         arguments = [*arguments, "--workers", "1"]
-    done = cluster.submit(*arguments, **{"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", **env})
+    done = cluster.submit(
+        *arguments, **{"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", **env}
+    )
     assert done.returncode == 1
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -195,15 +218,21 @@ def test_a_search_runs_there_too_and_its_front_comes_back(cluster: Cluster, bcos
     project = cluster.project
     project.compose()
     project.run("python -m dvc repro -q explain classify")  # what any search may depend on
-    done = cluster.submit("search", "recipe=smoke", "search.trials=2", "search.asha=null", "--storage", STORAGE)
+    done = cluster.submit(
+        "search", "recipe=smoke", "search.trials=2", "search.asha=null", "--storage", STORAGE
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [row["status"] for row in project.read("reports/search/trials.json")] == ["finished", "finished"]
     assert "up to date" in project.run("python -m dvc status search").stdout
-    assert len(s3fs.S3FileSystem(skip_instance_cache=True).glob("bcos/here/search/*/trials/*/trial.json")) == 2
+    assert (
+        len(s3fs.S3FileSystem(skip_instance_cache=True).glob("bcos/here/search/*/trials/*/trial.json")) == 2
+    )
 
 
 def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
-    done = cluster.submit("pretrain", "recipe=smoke", "pretrain.lr=1e30", "--workers", "1", "--storage", STORAGE)
+    done = cluster.submit(
+        "pretrain", "recipe=smoke", "pretrain.lr=1e30", "--workers", "1", "--storage", STORAGE
+    )
     assert done.returncode == 1
     assert "is not a finite number" in done.stdout
     assert "brought" not in done.stdout
@@ -213,8 +242,12 @@ def test_an_interrupt_stops_following_and_not_the_job_and_stop_does(cluster: Clu
     arguments = ["pretrain", "recipe=smoke", "pretrain.epochs=400", "--workers", "1", "--storage", STORAGE]
     command = [sys.executable, "-m", "infra.submit", *arguments]
     env, folder = cluster.project.environment, cluster.project.folder
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests themselves run in the background
-    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as following:
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # also where the tests themselves run in the background
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as following:
         assert following.stdout is not None
         job = next(line for line in following.stdout if line.startswith("stop")).split()[-1]
         next(line for line in following.stdout if "epoch 1/400" in line)

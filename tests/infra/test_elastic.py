@@ -29,8 +29,18 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(900)]
 EPOCHS, STEPS, BATCH, COUNT = 6, 4, 64, 256  # three workers share a batch unequally
-PARAMS = {"epochs": EPOCHS, "batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, "keep_last": 100, "clip": "none"}
-LOSS, GAIN = 7, 15  # steps, the last of their epochs: before the first a node goes, before the second one comes
+PARAMS = {
+    "epochs": EPOCHS,
+    "batch_size": BATCH,
+    "optimiser": "sgd",
+    "lr": 0.1,
+    "keep_last": 100,
+    "clip": "none",
+}
+LOSS, GAIN = (
+    7,
+    15,
+)  # steps, the last of their epochs: before the first a node goes, before the second one comes
 
 
 class Step(NamedTuple):
@@ -63,7 +73,9 @@ class Recorded(toy.SteadyMethod):
 
 def gradients_of_epochs(folder: Path) -> list[torch.Tensor]:
     """The mean gradient of each epoch, by the steps that counted."""
-    each = torch.tensor([json.loads((folder / f"gradient-{step}").read_text()) for step in range(EPOCHS * STEPS)])
+    each = torch.tensor(
+        [json.loads((folder / f"gradient-{step}").read_text()) for step in range(EPOCHS * STEPS)]
+    )
     return list(each.view(EPOCHS, STEPS, -1).mean(1))
 
 
@@ -75,7 +87,10 @@ class Watched(Recorded):
 
         node, world_size = ray.get_runtime_context().get_node_id(), torch.distributed.get_world_size()
         with open(self.folder / "steps", "a") as file:
-            file.write(json.dumps([node, torch.distributed.get_rank(), world_size, batch["step"], batch["key"]]) + "\n")
+            file.write(
+                json.dumps([node, torch.distributed.get_rank(), world_size, batch["step"], batch["key"]])
+                + "\n"
+            )
         if (world_size, batch["step"]) == (3, LOSS):
             wait_until(lambda: [lost for lost in self.folder.glob("lost-*") if lost.name != f"lost-{node}"])
         if (world_size, batch["step"]) == (2, GAIN):
@@ -143,57 +158,84 @@ def disturbed(nodes: Cluster, folder: Path, job: Job) -> tuple[Result, list[list
     """The result of the job while a node goes and one comes, and its steps, a list for each number of workers."""
     elastic = {"workers": (1, 3), "max_failures": 1, "resize_every": 1.0}
     training = job.training.model_copy(update=elastic)
-    job = replace(job, build=partial(Watched, folder), training=training, on_epoch=partial(tell, folder / "told"))
+    job = replace(
+        job, build=partial(Watched, folder), training=training, on_epoch=partial(tell, folder / "told")
+    )
     with cluster(job.training), ThreadPoolExecutor() as pool:
         running = pool.submit(train, job)
-        lost, gained = lose_and_gain(nodes, folder, running)  # in the main thread: a node sets signal handlers
+        lost, gained = lose_and_gain(
+            nodes, folder, running
+        )  # in the main thread: a node sets signal handlers
         result = running.result()
 
     taken = [Step(*line) for line in told(folder / "steps")]
     groups = [list(group) for _, group in groupby(taken, key=lambda each: each.world_size)]
     assert [group[0].world_size for group in groups] == [3, 2, 3]
     # Each goes on from the last checkpoint before the change, and each of its workers takes each of its steps once.
-    for group, steps in zip(groups, (range(LOSS + 1), range(LOSS - 1, GAIN + 1), range(GAIN - 1, EPOCHS * STEPS)), strict=True):
+    for group, steps in zip(
+        groups, (range(LOSS + 1), range(LOSS - 1, GAIN + 1), range(GAIN - 1, EPOCHS * STEPS)), strict=True
+    ):
         wanted = [(rank, step) for step in steps for rank in range(group[0].world_size)]
-        assert sorted((each.step, each.rank) for each in group) == sorted((step, rank) for rank, step in wanted)
+        assert sorted((each.step, each.rank) for each in group) == sorted(
+            (step, rank) for rank, step in wanted
+        )
     before, between, after = ({each.node for each in group} for group in groups)
     assert between == before - {lost}
     assert after == between | {gained}
     return result, groups
 
 
-def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(nodes: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_workers(
+    nodes: Cluster, tmp_path: Path
+) -> None:
     batches = partial(toy.toy_batches, count=COUNT)
     undisturbed = toy.toy_job(tmp_path / "undisturbed", partial(toy.SteadyMethod, norm=False), **PARAMS)
     undisturbed = train(replace(undisturbed, batches=batches))
     job = replace(toy.toy_job(tmp_path / "elastic", **PARAMS), batches=batches)
     elastic, _ = disturbed(nodes, tmp_path, job)
 
-    assert [(record["epoch"], record["step"]) for record in elastic.history] == [(k, k * STEPS) for k in range(1, EPOCHS + 1)]
+    assert [(record["epoch"], record["step"]) for record in elastic.history] == [
+        (k, k * STEPS) for k in range(1, EPOCHS + 1)
+    ]
     assert told(tmp_path / "told") == elastic.history == files.read_json(f"{job.directory}/history.json")
     written = [f"step-{step:08d}" for step in range(2, EPOCHS * STEPS + 1, 2)]
     folders = sorted(files.names_in(f"{job.directory}/checkpoints"))
     assert [name[: len(written[0])] for name in folders] == written
     for name in folders:
-        assert files.read_json(f"{job.directory}/checkpoints/{name}/complete.json")["epoch"] == int(name.split("-")[1]) // STEPS
+        assert (
+            files.read_json(f"{job.directory}/checkpoints/{name}/complete.json")["epoch"]
+            == int(name.split("-")[1]) // STEPS
+        )
 
     # The toy's batches are dealt out in turn: each step has the same samples, however many workers share them, and only the
     # order of summation differs.
     assert toy.difference(toy.weights(undisturbed), toy.weights(elastic)) < 1e-4
     for here, there in zip(undisturbed.history, elastic.history, strict=True):
-        assert there["metrics"]["val/accuracy"] == pytest.approx(here["metrics"]["val/accuracy"], abs=1 / COUNT)
+        assert there["metrics"]["val/accuracy"] == pytest.approx(
+            here["metrics"]["val/accuracy"], abs=1 / COUNT
+        )
         assert there["metrics"]["val/count"] == COUNT
 
 
-def test_an_epoch_has_each_image_once_and_one_workers_gradient_however_the_workers_change(nodes: Cluster, tmp_path: Path) -> None:
-    source = ToySource({"train": [plain(number) for number in range(COUNT)], "val": [plain(number) for number in range(8)]})
+def test_an_epoch_has_each_image_once_and_one_workers_gradient_however_the_workers_change(
+    nodes: Cluster, tmp_path: Path
+) -> None:
+    source = ToySource(
+        {"train": [plain(number) for number in range(COUNT)], "val": [plain(number) for number in range(8)]}
+    )
     write_shards(source, Path("raw"), tmp_path / "shards", shard_size=25, progress=False)
-    job = toy.toy_job(tmp_path / "elastic", **{**PARAMS, "lr": 1e-20})  # weights stay, and gradients can be compared
-    job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=DataParams(image_size=toy.SIDE))
+    job = toy.toy_job(
+        tmp_path / "elastic", **{**PARAMS, "lr": 1e-20}
+    )  # weights stay, and gradients can be compared
+    job = replace(
+        job, shards=str(tmp_path / "shards"), batches=shard_batches, data=DataParams(image_size=toy.SIDE)
+    )
     _, groups = disturbed(nodes, tmp_path, job)
     (tmp_path / "alone").mkdir()
     train(replace(job, build=partial(Recorded, tmp_path / "alone"), directory=str(tmp_path / "alone/run")))
-    for here, there in zip(gradients_of_epochs(tmp_path / "alone"), gradients_of_epochs(tmp_path), strict=True):
+    for here, there in zip(
+        gradients_of_epochs(tmp_path / "alone"), gradients_of_epochs(tmp_path), strict=True
+    ):
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
     trained_on: dict[int, list[str]] = {}  # a step that is taken again replaces the one that was lost

@@ -16,15 +16,21 @@ pytestmark = [pytest.mark.infra, pytest.mark.timeout(2400)]
 def test_two_experiments_at_once_end_as_alone(tmp_path: Path) -> None:
     project = Project(tmp_path)
     for seed in (1, 2):
-        project.run(f"dvc exp run --queue --name at-once-{seed} -S recipe=smoke -S training.workers=1 -S seed={seed} register")
+        project.run(
+            f"dvc exp run --queue --name at-once-{seed} -S recipe=smoke -S training.workers=1 -S seed={seed} register"
+        )
     project.run("dvc exp run --run-all -j 2")
     statuses = project.run("dvc queue status").stdout
     assert statuses.count("Success") == 2, statuses
-    project.run("dvc exp run --temp --force --name alone -S recipe=smoke -S training.workers=1 -S seed=1 register")
+    project.run(
+        "dvc exp run --temp --force --name alone -S recipe=smoke -S training.workers=1 -S seed=1 register"
+    )
 
     def models(experiment: str) -> dict[str, str]:
         """The digest of each model of an experiment."""
-        (ref,) = project.run(f"git for-each-ref --format='%(refname)' 'refs/exps/**/{experiment}'").stdout.split()
+        (ref,) = project.run(
+            f"git for-each-ref --format='%(refname)' 'refs/exps/**/{experiment}'"
+        ).stdout.split()
         lock = yaml.safe_load(project.run(f"git show {ref}:dvc.lock").stdout)
         outs = [out for stage in lock["stages"].values() for out in stage["outs"]]
         return {out["path"]: out["md5"] for out in outs if out["path"].startswith("models/")}
@@ -37,4 +43,8 @@ def test_two_experiments_at_once_end_as_alone(tmp_path: Path) -> None:
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     trained = {run.info.run_id: run.data.tags.get("dvc.experiment") for run in runs}
-    assert {trained[version.tags["training.run"]] for version in versions} <= {"at-once-1", "at-once-2", "alone"}
+    assert {trained[version.tags["training.run"]] for version in versions} <= {
+        "at-once-1",
+        "at-once-2",
+        "alone",
+    }

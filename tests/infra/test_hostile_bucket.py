@@ -81,7 +81,9 @@ class World:
             name = path.relative_to(self.home).as_posix()
             if not name.startswith("project/.dvc/tmp"):
                 mode = path.lstat().st_mode
-                content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+                content = (
+                    os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+                )
                 found[name] = (stat.S_IFMT(mode), content)
         return found
 
@@ -118,12 +120,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stages = project.stages("pretrain")
     ordered = tuple(OrderedStage(stage.name, stage.command, stage.outputs, stage.state) for stage in stages)
     with chdir(job):
-        deliver(Order(f"local://{folder}/bucket/{JOB}", ordered, (), {}), [*OUTPUTS, "runs/pretrain/0123456789ab/tracking"])
+        deliver(
+            Order(f"local://{folder}/bucket/{JOB}", ordered, (), {}),
+            [*OUTPUTS, "runs/pretrain/0123456789ab/tracking"],
+        )
     return folder
 
 
 @pytest.fixture(params=["local", "memory"])
-def world(request: pytest.FixtureRequest, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(
+    request: pytest.FixtureRequest, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> World:
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "home/project")
     if request.param == "local":
@@ -209,7 +216,9 @@ def test_what_an_honest_job_delivered_is_taken_and_nothing_else_changes(world: W
     ],
 )
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
-def test_a_name_outside_the_outputs_is_refused(name: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_outside_the_outputs_is_refused(
+    name: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.add(name)
     line = refused(world, capsys)
     assert "the name" in line or "is in no output of the stage" in line
@@ -249,36 +258,50 @@ def of_first(**values: Any) -> Callable[[Any], None]:
         lambda result: result.update(files=[]),
         lambda result: result.update(files={}),
         lambda result: result.pop("files"),
-        lambda result: result.update(files=[file for file in result["files"] if not file["name"].startswith("reports")]),
+        lambda result: result.update(
+            files=[file for file in result["files"] if not file["name"].startswith("reports")]
+        ),
         lambda result: [result],
         lambda result: "models/pretrain",
     ],
 )
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
-def test_a_result_that_is_none_is_refused(change: Any, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_that_is_none_is_refused(
+    change: Any, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.change(change)
     refused(world, capsys)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"stages": {"\\ud800": ""}}', b"NaN"])
-def test_a_result_that_is_no_json_is_refused(content: bytes, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"stages": {"\\ud800": ""}}', b"NaN"]
+)
+def test_a_result_that_is_no_json_is_refused(
+    content: bytes, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.write("result.json", content)
     refused(world, capsys)
 
 
-def test_a_result_of_any_length_is_not_read(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_result_of_any_length_is_not_read(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     monkeypatch.setattr("pipelines.workflow.submitted_job.LONGEST_RESULT", 100)
     assert "at most 100 are read" in refused(world, capsys)
 
 
 @pytest.mark.parametrize("content", [b"x" * 7, b"x" * 8, b"", b"x" * 10**6])
-def test_a_file_of_other_bytes_is_refused(content: bytes, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_other_bytes_is_refused(
+    content: bytes, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "models/pretrain/deep/model.safetensors"
     world.write(f"outputs/{world.result()['attempt']}/{name}", content)
     assert name in refused(world, capsys)
 
 
-def test_a_disk_that_is_too_small_is_seen_before(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_disk_that_is_too_small_is_seen_before(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     assert "there is room for 10 here" in refused(world, capsys)
 
@@ -287,7 +310,9 @@ def link_to_a_secret(world: World, path: Path) -> None:
     secret = world.home / ".ssh/id_rsa"
     path.symlink_to(secret)
     said = record(path.relative_to(world.delivered("")).as_posix(), secret.read_bytes())
-    world.change(lambda result: [file.update(said) for file in result["files"] if file["name"] == said["name"]].clear())
+    world.change(
+        lambda result: [file.update(said) for file in result["files"] if file["name"] == said["name"]].clear()
+    )
 
 
 def folder_of_secrets(world: World, path: Path) -> None:
@@ -310,7 +335,9 @@ SPECIAL: dict[str, Callable[[World, Path], object]] = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("world", ["local"], indirect=True)
-def test_what_is_no_plain_file_is_refused(kind: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_plain_file_is_refused(
+    kind: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = world.delivered("models/pretrain/deep/model.safetensors")
     path.unlink()
     SPECIAL[kind](world, path)
@@ -319,16 +346,22 @@ def test_what_is_no_plain_file_is_refused(kind: str, world: World, capsys: pytes
 
 @pytest.mark.parametrize("name", ["result.json", "outputs"])
 @pytest.mark.parametrize("world", ["local"], indirect=True)
-def test_a_job_that_is_elsewhere_is_refused(name: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_is_elsewhere_is_refused(
+    name: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(world.place.removeprefix("local://"), name)
     path.rename(world.home.parent / "elsewhere")
     path.symlink_to(world.home.parent / "elsewhere")
     assert "is a link" in refused(world, capsys)
 
 
-@pytest.mark.parametrize("name", ["models", "models/pretrain", "reports/pretrain", "reports/pretrain/metrics.json"])
+@pytest.mark.parametrize(
+    "name", ["models", "models/pretrain", "reports/pretrain", "reports/pretrain/metrics.json"]
+)
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
-def test_an_output_that_is_a_link_here_is_refused(name: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_is_a_link_here_is_refused(
+    name: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path(name).rename(world.home / "elsewhere")
     Path(name).symlink_to(world.home / "elsewhere")
     assert f"{name} is a link" in refused(world, capsys)
@@ -341,13 +374,19 @@ def test_links_in_an_output_are_replaced_and_not_followed(world: World) -> None:
     before = world.snapshot()
     assert submit.main(["--take", world.place]) == 0
     after = world.snapshot()
-    assert all(after[name] == before[name] for name in (".ssh/id_rsa", "notes.txt", "project/models/guide/own"))
+    assert all(
+        after[name] == before[name] for name in (".ssh/id_rsa", "notes.txt", "project/models/guide/own")
+    )
     assert not Path("models/pretrain/deep").is_symlink()
 
 
-@pytest.mark.parametrize("job", ["jobs/guide-0123abcd", "jobs/evaluate-0123abcd", "jobs/pretrain", "jobs/pretrain-../x", "x", ""])
+@pytest.mark.parametrize(
+    "job", ["jobs/guide-0123abcd", "jobs/evaluate-0123abcd", "jobs/pretrain", "jobs/pretrain-../x", "x", ""]
+)
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
-def test_a_job_is_of_the_stage_in_its_name(job: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_of_the_stage_in_its_name(
+    job: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = f"{world.place.removesuffix(JOB)}{job}"
     fsspec.filesystem("memory").pipe_file(f"{place}/result.json", world.read("result.json"))
     refused(world, capsys, place)
@@ -383,7 +422,9 @@ def test_a_tracked_run_that_is_none_is_one_line_and_the_outputs_are_here(
 @pytest.mark.parametrize("content", [b"evil", b"weightz", b""])
 def test_a_job_refuses_inputs_that_are_not_those_published(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    item = Input("models/pretrain", f"memory://{tmp_path.name}/models", (describe(tmp_path, "model.safetensors"),))
+    item = Input(
+        "models/pretrain", f"memory://{tmp_path.name}/models", (describe(tmp_path, "model.safetensors"),)
+    )
     fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/models/model.safetensors", content)
     with pytest.raises(StorageError, match=r"model\.safetensors"):
         pull_inputs([item], tmp_path / "job")

@@ -35,19 +35,37 @@ CLUSTER = {
     "headGroupSpec": {"rayStartParams": dict, "template": object},
     "workerGroupSpecs": [
         {
-            **{"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict},
+            **{
+                "groupName": str,
+                "replicas": int,
+                "minReplicas": int,
+                "maxReplicas": int,
+                "rayStartParams": dict,
+            },
             "template": object,
         }
     ],
 }
 JOB = {
     **{"entrypoint": str, "runtimeEnvYAML": str, "submissionMode": str, "shutdownAfterJobFinishes": bool},
-    **{"ttlSecondsAfterFinished": int, "backoffLimit": int, "activeDeadlineSeconds": int, "rayClusterSpec": CLUSTER},
+    **{
+        "ttlSecondsAfterFinished": int,
+        "backoffLimit": int,
+        "activeDeadlineSeconds": int,
+        "rayClusterSpec": CLUSTER,
+    },
 }
 HEAD = {"apiVersion": str, "kind": str, "metadata": {"name": str}}
 KINDS = {"RayCluster": {**HEAD, "spec": CLUSTER}, "RayJob": {**HEAD, "spec": JOB}}
 SERVICE = {
-    **{"image": str, "command": (str, list), "environment": dict, "volumes": list, "ports": list, "restart": str},
+    **{
+        "image": str,
+        "command": (str, list),
+        "environment": dict,
+        "volumes": list,
+        "ports": list,
+        "restart": str,
+    },
     "healthcheck": {"test": list, "interval": str, "retries": int},
     "depends_on": dict,
 }
@@ -59,15 +77,25 @@ def wrong(value: Any, type_: Any, place: str = "") -> list[str]:
         if not isinstance(value, dict):
             return [f"{place}: not a mapping"]
         unknown = [f"{place}.{key}: no such field" for key in value.keys() - type_.keys()]
-        return unknown + [line for key in value.keys() & type_.keys() for line in wrong(value[key], type_[key], f"{place}.{key}")]
+        return unknown + [
+            line
+            for key in value.keys() & type_.keys()
+            for line in wrong(value[key], type_[key], f"{place}.{key}")
+        ]
     if isinstance(type_, list):
         if not isinstance(value, list):
             return [f"{place}: not a list"]
-        return [line for number, item in enumerate(value) for line in wrong(item, type_[0], f"{place}[{number}]")]
+        return [
+            line for number, item in enumerate(value) for line in wrong(item, type_[0], f"{place}[{number}]")
+        ]
     if type_ is dict:
         good = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
         return [] if good or "depends_on" in place else [f"{place}: not a mapping of strings"]
-    return [] if isinstance(value, type_) and not (type_ is int and isinstance(value, bool)) else [f"{place}: {value!r}"]
+    return (
+        []
+        if isinstance(value, type_) and not (type_ is int and isinstance(value, bool))
+        else [f"{place}: {value!r}"]
+    )
 
 
 def read(name: str) -> Any:
@@ -86,7 +114,11 @@ def test_kuberay_has_these_fields(name: str) -> None:
 
 
 def pods() -> list[Any]:
-    return [group["template"] for cluster in clusters() for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [
+        group["template"]
+        for cluster in clusters()
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
 
 
 def test_kubernetes_own_schema_takes_the_pods_and_finds_what_is_wrong() -> None:
@@ -134,7 +166,9 @@ def test_the_cache_of_shards_fits_its_volume() -> None:
 
 def test_cuda_of_the_image_is_that_of_the_lock() -> None:
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\d+)\.", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
-    assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE) == [base]
+    assert re.findall(r"^nvidia-cudnn-cu(\d+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE) == [
+        base
+    ]
 
 
 def test_jobs_have_the_environment_that_submitted_ones_get() -> None:
@@ -185,7 +219,9 @@ def start_mlflow(folder: Path, **settings: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_composes_mlflow_answers_its_own_hosts_and_has_no_password_on_its_command_line(tmp_path: Path) -> None:
+def test_composes_mlflow_answers_its_own_hosts_and_has_no_password_on_its_command_line(
+    tmp_path: Path,
+) -> None:
     done = start_mlflow(tmp_path, POSTGRES_PASSWORD="s3cr3t", MINIO_ROOT_PASSWORD="s3cr3t")
     arguments = done.stdout.splitlines()
     assert done.returncode == 0
@@ -220,7 +256,9 @@ def test_each_begins_with_its_command_and_what_to_set(path: Path) -> None:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_no_secret_is_written_down(path: Path) -> None:
     text = path.read_text()
-    assert not re.search(r"AKIA[0-9A-Z]{12}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password|token): [A-Za-z0-9]{12,}", text)
+    assert not re.search(
+        r"AKIA[0-9A-Z]{12}|BEGIN [A-Z ]*PRIVATE KEY|(?i:password|token): [A-Za-z0-9]{12,}", text
+    )
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")

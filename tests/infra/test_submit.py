@@ -57,12 +57,18 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_is_sent_without_data_models_environments_and_what_git_ignores(repository: Path) -> None:
     size = package.pack(repository / "runs/target")
-    sent = {path.relative_to("runs/target").as_posix() for path in Path("runs/target").rglob("*") if path.is_file()}
+    sent = {
+        path.relative_to("runs/target").as_posix()
+        for path in Path("runs/target").rglob("*")
+        if path.is_file()
+    }
     assert sent == {"pipelines/a.py", "notes/f.txt", "g.py"}
     assert size == 3 * len("ignored\n")
 
 
-def test_a_working_directory_too_large_names_its_largest_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_directory_too_large_names_its_largest_folder(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(package, "LIMIT", 2**20)
     Path("notes/large.bin").write_bytes(bytes(3 * 2**20))
     with pytest.raises(SubmitError, match=r"has 3 MiB, 3 of them in notes/; at most 1 are sent[^\n]*$"):
@@ -96,11 +102,18 @@ def test_an_address_of_nothing_is_one_line(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "http://127.0.0.1:{port}"])
-def test_a_stage_run_here_names_a_ray_address_of_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_run_here_names_a_ray_address_of_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = address.format(port=closed_port())
     monkeypatch.setenv("RAY_ADDRESS", place)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may have started one
-    with pytest.raises(TrainingError, match=rf"RAY_ADDRESS [^\n]*{place}[^\n]*$"), cluster(TrainingParams(workers=1)):
+    monkeypatch.setattr(
+        "ray.is_initialized", lambda: False
+    )  # other tests of this process may have started one
+    with (
+        pytest.raises(TrainingError, match=rf"RAY_ADDRESS [^\n]*{place}[^\n]*$"),
+        cluster(TrainingParams(workers=1)),
+    ):
         pass
 
 
@@ -119,14 +132,18 @@ def test_no_secret_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in str(sent)
 
 
-def test_a_trial_on_another_node_brings_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_on_another_node_brings_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/manifest.json").write_text("{}")
     url = publish(tmp_path / "here", f"memory://{tmp_path.name}/shards/a", [MANIFEST])
     inputs = [Input("data/shards/a", url, (describe(tmp_path / "here", MANIFEST),))]
     monkeypatch.chdir(tmp_path)
     seen: list[Path] = []
-    monkeypatch.setattr(trials, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit())
+    monkeypatch.setattr(
+        trials, "task_of", lambda *_: seen.append(Path("data/shards/a", MANIFEST).absolute()) or sys.exit()
+    )
     for _ in range(2):
         with pytest.raises(SystemExit):
             trials.run_trial(None, inputs, {}, "", print, 1)  # type: ignore[arg-type]
@@ -162,13 +179,20 @@ def test_a_search_on_a_cluster_at_an_address_puts_its_inputs_where_trials_find_t
         ({"10.0.0.1": "node_10.0.0.1", "10.0.0.2": "gpu"}, True),
     ],
 )
-def test_nodes_that_an_autoscaler_brought_are_told_from_those_started_by_hand(types: dict[str, str] | None, may: bool) -> None:
+def test_nodes_that_an_autoscaler_brought_are_told_from_those_started_by_hand(
+    types: dict[str, str] | None, may: bool
+) -> None:
     assert is_autoscaled(types) is may
 
 
 @pytest.mark.parametrize(
     ("address", "types", "refused"),
-    [("", None, True), ("head:6379", None, False), ("head:6379", {"a": "node_a"}, True), ("head:6379", {"a": "head"}, False)],
+    [
+        ("", None, True),
+        ("head:6379", None, False),
+        ("head:6379", {"a": "node_a"}, True),
+        ("head:6379", {"a": "head"}, False),
+    ],
 )
 def test_gpus_may_come_later_where_there_is_an_autoscaler(
     address: str, types: dict[str, str] | None, refused: bool, monkeypatch: pytest.MonkeyPatch
@@ -176,8 +200,14 @@ def test_gpus_may_come_later_where_there_is_an_autoscaler(
     status = json.dumps({"autoscaler_report": {"node_type_mapping": types}}).encode()
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda name: status if types else None)
-    with pytest.raises(TrainingError, match="2 workers need 2 GPUs; there are at most 0") if refused else nullcontext():
+    monkeypatch.setattr(
+        "ray.experimental.internal_kv._internal_kv_get", lambda name: status if types else None
+    )
+    with (
+        pytest.raises(TrainingError, match="2 workers need 2 GPUs; there are at most 0")
+        if refused
+        else nullcontext()
+    ):
         _check_gpus(TrainingParams(workers=[2, 4], gpus_per_worker=1))
 
 
@@ -219,7 +249,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with toy shards and a graph of three stages, as the working directory."""
     monkeypatch.chdir(tmp_path)
     Workspace(tmp_path).compose("training.workers=1")
-    samples = {"train": [plain(number) for number in range(32)], "val": [plain(number) for number in range(4)]}
+    samples = {
+        "train": [plain(number) for number in range(32)],
+        "val": [plain(number) for number in range(4)],
+    }
     write_shards(ToySource(samples), Path("raw"), Path("data/shards/objects"), shard_size=20, progress=False)
     Path("dvc.yaml").write_text(GRAPH)
     Path(".gitignore").write_text("/data\n/models\n/weights.pt\n")
@@ -246,8 +279,12 @@ def test_what_a_job_needs_is_uploaded_once_and_its_order_goes_with_the_code(
     manifest = read_manifest("data/shards/objects")
     (item,) = order.inputs
     assert order.place == place
-    assert item == Input("data/shards/objects", f"{storage}/shards/{manifest.digest[:16]}", (describe(item.folder, MANIFEST),))
-    shards = {path.name for path in Path("data/shards/objects").iterdir() if not path.name.endswith(".wids.json")}
+    assert item == Input(
+        "data/shards/objects", f"{storage}/shards/{manifest.digest[:16]}", (describe(item.folder, MANIFEST),)
+    )
+    shards = {
+        path.name for path in Path("data/shards/objects").iterdir() if not path.name.endswith(".wids.json")
+    }
     assert set(uploaded(item.url)) == shards
     assert load("params.yaml").training.workers == (1, 2)
     assert load(str(small / "there/code/params.yaml")).storage.root == storage
@@ -269,19 +306,44 @@ def weights_that_git_ignores() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes", "before", "told"),
     [
-        ("pretrain", {"pretrain.select": "val/nothing"}, None, "pretrain.select: no metric 'val/nothing'; there are val/"),
+        (
+            "pretrain",
+            {"pretrain.select": "val/nothing"},
+            None,
+            "pretrain.select: no metric 'val/nothing'; there are val/",
+        ),
         ("pretrain", {"pretrain.batch_size": 1}, None, "batch_size 1 (over all workers)"),
         ("pretrain", {"model.weights": "nowhere.pt"}, None, "weights nowhere.pt: no such file"),
-        ("pretrain", {"model.weights": "weights.pt"}, weights_that_git_ignores, "weights.pt: the job would not find it"),
-        ("pretrain", {"training.resume": "runs/pretrain/0"}, None, "training.resume: there is no whole checkpoint in"),
+        (
+            "pretrain",
+            {"model.weights": "weights.pt"},
+            weights_that_git_ignores,
+            "weights.pt: the job would not find it",
+        ),
+        (
+            "pretrain",
+            {"training.resume": "runs/pretrain/0"},
+            None,
+            "training.resume: there is no whole checkpoint in",
+        ),
         ("pretrain", {}, cut_a_shard, "has 3 bytes, not"),
         ("pretrain", {"dataset": "cifar10"}, None, "shards are not there"),
         ("distill@kd", {}, None, "no model in"),
-        ("search", {"search.metrics": ["val/no"], "search.asha": None}, a_model, "search.metrics: no metric 'val/no'"),
+        (
+            "search",
+            {"search.metrics": ["val/no"], "search.asha": None},
+            a_model,
+            "search.metrics: no metric 'val/no'",
+        ),
     ],
 )
 def test_what_a_job_would_be_refused_for_is_said_before_anything_is_uploaded(
-    stage: str, changes: dict[str, object], before: Any, told: str, small: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    changes: dict[str, object],
+    before: Any,
+    told: str,
+    small: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change(Path("params.yaml"), changes)
     if before:
@@ -337,7 +399,9 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(
     assert "brought and recorded" in capsys.readouterr().out
     assert "up to date" in project.run("python -m dvc status pretrain").stdout
     assert project.read("reports/pretrain/metrics.json")["epoch"] >= 1
-    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")  # where the job had no server, it is tracked here
+    client = MlflowClient(
+        f"sqlite:///{project.folder}/mlflow.db"
+    )  # where the job had no server, it is tracked here
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "pretrain")
     assert [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]

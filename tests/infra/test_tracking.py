@@ -25,7 +25,11 @@ from tests.support import servers, toy
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(600)]
 OUTAGE = 20.0  # seconds
-BEFORE, MEANWHILE, EPOCHS = 2, 4, 6  # epochs done when the database goes, when training waits for it, at the end
+BEFORE, MEANWHILE, EPOCHS = (
+    2,
+    4,
+    6,
+)  # epochs done when the database goes, when training waits for it, at the end
 
 
 @pytest.fixture
@@ -48,7 +52,9 @@ def test_an_outage_of_the_database_neither_loses_nor_doubles_a_metric(
     from mlflow import MlflowClient
 
     back = threading.Event()
-    logged_meanwhile: list[bool] = []  # whether training got through the epochs of the outage before that was over
+    logged_meanwhile: list[
+        bool
+    ] = []  # whether training got through the epochs of the outage before that was over
 
     def return_() -> None:
         database.start()
@@ -106,7 +112,9 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Modu
     for parameter in module.parameters():  # weights of some size, so that no logit vanishes
         torch.nn.init.normal_(parameter, std=0.3)
     save("model", module, spec)
-    tracking.register("model", experiment="demo", name="demo", metrics={}, manifest=MANIFEST, dataset="scenes")
+    tracking.register(
+        "model", experiment="demo", name="demo", metrics={}, manifest=MANIFEST, dataset="scenes"
+    )
     return module.eval()
 
 
@@ -122,17 +130,23 @@ def test_the_registered_version_scores_in_a_virtual_environment_of_its_own_requi
     registered: torch.nn.Module, tmp_path: Path
 ) -> None:
     images = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
-    (tmp_path / "images.json").write_text(json.dumps({"inputs": images.tolist(), "params": {"explain": True, "targets": [2, 0]}}))
+    (tmp_path / "images.json").write_text(
+        json.dumps({"inputs": images.tolist(), "params": {"explain": True, "targets": [2, 0]}})
+    )
     pyenv = tmp_path / "bin/pyenv"
     pyenv.parent.mkdir()
     pyenv.write_text(PYENV)
     pyenv.chmod(0o755)
     own = {"PATH": f"{pyenv.parent}:{os.environ['PATH']}", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")} | own
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    } | own
     command = ["models", "predict", "--model-uri", "models:/demo/1", "--env-manager", "virtualenv"]
     files = ["--input-path", "images.json", "--content-type", "json", "--output-path", "scores.json"]
     elsewhere = [sys.executable, "-m", "mlflow", *command, *files]
-    done = subprocess.run(elsewhere, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        elsewhere, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     scores = json.loads((tmp_path / "scores.json").read_text())["predictions"]
     with torch.no_grad():
@@ -169,7 +183,13 @@ def test_processes_that_track_and_register_at_once_in_a_new_database_end_as_one_
     (project / "ready").mkdir()
     environment = os.environ | {"MLFLOW_TRACKING_URI": "", "PYTHONPATH": str(Path(__file__).parents[2])}
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, name],
+            cwd=project,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for name in "abc"
     ]
     for writer in writers:
@@ -178,8 +198,12 @@ def test_processes_that_track_and_register_at_once_in_a_new_database_end_as_one_
         assert "Traceback" not in told
         assert "nothing is lost" not in told
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id], "tags.stage = 'pretrain'")
+    runs = client.search_runs(
+        [client.get_experiment_by_name("demo").experiment_id], "tags.stage = 'pretrain'"
+    )
     assert {run.data.params["name"]: run.info.status for run in runs} == dict.fromkeys("abc", "FINISHED")
     for run in runs:
-        assert [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")] == list(range(1, 11))
+        assert [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")] == list(
+            range(1, 11)
+        )
     assert [str(version.version) for version in client.search_model_versions("name = 'demo'")] == ["1"]

@@ -48,7 +48,9 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers
         for name, value in {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}.items():
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        if not (s3 := s3fs.S3FileSystem()).exists("drivers"):  # all servers of this process have the same buckets
+        if not (s3 := s3fs.S3FileSystem()).exists(
+            "drivers"
+        ):  # all servers of this process have the same buckets
             s3.mkdir("drivers")
         storage.share = 0.1
         yield storage
@@ -57,9 +59,13 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers
 
 def drive(directory: str, folder: Path, workers: int) -> subprocess.Popen[str]:
     """A driver that waits at step 8 until there is `folder/go`."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     script = PRELUDE + DRIVE.format(directory=directory, folder=str(folder), workers=workers)
-    return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(folder: Path, driver: subprocess.Popen[str]) -> None:
@@ -87,7 +93,9 @@ def test_one_driver_goes_on_and_the_other_says_who_has_the_run(
     assert identical(checkpoints.load(directory, 18)["model"], weights(uninterrupted))
 
 
-def test_a_driver_that_was_killed_is_succeeded_at_once(storage: servers.Storage, tmp_path: Path, uninterrupted: Result) -> None:
+def test_a_driver_that_was_killed_is_succeeded_at_once(
+    storage: servers.Storage, tmp_path: Path, uninterrupted: Result
+) -> None:
     directory = f"s3://drivers/{tmp_path.name}"
     first = drive(directory, tmp_path, 0)
     wait_for_step(tmp_path, first)

@@ -39,7 +39,9 @@ def exponents(method: Bcosification) -> set[float]:
     return {round(value, 6) for value in layer_b(method.module).values()}
 
 
-def random_batches(job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any) -> list[dict[str, Any]]:
+def random_batches(
+    job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any
+) -> list[dict[str, Any]]:
     """COUNT images that differ by class in their colour."""
     labels = torch.arange(COUNT) % 3
     images = torch.rand(COUNT, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(epoch))
@@ -94,7 +96,9 @@ def test_b_is_logged_each_epoch_by_layer_where_it_changes(tmp_path: Path) -> Non
     names = {f"train/b/{name}" for name in layer_b(method_of(choices()).module)}
     for record, wanted in zip(history, (4 / 3, 5 / 3, 2, 2), strict=True):
         assert names == {name for name in record["metrics"] if name.startswith("train/b/")}
-        assert [record["metrics"][name] for name in [*names, "train/b_mean"]] == pytest.approx([wanted] * (len(names) + 1))
+        assert [record["metrics"][name] for name in [*names, "train/b_mean"]] == pytest.approx(
+            [wanted] * (len(names) + 1)
+        )
     fixed = method_of(choices(b=1.5)).epoch_metrics()
     assert fixed == {"b_mean": 1.5}
 
@@ -139,12 +143,18 @@ def state_of(method: Bcosification) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("start", [1.0, 3.0])
 def test_decay_pulls_a_learned_b_towards_two_and_nothing_else_does(start: float) -> None:
-    optim = choices(b_mode="learned", b_start=start, b_decay=10.0, bias="keep", bias_decay=5.0, weight_decay=0.0)
+    optim = choices(
+        b_mode="learned", b_start=start, b_decay=10.0, bias="keep", bias_decay=5.0, weight_decay=0.0
+    )
     method = method_of(optim)
     before = state_of(method)
     step_without_gradients(method, optim)
     assert exponents(method) == {round(2 + (start - 2) * (1 - 0.01 * 10), 6)}
-    changed = {name.rpartition(".")[2] for name, value in state_of(method).items() if not torch.equal(value, before[name])}
+    changed = {
+        name.rpartition(".")[2]
+        for name, value in state_of(method).items()
+        if not torch.equal(value, before[name])
+    }
     assert changed == {"b_offset"}
     unpulled = optim.model_copy(update={"b_decay": 0.0, "weight_decay": 0.5})
     other = method_of(unpulled)
@@ -153,7 +163,9 @@ def test_decay_pulls_a_learned_b_towards_two_and_nothing_else_does(start: float)
 
 
 def test_adaptive_clipping_leaves_a_learned_b_alone() -> None:
-    method = method_of(choices(b_mode="learned", b_start=2.0))  # an offset of 0: any bound by its size would hold it there
+    method = method_of(
+        choices(b_mode="learned", b_start=2.0)
+    )  # an offset of 0: any bound by its size would hold it there
     for parameter in method.module.parameters():
         parameter.grad = torch.ones_like(parameter)
     clip_gradients(method.module.parameters(), choices())
@@ -169,7 +181,9 @@ def test_adaptive_clipping_leaves_a_learned_b_alone() -> None:
 def test_biases_alone_decay_the_norms_too_where_they_shall(bias: Any, shrinks: bool) -> None:
     optim = choices(bias=bias, bias_decay=20.0, weight_decay=0.0)
     method = method_of(optim)
-    biases = {name: parameter for name, parameter in method.module.named_parameters() if name.endswith("bias")}
+    biases = {
+        name: parameter for name, parameter in method.module.named_parameters() if name.endswith("bias")
+    }
     assert any("bn1" in name for name in biases)
     with torch.no_grad():
         for parameter in biases.values():
@@ -178,7 +192,9 @@ def test_biases_alone_decay_the_norms_too_where_they_shall(bias: Any, shrinks: b
     before = state_of(method)
     step_without_gradients(method, optim)
     assert method.epoch_metrics()["bias_abs_mean"] == pytest.approx(0.5 * (1 - 0.01 * 20) if shrinks else 0.5)
-    assert all(torch.equal(value, before[name]) for name, value in state_of(method).items() if name not in biases)
+    assert all(
+        torch.equal(value, before[name]) for name, value in state_of(method).items() if name not in biases
+    )
 
 
 def test_without_biases_none_are_logged() -> None:
@@ -286,7 +302,9 @@ def test_mixed_targets_are_clamped_from_below_by_one_over_k_and_kept_above() -> 
     logits = torch.randn(2, 4)
     targets = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.0, 0.4, 0.6, 0.0]])
     wanted = torch.tensor([[0.9, 0.25, 0.25, 0.25], [0.25, 0.4, 0.6, 0.25]])
-    assert torch.allclose(uniform_off_label_bce(logits, targets), F.binary_cross_entropy_with_logits(logits, wanted))
+    assert torch.allclose(
+        uniform_off_label_bce(logits, targets), F.binary_cross_entropy_with_logits(logits, wanted)
+    )
 
 
 def test_the_conventional_loss_of_mixed_targets_is_the_mean_of_the_two_losses() -> None:
@@ -294,7 +312,9 @@ def test_the_conventional_loss_of_mixed_targets_is_the_mean_of_the_two_losses() 
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
     mixed = 0.7 * F.one_hot(labels, 3) + 0.3 * F.one_hot(labels, 3).roll(1, 0)
     found = method.loss(method.module, {"image": logits, "target": mixed})["loss"]
-    assert torch.allclose(found, 0.7 * F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(logits, labels.roll(1)))
+    assert torch.allclose(
+        found, 0.7 * F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(logits, labels.roll(1))
+    )
 
 
 def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
@@ -322,7 +342,10 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
             {"b_mode": "learned", "b": 1.5},
             r"pretrained: b: a learned B is pulled towards 2, not 1.5; [^\n]*$",
         ),
-        ({"bias": "decay", "bias_decay": 0}, r"pretrained: bias_decay: biases that decay need a decay above 0; [^\n]*$"),
+        (
+            {"bias": "decay", "bias_decay": 0},
+            r"pretrained: bias_decay: biases that decay need a decay above 0; [^\n]*$",
+        ),
         ({"max_out": 2}, r"bcosify: pretrained.max_out: 2 units are all drawn at random[^\n]*$"),
         ({"b_start": 0.5}, r"pretrained.b_start: .*greater than or equal to 1"),
     ],

@@ -22,13 +22,31 @@ from pipelines.bcos import add_inverse, layer_b
 from pipelines.methods import build_clip, build_image_text, check_equal_shares
 from pipelines.methods.method import Method
 from pipelines.models import ModelError
-from pipelines.params import DataParams, ImageTextParams, ModelParams, NetworkParams, ParamsError, TrainingParams
+from pipelines.params import (
+    DataParams,
+    ImageTextParams,
+    ModelParams,
+    NetworkParams,
+    ParamsError,
+    TrainingParams,
+)
 from pipelines.training import Context, train
 from pipelines.training.job import directions
 from pipelines.training.objective import Objective
 from tests.support import toy_tower
 from tests.support.clip import RN, TEXT, VIT
-from tests.support.toy_tower import COUNT, SIDE, WIDTH, ToyTower, batch_of, clip_params, job_of, pair, step, taught
+from tests.support.toy_tower import (
+    COUNT,
+    SIDE,
+    WIDTH,
+    ToyTower,
+    batch_of,
+    clip_params,
+    job_of,
+    pair,
+    step,
+    taught,
+)
 
 
 def embeddings(seed: int, rows: int, width: int = WIDTH) -> Tensor:
@@ -46,7 +64,9 @@ def captioned(**values: Any) -> ImageTextParams:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_of_several_ranks_is_the_step_of_one_on_all_images(tmp_path: Path, world_size: int) -> None:
     images, texts, owners = embeddings(1, 30), embeddings(2, 41), torch.arange(41) * 30 // 41
-    mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation", "tests.support.toy_tower", "open_clip.loss"])
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["pipelines.evaluation", "tests.support.toy_tower", "open_clip.loss"]
+    )
     arguments = (world_size, str(tmp_path), (images, texts, owners))
     mp.start_processes(toy_tower.on_rank, arguments, nprocs=world_size, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
@@ -63,10 +83,15 @@ def test_a_step_of_several_ranks_is_the_step_of_one_on_all_images(tmp_path: Path
         rows, first = found["rows"]
         assert first == rank * world_size
         wanted = torch.cat(
-            [F.pad(torch.full((each, 2), float(each)), (0, 0, 0, world_size - each)) for each in range(world_size)]
+            [
+                F.pad(torch.full((each, 2), float(each)), (0, 0, 0, world_size - each))
+                for each in range(world_size)
+            ]
         )
         assert torch.equal(rows, wanted)
-        assert found["recall"] == pytest.approx(toy_tower.recall_on_rank(Context(), images, texts, owners), abs=1e-9)
+        assert found["recall"] == pytest.approx(
+            toy_tower.recall_on_rank(Context(), images, texts, owners), abs=1e-9
+        )
 
 
 def test_in_parts_the_negatives_are_still_those_of_the_whole_batch() -> None:
@@ -77,7 +102,9 @@ def test_in_parts_the_negatives_are_still_those_of_the_whole_batch() -> None:
     assert (accumulated - gradient).norm() < 1e-5 * gradient.norm()
     method = taught(optim)
     prepared = method.prepare(batch_of(range(COUNT)))
-    assert loss == pytest.approx(losses.siglip_loss(method.module(prepared["image"]), prepared["target"], 10, -10).item())
+    assert loss == pytest.approx(
+        losses.siglip_loss(method.module(prepared["image"]), prepared["target"], 10, -10).item()
+    )
 
 
 def test_memory_grows_with_the_rows_of_a_rank_not_with_all_targets() -> None:
@@ -86,7 +113,11 @@ def test_memory_grows_with_the_rows_of_a_rank_not_with_all_targets() -> None:
     for ranks in (2, 16):
         features, targets = embeddings(1, rows, width).requires_grad_(), embeddings(2, rows * ranks, width)
         own = torch.arange(rows) + rows
-        peaks.append(peak_bytes(lambda f=features, t=targets, o=own: losses.siglip_loss(f, t, 10.0, -10.0, o).backward()))
+        peaks.append(
+            peak_bytes(
+                lambda f=features, t=targets, o=own: losses.siglip_loss(f, t, 10.0, -10.0, o).backward()
+            )
+        )
     assert peaks[0] == peaks[1]
     assert peaks[0] < 8 * 4 * rows * rows
 
@@ -118,12 +149,16 @@ def test_the_student_comes_near_the_teacher_which_stays(tmp_path: Path, loss: An
     first, last = (result.history[place]["metrics"] for place in (0, -1))
     assert last["val/loss"] < first["val/loss"]
     assert last["val/cosine"] > first["val/cosine"]
-    assert result.best["metrics"]["val/loss"] == min(record["metrics"]["val/loss"] for record in result.history)
+    assert result.best["metrics"]["val/loss"] == min(
+        record["metrics"]["val/loss"] for record in result.history
+    )
     method = taught(optim)
     result.load_best(method.module)
     assert method.module.state_dict().keys() == ToyTower(1).state_dict().keys()
     fresh = ToyTower(2)
-    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in method.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, fresh.state_dict()[name]) for name, value in method.teacher.state_dict().items()
+    )
     assert not method.teacher.training
     assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
 
@@ -138,7 +173,9 @@ def test_each_loss_is_the_one_that_is_named_and_negatives_may_stay_local() -> No
         "info_nce": losses.info_nce_loss(features, targets, 0.2),
     }
     for loss, wanted in cases.items():
-        method = taught(clip_params(loss=loss, negatives="local", scale=5.0, pair_bias=-3.0, temperature_nce=0.2))
+        method = taught(
+            clip_params(loss=loss, negatives="local", scale=5.0, pair_bias=-3.0, temperature_nce=0.2)
+        )
         assert method.shared == ()
         torch.testing.assert_close(method.loss(method.module, prepared)["loss"], wanted)
 
@@ -165,7 +202,9 @@ def test_validation_is_over_images_and_its_loss_falls() -> None:
 def tower_folder(folder: Path, vision: dict[str, Any], width: int = 16) -> models.ModelSpec:
     """A teacher of open_clip's kind in `folder`; its spec."""
     options = {"embed_dim": width, "vision_cfg": vision}
-    spec = models.ModelSpec("open_clip:custom", (), vision["image_size"], "conventional", "embedding", options=options)
+    spec = models.ModelSpec(
+        "open_clip:custom", (), vision["image_size"], "conventional", "embedding", options=options
+    )
     torch.manual_seed(4)
     models.save(folder, models.assemble(spec), spec)
     return spec
@@ -173,7 +212,9 @@ def tower_folder(folder: Path, vision: dict[str, Any], width: int = 16) -> model
 
 @pytest.mark.parametrize("vision", [VIT, RN])
 def test_a_tower_is_bcosified_from_the_teachers_weights(tmp_path: Path, vision: dict[str, Any]) -> None:
-    optim = clip_params(b_mode="scheduled", b_start=1.0, b=2.0, b_epochs=2, bias="keep", position_embedding="keep")
+    optim = clip_params(
+        b_mode="scheduled", b_start=1.0, b=2.0, b_epochs=2, bias="keep", position_embedding="keep"
+    )
     original = tower_folder(tmp_path, vision)
     spec = dataclasses.replace(original, kind="bcos", design=optim.design())
     method = build_clip(spec, tmp_path, optim, seed=7)
@@ -191,7 +232,9 @@ def test_a_tower_is_bcosified_from_the_teachers_weights(tmp_path: Path, vision: 
 def test_a_teacher_of_another_width_is_refused(tmp_path: Path) -> None:
     optim = clip_params()
     original = tower_folder(tmp_path, VIT)
-    other = dataclasses.replace(original, kind="bcos", options={**original.options, "embed_dim": 24}, design=optim.design())
+    other = dataclasses.replace(
+        original, kind="bcos", options={**original.options, "embed_dim": 24}, design=optim.design()
+    )
     with pytest.raises(ModelError, match=r"teacher: .*\(16,\).*\(24,\)"):
         build_clip(other, tmp_path, optim, seed=7)
 
@@ -240,7 +283,11 @@ def test_a_locked_image_tower_stays_and_the_text_tower_comes_to_it(tmp_path: Pat
     result = train(job_of(partial(pair, optim), optim, str(tmp_path)))
     result.load_last(method.module)
     fresh = pair(optim).module.state_dict()
-    moved = {name.partition(".")[0] for name, value in method.module.state_dict().items() if not torch.equal(value, fresh[name])}
+    moved = {
+        name.partition(".")[0]
+        for name, value in method.module.state_dict().items()
+        if not torch.equal(value, fresh[name])
+    }
     assert moved == {"text", "logit_scale"}
     assert result.history[-1]["metrics"]["val/image_to_text_recall_at_5"] > 0.8
 
@@ -285,7 +332,9 @@ def test_towers_of_open_clip_are_trained_and_saved(tmp_path: Path, locked: bool)
     spec = tower_folder(tmp_path / "image", VIT)
     options = {"embed_dim": 16, "text_cfg": TEXT}
     text = NetworkParams(name="open_clip:custom", options=options)
-    model = ModelParams(name=spec.name, weights=str(tmp_path / "image" / "model.safetensors"), options=spec.options)
+    model = ModelParams(
+        name=spec.name, weights=str(tmp_path / "image" / "model.safetensors"), options=spec.options
+    )
     optim = captioned(epochs=1, lr=0.001, locked=locked)
     build = partial(build_image_text, model, spec, text, optim, 0)
     original, _ = models.load(tmp_path / "image")
@@ -294,8 +343,14 @@ def test_towers_of_open_clip_are_trained_and_saved(tmp_path: Path, locked: bool)
     tokens = method.towers.text.tokens(["a photo of a dog"] * COUNT)
     with torch.no_grad():
         assert torch.equal(method.towers.image.eval()(add_inverse(images)), original(add_inverse(images)))
-    batch = {"key": ["k"] * COUNT, "image": images, "caption": [f"a photo of {row} dogs" for row in range(COUNT)]}
-    job = dataclasses.replace(job_of(build, optim, str(tmp_path / "run")), batches=lambda *_, **__: [batch] * 2, spec=spec)
+    batch = {
+        "key": ["k"] * COUNT,
+        "image": images,
+        "caption": [f"a photo of {row} dogs" for row in range(COUNT)],
+    }
+    job = dataclasses.replace(
+        job_of(build, optim, str(tmp_path / "run")), batches=lambda *_, **__: [batch] * 2, spec=spec
+    )
     result = train(dataclasses.replace(job, data=DataParams(image_size=32)))
     result.load_last(method.module)
     models.save(tmp_path / "pair", method.towers.image, spec)

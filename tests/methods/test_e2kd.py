@@ -27,7 +27,9 @@ EAGER = TrainingParams(workers=0)
 
 
 def settings(**values: Any) -> DistillationParams:
-    return DistillationParams(**{"epochs": 2, "batch_size": 8, "lr": 0.01, "explanation_weight": 2.0, **values})
+    return DistillationParams(
+        **{"epochs": 2, "batch_size": 8, "lr": 0.01, "explanation_weight": 2.0, **values}
+    )
 
 
 def spec_of(kind: Any, name: str = "resnet8", **more: Any) -> ModelSpec:
@@ -60,14 +62,18 @@ def batch_of(count: int = 6, seed: int = 0, step: int = 0) -> dict[str, Any]:
     }
 
 
-def method_of(teacher: Path, kind: str = "bcos", teacher_kind: str = "bcos", name: str = "resnet8", **values: Any) -> E2KD:
+def method_of(
+    teacher: Path, kind: str = "bcos", teacher_kind: str = "bcos", name: str = "resnet8", **values: Any
+) -> E2KD:
     spec = spec_of(kind, name)
     student = StudentParams(name=name, options=spec.options, kind=kind)  # type: ignore[arg-type]
     return build_e2kd(student, spec, teacher, settings(**values), 3)
 
 
 def gradients(method: E2KD, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(method.module.parameters()), allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(loss, list(method.module.parameters()), allow_unused=True, materialize_grads=True)
+    )
 
 
 # The loss -------------------------------------------------------------------------------------------------------------
@@ -84,7 +90,9 @@ def test_the_loss_is_the_papers(teachers: dict[str, Path]) -> None:
     _, of_teacher = dynamic_weights(teacher, x, t.argmax(1))
     p = (t / 3).softmax(1)
     kl = 9 * (p * (p.log() - (s / 3).log_softmax(1))).sum(1).mean()
-    cosines = (of_student * of_teacher).sum((1, 2, 3)) / (of_student.flatten(1).norm(dim=1) * of_teacher.flatten(1).norm(dim=1))
+    cosines = (of_student * of_teacher).sum((1, 2, 3)) / (
+        of_student.flatten(1).norm(dim=1) * of_teacher.flatten(1).norm(dim=1)
+    )
     targets = F.one_hot(batch["label"], 3).float().clamp_min(1 / 3)
     bce = F.binary_cross_entropy_with_logits(s, targets)
     torch.testing.assert_close(found["distillation"], kl)
@@ -134,7 +142,9 @@ def test_a_pair_that_is_not_bcos_is_compared_by_gradcam(teachers: dict[str, Path
         ]
         torch.testing.assert_close(prepared["teacher_maps"], wanted[0])
         found = method.loss(method.module, prepared)["explanation"]
-        torch.testing.assert_close(found, (1 - F.cosine_similarity(wanted[1].flatten(1), wanted[0].flatten(1))).mean())
+        torch.testing.assert_close(
+            found, (1 - F.cosine_similarity(wanted[1].flatten(1), wanted[0].flatten(1))).mean()
+        )
 
 
 def test_several_labels_are_distilled_class_by_class(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -142,7 +152,9 @@ def test_several_labels_are_distilled_class_by_class(teachers: dict[str, Path], 
     several = ModelSpec(**{**spec.__dict__, "task": "multilabel"})
     models.save(tmp_path / "teacher", model, several)
     student = StudentParams(name="resnet8", options=spec.options)
-    method = build_e2kd(student, several, tmp_path / "teacher", settings(explanation_weight=0.0, temperature=2.0), 3)
+    method = build_e2kd(
+        student, several, tmp_path / "teacher", settings(explanation_weight=0.0, temperature=2.0), 3
+    )
     found = method.loss(method.module, method.prepare(batch_of()))["loss"]
     t, s = method.teacher(images(6)) / 2, method.module(images(6)) / 2
     p, q = t.sigmoid(), s.sigmoid()
@@ -154,7 +166,8 @@ def test_several_labels_are_distilled_class_by_class(teachers: dict[str, Path], 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("bcos", "resnet8"), ("conventional", "resnet8"), ("bcos", "timm:vit_tiny_patch16_224")]
+    ("kind", "name"),
+    [("bcos", "resnet8"), ("conventional", "resnet8"), ("bcos", "timm:vit_tiny_patch16_224")],
 )
 def test_the_gradient_is_that_of_finite_differences(teachers: dict[str, Path], kind: str, name: str) -> None:
     method = method_of(teachers[kind], kind, name=name, label_weight=0.3, temperature=2.0)
@@ -195,8 +208,13 @@ def test_the_explanation_comes_from_the_pass_that_gives_the_logits(teachers: dic
 # The teacher ----------------------------------------------------------------------------------------------------------
 
 
-def class_batches(job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any) -> list[dict[str, Any]]:
-    made = [{key: value for key, value in batch_of(8, epoch * 10 + part).items() if key != "step"} for part in range(3)]
+def class_batches(
+    job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any
+) -> list[dict[str, Any]]:
+    made = [
+        {key: value for key, value in batch_of(8, epoch * 10 + part).items() if key != "step"}
+        for part in range(3)
+    ]
     return made[start_batch:]
 
 
@@ -228,11 +246,15 @@ def test_training_leaves_the_teacher_bit_for_bit_as_it_was_and_out_of_the_checkp
     after = kept[0].teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not kept[0].teacher.training
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in kept[0].teacher.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in kept[0].teacher.parameters()
+    )
     state = checkpoints.load(result.directory, 6)["model"]
     assert state.keys() == kept[0].module.state_dict().keys()
     last = result.history[-1]["metrics"]
-    assert {"train/distillation", "train/explanation", "train/label", "val/agreement", "val/accuracy"} <= set(last)
+    assert {"train/distillation", "train/explanation", "train/label", "val/agreement", "val/accuracy"} <= set(
+        last
+    )
 
 
 def test_what_the_teacher_gives_has_no_graph(teachers: dict[str, Path]) -> None:
@@ -312,19 +334,27 @@ def test_compiled_it_has_the_eager_gradient(teachers: dict[str, Path], kind: str
         torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=1e-5)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
-    for one, other in zip(eager.module.buffers(), compiled.module.buffers(), strict=True):  # statistics moved once
+    for one, other in zip(
+        eager.module.buffers(), compiled.module.buffers(), strict=True
+    ):  # statistics moved once
         torch.testing.assert_close(one, other)
 
 
-def test_a_run_in_parts_in_half_precision_and_channels_last_learns(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_parts_in_half_precision_and_channels_last_learns(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
     optim = settings(epochs=12, lr=0.02)
     build = partial(method_of, teachers["bcos"], epochs=12, lr=0.02)
-    history = train(job_of(tmp_path / "run", build, optim, precision="bfloat16", accumulate=2, channels_last=True)).history
+    history = train(
+        job_of(tmp_path / "run", build, optim, precision="bfloat16", accumulate=2, channels_last=True)
+    ).history
     assert history[-1]["metrics"]["train/explanation"] < history[0]["metrics"]["train/explanation"] - 0.05
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_the_teacher_takes_no_more_images_at_once_than_the_student(teachers: dict[str, Path], weight: float) -> None:
+def test_the_teacher_takes_no_more_images_at_once_than_the_student(
+    teachers: dict[str, Path], weight: float
+) -> None:
     method = method_of(teachers["bcos"], explanation_weight=weight)
     taken: list[int] = []
     method.teacher.register_forward_pre_hook(lambda module, args: taken.append(len(args[0])))
@@ -343,13 +373,21 @@ def test_the_teacher_takes_no_more_images_at_once_than_the_student(teachers: dic
 @pytest.mark.parametrize(
     ("teacher", "explained", "told"),
     [
-        (spec_of("conventional"), True, r"a conventional teacher has no dynamic weights .* GradCAM.*explanation_weight: 0"),
+        (
+            spec_of("conventional"),
+            True,
+            r"a conventional teacher has no dynamic weights .* GradCAM.*explanation_weight: 0",
+        ),
         (
             ModelSpec("resnet8", ("a", "b", "d"), SIDE, "bcos"),
             False,
             r"knows 3 classes \(a, b, d\); the data has 3 .*\(a, b, c\)",
         ),
-        (ModelSpec("resnet8", CLASSES, 16, "bcos"), True, "trained at 16 px; image_size must be the same, not 8"),
+        (
+            ModelSpec("resnet8", CLASSES, 16, "bcos"),
+            True,
+            "trained at 16 px; image_size must be the same, not 8",
+        ),
         (spec_of("bcos", task="multilabel"), True, "task multilabel; the data has the task multiclass"),
     ],
 )
@@ -365,22 +403,32 @@ def test_any_other_pair_fits() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"explanation_weight": 0.0}, {"label_weight": 0.5}])
-def test_an_epoch_can_be_selected_by_each_loss_that_there_is(teachers: dict[str, Path], values: dict[str, float]) -> None:
+def test_an_epoch_can_be_selected_by_each_loss_that_there_is(
+    teachers: dict[str, Path], values: dict[str, float]
+) -> None:
     method = method_of(teachers["bcos"], **values)
     losses = method.loss(method.module, method.prepare(batch_of()))
-    assert {f"train/{name}": False for name in losses} == {k: v for k, v in directions(method).items() if k.startswith("train/")}
+    assert {f"train/{name}": False for name in losses} == {
+        k: v for k, v in directions(method).items() if k.startswith("train/")
+    }
 
 
-def test_the_epoch_with_the_least_distillation_loss_is_the_best(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_the_epoch_with_the_least_distillation_loss_is_the_best(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
     build = partial(method_of, teachers["bcos"])
     result = train(job_of(tmp_path / "run", build, settings(select="train/distillation", epochs=3)))
     found = [row["metrics"]["train/distillation"] for row in result.history]
     assert result.best["metrics"]["train/distillation"] == min(found) < max(found)
-    with pytest.raises(TrainingError, match=r"^select: no metric 'train/localisation'; there are .*train/distillation"):
+    with pytest.raises(
+        TrainingError, match=r"^select: no metric 'train/localisation'; there are .*train/distillation"
+    ):
         train(job_of(tmp_path / "other", build, settings(select="train/localisation")))
 
 
-def test_a_metric_to_select_by_that_unlabelled_data_does_not_have_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_metric_to_select_by_that_unlabelled_data_does_not_have_is_refused(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
     spec = spec_of("bcos")
     student = StudentParams(name="resnet8", options=spec.options)
     build = partial(build_e2kd, student, spec, teachers["bcos"], settings(), 3, labelled=False)

@@ -11,7 +11,13 @@ from pipelines.attribution import attribute, explain, explain_pairs
 from pipelines.bcos import add_inverse, bcosify
 from pipelines.distributed import to_device
 from pipelines.losses import energy_loss, size_corrected_energy_loss
-from pipelines.methods import Guidance, ObjectClassification, build_classifier, build_guidance, classifier_spec
+from pipelines.methods import (
+    Guidance,
+    ObjectClassification,
+    build_classifier,
+    build_guidance,
+    classifier_spec,
+)
 from pipelines.methods.guidance import LOCALISATION, dilated, draw_classes
 from pipelines.metrics import box_masks, measured
 from pipelines.models import ModelError, ModelSpec
@@ -51,7 +57,12 @@ def batch(count=4):
         labels[row, list(chosen)] = 1
         boxes += [[row, chosen[0], 1, 1, 5, 4], [row, chosen[1], 2, 3, 7, 8]]
     images = torch.rand(count, 3, SIDE, SIDE, generator=generator)
-    return {"key": [f"k{row}" for row in range(count)], "image": images, "labels": labels, "boxes": torch.tensor(boxes).float()}
+    return {
+        "key": [f"k{row}" for row in range(count)],
+        "image": images,
+        "labels": labels,
+        "boxes": torch.tensor(boxes).float(),
+    }
 
 
 def method(kind="bcos", annotated=None, **changes):
@@ -102,7 +113,9 @@ def test_images_without_labels_and_without_annotation_are_not_guided_but_classif
 
 
 def test_prepare_never_asks_a_device_for_values():
-    there = to_device(batch(), torch.device("meta"))  # a tensor there has no values: whatever would wait for a GPU is an error
+    there = to_device(
+        batch(), torch.device("meta")
+    )  # a tensor there has no values: whatever would wait for a GPU is an error
     assert {name: value.device.type for name, value in there.items() if name != "key"} == {
         "image": "meta",
         "labels": "meta",
@@ -171,9 +184,13 @@ def test_the_losses_by_which_an_epoch_can_be_selected_are_those_that_there_are(w
 def test_the_sum_is_over_the_images_of_the_step_whatever_the_batch_size_is(images):
     torch.manual_seed(0)
     guidance = method(batch_size=64)
-    prepared = guidance.prepare({**batch(), "step_images": torch.tensor(float(images))})  # 4 of them on this rank
+    prepared = guidance.prepare(
+        {**batch(), "step_images": torch.tensor(float(images))}
+    )  # 4 of them on this rank
     losses = guidance.loss(guidance.module, prepared)
-    torch.testing.assert_close(losses["loss"], losses["classification"] + 0.5 * images * losses["localisation"])
+    torch.testing.assert_close(
+        losses["loss"], losses["classification"] + 0.5 * images * losses["localisation"]
+    )
 
 
 def test_a_batch_without_boxes_has_a_localisation_of_0_so_that_the_epochs_mean_is_over_all_images():
@@ -213,7 +230,9 @@ def test_the_gradient_of_the_whole_loss_is_that_of_finite_differences(kind, opti
 
     for layer in module.modules():
         if hasattr(layer, "momentum"):
-            layer.momentum = 0  # running statistics, by which integrated gradients are taken, would move with the weights
+            layer.momentum = (
+                0  # running statistics, by which integrated gradients are taken, would move with the weights
+            )
 
     def loss():
         return guidance.loss(module, prepared)["loss"]
@@ -230,7 +249,9 @@ def test_the_gradient_of_the_whole_loss_is_that_of_finite_differences(kind, opti
             weight.sub_(direction, alpha=2 * step)
             below = loss().item()
             weight.add_(direction, alpha=step)
-        assert (above - below) / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=2e-4, abs=1e-7)
+        assert (above - below) / (2 * step) == pytest.approx(
+            (gradient * direction).sum().item(), rel=2e-4, abs=1e-7
+        )
 
 
 @pytest.mark.compile
@@ -283,7 +304,9 @@ def test_pairs_are_explained_as_one_backward_pass_each_would():
     torch.testing.assert_close(logits, model(images))
     assert len(maps) == 9
     for row, label, found in zip(rows, classes, maps, strict=True):
-        torch.testing.assert_close(found, attribute(model, images[row, None], label[None])[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            found, attribute(model, images[row, None], label[None])[0], rtol=1e-5, atol=1e-7
+        )
 
 
 def test_an_image_of_twenty_classes_and_none_at_all():
@@ -291,7 +314,9 @@ def test_an_image_of_twenty_classes_and_none_at_all():
     present = torch.stack([torch.ones(20), torch.zeros(20)]).bool()
     logits, maps = explain_pairs(partial(explain, model), add_inverse(torch.rand(2, 3, SIDE, SIDE)), present)
     assert (logits.shape, maps.shape) == ((2, 20), (20, SIDE, SIDE))
-    nothing = explain_pairs(partial(explain, model), add_inverse(torch.rand(2, 3, SIDE, SIDE)), present[[1, 1]])
+    nothing = explain_pairs(
+        partial(explain, model), add_inverse(torch.rand(2, 3, SIDE, SIDE)), present[[1, 1]]
+    )
     assert nothing[1].shape == (0, SIDE, SIDE)
 
 
@@ -314,7 +339,9 @@ def test_only_pairs_with_a_box_are_explained_and_only_they_have_a_graph(monkeypa
     guidance, some, graphs = method(), batch(), []
     guidance.module.eval()
     some["boxes"] = some["boxes"][boxes]
-    guidance.module.register_forward_hook(lambda module, args, logits: graphs.append((len(logits), logits.requires_grad)))
+    guidance.module.register_forward_hook(
+        lambda module, args, logits: graphs.append((len(logits), logits.requires_grad))
+    )
     metrics = guidance.metrics()
     with torch.no_grad():
         guidance.update(metrics, guidance.module, some)
@@ -358,7 +385,9 @@ def test_a_classifier_has_the_backbones_weights_and_logit_bias_and_a_new_head(tm
     spec = classifier_spec(backbone, ("a", "b", "c"), "multilabel", 32)
     new = build_classifier(spec, backbone, seed=7).module
     assert new.logit_bias == old.logit_bias
-    differing = [key for key, value in new.state_dict().items() if not torch.equal(value, old.state_dict()[key])]
+    differing = [
+        key for key, value in new.state_dict().items() if not torch.equal(value, old.state_dict()[key])
+    ]
     assert [key for key in differing if ".linear." not in key] == []
     assert differing
     wider = classifier_spec(backbone, tuple("abcdefgh"), "multilabel", 32)
@@ -370,8 +399,13 @@ def test_what_cannot_be_guided_is_said_before_training(tmp_path):
     bcos, conventional = saved(tmp_path / "b"), saved(tmp_path / "c", "conventional")
     with pytest.raises(ModelError, match=r"^layer: .* has no layer 'body.layer33'; near it: body.layer3"):
         build_guidance(bcos, params(layer="body.layer33"))
-    with pytest.raises(ModelError, match=r"^attribution: a conventional network has no dynamic weights: choose input_x_gradient"):
+    with pytest.raises(
+        ModelError,
+        match=r"^attribution: a conventional network has no dynamic weights: choose input_x_gradient",
+    ):
         build_guidance(conventional, params())
     with pytest.raises(ModelError, match=r"^layer: .* not \(N, C, h, w\)"):
         build_guidance(bcos, params(layer="body.linear"))
-    assert build_guidance(conventional, params(attribution="gradcam")).attribution.layer.startswith("network.layer3")
+    assert build_guidance(conventional, params(attribution="gradcam")).attribution.layer.startswith(
+        "network.layer3"
+    )

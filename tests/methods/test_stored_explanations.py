@@ -45,9 +45,22 @@ def store(made: dict[str, str], out: Path, kind: str, frozen: FrozenParams, subs
     return str(out)
 
 
-def job_of(made: dict[str, str], kind: str, directory: Path, stored: str | None, data: DataParams = DATA, **values: Any) -> Job:
+def job_of(
+    made: dict[str, str],
+    kind: str,
+    directory: Path,
+    stored: str | None,
+    data: DataParams = DATA,
+    **values: Any,
+) -> Job:
     explanations = "live" if stored is None else "frozen"
-    settings = {"epochs": 1, "batch_size": 8, "lr": 0.01, "explanation_weight": 1.0, "explanations": explanations}
+    settings = {
+        "epochs": 1,
+        "batch_size": 8,
+        "lr": 0.01,
+        "explanation_weight": 1.0,
+        "explanations": explanations,
+    }
     optim = DistillationParams(**{**settings, **values})
     student = StudentParams(name="resnet8", options={"width": 4}, kind=kind)  # type: ignore[arg-type]
     spec = ModelSpec("resnet8", CLASSES, SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
@@ -85,12 +98,19 @@ def test_frozen_are_the_live_ones_on_the_fixed_view(
     assert count == 40
 
 
-def test_training_on_frozen_ones_is_training_on_live_ones_where_the_view_is_fixed(made: dict[str, str], tmp_path: Path) -> None:
+def test_training_on_frozen_ones_is_training_on_live_ones_where_the_view_is_fixed(
+    made: dict[str, str], tmp_path: Path
+) -> None:
     stored = store(made, tmp_path / "stored", "bcos", FrozenParams(precision="float32"))
-    live, frozen = (train(job_of(made, "bcos", tmp_path / name, root)) for name, root in (("live", None), ("frozen", stored)))
+    live, frozen = (
+        train(job_of(made, "bcos", tmp_path / name, root))
+        for name, root in (("live", None), ("frozen", stored))
+    )
     name = "train/explanation"
     assert frozen.history[0]["metrics"][name] == pytest.approx(live.history[0]["metrics"][name], abs=1e-4)
-    weights = [checkpoints.load(result.directory, 5)["model"]["body.conv1.weight"] for result in (live, frozen)]
+    weights = [
+        checkpoints.load(result.directory, 5)["model"]["body.conv1.weight"] for result in (live, frozen)
+    ]
     assert (weights[0] - weights[1]).abs().max() < 0.02
 
 
@@ -109,7 +129,14 @@ def test_a_coarser_map_is_smaller_and_still_points_the_same_way(made: dict[str, 
 def test_a_few_shot_subset_is_stored_alone_and_feeds_its_run(made: dict[str, str], tmp_path: Path) -> None:
     subset = few_shot(made["shards"], "train", 1, 0)
     stored = store(made, tmp_path / "stored", "bcos", FrozenParams(), subset.numbers)
-    job = job_of(made, "bcos", tmp_path / "run", stored, DATA.model_copy(update={"augment": "pad_crop_flip"}), batch_size=5)
+    job = job_of(
+        made,
+        "bcos",
+        tmp_path / "run",
+        stored,
+        DATA.model_copy(update={"augment": "pad_crop_flip"}),
+        batch_size=5,
+    )
     job = Job(**{**job.__dict__, "subset": subset.numbers})
     seen = [key for batch in shard_batches(job, "train") for key in batch["key"]]
     assert sorted(seen) == sorted(subset.keys)
@@ -139,21 +166,28 @@ def test_a_stage_that_was_killed_goes_on_with_its_finished_shards(
         (out / "train-000001.index.jsonl.gz").write_bytes(harm)
         assert set(finished_shards(str(out), written)) == {"train-000000.tar"}
     origin = origin_of(made["bcos"], made["shards"], DATA, FrozenParams(), "bcos")
-    monkeypatch.setattr(stored_explanations, "gather", lambda value, context: gathered.append(value) or [*gathered])
+    monkeypatch.setattr(
+        stored_explanations, "gather", lambda value, context: gathered.append(value) or [*gathered]
+    )
     gathered: list[Any] = []
     for rank in reversed(range(world_size)):  # rank 0 comes last, as it does where ranks wait for each other
         arguments = (made["bcos"], made["shards"], DATA, origin, str(out))
         count = store_explanations(Context(rank, world_size), *arguments, batch_size=7)
     assert sorted(written[3:]) == ["train-000001.tar", "train-000002.tar"]
     assert count == 40
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
 
 
 def test_frozen_ones_and_what_they_cannot_follow_are_refused_in_one_line() -> None:
     content = params.load().model_dump(mode="json")
     content["distill"]["e2kd"]["explanations"] = "frozen"
     content["data"]["rand_augment"] = 5
-    with pytest.raises(params.ParamsError, match=r"^params: [^\n]*distill.e2kd.explanations: frozen ones do not follow[^\n]*$"):
+    with pytest.raises(
+        params.ParamsError,
+        match=r"^params: [^\n]*distill.e2kd.explanations: frozen ones do not follow[^\n]*$",
+    ):
         params.validate(content)
     content["distill"]["e2kd"]["mixup"] = 0.2
     with pytest.raises(params.ParamsError, match=r"distill.e2kd: mixup: frozen explanations [^\n]*$"):

@@ -50,5 +50,6 @@ def test_batches_do_not_matter(case):
     model, images, _, targets = case
     images, maps = torch.rand_like(images), torch.randn(3, 4, 4)
     torch.testing.assert_close(
-        deletion(model, images, maps, targets, steps=7, batch_size=5), deletion(model, images, maps, targets, steps=7)
+        deletion(model, images, maps, targets, steps=7, batch_size=5),
+        deletion(model, images, maps, targets, steps=7),
     )

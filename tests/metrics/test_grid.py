@@ -27,7 +27,12 @@ COUNT, CLASSES = 60, 6
 def population():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (COUNT,), generator=generator)
-    return torch.rand(COUNT, generator=generator), labels, [f"key{i:03}" for i in range(COUNT)], torch.ones(COUNT).bool()
+    return (
+        torch.rand(COUNT, generator=generator),
+        labels,
+        [f"key{i:03}" for i in range(COUNT)],
+        torch.ones(COUNT).bool(),
+    )
 
 
 def test_grids_have_distinct_classes_and_no_image_twice(population):
@@ -61,7 +66,9 @@ def test_grids_depend_on_the_seed_and_not_on_the_order_of_the_images(population)
     assert grids != draw(confidences, labels, keys, allowed, seed=2)
     order = torch.randperm(COUNT)
     shuffled = draw(confidences[order], labels[order], [keys[i] for i in order], allowed, seed=1)
-    assert [[keys[i] for i in grid.images] for grid in grids] == [[keys[order[i]] for i in grid.images] for grid in shuffled]
+    assert [[keys[i] for i in grid.images] for grid in grids] == [
+        [keys[order[i]] for i in grid.images] for grid in shuffled
+    ]
 
 
 def test_drawing_ends_when_too_few_classes_have_images_left(population):
@@ -102,7 +109,9 @@ def test_a_map_on_its_own_cell_scores_1_and_a_uniform_one_chance(n):
     own = tile(cells).squeeze(1)[None]  # map j is 1 in cell j
     assert torch.equal(grid_scores(own, 1), torch.ones(1, n * n))
     assert (grid_scores(own, 3) < 1).all()  # smoothing spills over
-    torch.testing.assert_close(grid_scores(torch.ones(2, n * n, 6 * n, 6 * n), 1), torch.full((2, n * n), 1 / n**2))
+    torch.testing.assert_close(
+        grid_scores(torch.ones(2, n * n, 6 * n, 6 * n), 1), torch.full((2, n * n), 1 / n**2)
+    )
     assert torch.equal(grid_scores(-own, 1), torch.zeros(1, n * n))
     with pytest.raises(ValueError, match="odd"):
         grid_scores(own, 2)
@@ -115,7 +124,10 @@ def test_random_maps_score_chance():
 
 def test_smoothing_is_of_the_signed_map():
     maps = torch.zeros(1, 4, 8, 8)
-    maps[:, :, 1, 1], maps[:, :, 1, 2] = 1, -3  # their mean is negative: what is left lies where -3 does not reach
+    maps[:, :, 1, 1], maps[:, :, 1, 2] = (
+        1,
+        -3,
+    )  # their mean is negative: what is left lies where -3 does not reach
     scores = grid_scores(maps, 3)
     assert scores[0].tolist() == [1, 0, 0, 0]
     maps[:, :, 1, 0] = -3
@@ -150,7 +162,9 @@ def test_all_classes_of_a_grid_cost_one_forward_pass():
     model = bcosify(CifarResNet(8, CLASSES, width=4)).eval()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    grid_pointing_game(partial(attribute, model), torch.rand(2, 6, 32, 32), torch.tensor([[0, 1, 2, 3]] * 2), smooth=3)
+    grid_pointing_game(
+        partial(attribute, model), torch.rand(2, 6, 32, 32), torch.tensor([[0, 1, 2, 3]] * 2), smooth=3
+    )
     assert len(calls) == 1
 
 
@@ -171,7 +185,9 @@ def test_windows_cover_each_pixel_four_times():
 
 def test_windows_of_a_vit_are_those_of_a_loop():
     torch.manual_seed(0)
-    model = bcosify(build("simple_vit_ti", num_classes=5, options={"dim": 24, "depth": 1, "heads": 2, "patch_size": 4})).eval()
+    model = bcosify(
+        build("simple_vit_ti", num_classes=5, options={"dim": 24, "depth": 1, "heads": 2, "patch_size": 4})
+    ).eval()
     images, classes = add_inverse(torch.rand(2, 3, 32, 32)), torch.tensor([[0, 1, 4], [3, 2, 1]])
     maps = in_windows(partial(attribute, model, method="bcos"), 16)(images, classes)
     expected = torch.zeros(2, 3, 48, 48)

@@ -30,7 +30,9 @@ def test_a_map_inside_the_mask_scores_1_outside_0_and_negative_parts_do_not_coun
     inside = torch.tensor([[[3.0, 1.0], [-5.0, 0.0]]])
     assert energy_pointing_game(inside, masks).item() == 1
     assert energy_pointing_game(inside.flip(1), masks).item() == 0
-    assert energy_pointing_game(torch.tensor([[[3.0, -9.0], [0.0, 1.0]]]), masks.bool()).item() == pytest.approx(0.75)
+    assert energy_pointing_game(
+        torch.tensor([[[3.0, -9.0], [0.0, 1.0]]]), masks.bool()
+    ).item() == pytest.approx(0.75)
 
 
 def test_a_map_without_positive_part_scores_0_and_is_said_to_be_undefined():
@@ -50,7 +52,9 @@ def test_a_uniform_map_scores_the_share_of_the_mask_and_0_once_corrected():
 
 
 def test_iou_by_hand():
-    maps = torch.tensor([[[4.0, 3.0, 2.0, 0.0], [-8.0, 1.0, 2.1, 0.0]]])  # scaled: 1, .75, .5, 0 / 0, .25, .525, 0
+    maps = torch.tensor(
+        [[[4.0, 3.0, 2.0, 0.0], [-8.0, 1.0, 2.1, 0.0]]]
+    )  # scaled: 1, .75, .5, 0 / 0, .25, .525, 0
     masks = mask([1, 0, 1, 0], [1, 0, 0, 0])
     assert attribution_iou(maps, masks).item() == pytest.approx(1 / 5)  # exactly one half does not count
 
@@ -68,7 +72,10 @@ def test_iou_at_each_threshold_is_that_of_the_map_binarised_there():
     positive = maps.clamp_min(0)
     least, largest = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
     scaled = (positive - least) / (largest - least).clamp_min(1e-30)
-    expected = [((scaled > t) & masks).sum((1, 2)) / ((scaled > t) | masks).sum((1, 2)).clamp_min(1) for t in THRESHOLDS]
+    expected = [
+        ((scaled > t) & masks).sum((1, 2)) / ((scaled > t) | masks).sum((1, 2)).clamp_min(1)
+        for t in THRESHOLDS
+    ]
     torch.testing.assert_close(iou_by_threshold(maps, masks), torch.stack(expected, 1))
     torch.testing.assert_close(attribution_iou(maps, masks, 0.1), expected[THRESHOLDS.index(0.1)])
     maps[0, 0, 0] = torch.nan
@@ -126,7 +133,8 @@ def test_masks_of_another_size_are_refused():
 
 def test_box_masks_are_the_half_open_union_of_the_boxes_of_the_class():
     boxes = torch.tensor(
-        [[0, 1, 0, 0, 2, 1], [0, 1, 1, 0, 3, 2], [0, 2, 0, 0, 4, 3], [2, 2, 0.6, 0.4, 2.5, 3.0]], dtype=torch.float32
+        [[0, 1, 0, 0, 2, 1], [0, 1, 1, 0, 3, 2], [0, 2, 0, 0, 4, 3], [2, 2, 0.6, 0.4, 2.5, 3.0]],
+        dtype=torch.float32,
     )
     masks = box_masks(boxes, torch.tensor([1, 1, 2]), (3, 4))
     assert masks[0].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
@@ -134,7 +142,11 @@ def test_box_masks_are_the_half_open_union_of_the_boxes_of_the_class():
     assert masks[2].int().tolist() == [[0, 1, 0, 0]] * 3
     assert box_masks(boxes, torch.tensor([0, 0, 0]), (3, 4)).sum() == 0
     assert not box_masks(boxes[:0], torch.tensor([1, 1, 2]), (3, 4)).any()
-    assert box_masks(boxes[:0], torch.zeros(0, dtype=torch.long), (3, 4)).shape == (0, 3, 4)  # no image has a label
+    assert box_masks(boxes[:0], torch.zeros(0, dtype=torch.long), (3, 4)).shape == (
+        0,
+        3,
+        4,
+    )  # no image has a label
 
 
 def test_object_masks_are_the_union_of_the_instances_of_the_class():
@@ -153,9 +165,15 @@ def test_selected_boxes_count_through_the_images_that_were_selected():
     every = select_boxes(boxes, images)
     assert every[:, [0, 5]].tolist() == [[0, 3], [0, 4], [1, 1], [1, 2], [3, 3], [3, 4]]
     assert select_boxes(boxes, images, classes)[:, [0, 1, 5]].tolist() == [[0, 4, 3], [0, 4, 4], [1, 7, 2]]
-    assert select_boxes(boxes[:0], images, classes).shape == select_boxes(boxes, images[:0], classes[:0]).shape == (0, 6)
+    assert (
+        select_boxes(boxes[:0], images, classes).shape
+        == select_boxes(boxes, images[:0], classes[:0]).shape
+        == (0, 6)
+    )
     size = (5, 5)
-    assert torch.equal(box_masks(every, classes, size), box_masks(select_boxes(boxes, images, classes), classes, size))
+    assert torch.equal(
+        box_masks(every, classes, size), box_masks(select_boxes(boxes, images, classes), classes, size)
+    )
 
 
 def test_the_mean_does_not_depend_on_how_batches_are_split_over_workers():

@@ -32,7 +32,9 @@ NETWORK = nn.Linear(2, 8)
 
 def student(labelled=True):
     spec = ModelSpec("toy", tuple("abcdefgh"), 8, "bcos")
-    return E2KD(NETWORK, spec, nn.Linear(2, 8), DistillationParams(epochs=1, batch_size=4, lr=0.1), None, labelled)
+    return E2KD(
+        NETWORK, spec, nn.Linear(2, 8), DistillationParams(epochs=1, batch_size=4, lr=0.1), None, labelled
+    )
 
 
 METHODS = [
@@ -48,12 +50,16 @@ METHODS = [
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}")
+@pytest.mark.parametrize(
+    "method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}"
+)
 def test_nothing_is_measured_on_no_image(method):
     assert measured(method.metrics().compute()) == {}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}")
+@pytest.mark.parametrize(
+    "method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'task', 'embedding')}"
+)
 def test_the_direction_of_a_name_is_that_of_the_metric(method):
     for name, metric in method.metrics().items():
         for figure, direction in getattr(metric, "figures", {name: metric.higher_is_better}).items():
@@ -61,7 +67,9 @@ def test_the_direction_of_a_name_is_that_of_the_metric(method):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("make", [Agreement, CalibrationError, IoU, LocalisationMetric, PointingGame, UnexplainedShare])
+@pytest.mark.parametrize(
+    "make", [Agreement, CalibrationError, IoU, LocalisationMetric, PointingGame, UnexplainedShare]
+)
 def test_every_metric_of_nothing_is_absent(make):
     value = make().compute()
     values = value if isinstance(value, dict) else {"value": value}
@@ -88,12 +96,21 @@ def test_undefined_pairs_count_as_0_beside_defined_ones_and_missing_ones_never()
     metric = LocalisationMetric()
     metric.update(torch.zeros(2), torch.ones(2, dtype=torch.bool))
     assert "mean" not in measured(metric.compute())
-    metric.update(torch.tensor([0.9, 0.6]), torch.zeros(2, dtype=torch.bool), missing=torch.tensor([True, False]))
+    metric.update(
+        torch.tensor([0.9, 0.6]), torch.zeros(2, dtype=torch.bool), missing=torch.tensor([True, False])
+    )
     assert measured(metric.compute()) == {"mean": pytest.approx(0.2), "count": 3, "undefined": 3}
 
 
 def test_what_falls_is_turned_and_marked():
-    assert [rising(name, 0.5) for name in ("val/accuracy", "val/calibration_error", "train/distillation")] == [0.5, -0.5, -0.5]
-    assert with_arrows(["val/epg_small", "val/unexplained_share"]) == ["val/epg_small", "val/unexplained_share ↓"]
+    assert [
+        rising(name, 0.5) for name in ("val/accuracy", "val/calibration_error", "train/distillation")
+    ] == [0.5, -0.5, -0.5]
+    assert with_arrows(["val/epg_small", "val/unexplained_share"]) == [
+        "val/epg_small",
+        "val/unexplained_share ↓",
+    ]
     assert higher_is_better("train/explanation") is False
-    assert [higher_is_better(name) for name in ("train/lr", "train/b_mean", "val/iou_threshold", "val/skipped")] == [None] * 4
+    assert [
+        higher_is_better(name) for name in ("train/lr", "train/b_mean", "val/iou_threshold", "val/skipped")
+    ] == [None] * 4

@@ -17,7 +17,9 @@ def recalls(images, texts, owners=None):
 
 def test_by_hand_with_several_captions_an_image():
     images = torch.eye(12)[:, :12]
-    texts = torch.cat([images[:3], images[5:6], images[:1]])  # of images 0, 1, 2, 3 (which it does not describe), 0
+    texts = torch.cat(
+        [images[:3], images[5:6], images[:1]]
+    )  # of images 0, 1, 2, 3 (which it does not describe), 0
     found = recalls(images, texts, torch.tensor([0, 1, 2, 3, 0]))
     assert found["image_to_text_recall_at_1"] == pytest.approx(3 / 4)  # images 4 to 11 have no text
     assert found["image_to_text_recall_at_5"] == pytest.approx(1)
@@ -30,7 +32,9 @@ def test_it_is_the_share_whose_sorted_list_begins_with_its_own(monkeypatch):
     torch.manual_seed(0)
     images, texts, owners = torch.randn(40, 3), torch.randn(100, 3), torch.randint(40, (100,))
     found = recalls(images, texts, owners)
-    order = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=2).argsort(1, descending=True)
+    order = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=2).argsort(
+        1, descending=True
+    )
     described = [image for image in range(40) if (owners == image).any()]
     for top in (1, 5, 10):
         hits = [bool((owners[order[image, :top]] == image).any()) for image in described]

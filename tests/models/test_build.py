@@ -57,7 +57,9 @@ def test_safetensors_and_torch_files_give_the_same_network(weights, tmp_path):
     one = build("resnet8", str(weights))
     safetensors.torch.save_file(one.state_dict(), tmp_path / "weights.safetensors")
     other = build("resnet8", str(tmp_path / "weights.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_other_classes_get_a_new_head_and_the_log_says_so(weights, caplog):
@@ -107,7 +109,9 @@ def test_unreadable_and_missing_files_are_named(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"weights\.safetensors: not a readable|weights\.safetensors: no such file"):
+    with pytest.raises(
+        WeightsError, match=r"weights\.safetensors: not a readable|weights\.safetensors: no such file"
+    ):
         build("resnet8", str(path))
 
 

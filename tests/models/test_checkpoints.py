@@ -46,7 +46,12 @@ def prefixed(prefix, state):
 
 
 def as_lightning(state):
-    return {"state_dict": prefixed("model.", state), "pytorch-lightning_version": "2.1", "callbacks": {}, "loops": {"epoch": 3}}
+    return {
+        "state_dict": prefixed("model.", state),
+        "pytorch-lightning_version": "2.1",
+        "callbacks": {},
+        "loops": {"epoch": 3},
+    }
 
 
 CONTENTS = {
@@ -56,18 +61,35 @@ CONTENTS = {
         "args": argparse.Namespace(lr=0.1, out=pathlib.Path("x")),
         "epoch": 3,
     },
-    "timm's": lambda state: {"arch": NAME, "state_dict": state, "state_dict_ema": state, "metric": 71.2, "version": 2},
+    "timm's": lambda state: {
+        "arch": NAME,
+        "state_dict": state,
+        "state_dict_ema": state,
+        "metric": 71.2,
+        "version": 2,
+    },
     "a NumPy scalar": lambda state: {"state_dict": state, "best_acc1": np.float64(71.2), "step": np.int64(3)},
-    "NumPy arrays beside it": lambda state: {"state_dict": state, "curve": np.arange(3.0), "rng": np.random.get_state()},
+    "NumPy arrays beside it": lambda state: {
+        "state_dict": state,
+        "curve": np.arange(3.0),
+        "rng": np.random.get_state(),
+    },
     "a NumPy type": lambda state: {"state_dict": state, "dtype": np.dtype("float32")},
-    "the tutorial's": lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}, "loss": torch.tensor(1.0)},
+    "the tutorial's": lambda state: {
+        "model_state_dict": state,
+        "optimizer_state_dict": {"state": {}},
+        "loss": torch.tensor(1.0),
+    },
     "pytorch-cifar's": lambda state: {"net": state, "acc": 90.1},
     "network": lambda state: {"network": collections.OrderedDict(state)},
     "params": lambda state: {"params": state},
     "weights": lambda state: {"weights": state},
     "averages alone": lambda state: {"ema": {"module": state}, "decay": 0.99},
     "wrapped twice": lambda state: {"model": {"state_dict": prefixed("module.", state)}},
-    "another name": lambda state: {"my_student": state, "optimizer": {"state": {0: {"m": torch.ones(1)}}, "param_groups": []}},
+    "another name": lambda state: {
+        "my_student": state,
+        "optimizer": {"state": {0: {"m": torch.ones(1)}}, "param_groups": []},
+    },
     "beside numbers": lambda state: {**state, "epoch": 3, "arch": "resnet"},
     "arrays": lambda state: {key: value.numpy() for key, value in state.items()},
     "parameters": lambda state: {
@@ -76,9 +98,13 @@ CONTENTS = {
     "compiled": lambda state: prefixed("_orig_mod.", state),
     "compiled and parallel": lambda state: prefixed("module._orig_mod.", state),
     "parallel and compiled": lambda state: prefixed("_orig_mod.module.", state),
-    "compiled in parts": lambda state: {key.replace("layer1.", "layer1._orig_mod."): value for key, value in state.items()},
+    "compiled in parts": lambda state: {
+        key.replace("layer1.", "layer1._orig_mod."): value for key, value in state.items()
+    },
     "Lightning's": as_lightning,
-    "Lightning's, with a loss": lambda state: {"state_dict": {**prefixed("net.", state), "criterion.weight": torch.ones(4)}},
+    "Lightning's, with a loss": lambda state: {
+        "state_dict": {**prefixed("net.", state), "criterion.weight": torch.ones(4)}
+    },
     "of its own wrapper": lambda state: {"state_dict": prefixed("wrapped.backbone.", state)},
     "averaged by torch": lambda state: {**prefixed("module.", state), "n_averaged": torch.tensor(3)},
     "harmless types": lambda state: {
@@ -112,7 +138,9 @@ def test_a_file_named_like_a_tag_is_the_file(state):
     shutil.copy(saved(state), "IMAGENET1K_V1")
     assert names_a_file("IMAGENET1K_V1")
     assert loads("IMAGENET1K_V1", state)
-    assert not any(names_a_file(tag) for tag in ("DEFAULT", "pretrained", "ResNet18_Weights.IMAGENET1K_V1", "a1_in1k"))
+    assert not any(
+        names_a_file(tag) for tag in ("DEFAULT", "pretrained", "ResNet18_Weights.IMAGENET1K_V1", "a1_in1k")
+    )
     with pytest.raises(WeightsError, match=r"last\.ckpt: no such file"):
         build("resnet18", "last.ckpt")
 
@@ -139,13 +167,22 @@ def test_objects_of_frameworks_are_not_looked_at(state):
     framework = types.ModuleType("omegaconf.dictconfig")
     framework.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
     attributes = types.ModuleType("pytorch_lightning.utilities.parsing")
-    attributes.AttributeDict = type("AttributeDict", (dict,), {"__module__": "pytorch_lightning.utilities.parsing"})
+    attributes.AttributeDict = type(
+        "AttributeDict", (dict,), {"__module__": "pytorch_lightning.utilities.parsing"}
+    )
     config = framework.DictConfig()
     config.content = {"lr": 0.1}
-    modules = {name: types.ModuleType(name) for name in ("omegaconf", "pytorch_lightning", "pytorch_lightning.utilities")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("omegaconf", "pytorch_lightning", "pytorch_lightning.utilities")
+    }
     modules |= {framework.__name__: framework, attributes.__name__: attributes}
     with mock.patch.dict(sys.modules, modules):
-        content = {"state_dict": state, "hyper_parameters": attributes.AttributeDict(lr=0.1), "config": config}
+        content = {
+            "state_dict": state,
+            "hyper_parameters": attributes.AttributeDict(lr=0.1),
+            "config": config,
+        }
         torch.save(content, "lightning.ckpt")
     assert loads("lightning.ckpt", state)
 
@@ -162,7 +199,9 @@ class Unknown:
 @pytest.mark.parametrize("older", [False, True])
 def test_what_would_run_code_is_refused_by_name(state, older):
     for content, name in ((Runs(), "posix.mkdir"), (Unknown(), "Unknown"), (build(NAME), "CifarResNet")):
-        torch.save({"state_dict": state, "more": content}, "bad.pth", _use_new_zipfile_serialization=not older)
+        torch.save(
+            {"state_dict": state, "more": content}, "bad.pth", _use_new_zipfile_serialization=not older
+        )
         with pytest.raises(WeightsError, match=rf"bad\.pth: refused.*{name} would run code") as told:
             build(NAME, "bad.pth")
         assert "\n" not in str(told.value)
@@ -190,7 +229,10 @@ WRONG = {
     ),
     "an index": (lambda state: pathlib.Path("file").write_text(json.dumps({"weight_map": {}})), "JSON"),
     "HDF5": (lambda state: pathlib.Path("file").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)), "HDF5"),
-    "text": (lambda state: pathlib.Path("file").write_text("not weights at all"), "not a readable weights file"),
+    "text": (
+        lambda state: pathlib.Path("file").write_text("not weights at all"),
+        "not a readable weights file",
+    ),
     "nothing": (lambda state: pathlib.Path("file").touch(), "it is empty"),
     "a list": (lambda state: saved([1, 2], "file"), "It holds list"),
     "an optimiser": (
@@ -198,7 +240,9 @@ WRONG = {
         r"no state dict .* It holds a dict of 2 \(optimizer: a dict of 1 \(lr: float\), epoch: int\)",
     ),
     "two networks": (
-        lambda state: saved({"state_dict": {**prefixed("student.", state), **prefixed("teacher.", state)}}, "file"),
+        lambda state: saved(
+            {"state_dict": {**prefixed("student.", state), **prefixed("teacher.", state)}}, "file"
+        ),
         r"several networks .* under 'student\.', 'teacher\.'",
     ),
     "two states": (

@@ -71,8 +71,14 @@ def test_configs_of_names_and_files(config, tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
-    for call in (lambda: build("open_clip:RN5O"), lambda: clip_config("RN5O"), lambda: build_text_tower("RN5O")):
-        with pytest.raises(ModelError, match=r"unknown model '(open_clip:)?RN5O' of open_clip; near it: RN50, "):
+    for call in (
+        lambda: build("open_clip:RN5O"),
+        lambda: clip_config("RN5O"),
+        lambda: build_text_tower("RN5O"),
+    ):
+        with pytest.raises(
+            ModelError, match=r"unknown model '(open_clip:)?RN5O' of open_clip; near it: RN50, "
+        ):
             call()
     with pytest.raises(ModelError, match=r"missing.json: not a readable JSON file"):
         build(f"open_clip:{tmp_path}/missing.json")
@@ -87,7 +93,9 @@ def test_an_image_tower_gives_embeddings_and_takes_options(config):
     assert build(f"open_clip:{config}", options={"embed_dim": 8})(images).shape == (2, 8)
     assert build(f"open_clip:{config}", options={"timm_proj": "mlp"}).head.mlp.fc2.out_features == 16
     assert build("open_clip:custom", options=small())(torch.rand(2, 3, 32, 32)).shape == (2, 16)
-    assert build("open_clip:custom", options={"embed_dim": 16, "vision_cfg": RN})(torch.rand(2, 3, 64, 64)).shape == (2, 16)
+    assert build("open_clip:custom", options={"embed_dim": 16, "vision_cfg": RN})(
+        torch.rand(2, 3, 64, 64)
+    ).shape == (2, 16)
     with pytest.raises(ModelError, match="nonsense"):
         build(f"open_clip:{config}", options={"nonsense": 1})
     with pytest.raises(ModelError, match=r"cannot be built with vision_cfg .*'width': 8.*: [^\n]+$"):
@@ -103,7 +111,11 @@ def test_an_image_tower_gives_embeddings_and_takes_options(config):
 def test_a_config_file_becomes_options(config, tmp_path):
     name, options = resolved_name(f"open_clip:{config}", {"embed_dim": 8, "timm_drop": 0.1})
     assert name == "open_clip:custom"
-    assert options == {"embed_dim": 8, "quick_gelu": False, "vision_cfg": {**CONFIG["vision_cfg"], "timm_drop": 0.1}}
+    assert options == {
+        "embed_dim": 8,
+        "quick_gelu": False,
+        "vision_cfg": {**CONFIG["vision_cfg"], "timm_drop": 0.1},
+    }
     for unchanged in (("open_clip:RN50", {"embed_dim": 8}), ("resnet8", {"width": 4}), (name, options)):
         assert resolved_name(*unchanged) == unchanged
     built = build(name, options=options)
@@ -124,9 +136,14 @@ def test_models_need_no_open_clip_for_other_networks(monkeypatch):
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["plain", "custom"])
 def test_both_towers_of_a_whole_clip_are_those_of_open_clip(whole, tmp_path, kind):
-    torch.save({"state_dict": {f"module.{key}": value for key, value in whole[kind].state_dict().items()}}, tmp_path / "clip.pt")
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in whole[kind].state_dict().items()}},
+        tmp_path / "clip.pt",
+    )
     image = build("open_clip:custom", str(tmp_path / "clip.pt"), options=small()).eval()
-    text = build_text_tower("custom", str(tmp_path / "clip.pt"), options={"embed_dim": 16, "text_cfg": TEXT}).eval()
+    text = build_text_tower(
+        "custom", str(tmp_path / "clip.pt"), options={"embed_dim": 16, "text_cfg": TEXT}
+    ).eval()
     images, texts = torch.rand(2, 3, 32, 32), ["a photo of a dog", "two cats"]
     assert torch.equal(image(images), whole[kind].encode_image(images))
     assert torch.equal(text(text.tokens(texts)), whole[kind].encode_text(open_clip.tokenize(texts, 12)))
@@ -137,7 +154,9 @@ def test_the_file_of_one_tower_is_taken_too(whole, tmp_path):
     for part in ("visual", "text"):
         safetensors.torch.save_file(getattr(whole[1], part).state_dict(), tmp_path / f"{part}.safetensors")
     image = build("open_clip:custom", str(tmp_path / "visual.safetensors"), options=small())
-    text = build_text_tower("custom", str(tmp_path / "text.safetensors"), options={"embed_dim": 16, "text_cfg": TEXT})
+    text = build_text_tower(
+        "custom", str(tmp_path / "text.safetensors"), options={"embed_dim": 16, "text_cfg": TEXT}
+    )
     assert torch.equal(image.proj, whole[0].visual.proj)
     assert torch.equal(text.text.text_projection, whole[0].text_projection)
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "other.pt")
@@ -179,7 +198,9 @@ def test_weights_of_another_network_are_refused(config, tmp_path):
 
 def test_an_unknown_tag_is_answered_with_the_nearest(config):
     for call in (build, build_text_tower, preprocessing_of):
-        with pytest.raises(WeightsError, match=r"weights 'opennai' of open_clip:RN50: no such tag.*its tags: openai"):
+        with pytest.raises(
+            WeightsError, match=r"weights 'opennai' of open_clip:RN50: no such tag.*its tags: openai"
+        ):
             call("open_clip:RN50", "opennai")
     with pytest.raises(WeightsError, match="its tags: none: give a file"):
         build(f"open_clip:{config}", "openai")
@@ -189,7 +210,9 @@ def test_a_tag_without_a_network_says_which_file_to_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(clip.open_clip(".pretrained").__dict__, "hf_hub_download", refused)
     small_tower = {"embed_dim": 16, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
-    with pytest.raises(WeightsError, match=r"cannot be downloaded.*from timm/resnet50_clip.openai.*give that file") as told:
+    with pytest.raises(
+        WeightsError, match=r"cannot be downloaded.*from timm/resnet50_clip.openai.*give that file"
+    ) as told:
         build("open_clip:RN50-quickgelu", "openai", options=small_tower)
     assert "\n" not in str(told.value)
 
@@ -222,7 +245,12 @@ def test_preprocessing_is_that_of_the_tag_else_openais(config, tmp_path, caplog)
     assert (openai.mean, openai.std) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     assert openai.view == {"image_size": 112, "crop_pct": 1.0, "interpolation": "bicubic"}
     none = preprocessing_of(f"open_clip:{config}", "none")
-    assert (none.mean, none.std, none.normalisation_known, none.view) == (openai.mean, openai.std, False, {"image_size": SIZE})
+    assert (none.mean, none.std, none.normalisation_known, none.view) == (
+        openai.mean,
+        openai.std,
+        False,
+        {"image_size": SIZE},
+    )
     torch.save(build(f"open_clip:{config}").state_dict(), tmp_path / "tower.pt")
     with caplog.at_level(logging.INFO):
         taken = chosen_preprocessing(f"open_clip:{config}", str(tmp_path / "tower.pt"))
@@ -231,12 +259,17 @@ def test_preprocessing_is_that_of_the_tag_else_openais(config, tmp_path, caplog)
     with caplog.at_level(logging.INFO):
         chosen_preprocessing("open_clip:ViT-B-16-SigLIP", str(tmp_path / "tower.pt"))
     assert "open_clip's own want mean (0.5, 0.5, 0.5)" in caplog.messages[-1]
-    own = chosen_preprocessing(f"open_clip:{config}", str(tmp_path / "tower.pt"), mean=(0.5,) * 3, std=(0.25,) * 3)
+    own = chosen_preprocessing(
+        f"open_clip:{config}", str(tmp_path / "tower.pt"), mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     assert (own.mean, own.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
 def test_a_config_file_of_the_hub_says_its_preprocessing(tmp_path):
-    hub = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}}
+    hub = {
+        "model_cfg": CONFIG,
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"},
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(hub))
     known = preprocessing_of(f"open_clip:{tmp_path}/open_clip_config.json", "none")
     assert (known.mean, known.std, known.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
@@ -266,7 +299,12 @@ def test_conversion_preserves_the_embeddings_of_a_tower_of_timms(config):
     tower = build(f"open_clip:{config}")
     tower(torch.rand(8, 3, SIZE, SIZE))  # statistics of a batch
     spec = ModelSpec(
-        f"open_clip:{config}", (), SIZE, "bcos", task="embedding", design={"b": 1.0, "bias": "keep", "stem_pool": "keep"}
+        f"open_clip:{config}",
+        (),
+        SIZE,
+        "bcos",
+        task="embedding",
+        design={"b": 1.0, "bias": "keep", "stem_pool": "keep"},
     )
     model, images = assemble(spec, tower).eval(), torch.rand(2, 3, SIZE, SIZE)
     plain = assemble(dataclasses.replace(spec, kind="conventional"), tower).eval()
@@ -325,7 +363,9 @@ def test_an_empty_text_is_refused(text):
 
 def test_a_tokenizer_that_is_not_here_is_named(tmp_path):
     options = {"embed_dim": 16, "text_cfg": {**TEXT, "hf_tokenizer_name": "nobody/tokenizer"}}
-    with pytest.raises(ModelError, match=r"tokenizer 'nobody/tokenizer'.*tokenizer.json.*nobody/tokenizer") as told:
+    with pytest.raises(
+        ModelError, match=r"tokenizer 'nobody/tokenizer'.*tokenizer.json.*nobody/tokenizer"
+    ) as told:
         build_text_tower("custom", options=options).tokens(["a dog"])
     assert "\n" not in str(told.value)
 
@@ -340,7 +380,11 @@ def test_a_text_tower_lies_beside_a_model(text, tmp_path, protocol):
         load_text_tower(tmp_path)
     save_text_tower(tmp_path, text)
     assert digest(tmp_path) != alone
-    place = publish(tmp_path, f"{protocol}://{tmp_path}", models.model_file_names(tmp_path)) if protocol else tmp_path
+    place = (
+        publish(tmp_path, f"{protocol}://{tmp_path}", models.model_file_names(tmp_path))
+        if protocol
+        else tmp_path
+    )
     assert has_text_tower(place)
     loaded = load_text_tower(place)
     assert loaded.config == text.config

@@ -26,7 +26,15 @@ from pipelines.bcos import (
 )
 from pipelines.bcos.audit import audit
 from pipelines.bcos.layers import clamp_b
-from tests.support.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
+from tests.support.families import (
+    check_conversion,
+    check_frozen_jacobian,
+    normalised,
+    pictures,
+    relative,
+    settle,
+    shake,
+)
 
 RN = {"layers": [2, 1, 1, 1], "width": 8, "head_width": 32, "image_size": 64}
 VIT = {"layers": 2, "width": 24, "head_width": 12, "patch_size": 8, "image_size": 32}
@@ -39,7 +47,12 @@ TOWERS = {
     "RN": RN,
     "ViT": VIT,
     "ViT average": {**VIT, "pool_type": "avg", "no_ln_pre": True},
-    "ViT norm after pool": {**VIT, "pool_type": "avg", "final_ln_after_pool": True, "pos_embed_type": "sin_cos_2d"},
+    "ViT norm after pool": {
+        **VIT,
+        "pool_type": "avg",
+        "final_ln_after_pool": True,
+        "pos_embed_type": "sin_cos_2d",
+    },
     "ViT layer scale, patch dropout": {**VIT, "ls_init_value": 0.1, "patch_dropout": 0.5},
     "ViT custom blocks": {**VIT, **CUSTOM},
     "ViT attentional pool": {**POOLER, "attentional_pool": True},
@@ -49,9 +62,18 @@ TOWERS = {
     "timm": {**TIMM, "timm_proj": "linear"},
     "timm mlp": {**TIMM, "timm_proj": "mlp"},
     "timm classifier": {**TIMM, "timm_proj": ""},
-    "timm SigLIP": {**TIMM, "image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
+    "timm SigLIP": {
+        **TIMM,
+        "image_size": 160,
+        "timm_model_name": "test_vit",
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
 }
-WIDTHS = {"ViT parallel": 24, "ViT cascade": 24}  # open_clip's code for these takes no other embedding than of the tokens' width
+WIDTHS = {
+    "ViT parallel": 24,
+    "ViT cascade": 24,
+}  # open_clip's code for these takes no other embedding than of the tokens' width
 
 
 def tower(name, **changes):
@@ -74,7 +96,9 @@ def test_conversion_preserves_the_embedding(name):
 def test_a_pool_of_one_query_gives_an_embedding_without_the_axis_of_queries(name):
     source, images = tower(name).eval(), images_for(name)
     with torch.no_grad():
-        torch.testing.assert_close(convert(source)(add_inverse(images)), source(normalised(images))[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            convert(source)(add_inverse(images)), source(normalised(images))[:, 0], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -193,7 +217,10 @@ def test_a_compiled_tower_has_the_gradients_of_the_eager_one(name):
     settle(network, images).train()
     compiled = torch.compile(lambda x: network(x).square().sum(), fullgraph=True, backend="aot_eager")
     for found, expected in zip(
-        *(torch.autograd.grad(loss, list(network.parameters())) for loss in (compiled(images), network(images).square().sum())),
+        *(
+            torch.autograd.grad(loss, list(network.parameters()))
+            for loss in (compiled(images), network(images).square().sum())
+        ),
         strict=True,
     ):
         assert relative(found, expected) <= 1e-4
@@ -207,13 +234,19 @@ def test_a_resnet_without_position_embedding_takes_images_of_any_size():
 
 def test_scaled_cosine_attention_compares_directions():
     torch.manual_seed(0)
-    source = shake(Attention(24, 3, scaled_cosine=True))  # open_clip's own forward fails: its `bmm` takes no heads
+    source = shake(
+        Attention(24, 3, scaled_cosine=True)
+    )  # open_clip's own forward fails: its `bmm` takes no heads
     x = torch.randn(2, 7, 24)
-    q, k, v = F.linear(x, source.in_proj_weight, source.in_proj_bias).view(2, 7, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        F.linear(x, source.in_proj_weight, source.in_proj_bias).view(2, 7, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    )
     cosines = F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
     mixed = (cosines * source.logit_scale.exp()).softmax(-1) @ v
     attention = convert(nn.Sequential(nn.Conv2d(3, 4, 1), source)).body[1]
-    torch.testing.assert_close(attention(x), source.out_proj(mixed.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention(x), source.out_proj(mixed.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_norms_give_the_type_that_they_take():
@@ -226,9 +259,13 @@ def test_norms_give_the_type_that_they_take():
     torch.testing.assert_close(converted(x), norm(x))  # in float32, from bfloat16
 
 
-@pytest.mark.parametrize("changes", [{"output_tokens": True}, {"attentional_pool": True, "pool_type": "none"}])
+@pytest.mark.parametrize(
+    "changes", [{"output_tokens": True}, {"attentional_pool": True, "pool_type": "none"}]
+)
 def test_a_tower_that_gives_tokens_is_refused(changes):
-    with pytest.raises(ConversionError, match="output_tokens=False and a pool_type of 'tok' or 'avg'") as told:
+    with pytest.raises(
+        ConversionError, match="output_tokens=False and a pool_type of 'tok' or 'avg'"
+    ) as told:
         bcosify(tower("ViT attentional pool", **changes))
     assert "\n" not in str(told.value)
 

@@ -40,9 +40,16 @@ def test_a_config_in_the_options_counts():
 
 @pytest.mark.parametrize("tag", ["IMAGENET1K_V2", "DEFAULT", "ResNet50_Weights.IMAGENET1K_V2"])
 def test_torchvisions_weights_have_the_numbers_of_their_transforms(tag):
-    known, view = preprocessing_of("resnet50", tag), torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    known, view = (
+        preprocessing_of("resnet50", tag),
+        torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms(),
+    )
     assert (known.mean, known.std) == (tuple(view.mean), tuple(view.std))
-    assert known.view == {"image_size": 224, "crop_pct": 224 / view.resize_size[0], "interpolation": "bilinear"}
+    assert known.view == {
+        "image_size": 224,
+        "crop_pct": 224 / view.resize_size[0],
+        "interpolation": "bilinear",
+    }
 
 
 def test_torchvisions_weights_bring_the_options_that_they_were_made_with():
@@ -65,7 +72,10 @@ def test_random_weights_and_files_have_imagenets(tmp_path, caplog):
 
 
 def test_a_file_from_the_hub_has_its_config_beside_it(tmp_path):
-    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": HALF, "std": HALF, "input_size": [3, 96, 96]}}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "pretrained_cfg": {"mean": HALF, "std": HALF, "input_size": [3, 96, 96]},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     known = preprocessing_of("timm:vit_tiny_patch16_224", str(tmp_path / "model.safetensors"))
     assert (known.mean, known.std, known.image_size) == (HALF, HALF, 96)
@@ -83,7 +93,9 @@ def test_what_was_taken_is_said_in_one_line_and_what_contradicts_it_in_another(c
         taken = chosen_preprocessing(name, weights, mean=IMAGENET_MEAN, image_size=64)
     assert (taken.mean, taken.std) == (IMAGENET_MEAN, HALF)
     normalisation, view = caplog.messages
-    assert normalisation.startswith("model.mean (0.485, 0.456, 0.406) contradicts the weights pretrained of timm:vit_tiny")
+    assert normalisation.startswith(
+        "model.mean (0.485, 0.456, 0.406) contradicts the weights pretrained of timm:vit_tiny"
+    )
     assert "image_size 224 (here 64), crop_pct 0.9 (here 1.0), interpolation bicubic (here bilinear)" in view
 
 

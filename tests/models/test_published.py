@@ -14,7 +14,11 @@ from pipelines.bcos import add_inverse
 from pipelines.models import ModelError, WeightsError, assemble, build, load, load_published, save
 from pipelines.models.published import PUBLICATIONS, published_spec, translated
 
-NAMES = [f"{publication}:{architecture}" for publication, what in PUBLICATIONS.items() for architecture in what.architectures]
+NAMES = [
+    f"{publication}:{architecture}"
+    for publication, what in PUBLICATIONS.items()
+    for architecture in what.architectures
+]
 MEAN, STD = [0.485, 0.456, 0.406, 0.515, 0.544, 0.594], [0.229, 0.224, 0.225] * 2
 
 
@@ -30,7 +34,9 @@ class Weights(dict):
         key = self.prefix + name
         if key not in self:
             self[key] = (
-                torch.randn(shape) / math.sqrt(math.prod(shape[1:])) if low is None else torch.empty(shape).uniform_(low, 2)
+                torch.randn(shape) / math.sqrt(math.prod(shape[1:]))
+                if low is None
+                else torch.empty(shape).uniform_(low, 2)
             )
         return self[key].double()
 
@@ -62,7 +68,10 @@ class Weights(dict):
     def layer_norm(self, name, x, eps=1e-5):
         """γ·(x - μ)/σ over the last dimension."""
         centred = x - x.mean(-1, keepdim=True)
-        scale = self.draw(f"{name}.weight", x.shape[-1], low=0.5) / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        scale = (
+            self.draw(f"{name}.weight", x.shape[-1], low=0.5)
+            / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        )
         return centred * scale
 
     def activation(self, x):
@@ -153,11 +162,15 @@ def vit(weights, images, width, depth, stem=()):
         name = f"to_patch_embedding.conv_stem.{3 * index}"
         x = weights.bcos(name, x, channels, 3, 2 if channels > (3, *stem)[index] else 1, 1)
         centred = x - x.mean((1, 2, 3), keepdim=True)
-        scale = weights.draw(f"to_patch_embedding.conv_stem.{3 * index + 1}.weight", channels, low=0.5)[:, None, None]
+        scale = weights.draw(f"to_patch_embedding.conv_stem.{3 * index + 1}.weight", channels, low=0.5)[
+            :, None, None
+        ]
         x = gelu(scale * centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt())
     rows, columns = x.shape[2] // side, x.shape[3] // side
     tokens = [  # row, column, channel of each pixel of a patch
-        x[:, :, side * row : side * (row + 1), side * column : side * (column + 1)].permute(0, 2, 3, 1).flatten(1)
+        x[:, :, side * row : side * (row + 1), side * column : side * (column + 1)]
+        .permute(0, 2, 3, 1)
+        .flatten(1)
         for row in range(rows)
         for column in range(columns)
     ]
@@ -175,7 +188,9 @@ def vit(weights, images, width, depth, stem=()):
             matrix = (q[..., of_head] @ k[..., of_head].transpose(1, 2) / 8).softmax(-1)
             heads.append(matrix @ v[..., of_head])
         x = x + weights.bcos_linear(f"{at}.attn.to_out", torch.cat(heads, -1), width)
-        inner = weights.bcos_linear(f"{at}.ff.net.linear1", weights.layer_norm(f"{at}.ff.net.norm", x), 4 * width)
+        inner = weights.bcos_linear(
+            f"{at}.ff.net.linear1", weights.layer_norm(f"{at}.ff.net.norm", x), 4 * width
+        )
         x = x + weights.bcos_linear(f"{at}.ff.net.linear2", gelu(inner), width)
     if not weights.bcosified:
         x = x.mean(1, keepdim=True)
@@ -242,14 +257,23 @@ def test_every_published_key_of_every_model_finds_its_place(publication):
             state, _ = published(name, torch.rand(2, 6, 64, 64).double())
             own = assemble(published_spec(name)).state_dict()
         found = translated(name, state, "file")
-        assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in own.items()}, name
+        assert {key: value.shape for key, value in found.items()} == {
+            key: value.shape for key, value in own.items()
+        }, name
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"b-cos-v2:{architecture}" for architecture in ("resnet18", "resnext50_32x4d", "densenet121", "convnext_tiny")),
-        *(f"{publication}:{architecture}" for publication in PUBLICATIONS for architecture in ("simple_vit_ti", "vitc_ti")),
+        *(
+            f"b-cos-v2:{architecture}"
+            for architecture in ("resnet18", "resnext50_32x4d", "densenet121", "convnext_tiny")
+        ),
+        *(
+            f"{publication}:{architecture}"
+            for publication in PUBLICATIONS
+            for architecture in ("simple_vit_ti", "vitc_ti")
+        ),
         *(f"b-cosification:{architecture}" for architecture in ("resnet18", "densenet121")),
     ],
 )
@@ -277,10 +301,16 @@ def test_the_ordinary_vits_of_bcos_v2_have_the_names_of_this_projects(architectu
         ordinary[f"{layer}.weight"] = value.shape
         if not layer.endswith(("to_qkv", "to_out")):
             ordinary[f"{layer}.bias"] = value.shape[:1]
-    first = "to_patch_embedding.conv_stem.0.weight" if "vitc" in architecture else "to_patch_embedding.linear.weight"
+    first = (
+        "to_patch_embedding.conv_stem.0.weight"
+        if "vitc" in architecture
+        else "to_patch_embedding.linear.weight"
+    )
     width, inputs, *kernel = ordinary[first]
     ordinary[first] = (width, inputs // 2, *kernel)  # three channels
-    assert {key: tuple(value.shape) for key, value in own.items()} == {key: tuple(shape) for key, shape in ordinary.items()}
+    assert {key: tuple(value.shape) for key, value in own.items()} == {
+        key: tuple(shape) for key, shape in ordinary.items()
+    }
 
 
 def test_a_saved_one_is_the_same_model_and_its_input_is_not_normalised(resnet18, tmp_path):
@@ -296,7 +326,12 @@ def test_a_saved_one_is_the_same_model_and_its_input_is_not_normalised(resnet18,
 
 
 def test_a_file_of_another_network_is_refused_in_one_short_line(resnet18):
-    for name in ("b-cos-v2:resnet50", "b-cos-v2:densenet121", "b-cos-v2:simple_vit_ti", "b-cosification:resnet18"):
+    for name in (
+        "b-cos-v2:resnet50",
+        "b-cos-v2:densenet121",
+        "b-cos-v2:simple_vit_ti",
+        "b-cosification:resnet18",
+    ):
         with pytest.raises(WeightsError, match=rf"resnet_18-68b4160fff\.pth of {name}") as told:
             load_published(name, resnet18)
         assert len(str(told.value)) < 1000

@@ -11,15 +11,38 @@ from timm.models import efficientnet, metaformer, mlp_mixer, mobilenetv3, resnet
 from torch import nn
 
 import pipelines.models  # noqa: F401  (registers the rules)
-from pipelines.bcos import BcosLinear, ConversionError, add_inverse, bcosify, convert, dynamic_weights, explanation_mode
+from pipelines.bcos import (
+    BcosLinear,
+    ConversionError,
+    add_inverse,
+    bcosify,
+    convert,
+    dynamic_weights,
+    explanation_mode,
+)
 from pipelines.bcos.audit import audit
 from pipelines.bcos.network import LocationsToBatch
-from tests.support.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, settle, shake
+from tests.support.families import (
+    check_conversion,
+    check_frozen_jacobian,
+    normalised,
+    pictures,
+    relative,
+    settle,
+    shake,
+)
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_width": 16}
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 PYRAMID = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
-SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "depths": (2, 2), "embed_dim": 12, "num_heads": (1, 2)}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "depths": (2, 2),
+    "embed_dim": 12,
+    "num_heads": (1, 2),
+}
 MAXVIT = {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32)}
 
 FAMILIES = {
@@ -40,7 +63,12 @@ FAMILIES = {
     "vit_tiny_patch16_224": VIT,
     "vit_tiny_patch16_224 average": {**VIT, "class_token": False, "global_pool": "avg"},
     "vit_tiny_patch16_224 attention pool": {**VIT, "class_token": False, "global_pool": "map"},
-    "vit_tiny_patch16_224 qk norm": {**VIT, "qk_norm": True, "scale_attn_norm": True, "dynamic_img_size": True},
+    "vit_tiny_patch16_224 qk norm": {
+        **VIT,
+        "qk_norm": True,
+        "scale_attn_norm": True,
+        "dynamic_img_size": True,
+    },
     "deit3_small_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "eva02_tiny_patch14_224": VIT,
@@ -48,7 +76,12 @@ FAMILIES = {
     "swinv2_tiny_window8_256": SWIN,
     "maxvit_pico_rw_256": MAXVIT,
     "coatnet_pico_rw_224": {**MAXVIT, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 32, 32)},
-    "efficientformerv2_s0": {"img_size": 64, "depths": (1, 1, 1, 2), "embed_dims": (8, 12, 16, 24), "num_vit": 1},
+    "efficientformerv2_s0": {
+        "img_size": 64,
+        "depths": (1, 1, 1, 2),
+        "embed_dims": (8, 12, 16, 24),
+        "num_vit": 1,
+    },
     "levit_128s": {"img_size": 64, "embed_dim": (16, 24, 32), "num_heads": (1, 2, 2), "depth": (1, 1, 1)},
 }
 
@@ -63,23 +96,39 @@ MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 24, "num
 
 BUILT = {  # whose factories fix what is too large for a test
     "efficientnet": lambda: efficientnet._gen_efficientnet("efficientnet_b0", 0.25, 0.1, num_classes=10),
-    "tf_efficientnet": lambda: efficientnet._gen_efficientnet("efficientnet_b0", 0.25, 0.1, num_classes=10, pad_type="same"),
+    "tf_efficientnet": lambda: efficientnet._gen_efficientnet(
+        "efficientnet_b0", 0.25, 0.1, num_classes=10, pad_type="same"
+    ),
     "mobilenetv2": lambda: efficientnet._gen_mobilenet_v2("mobilenetv2_100", 0.25, 0.1, num_classes=10),
     "mobilenetv3": lambda: mobilenetv3._gen_mobilenet_v3("mobilenetv3_large_100", 0.25, 0.1, num_classes=10),
-    "vgg": lambda: vgg.VGG([8, "M", 8, "M", 16, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d, num_classes=10),
-    "resnetv2": lambda: resnetv2.ResNetV2((1, 1, 1, 1), (128, 128, 128, 128), stem_chs=32, num_classes=10, **BIT),
+    "vgg": lambda: vgg.VGG(
+        [8, "M", 8, "M", 16, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d, num_classes=10
+    ),
+    "resnetv2": lambda: resnetv2.ResNetV2(
+        (1, 1, 1, 1), (128, 128, 128, 128), stem_chs=32, num_classes=10, **BIT
+    ),
     "caformer": lambda: metaformer.MetaFormer(num_classes=10, **CAFORMER, **PYRAMID),
-    "poolformer": lambda: metaformer.MetaFormer(num_classes=10, mlp_act=nn.GELU, use_mlp_head=False, **PYRAMID),
+    "poolformer": lambda: metaformer.MetaFormer(
+        num_classes=10, mlp_act=nn.GELU, use_mlp_head=False, **PYRAMID
+    ),
     "mixer": lambda: mlp_mixer.MlpMixer(**MIXER),
-    "resmlp": lambda: mlp_mixer.MlpMixer(block_layer=mlp_mixer.ResBlock, norm_layer=mlp_mixer.Affine, mlp_ratio=4, **MIXER),
-    "gmlp": lambda: mlp_mixer.MlpMixer(block_layer=mlp_mixer.SpatialGatingBlock, mlp_layer=GatedMlp, mlp_ratio=4, **MIXER),
+    "resmlp": lambda: mlp_mixer.MlpMixer(
+        block_layer=mlp_mixer.ResBlock, norm_layer=mlp_mixer.Affine, mlp_ratio=4, **MIXER
+    ),
+    "gmlp": lambda: mlp_mixer.MlpMixer(
+        block_layer=mlp_mixer.SpatialGatingBlock, mlp_layer=GatedMlp, mlp_ratio=4, **MIXER
+    ),
 }
 EVERY = [*FAMILIES, *BUILT]
 
 
 def network(name):
     torch.manual_seed(0)
-    return BUILT[name]() if name in BUILT else timm.create_model(name.partition(" ")[0], num_classes=10, **FAMILIES[name])
+    return (
+        BUILT[name]()
+        if name in BUILT
+        else timm.create_model(name.partition(" ")[0], num_classes=10, **FAMILIES[name])
+    )
 
 
 def images_for(name):
@@ -99,7 +148,16 @@ def test_dynamic_weights_are_the_jacobian_with_frozen_factors(name):
     assert audit(explained, add_inverse(images_for(name).double())) == []
 
 
-COMPLETE = ["resnet50d", "seresnet18", "densenet121", "vgg", "regnety_002", "efficientnet", "convnextv2_atto", "resnetv2"]
+COMPLETE = [
+    "resnet50d",
+    "seresnet18",
+    "densenet121",
+    "vgg",
+    "regnety_002",
+    "efficientnet",
+    "convnextv2_atto",
+    "resnetv2",
+]
 
 
 @pytest.mark.parametrize("name", [*COMPLETE, "swin_tiny_patch4_window7_224"])
@@ -112,10 +170,18 @@ def test_without_biases_and_positions_pixels_carry_the_whole_logit(name):
     assert relative(explained, logits[range(2), targets]) <= 1e-6
 
 
-ATTENTION = ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256", "maxvit_pico_rw_256", "caformer"]
+ATTENTION = [
+    "vit_tiny_patch16_224",
+    "eva02_tiny_patch14_224",
+    "swinv2_tiny_window8_256",
+    "maxvit_pico_rw_256",
+    "caformer",
+]
 
 
-@pytest.mark.parametrize("name", [*ATTENTION, "vit_tiny_patch16_224 attention pool", "levit_128s", "convnextv2_atto", "gmlp"])
+@pytest.mark.parametrize(
+    "name", [*ATTENTION, "vit_tiny_patch16_224 attention pool", "levit_128s", "convnextv2_atto", "gmlp"]
+)
 def test_explanation_mode_leaves_the_logits_as_they_are(name):
     model, images = bcosify(shake(network(name))).double().eval(), add_inverse(images_for(name).double())
     with torch.no_grad():
@@ -157,7 +223,18 @@ def test_converted_attention_can_be_copied_and_pickled(copied):
     torch.testing.assert_close(copied(model)(images), model(images))
 
 
-ACTIVATIONS = ["swish", "hard_swish", "gelu", "gelu_tanh", "quick_gelu", "mish", "hard_mish", "tanh", "prelu", "relu"]
+ACTIVATIONS = [
+    "swish",
+    "hard_swish",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "mish",
+    "hard_mish",
+    "tanh",
+    "prelu",
+    "relu",
+]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -206,12 +283,18 @@ def test_every_branch_of_a_stem_takes_the_image():
     images = torch.rand(2, 3, 16, 16)
     settle(shake(block), normalised(images))
     with torch.no_grad():
-        torch.testing.assert_close(convert(block)(add_inverse(images)), block(normalised(images)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            convert(block)(add_inverse(images)), block(normalised(images)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     "module",
-    [timm.models.focalnet.FocalModulation(8, focal_window=3, focal_level=1), timm.layers.CondConv2d(8, 8), timm.layers.Sigmoid()],
+    [
+        timm.models.focalnet.FocalModulation(8, focal_window=3, focal_level=1),
+        timm.layers.CondConv2d(8, 8),
+        timm.layers.Sigmoid(),
+    ],
 )
 def test_a_type_that_no_rule_reaches_is_refused_by_name(module):
     with pytest.raises(ConversionError, match=rf"{type(module).__name__} at '1'.*register_conversion"):

@@ -63,21 +63,34 @@ def convnext_small():
 
 
 def vit(**options):
-    return models.VisionTransformer(32, 8, 2, 2, 16, 32, dropout=0.1, attention_dropout=0.1, num_classes=K, **options)
+    return models.VisionTransformer(
+        32, 8, 2, 2, 16, 32, dropout=0.1, attention_dropout=0.1, num_classes=K, **options
+    )
 
 
 def swin(**options):
-    return models.SwinTransformer([2, 2], 8, [2, 2], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1, num_classes=K, **options)
+    return models.SwinTransformer(
+        [2, 2], 8, [2, 2], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1, num_classes=K, **options
+    )
 
 
-SWIN_V2 = {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+SWIN_V2 = {
+    "block": swin_transformer.SwinTransformerBlockV2,
+    "downsample_layer": swin_transformer.PatchMergingV2,
+}
 STEM = models.vision_transformer.ConvStemConfig
 
 # how to build it, and the side of an image
 FAMILIES = {
     "resnet": (lambda: models.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=K), 32),
-    "resnext": (lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=K, groups=4, width_per_group=4), 32),
-    "wide_resnet": (lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=K, width_per_group=96), 32),
+    "resnext": (
+        lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=K, groups=4, width_per_group=4),
+        32,
+    ),
+    "wide_resnet": (
+        lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=K, width_per_group=96),
+        32,
+    ),
     "densenet": (lambda: models.DenseNet(8, (2, 2), 16, num_classes=K), 32),
     "vgg": (vgg, 32),
     "mobilenet_v2": (lambda: models.MobileNetV2(K, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2]]), 32),
@@ -101,7 +114,10 @@ FAMILIES = {
     "regnet_y": (lambda: regnet_with(0.25), 32),
     "convnext": (convnext_small, 32),
     "vit": (vit, 32),
-    "vit, conv stem, pre-logits": (lambda: vit(representation_size=12, conv_stem_configs=[STEM(8, 8, 8)]), 32),
+    "vit, conv stem, pre-logits": (
+        lambda: vit(representation_size=12, conv_stem_configs=[STEM(8, 8, 8)]),
+        32,
+    ),
     "swin": (swin, 30),  # 15 patches a side: windows of 4 need padding
     "swin_v2": (lambda: swin(**SWIN_V2), 30),
     "maxvit": (lambda: models.MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, 0.1, num_classes=K), 32),
@@ -159,7 +175,10 @@ def test_the_classifier_sees_every_location_where_there_is_a_global_pool(name):
     pools = [path for path, module in network.named_modules() if isinstance(module, LocationsToBatch)]
     assert len(pools) == (0 if name.startswith("vit") or name == "vgg" else 1)
     assert network(add_inverse(images)).shape == (4, K)
-    assert not any(isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)) for module in network.modules())
+    assert not any(
+        isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+        for module in network.modules()
+    )
 
 
 def test_a_normalisation_of_ones_own_is_kept():
@@ -178,7 +197,10 @@ def test_auxiliary_classifiers_are_left_out_and_names_of_weights_stay():
 
 def test_a_squeeze_excitation_is_its_input_times_a_held_gate():
     torch.manual_seed(0)
-    layer = settle(shake(convert(nn.Sequential(nn.Conv2d(3, 4, 3), SqueezeExcitation(4, 2)))), add_inverse(pictures(4, 8)))
+    layer = settle(
+        shake(convert(nn.Sequential(nn.Conv2d(3, 4, 3), SqueezeExcitation(4, 2)))),
+        add_inverse(pictures(4, 8)),
+    )
     assert isinstance(layer.body[1], Holdable)
     x = torch.rand(2, 4, 3, 3)
     gate = layer.body[1]._scale(x)

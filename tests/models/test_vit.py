@@ -38,7 +38,9 @@ def small(name, classes=5):
 def test_sizes_are_the_published_ones(name, millions):
     with torch.device("meta"):
         network = build(name)
-    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(
+        millions, abs=0.01
+    )
     assert network(torch.rand(1, 3, 224, 224, device="meta")).shape == (1, 1000)
 
 
@@ -83,14 +85,20 @@ def test_what_of_the_network_is_bcos():
     network = bcosify(small("simple_vit_ti"))
     layers = {name for name, module in network.named_modules() if isinstance(module, BcosLinear)}
     blocks = [f"body.transformer.encoder_{index}" for index in range(2)]
-    inner = {f"{block}.{layer}" for block in blocks for layer in ("attn.to_out", "ff.net.linear1", "ff.net.linear2")}
+    inner = {
+        f"{block}.{layer}"
+        for block in blocks
+        for layer in ("attn.to_out", "ff.net.linear1", "ff.net.linear2")
+    }
     assert layers == {"body.to_patch_embedding.linear", "body.linear_head.linear", *inner}
     assert not [name for name, _ in network.named_parameters() if name.endswith("bias")]
     assert network.body.to_patch_embedding.linear.weight.shape == (24, 8 * 8 * 6)
 
 
 def test_gap_reorder_classifies_every_token():
-    network, reordered = (bcosify(small("simple_vit_ti"), gap_reorder=on, logit_bias=0.0).eval() for on in (False, True))
+    network, reordered = (
+        bcosify(small("simple_vit_ti"), gap_reorder=on, logit_bias=0.0).eval() for on in (False, True)
+    )
     tokens = []
     for each in (network, reordered):
         each.body.transformer.register_forward_hook(lambda *arguments: tokens.append(arguments[-1]))

@@ -12,7 +12,14 @@ from pipelines.bcos import BcosConv2d, BcosLinear, add_inverse, bcosify
 from pipelines.losses import energy_loss
 from pipelines.models import ModelError, ModelSpec, WeightsError, assemble, build
 from pipelines.models.xdnn import DEPTHS, XFIXUPS
-from tests.support.families import check_conversion, check_frozen_jacobian, normalised, pictures, relative, shake
+from tests.support.families import (
+    check_conversion,
+    check_frozen_jacobian,
+    normalised,
+    pictures,
+    relative,
+    shake,
+)
 
 SMALL = {"width": 4, "stem_stride": 1}
 NETWORKS = [
@@ -39,7 +46,9 @@ def small(name, options=SMALL, *, initial=False):
 
 
 def model_of(name, options):
-    return assemble(ModelSpec(name, tuple("abcde"), 32, "conventional", options=options), small(name, options)).eval()
+    return assemble(
+        ModelSpec(name, tuple("abcde"), 32, "conventional", options=options), small(name, options)
+    ).eval()
 
 
 # What they compute -----------------------------------------------------------------------------------------------------
@@ -68,13 +77,20 @@ def test_the_network_is_nonnegatively_homogeneous(name, options):
 
 @pytest.mark.parametrize(("name", "options"), NETWORKS)
 def test_input_x_gradient_is_integrated_gradients_and_sums_to_the_logit(name, options):
-    model, images, targets = model_of(name, options).double(), add_inverse(pictures(4, 64).double()), torch.tensor([0, 1, 2, 4])
+    model, images, targets = (
+        model_of(name, options).double(),
+        add_inverse(pictures(4, 64).double()),
+        torch.tensor([0, 1, 2, 4]),
+    )
     maps = attribute(model, images, targets, method="input_x_gradient")
     # In float64: in float32 rounding takes a few ReLUs of deep networks across their kink, which can change a map by some 1e-3.
     assert relative(maps, attribute(model, images, targets, method="integrated_gradients", steps=8)) <= 1e-7
     model, images = model.float(), images.float()
     logits = model(images).detach().gather(1, targets[:, None])[:, 0]
-    for layer in (None, *(f"network.{name}" for name in ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4"))):
+    for layer in (
+        None,
+        *(f"network.{name}" for name in ("conv1", "maxpool", "layer1", "layer2", "layer3", "layer4")),
+    ):
         maps = attribute(model, images, targets, method="input_x_gradient", layer=layer, resize=False)
         assert relative(maps.sum((1, 2)), logits) <= 1e-5
     assert last_features(model, images) == "network.layer4"
@@ -98,7 +114,9 @@ def test_branches_and_logits_start_at_zero_and_shortcuts_carry_the_features(name
     seen = []
     for module in network.modules():
         if isinstance(module, BasicBlock | Bottleneck):
-            module.register_forward_hook(lambda block, inputs, output: seen.append((block, inputs[0], output)))
+            module.register_forward_hook(
+                lambda block, inputs, output: seen.append((block, inputs[0], output))
+            )
     assert not network(z).any()
     assert len(seen) == sum(DEPTHS[XFIXUPS[name]][0])
     for block, x, output in seen:
@@ -106,7 +124,9 @@ def test_branches_and_logits_start_at_zero_and_shortcuts_carry_the_features(name
         assert output.any()
 
 
-@pytest.mark.parametrize(("name", "scale"), [("xfixup_resnet18", 8 ** (-1 / 2)), ("xfixup_resnet50", 16 ** (-1 / 4))])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("xfixup_resnet18", 8 ** (-1 / 2)), ("xfixup_resnet50", 16 ** (-1 / 4))]
+)
 def test_the_other_convolutions_of_a_branch_are_scaled_with_the_number_of_branches(name, scale):
     network = small(name, {"width": 32}, initial=True)
     for key, module in network.named_modules():
@@ -116,7 +136,9 @@ def test_the_other_convolutions_of_a_branch_are_scaled_with_the_number_of_branch
         starts_at = module.weight.square().mean().sqrt().item() / he
         last = "conv3" if name.endswith("50") else "conv2"
         of_branch = ".conv" in key
-        assert starts_at == pytest.approx(0 if key.endswith(f".{last}") else scale if of_branch else 1, rel=0.1)
+        assert starts_at == pytest.approx(
+            0 if key.endswith(f".{last}") else scale if of_branch else 1, rel=0.1
+        )
 
 
 def test_activations_stay_bounded_at_any_depth_from_the_first_steps_on():
@@ -125,7 +147,9 @@ def test_activations_stay_bounded_at_any_depth_from_the_first_steps_on():
         torch.manual_seed(1)
         images, targets = torch.randn(10, 3, 16, 16), torch.arange(10) % 5
         features = []
-        network.layer4.register_forward_hook(lambda *arguments: features.append(arguments[-1].detach().square().mean().item()))
+        network.layer4.register_forward_hook(
+            lambda *arguments: features.append(arguments[-1].detach().square().mean().item())
+        )
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         for _ in range(steps):
             logits = network(images)
@@ -167,7 +191,9 @@ def test_a_loss_on_the_map_reaches_every_parameter():
     model, images = model_of("xfixup_resnet18", SMALL), add_inverse(pictures(4, 32))
     masks = torch.zeros(4, 32, 32)
     masks[:, 8:24, 8:24] = 1
-    _, maps = explain(model, images, torch.tensor([[0], [1], [2], [4]]), Attribution("input_x_gradient"), create_graph=True)
+    _, maps = explain(
+        model, images, torch.tensor([[0], [1], [2], [4]]), Attribution("input_x_gradient"), create_graph=True
+    )
     energy_loss(maps[:, 0], masks).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
@@ -183,22 +209,38 @@ def test_a_file_as_the_published_trainer_writes_it_loads(tmp_path, monkeypatch, 
     network(torch.rand(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     state = {f"module.{key}": value for key, value in network.state_dict().items()}
-    told = {"epoch": 100, "arch": "xfixup_resnet50", "best_acc1": torch.tensor(70.0), "optimizer": optimizer.state_dict()}
+    told = {
+        "epoch": 100,
+        "arch": "xfixup_resnet50",
+        "best_acc1": torch.tensor(70.0),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save({**told, "state_dict": state}, "xfixup_resnet50_model_best.pth.tar")
     loaded = build("xfixup_resnet50", "xfixup_resnet50_model_best.pth.tar", options={"width": 2})
     assert all(torch.equal(value, state[f"module.{key}"]) for key, value in loaded.state_dict().items())
-    other = build("xfixup_resnet50", "./xfixup_resnet50_model_best.pth.tar", num_classes=20, options={"width": 2})
+    other = build(
+        "xfixup_resnet50", "./xfixup_resnet50_model_best.pth.tar", num_classes=20, options={"width": 2}
+    )
     assert other.fc.weight.shape == (20, 64)
     assert other.fc.bias is None  # a new head keeps the network homogeneous
     assert "1000 classes, replaced by a new one with 20" in caplog.text
-    with pytest.raises(WeightsError, match=r"misshaped: conv1\.weight \(2, 3, 7, 7\) instead of \(2, 3, 3, 3\)"):
-        build("xfixup_resnet50", "./xfixup_resnet50_model_best.pth.tar", options={"width": 2, "stem_stride": 1})
+    with pytest.raises(
+        WeightsError, match=r"misshaped: conv1\.weight \(2, 3, 7, 7\) instead of \(2, 3, 3, 3\)"
+    ):
+        build(
+            "xfixup_resnet50", "./xfixup_resnet50_model_best.pth.tar", options={"width": 2, "stem_stride": 1}
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "error", "told"),
     [
-        ("xfixup_resnet18", {"options": {"norm": "batch"}}, ModelError, "xfixup_resnet18 does not take the options .*norm"),
+        (
+            "xfixup_resnet18",
+            {"options": {"norm": "batch"}},
+            ModelError,
+            "xfixup_resnet18 does not take the options .*norm",
+        ),
         ("xfixup_resnet18", {"options": {"stem_stride": 3}}, ModelError, "stride 1, 2 or 4, not 3"),
         ("xfixup_resnet18", {"options": {"width": 0}}, ModelError, "width .* 1 or more, not 0"),
         ("xfixup_resnet51", {}, ModelError, "unknown model 'xfixup_resnet51'; near it: xfixup_resnet50"),

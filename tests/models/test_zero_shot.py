@@ -24,7 +24,9 @@ from pipelines.models.zero_shot import check_names, imagenet_names
 from tests.support.clip import TEXT, TIMM
 
 NAMES = ("dog", "tabby cat", "church")
-SPEC = ModelSpec("open_clip:custom", (), 64, "bcos", task="embedding", options={"embed_dim": 16, "vision_cfg": TIMM})
+SPEC = ModelSpec(
+    "open_clip:custom", (), 64, "bcos", task="embedding", options={"embed_dim": 16, "vision_cfg": TIMM}
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,9 @@ def test_a_saved_classifier_gives_the_same_cosines(tower, text, tmp_path, kind):
     save(tmp_path / "model", model, of_model)
     loaded, read = load(tmp_path / "model")
     images = torch.rand(2, 6, 64, 64)
-    wanted = 100 * F.normalize(tower(images), dim=-1) @ text.encode([f"a photo of a {name}." for name in NAMES]).T
+    wanted = (
+        100 * F.normalize(tower(images), dim=-1) @ text.encode([f"a photo of a {name}." for name in NAMES]).T
+    )
     torch.testing.assert_close(loaded(images), wanted)
     assert torch.equal(loaded(images), model(images))
     assert (read.task, read.classes, read.zero_shot) == ("multiclass", NAMES, {"scale": 100.0, "width": 16})

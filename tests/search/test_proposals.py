@@ -21,9 +21,17 @@ SPACE = [
 
 
 def suggestions(directory: Path, **changes: Any) -> Suggestions:
-    params = {"stage": "guide", "metrics": ["val/accuracy", "val/gridpg"], "trials": 6, "epochs": 3, "space": SPACE}
+    params = {
+        "stage": "guide",
+        "metrics": ["val/accuracy", "val/gridpg"],
+        "trials": 6,
+        "epochs": 3,
+        "space": SPACE,
+    }
     params |= {"asha": AshaParams(), "concurrency": 1, "workers": 0, "seed": 0}
-    return Suggestions(SearchParams.model_construct(**params | changes), str(directory), [], lambda trial: None)
+    return Suggestions(
+        SearchParams.model_construct(**params | changes), str(directory), [], lambda trial: None
+    )
 
 
 def run_trial(
@@ -32,7 +40,10 @@ def run_trial(
     """A trial with this accuracy after each epoch, finished with these metrics, or stopped where they are None; its values."""
     values = searcher.suggest(name)
     place = trial_directory(searcher._directory, values)
-    rows = [{"epoch": n, "step": n, "metrics": {"val/accuracy": value}} for n, value in enumerate(history, start=1)]
+    rows = [
+        {"epoch": n, "step": n, "metrics": {"val/accuracy": value}}
+        for n, value in enumerate(history, start=1)
+    ]
     files.write_json(f"{place}/history.json", rows)
     if metrics is not None:
         settle_trial(place, files.read_json(f"{place}/trial.json"), "finished", metrics)
@@ -45,11 +56,15 @@ def test_at_most_a_third_of_the_trials_is_drawn_at_random(trials: int, startup: 
     assert tpe(trials, seed=0)._n_startup_trials == startup
 
 
-def test_with_6_trials_most_are_suggested_by_what_the_others_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_6_trials_most_are_suggested_by_what_the_others_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     searcher, modelled = suggestions(tmp_path), []
     sample = searcher._tpe._sample
     monkeypatch.setattr(
-        searcher._tpe, "_sample", lambda study, trial, space: (modelled.append(trial.number), sample(study, trial, space))[1]
+        searcher._tpe,
+        "_sample",
+        lambda study, trial, space: (modelled.append(trial.number), sample(study, trial, space))[1],
     )
     for number in range(6):
         run_trial(searcher, str(number), {"val/accuracy": 0.1 * number, "val/gridpg": 0.5})

@@ -11,9 +11,25 @@ import optuna
 import pytest
 import yaml
 
-from pipelines.params import AshaParams, Params, SearchDimension, SearchParams, TrainingParams, replaced, validate
+from pipelines.params import (
+    AshaParams,
+    Params,
+    SearchDimension,
+    SearchParams,
+    TrainingParams,
+    replaced,
+    validate,
+)
 from pipelines.search.proposals import define_by_run
-from pipelines.search.records import Trial, draw, read_trials, settle_trial, start_trial, trial_directory, values_of_params
+from pipelines.search.records import (
+    Trial,
+    draw,
+    read_trials,
+    settle_trial,
+    start_trial,
+    trial_directory,
+    values_of_params,
+)
 from pipelines.search.tune import _halving, front, search
 from pipelines.training import TrainingError
 from tests.support import toy
@@ -29,15 +45,29 @@ SPACE = [
 
 def toy_search(**changes: Any) -> SearchParams:
     """A search of `toy.toy_trial`."""
-    params = {"stage": "guide", "metrics": ["val/accuracy", "val/gridpg"], "trials": 4, "epochs": 3, "space": SPACE}
-    return SearchParams.model_construct(**{"asha": None, "concurrency": 1, "workers": 0, "seed": 0, **params, **changes})
+    params = {
+        "stage": "guide",
+        "metrics": ["val/accuracy", "val/gridpg"],
+        "trials": 4,
+        "epochs": 3,
+        "space": SPACE,
+    }
+    return SearchParams.model_construct(
+        **{"asha": None, "concurrency": 1, "workers": 0, "seed": 0, **params, **changes}
+    )
 
 
 def run(directory: Path, kill_at: int = 0, **changes: Any) -> list[Trial]:
     """`toy_search` in `directory`."""
     params, told = toy_search(**changes), []
     training = TrainingParams(workers=0, max_failures=0)
-    found = search(partial(toy.toy_trial, str(directory), kill_at), params, training, str(directory), on_trial=told.append)
+    found = search(
+        partial(toy.toy_trial, str(directory), kill_at),
+        params,
+        training,
+        str(directory),
+        on_trial=told.append,
+    )
     assert sorted(trial["started"] for trial in told) == [trial["started"] for trial in found]
     return found
 
@@ -108,24 +138,37 @@ def test_successive_halving_goes_on_with_the_better_trials(metric: str, better: 
 def test_a_record_has_no_figure_that_was_not_measured(tmp_path: Path) -> None:
     place = trial_directory(str(tmp_path), {"x.lr": 0.1})
     found = {"val/accuracy": 0.5, "val/gridpg": float("nan")}
-    assert settle_trial(place, start_trial(place, {"x.lr": 0.1}), "finished", found)["metrics"] == {"val/accuracy": 0.5}
+    assert settle_trial(place, start_trial(place, {"x.lr": 0.1}), "finished", found)["metrics"] == {
+        "val/accuracy": 0.5
+    }
     assert "NaN" not in Path(place, "trial.json").read_text()
 
 
-def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(tmp_path: Path, ray_workers: None) -> None:
+def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(
+    tmp_path: Path, ray_workers: None
+) -> None:
     run_until_killed(f"from tests.search.test_tune import run\nrun(Path({str(tmp_path)!r}), kill_at=45)")
     before = read_trials(str(tmp_path))
-    assert [trial["status"] for trial in before] == ["finished", "finished", "running"]  # 18 steps each; killed in the third
+    assert [trial["status"] for trial in before] == [
+        "finished",
+        "finished",
+        "running",
+    ]  # 18 steps each; killed in the third
 
     after = run(tmp_path)
     assert after[:2] == before[:2]
     assert [trial["status"] for trial in after] == ["finished"] * 4
-    assert [after[2][key] for key in ("values", "started")] == [before[2][key] for key in ("values", "started")]
+    assert [after[2][key] for key in ("values", "started")] == [
+        before[2][key] for key in ("values", "started")
+    ]
     assert len({str(trial["values"]) for trial in after}) == 4
     steps = Counter((tmp_path / "steps").read_text().splitlines())
     names = [Path(trial_directory("", trial["values"])).name for trial in after]
     assert set(steps) == {f"{name} {step}" for name in names for step in range(18)}
-    assert [step for step, times in steps.items() if times > 1] in ([], [f"{names[2]} 8"])  # the one that the kill cut
+    assert [step for step, times in steps.items() if times > 1] in (
+        [],
+        [f"{names[2]} 8"],
+    )  # the one that the kill cut
     assert not list(tmp_path.glob("trials/*/checkpoints"))
 
     assert run(tmp_path) == after
@@ -142,7 +185,9 @@ def test_with_enough_trials_those_that_a_kill_left_half_done_do_not_count(tmp_pa
     assert [trial["status"] for trial in run(tmp_path, trials=2)] == ["finished", "stopped"]
 
 
-def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(tmp_path: Path, ray_workers: None) -> None:
+def test_weak_trials_are_stopped_and_bad_ones_do_not_end_the_search(
+    tmp_path: Path, ray_workers: None
+) -> None:
     space = [SPACE[0], SPACE[1], SearchDimension(key="x.lr", choice=[1e-9, 0.02, 0.03, 0.2])]
     found = run(tmp_path, space=space, trials=8, asha=AshaParams(grace=1, reduction=2), seed=1)
     assert {trial["error"] for trial in found if trial["status"] == "failed"} == {"too fast"}

@@ -15,7 +15,12 @@ TOY = (
     "datasets.captioned.counts={train: 48, val: 24, test: 24}",
     "clip.towers=[cnn]",
     *("clip.cnn.pretrain.epochs=1", "clip.cnn.pretrain.batch_size=24", "clip.cnn.pretrain.warmup_steps=1"),
-    *("clip.cnn.bcosify.epochs=1", "clip.cnn.bcosify.batch_size=24", "clip.evaluate.pictures=1", "training.workers=0"),
+    *(
+        "clip.cnn.bcosify.epochs=1",
+        "clip.cnn.bcosify.batch_size=24",
+        "clip.evaluate.pictures=1",
+        "training.workers=0",
+    ),
 )
 
 
@@ -36,9 +41,17 @@ def test_a_pair_is_trained_b_cosified_evaluated_and_explained(toy, tmp_path):
         clip.main(tower)
     assert toy.read("models/clip/vit/left-out.json") == {"because of": "clip.towers"}
     original, bcos = (models.read_spec(tmp_path / f"models/{stage}/cnn") for stage in ("image_text", "clip"))
-    assert (original.kind, bcos.kind, original.task, bcos.task) == ("conventional", "bcos", "embedding", "embedding")
+    assert (original.kind, bcos.kind, original.task, bcos.task) == (
+        "conventional",
+        "bcos",
+        "embedding",
+        "embedding",
+    )
     assert bcos.design["position_embedding"] == "remove"
-    texts = [models.load_text_tower(tmp_path / f"models/{stage}/cnn").encode(["a circle"]) for stage in ("image_text", "clip")]
+    texts = [
+        models.load_text_tower(tmp_path / f"models/{stage}/cnn").encode(["a circle"])
+        for stage in ("image_text", "clip")
+    ]
     assert texts[0].equal(texts[1])
     evaluate_clip.main()
     found = toy.read("reports/evaluate_clip/metrics.json")

@@ -101,7 +101,14 @@ def test_a_teacher_from_elsewhere_waits_for_nothing_that_is_trained_here(project
 def test_one_data_set_for_everything_and_the_baseline_from_scratch_are_in_the_graph(project):
     project.compose("dataset=scenes", "bcosify.starts=[pretrained, scratch]")
     before = upstream(project, "evaluate", "evaluate_guidance", "search", "register")
-    assert {"shard@scenes", "bcosify@pretrained", "bcosify@scratch", "distill@kd", "classify", "evaluate"} <= before
+    assert {
+        "shard@scenes",
+        "bcosify@pretrained",
+        "bcosify@scratch",
+        "distill@kd",
+        "classify",
+        "evaluate",
+    } <= before
     assert "shard@objects" not in before
 
 
@@ -129,7 +136,10 @@ def test_a_point_of_the_search_becomes_an_experiment(project, monkeypatch, capfd
     after = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
     assert {key: after[key.rpartition(".")[2]] for key in trials[1]["values"]} == trials[1]["values"]
     assert len(experiments(project) - before) == 1
-    assert refused(search_apply.main, ["3"]) == "3: there is no such trial; reports/search/trials.json has 0 to 2"
+    assert (
+        refused(search_apply.main, ["3"])
+        == "3: there is no such trial; reports/search/trials.json has 0 to 2"
+    )
 
 
 def test_plots_and_experiments_are_shown(project):
@@ -139,7 +149,10 @@ def test_plots_and_experiments_are_shown(project):
 
 
 def test_again_changes_nothing_and_registers_nothing(project):
-    before = {name: (project.folder / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/register.json")}
+    before = {
+        name: (project.folder / name).read_bytes()
+        for name in ("dvc.lock", "params.yaml", "reports/register.json")
+    }
     told = project.run("dvc repro").stdout
     assert told.count("didn't change, skipping") == 20
     assert "is in the registry already" in told
@@ -159,7 +172,10 @@ def test_the_registered_version_gives_the_trained_models_logits_in_a_new_process
     images = add_inverse(torch.rand(4, 3, 32, 32))
     torch.save(images, tmp_path / "images.pt")
     (tmp_path / "load.py").write_text(LOAD)
-    uri, environment = project.read("reports/register.json")["uri"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false PYTHONPATH=."
+    uri, environment = (
+        project.read("reports/register.json")["uri"],
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false PYTHONPATH=.",
+    )
     project.run(f"{environment} python {tmp_path}/load.py {uri} {tmp_path}/images.pt {tmp_path}/logits.pt")
     model, _ = models.load(project.folder / "models/bcosify/pretrained")
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))

@@ -47,7 +47,11 @@ def test_students_learn_from_images_without_labels(workspace, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(path)
-    data = ["dataset=imagefolder", f"datasets.imagefolder.root={tmp_path}/images", "datasets.imagefolder.labelled=false"]
+    data = [
+        "dataset=imagefolder",
+        f"datasets.imagefolder.root={tmp_path}/images",
+        "datasets.imagefolder.labelled=false",
+    ]
     shape = ["data.image_size=32", "data.eval_resize=32", "data.augment=flip", "distill.shots=null"]
     workspace.compose(*data, *shape)
     fetch.main("imagefolder")
@@ -82,7 +86,9 @@ def test_a_class_with_too_few_images_gives_all_of_them_and_one_line_says_so(work
     distill.main("kd")
     assert workspace.read("models/distill/kd/subset.json")["count"] == 192
     assert [
-        line for line in caplog.messages if line.startswith("shots: 1000 images a class; 10 of 10 classes have fewer in train")
+        line
+        for line in caplog.messages
+        if line.startswith("shots: 1000 images a class; 10 of 10 classes have fewer in train")
     ]
 
 
@@ -128,7 +134,10 @@ def test_another_stage_is_searched_by_its_own_metrics(workspace, ray_workers):
     workspace.compose(*changes, "search.metrics=[val/f1,val/iou]")
     search.main()
     trials = workspace.read("reports/search/trials.json")
-    assert [(row["status"], row["values"]["guide.guided.loss"]) for row in trials] == [("finished", "energy"), ("finished", "l1")]
+    assert [(row["status"], row["values"]["guide.guided.loss"]) for row in trials] == [
+        ("finished", "energy"),
+        ("finished", "l1"),
+    ]
     workspace.compose(*changes, "search.metrics=[val/f1,val/gridpg]")
     assert "search.metrics: no metric 'val/gridpg'; there are val/" in refused(search.main)
 
@@ -137,7 +146,9 @@ def test_with_a_storage_the_shards_are_read_there(workspace, tmp_path):
     storage = f"storage.root=file://{tmp_path}/storage"
     workspace.compose(storage)
     distill.main("kd")
-    for path in workspace.folder.glob("data/shards/objects/*.tar"):  # a job on a cluster has no shards of its own
+    for path in workspace.folder.glob(
+        "data/shards/objects/*.tar"
+    ):  # a job on a cluster has no shards of its own
         path.unlink()
     shutil.rmtree("models/distill/kd")
     distill.main("kd")
@@ -148,7 +159,9 @@ def test_with_a_storage_the_shards_are_read_there(workspace, tmp_path):
     explain.main()
     distill.main("e2kd")
     assert workspace.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
-    assert len(list(tmp_path.glob("storage/explanations/*/explanations.json"))) == 1  # made there, and read there
+    assert (
+        len(list(tmp_path.glob("storage/explanations/*/explanations.json"))) == 1
+    )  # made there, and read there
     assert [path.name for path in workspace.folder.glob("data/explanations/*")] == ["explanations.json"]
 
 

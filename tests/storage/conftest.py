@@ -33,5 +33,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place that does not exist yet."""
     if request.param == "s3":
         return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
-    places = {"path": str(tmp_path / "a/b"), "file": f"file://{tmp_path}/a/b", "memory": f"memory://files/{tmp_path.name}"}
+    places = {
+        "path": str(tmp_path / "a/b"),
+        "file": f"file://{tmp_path}/a/b",
+        "memory": f"memory://files/{tmp_path.name}",
+    }
     return places[request.param]

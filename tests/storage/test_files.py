@@ -40,7 +40,9 @@ def test_published_files_come_back_as_they_are_known(folder: str, tmp_path: Path
     for name, content in contents.items():
         files.write(tmp_path / "here" / name, content)
     publish(tmp_path / "here", f"{folder}/below/it", contents)
-    fetch(folder, tmp_path / "back", [describe(tmp_path / "here", name) for name in contents], below="below/it/")
+    fetch(
+        folder, tmp_path / "back", [describe(tmp_path / "here", name) for name in contents], below="below/it/"
+    )
     assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
     assert read_at_most(f"{folder}/below/it", "below/a b.json", 10) == b"{}"
     assert read_at_most(f"{folder}/below/it", "empty", 10) == b""
@@ -84,7 +86,9 @@ def test_a_refused_write_is_one_line_with_its_errno_and_leaves_the_old_file(
 
     files.write(tmp_path / "file", b"old")
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(StorageError, match=r"file: no space left on the device; nothing of it was kept$") as caught:
+    with pytest.raises(
+        StorageError, match=r"file: no space left on the device; nothing of it was kept$"
+    ) as caught:
         files.write(tmp_path / "file", b"new")
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["file"]
@@ -114,15 +118,21 @@ def test_no_crash_leaves_a_part_of_a_file_under_its_name(tmp_path: Path) -> None
             path.write_bytes(b"new content")
     assert len(disk.places) > 20
     for place in disk.places:
-        there = {name: content for name, content in place.content.items() if not Path(name).name.startswith(".")}
+        there = {
+            name: content for name, content in place.content.items() if not Path(name).name.startswith(".")
+        }
         assert there.pop("run/file") in (b"old content", b"new content"), place
         assert set(there.values()) <= {b"new content"}, place
-    assert {**disk.places[-1].content} == dict.fromkeys(("run/file", "run/made/later/file", "run/large"), b"new content")
+    assert {**disk.places[-1].content} == dict.fromkeys(
+        ("run/file", "run/made/later/file", "run/large"), b"new content"
+    )
 
 
 def test_one_of_many_creates_a_file(folder: str) -> None:
     contents = [str(number).encode() for number in range(6)]
-    with ThreadPoolExecutor(1 if folder.startswith("memory") else len(contents)) as pool:  # memory is of one thread
+    with ThreadPoolExecutor(
+        1 if folder.startswith("memory") else len(contents)
+    ) as pool:  # memory is of one thread
         got = list(pool.map(lambda content: files.create(f"{folder}/lock", content), contents))
     assert got.count(True) == 1
     assert files.read(f"{folder}/lock") == contents[got.index(True)]
@@ -174,7 +184,9 @@ def test_a_created_file_is_never_seen_in_part_where_there_are_hard_links(tmp_pat
 
     seen = []
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append((tmp_path / "a").exists()), sync(descriptor)))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (seen.append((tmp_path / "a").exists()), sync(descriptor))
+    )
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     assert files.create(tmp_path / "a", b"content")

@@ -63,7 +63,9 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_the_second_driver_says_who_has_it_and_since_when(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_driver_says_who_has_it_and_since_when(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = {"metadata": {"job_submission_id": "raysubmit_1234"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     with held(folder) as mine:
@@ -121,13 +123,17 @@ def test_a_driver_killed_on_this_machine_is_succeeded_at_once(tmp_path: Path, wa
     [{"pid": 2**31 - 1}, {"started": "1"}, {"boot": "before the power failed"}],
     ids=["no such process", "another process with its number", "the machine was started again"],
 )
-def test_what_is_surely_dead_is_not_waited_for(tmp_path: Path, waited: list[float], of_holder: dict[str, Any]) -> None:
+def test_what_is_surely_dead_is_not_waited_for(
+    tmp_path: Path, waited: list[float], of_holder: dict[str, Any]
+) -> None:
     with left_by(str(tmp_path), lease.time(), **of_holder):
         assert take_and_leave(str(tmp_path)) == 2
     assert waited == []
 
 
-@pytest.mark.parametrize("of_holder", [{"host": "far"}, {"machine": "its image's"}, {"namespace": "of another container"}])
+@pytest.mark.parametrize(
+    "of_holder", [{"host": "far"}, {"machine": "its image's"}, {"namespace": "of another container"}]
+)
 def test_a_driver_elsewhere_is_waited_for_until_its_lease_has_run_out(
     tmp_path: Path, waited: list[float], of_holder: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,18 +152,25 @@ def test_a_lease_that_has_run_out_is_taken_over_at_once(tmp_path: Path, waited: 
 def test_a_driver_elsewhere_that_shows_life_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sign = tmp_path / "lease/other.json"
     monkeypatch.setattr(lease, "sleep", lambda _: files.write_json(sign, {"alive": 5.0}))
-    with left_by(str(tmp_path), lease.time(), host="far", pid=7), pytest.raises(LeaseError, match="in use by far, pid 7, since"):
+    with (
+        left_by(str(tmp_path), lease.time(), host="far", pid=7),
+        pytest.raises(LeaseError, match="in use by far, pid 7, since"),
+    ):
         take_and_leave(str(tmp_path))
     assert [path.name for path in sorted((tmp_path / "lease").iterdir())] == ["00000001.json", "other.json"]
 
 
-def test_a_driver_elsewhere_that_ends_meanwhile_is_succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_elsewhere_that_ends_meanwhile_is_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "sleep", lambda _: files.remove(tmp_path / "lease/other.json"))
     with left_by(str(tmp_path), lease.time(), host="far"):
         assert take_and_leave(str(tmp_path)) == 2
 
 
-def test_a_driver_that_was_taken_for_dead_learns_who_succeeded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_was_taken_for_dead_learns_who_succeeded_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with held(str(tmp_path)) as mine:
         monkeypatch.setattr(lease, "_alive", set())  # as seen from elsewhere after a long silence
         assert elsewhere(take_and_leave, str(tmp_path)) == 2
@@ -198,7 +211,9 @@ def test_a_trial_is_its_searchs_whoever_had_it_before(
         new.check_newest()
         with pytest.raises(LeaseError, match="taken over by"):
             old.check_newest()
-        with pytest.raises(LeaseError, match="taken over by"):  # the first one's worker, which is started again
+        with pytest.raises(
+            LeaseError, match="taken over by"
+        ):  # the first one's worker, which is started again
             elsewhere(lambda: held(trial, under=first).__enter__())
         new.check_newest()
     assert waited == []
@@ -222,7 +237,9 @@ def test_without_a_driver_a_writer_is_its_own(tmp_path: Path) -> None:
             elsewhere(take_and_leave, str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"holder": {"pid": 1}, "owner": "a", "nonce": "b"}', b"\0\0"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b'{"holder": {"pid": 1}, "owner": "a", "nonce": "b"}', b"\0\0"]
+)
 def test_a_token_that_a_crash_left_unreadable_is_nobodys(tmp_path: Path, content: bytes) -> None:
     files.write(tmp_path / "lease/00000004.json", content)
     assert take_and_leave(str(tmp_path)) == 5
@@ -233,7 +250,9 @@ def test_a_token_that_a_crash_left_unreadable_is_nobodys(tmp_path: Path, content
             elsewhere(take_and_leave, str(tmp_path))
 
 
-def test_where_a_storage_overwrites_what_is_there_the_last_to_come_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_storage_overwrites_what_is_there_the_last_to_come_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A storage that ignores the condition: both find the number free, and one overwrites the other's token."""
     place = "memory://careless/run"
     with held(place) as first:
@@ -250,7 +269,9 @@ def test_where_a_storage_overwrites_what_is_there_the_last_to_come_writes(monkey
             first.check_newest()
 
 
-def test_signs_of_life_are_shown_until_another_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_of_life_are_shown_until_another_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with held(str(tmp_path)) as mine:
         sign, rounds = tmp_path / f"lease/{mine.owner}.json", iter([False, False, True])
         before = files.read_json(sign)

@@ -48,12 +48,16 @@ def test_absolute_paths_and_urls_stay(copy: Path, tmp_path: Path) -> None:
     assert users_path("~/x.zip") == os.path.expanduser("~/x.zip")
 
 
-def test_two_experiments_at_once_have_runs_of_their_own_unless_the_storage_is_elsewhere(copy: Path, tmp_path: Path) -> None:
+def test_two_experiments_at_once_have_runs_of_their_own_unless_the_storage_is_elsewhere(
+    copy: Path, tmp_path: Path
+) -> None:
     assert run_directory("runs", "pretrain").startswith(f"{copy}/runs/pretrain/")
     assert absolute("../scratch") == str(tmp_path / "scratch")
 
 
-def test_without_dvc_all_are_seen_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dvc_all_are_seen_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     assert users_path("images.zip") == absolute("images.zip") == str(tmp_path / "images.zip")

@@ -80,7 +80,9 @@ def test_names_of_an_index_in_the_storage_do_not_lead_out_of_the_folder(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_no_more_is_written_of_a_file_than_it_is_said_to_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_written_of_a_file_than_it_is_said_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a").write_text("seven 7")
     known = describe(tmp_path, "a")
     fsspec.filesystem("memory").pipe_file("/bucket/grown/a", b"seven 7" * 1000)

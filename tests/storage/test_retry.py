@@ -28,7 +28,9 @@ class Clock:
         self.now += seconds
 
 
-@pytest.mark.parametrize("error", [OSError(5, "input/output error"), TimeoutError(), UNREACHABLE, urllib.error.URLError("reset")])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "input/output error"), TimeoutError(), UNREACHABLE, urllib.error.URLError("reset")]
+)
 def test_what_may_pass_is_tried_again_ever_later_and_in_the_end_told_in_one_line(error: Exception) -> None:
     clock, tries = Clock(), []
 

@@ -25,7 +25,9 @@ def closure(requirements: Iterable[str]) -> set[str]:
                 needs = map(Requirement, distribution(wanted.name).requires or ())
             except PackageNotFoundError:  # of another platform
                 continue
-            left.extend(need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra}))
+            left.extend(
+                need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})
+            )
     return {name for name, _ in found}
 
 
@@ -37,8 +39,18 @@ def bare_environment(requirements: Iterable[str], folder: Path) -> list[str]:
             files = distribution(name).files or ()
         except PackageNotFoundError:
             continue
-        for path in {file.parts[0]: file for file in files if file.parts[0] not in ("..", "__pycache__")}.values():
-            link, target = folder / path.parts[0], Path(os.fspath(path.locate())).parents[len(path.parts) - 1] / path.parts[0]
+        for path in {
+            file.parts[0]: file for file in files if file.parts[0] not in ("..", "__pycache__")
+        }.values():
+            link, target = (
+                folder / path.parts[0],
+                Path(os.fspath(path.locate())).parents[len(path.parts) - 1] / path.parts[0],
+            )
             if not link.exists():
                 link.symlink_to(target)
-    return [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(folder)!r}]; exec(sys.stdin.read())"]
+    return [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import sys; sys.path[:0] = [{str(folder)!r}]; exec(sys.stdin.read())",
+    ]

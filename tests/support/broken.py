@@ -73,7 +73,9 @@ def altered(content: Any, draw: random.Random) -> Any:
         case 2:
             other, place = draw.choice(places)
             group[key] = (
-                copy.deepcopy(other[place]) if place in other or (isinstance(other, list) and place < len(other)) else None
+                copy.deepcopy(other[place])
+                if place in other or (isinstance(other, list) and place < len(other))
+                else None
             )
         case _:
             group[key] = draw.choice(NASTY)

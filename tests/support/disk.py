@@ -45,8 +45,12 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root, self.places = root, list[Place]()
-        self._synced: dict[int, bytes] = {}  # inode of a file that is not synced -> the content that is on the disk
-        self._names: dict[Path, bytes | None] = {}  # path with a name that is not synced -> what the disk has there
+        self._synced: dict[
+            int, bytes
+        ] = {}  # inode of a file that is not synced -> the content that is on the disk
+        self._names: dict[
+            Path, bytes | None
+        ] = {}  # path with a name that is not synced -> what the disk has there
 
     def __enter__(self) -> Disk:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -123,11 +127,15 @@ class Disk:
             if content is not None:
                 power[lost] = content
             else:
-                power = {path: value for path, value in power.items() if path != lost and lost not in path.parents}
+                power = {
+                    path: value for path, value in power.items() if path != lost and lost not in path.parents
+                }
                 left = {path for path in left if path != lost and lost not in path.parents}
         for kind, found, there in (("kill", kill, folders), ("power", power, left)):
             named = {str(path.relative_to(self.root)): content for path, content in found.items()}
-            self.places.append(Place(before, kind, named, frozenset(str(path.relative_to(self.root)) for path in there)))
+            self.places.append(
+                Place(before, kind, named, frozenset(str(path.relative_to(self.root)) for path in there))
+            )
 
 
 class _File:

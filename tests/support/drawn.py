@@ -29,7 +29,10 @@ def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:
 def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "cpu") -> dict[str, str]:
     """Folders of a `conventional` and a `bcos` model that have the 50 test images by heart, so that grids can be made of them."""
     (batch,) = loader(shards, "test", data, 50, context=Context(device=torch.device(device)))
-    images, wanted = add_inverse(batch["image"]), nn.functional.one_hot(batch["label"], len(CLASSES)).float().to(device)
+    images, wanted = (
+        add_inverse(batch["image"]),
+        nn.functional.one_hot(batch["label"], len(CLASSES)).float().to(device),
+    )
     for kind in ("conventional", "bcos"):
         torch.manual_seed(0)
         spec = ModelSpec("resnet8", CLASSES, data.image_size, kind)  # type: ignore[arg-type]

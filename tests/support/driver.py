@@ -19,6 +19,10 @@ cloudpickle.register_pickle_by_value(toy)
 
 def run_until_killed(script: str) -> None:
     """Runs `script`, which has `toy`, `Path` and a Ray of its own; raises `AssertionError` unless it ends by SIGKILL."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", PRELUDE + script], env=environment, timeout=240, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script], env=environment, timeout=240, check=False
+    )
     assert process.returncode == -signal.SIGKILL

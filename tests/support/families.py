@@ -131,7 +131,9 @@ class Tape:
             yield
 
 
-def check_frozen_jacobian(model: nn.Module, images: Tensor, *, tower: bool = False, **choices: Any) -> BcosNetwork:
+def check_frozen_jacobian(
+    model: nn.Module, images: Tensor, *, tower: bool = False, **choices: Any
+) -> BcosNetwork:
     """W(x) of the B-cosified network is the Jacobian of that network with its input-dependent factors frozen at x.
 
     The frozen network replays recorded factors as constants, so nothing of how layers hold them is trusted: its whole gradient
@@ -148,7 +150,9 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, *, tower: bool = Fal
         the network, float64, for further checks.
     """
     network = bcosify(shake(model), logit_bias=0.0, **choices).double()
-    assert (class_count(model, network) is None) == tower, "a classifier taken for an embedding tower, or the reverse"
+    assert (class_count(model, network) is None) == tower, (
+        "a classifier taken for an embedding tower, or the reverse"
+    )
     images = add_inverse(images.double())
     settle(network, images)
     with torch.no_grad():
@@ -159,7 +163,11 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, *, tower: bool = Fal
     tape = Tape()
     with explanation_mode(network), torch.no_grad(), tape.recording():
         assert relative(network(images), logits) <= 1e-9
-    idle = [name for name, layer in network.named_modules() if isinstance(layer, Holdable) and not tape.factors[layer]]
+    idle = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, Holdable) and not tape.factors[layer]
+    ]
     assert not idle, f"these layers held nothing: {idle}"
 
     def frozen(x: Tensor) -> Tensor:
@@ -173,7 +181,9 @@ def check_frozen_jacobian(model: nn.Module, images: Tensor, *, tower: bool = Fal
     missed, total = 0.0, 0.0
     for direction in torch.randn(3, *images.shape).to(images):
         expected = (weights * direction).sum((1, 2, 3))
-        misses = torch.stack([(_slope(frozen, images, direction, step) - expected).abs() for step in (1e-5, 1e-6, 1e-7)])
+        misses = torch.stack(
+            [(_slope(frozen, images, direction, step) - expected).abs() for step in (1e-5, 1e-6, 1e-7)]
+        )
         missed += float(misses.amin(0).sum())  # a long step may cross a ReLU's kink, a short one is rounded
         total += float(expected.abs().sum())
     assert missed <= 1e-4 * total

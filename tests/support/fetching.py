@@ -108,4 +108,8 @@ def ids_of(sample: Sample) -> np.ndarray:
 def boxes_at(root: str, split: str, size: int) -> dict[str, torch.Tensor]:
     """(n, 5) boxes by key, as the loader gives them with images of size x size."""
     batches = loader(root, split, DataParams(image_size=size), 16)
-    return {key: batch["boxes"][batch["boxes"][:, 0] == row, 1:] for batch in batches for row, key in enumerate(batch["key"])}
+    return {
+        key: batch["boxes"][batch["boxes"][:, 0] == row, 1:]
+        for batch in batches
+        for row, key in enumerate(batch["key"])
+    }

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-_ONE, _TWO = ("os.mkdir", "os.rmdir", "os.remove", "os.truncate"), ("os.rename", "os.link", "os.symlink")  # events by paths
+_ONE, _TWO = (
+    ("os.mkdir", "os.rmdir", "os.remove", "os.truncate"),
+    ("os.rename", "os.link", "os.symlink"),
+)  # events by paths
 _inside: Path | None = None
 _outside: list[str] = []
 _installed = False
@@ -29,7 +32,11 @@ def _watch(event: str, arguments: tuple) -> None:
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path) != os.devnull:
             place = os.path.abspath(os.fsdecode(path))
-            if Path(place).suffix != ".pyc" and "__pycache__" not in place and not Path(place).is_relative_to(_inside):
+            if (
+                Path(place).suffix != ".pyc"
+                and "__pycache__" not in place
+                and not Path(place).is_relative_to(_inside)
+            ):
                 _outside.append(place)
 
 

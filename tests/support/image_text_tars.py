@@ -27,7 +27,10 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes | None]]) -> None:
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    counted = {"count": len(samples) + 3, "successes": sum(files["jpg"] is not None for files in samples.values())}
+    counted = {
+        "count": len(samples) + 3,
+        "successes": sum(files["jpg"] is not None for files in samples.values()),
+    }
     path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(counted))
 
 

@@ -23,7 +23,9 @@ def write(out, samples, *, shard_size=SHARD_SIZE, task="multiclass"):
     return str(out)
 
 
-def evaluate(root, *, batch_size=4, workers=0, on_error="raise", verify=False, rank=0, world_size=1, **options):
+def evaluate(
+    root, *, batch_size=4, workers=0, on_error="raise", verify=False, rank=0, world_size=1, **options
+):
     data = DATA.model_copy(update={"loader_workers": workers, "on_error": on_error, "verify": verify})
     return loader(root, "train", data, batch_size, context=Context(rank, world_size), **options)
 

@@ -20,7 +20,11 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-KEYS = {"AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "of-a-test", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "of-a-test",
+    "AWS_SECRET_ACCESS_KEY": "of-a-test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 START = 90.0  # seconds that a server may take
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -39,7 +43,9 @@ class Storage:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
         self.port, self.share, self.requests, self.refused, self.outages = free_port(), 0.0, 0, 0, 0
-        self.leave_at: tuple[str, str, float] | None = None  # method and part of the path of a request, seconds
+        self.leave_at: tuple[str, str, float] | None = (
+            None  # method and part of the path of a request, seconds
+        )
         self.url = f"http://127.0.0.1:{self.port}"
         self._app = DomainDispatcherApplication(create_backend_app)
         self._chance, self._put = random.Random(0), threading.Lock()
@@ -61,14 +67,20 @@ class Storage:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Answers a request, or refuses it."""
         self.requests += 1
-        if self.leave_at and environ["REQUEST_METHOD"] == self.leave_at[0] and self.leave_at[1] in environ["PATH_INFO"]:
+        if (
+            self.leave_at
+            and environ["REQUEST_METHOD"] == self.leave_at[0]
+            and self.leave_at[1] in environ["PATH_INFO"]
+        ):
             threading.Thread(target=self.away, args=[self.leave_at[2]]).start()
             self.leave_at = None
         if self._chance.random() < self.share:
             self.refused += 1
             start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
             return [b""]
-        with self._put if environ["REQUEST_METHOD"] == "PUT" else nullcontext():  # moto tests a condition, then puts
+        with (
+            self._put if environ["REQUEST_METHOD"] == "PUT" else nullcontext()
+        ):  # moto tests a condition, then puts
             return self._app(environ, start_response)
 
     def away(self, seconds: float) -> None:
@@ -85,7 +97,9 @@ def process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own."""
     with log.open("wb") as file:
-        server = subprocess.Popen(command, env=dict(env), stdout=file, stderr=file, cwd=cwd, start_new_session=True, user=user)
+        server = subprocess.Popen(
+            command, env=dict(env), stdout=file, stderr=file, cwd=cwd, start_new_session=True, user=user
+        )
         try:
             yield server
         finally:
@@ -112,7 +126,9 @@ def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: 
 
 def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
     """Whether a page is there."""
-    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=5) as response:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers=dict(headers or {})), timeout=5
+    ) as response:
         return response.status == 200
 
 
@@ -128,11 +144,21 @@ def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
         # Another Ray on this machine may have the default ones; the agent that starts jobs does not come up without.
         **{"--dashboard-agent-listen-port": free_port(), "--ray-client-server-port": free_port()},
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *map(str, sum(options.items(), ()))]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        *map(str, sum(options.items(), ())),
+    ]
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
     try:
         with process(*command, env={**env, **secret}, log=log, cwd=folder) as server:
-            wait_for(server, lambda: answers(f"{address}/api/version", {"Authorization": f"Bearer {token}"}), log)
+            wait_for(
+                server, lambda: answers(f"{address}/api/version", {"Authorization": f"Bearer {token}"}), log
+            )
             yield address
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,7 +180,14 @@ class Postgres:
         self._home = Path(tempfile.mkdtemp(prefix="postgres-"))
         if self._user is not None:
             os.chown(self._home, pwd.getpwnam(self._user).pw_uid, pwd.getpwnam(self._user).pw_gid)
-        initdb = [POSTGRES[-1] / "initdb", "--auth=trust", "--username=mlflow", "--no-sync", "-D", self._home / "data"]
+        initdb = [
+            POSTGRES[-1] / "initdb",
+            "--auth=trust",
+            "--username=mlflow",
+            "--no-sync",
+            "-D",
+            self._home / "data",
+        ]
         subprocess.run(initdb, user=self._user, check=True, capture_output=True, cwd=self._home)
         self.start()
         return self
@@ -166,10 +199,16 @@ class Postgres:
     def start(self) -> None:
         """Starts it, and waits until it listens."""
         program, data = str(POSTGRES[-1] / "postgres"), self._home / "data"
-        options = map(str, ["-D", data, "-h", "127.0.0.1", "-p", self.port, "-k", self._home, "-c", "fsync=off"])
+        options = map(
+            str, ["-D", data, "-h", "127.0.0.1", "-p", self.port, "-k", self._home, "-c", "fsync=off"]
+        )
         running = process(program, *options, env=self._env, log=self._log, cwd=self._home, user=self._user)
         self._server = self._process.enter_context(running)
-        wait_for(self._server, lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None, self._log)
+        wait_for(
+            self._server,
+            lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None,
+            self._log,
+        )
 
     def stop(self) -> None:
         """Cuts all connections and ends."""
@@ -182,7 +221,16 @@ def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder:
     """MLflow's tracking server; its address."""
     port, log = free_port(), folder / "mlflow.log"
     options = {"--host": "127.0.0.1", "--port": port, "--workers": 1, "--backend-store-uri": database}
-    command = ["-m", "mlflow", "server", *map(str, sum(options.items(), ())), "--artifacts-destination", artifacts]
-    with process(sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder) as server:
+    command = [
+        "-m",
+        "mlflow",
+        "server",
+        *map(str, sum(options.items(), ())),
+        "--artifacts-destination",
+        artifacts,
+    ]
+    with process(
+        sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder
+    ) as server:
         wait_for(server, lambda: answers(f"http://127.0.0.1:{port}/health"), log)
         yield f"http://127.0.0.1:{port}"

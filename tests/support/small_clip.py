@@ -26,7 +26,9 @@ def small_clip(folder: Path) -> dict[str, str]:
         spec = ModelSpec(f"open_clip:{config}", (), SIDE, kind, task="embedding")  # type: ignore[arg-type]
         tower = models.assemble(spec, network).train()
         with torch.no_grad():
-            for _ in range(20):  # norms learn their statistics: at random weights alone, embeddings of a B-cos tower vanish
+            for _ in range(
+                20
+            ):  # norms learn their statistics: at random weights alone, embeddings of a B-cos tower vanish
                 tower(add_inverse(torch.rand(16, 3, SIDE, SIDE)))
         models.save(folder / name, tower, spec)
         models.save_text_tower(folder / name, text)

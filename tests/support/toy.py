@@ -36,7 +36,14 @@ def samples(count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def toy_batches(
-    job: Job, split: str, *, context: Context | None = None, epoch: int = 0, start_batch: int = 0, count: int = COUNT, **_: Any
+    job: Job,
+    split: str,
+    *,
+    context: Context | None = None,
+    epoch: int = 0,
+    start_batch: int = 0,
+    count: int = COUNT,
+    **_: Any,
 ) -> list[dict[str, Any]]:
     """As `shard_batches`: a function of seed, epoch and rank alone; evaluation reads each sample once."""
     rank, world_size = (0, 1) if context is None else (context.rank, context.world_size)
@@ -45,12 +52,17 @@ def toy_batches(
     if split == "train":
         order = torch.randperm(count, generator=torch.Generator().manual_seed(job.seed * 1000 + epoch))
         whole = order[: count // size * size].split(size)
-        pieces = [piece[rank * size // world_size : (rank + 1) * size // world_size] for piece in whole][start_batch:]
+        pieces = [piece[rank * size // world_size : (rank + 1) * size // world_size] for piece in whole][
+            start_batch:
+        ]
     else:
         cuts = (0, 40, count)[:world_size] + (count,) * world_size  # very uneven: a third rank gets nothing
         order = torch.arange(count)[cuts[rank] : cuts[rank + 1]]
         pieces = [piece for piece in order.split(job.training.largest_part(size)) if len(piece)]
-    return [{"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]} for piece in pieces]
+    return [
+        {"key": [f"{i:04d}" for i in piece], "image": images[piece], "label": labels[piece]}
+        for piece in pieces
+    ]
 
 
 class Count(torchmetrics.Metric):
@@ -180,7 +192,9 @@ class BlockNetwork(nn.Module):
         def block(norm: nn.Module) -> nn.Module:
             return Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.2)))
 
-        self.stage = nn.Sequential(block(nn.BatchNorm2d(8)), block(BcosBatchNorm(8)), nn.Sequential(nn.ReLU()))
+        self.stage = nn.Sequential(
+            block(nn.BatchNorm2d(8)), block(BcosBatchNorm(8)), nn.Sequential(nn.ReLU())
+        )
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -232,7 +246,12 @@ def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
 
 
 def accident(
-    kind: str, at_step: int, marker: Path | str = "", rank: int = 0, method: type[ToyMethod] = ToyMethod, **more: Any
+    kind: str,
+    at_step: int,
+    marker: Path | str = "",
+    rank: int = 0,
+    method: type[ToyMethod] = ToyMethod,
+    **more: Any,
 ) -> partial[ToyMethod]:
     """A `build` whose method has an accident in the `at_step`-th step of its process (once, where a marker is given)."""
     return partial(method, kind, at_step, str(marker), rank, **more)

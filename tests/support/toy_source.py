@@ -31,7 +31,13 @@ def noise(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
 def plain(number: int, **changes: Any) -> Sample:
     """A sample with nothing but its label."""
     return Sample(
-        **{"key": f"k{number:04d}", "image": encoded(noise(number)), "extension": "png", "label": number % 3, **changes}
+        **{
+            "key": f"k{number:04d}",
+            "image": encoded(noise(number)),
+            "extension": "png",
+            "label": number % 3,
+            **changes,
+        }
     )
 
 

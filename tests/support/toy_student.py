@@ -35,4 +35,7 @@ def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[f
     for job in jobs.values():
         fit(context, job)
     histories = {name: files.read_json(f"{job.directory}/history.json") for name, job in jobs.items()}
-    return {name: tuple(row[k]["metrics"]["train/explanation"] for k in (0, -1)) for name, row in histories.items()}
+    return {
+        name: tuple(row[k]["metrics"]["train/explanation"] for k in (0, -1))
+        for name, row in histories.items()
+    }

@@ -100,7 +100,9 @@ def step(context: Context, job: Job, rows: range) -> tuple[float, Tensor]:
     run.objective.train()
     found = compute_gradients(run, batch_of(rows))
     gradients = [parameter.grad for parameter in run.method.module.parameters() if parameter.grad is not None]
-    return float(found.get("loss", torch.zeros(()))), torch.cat([gradient.flatten() for gradient in gradients])
+    return float(found.get("loss", torch.zeros(()))), torch.cat(
+        [gradient.flatten() for gradient in gradients]
+    )
 
 
 def rows_of(shares: tuple[int, ...], rank: int) -> range:
@@ -114,7 +116,10 @@ def all_cases(world_size: int) -> dict[str, tuple[Job, tuple[int, ...]]]:
         size = {"batch_size": world_size * max(shares)}
         for parts in (1, 2):
             optim = clip_params(**size)
-            found[f"siglip {name} {parts}"] = job_of(partial(taught, optim), optim, workers=world_size, accumulate=parts), shares
+            found[f"siglip {name} {parts}"] = (
+                job_of(partial(taught, optim), optim, workers=world_size, accumulate=parts),
+                shares,
+            )
     equal = (COUNT // world_size,) * world_size
     for loss in ("clip", "siglip"):
         for locked in (False, True):
@@ -136,7 +141,9 @@ def recall_on_rank(context: Context, images: Tensor, texts: Tensor, owners: Tens
 def on_rank(rank: int, world_size: int, folder: str, retrieval: tuple[Tensor, Tensor, Tensor]) -> None:
     """What a rank finds in all cases, in `folder/RANK.pt`."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     context = Context(rank, world_size)
     cases = all_cases(world_size).items()
     found: dict[str, Any] = {name: step(context, job, rows_of(shares, rank)) for name, (job, shares) in cases}

@@ -42,4 +42,10 @@ def dead_server():
 def manifest():
     shard = {"name": "test-000000.tar", "bytes": 10, "sha256": "00" * 32, "count": 7}
     split = {"train": [shard, shard], "test": [shard]}
-    return {"classes": ["cat", "dog", "owl"], "task": "multiclass", "source": "scenes", "checksum": "ab" * 32, "splits": split}
+    return {
+        "classes": ["cat", "dog", "owl"],
+        "task": "multiclass",
+        "source": "scenes",
+        "checksum": "ab" * 32,
+        "splits": split,
+    }

@@ -27,7 +27,9 @@ def propose(client):
 
     def holder():
         number = client.get_registered_model(NAME).aliases.get("candidate")
-        return next((letter for letter, own in numbers.items() if number is not None and own == str(number)), None)
+        return next(
+            (letter for letter, own in numbers.items() if number is not None and own == str(number)), None
+        )
 
     return propose
 
@@ -63,7 +65,10 @@ def test_of_a_metric_that_should_fall_the_lower_value_wins(propose):
 )
 def test_what_cannot_be_compared_does_not_move_it(propose, other, why):
     assert propose("a", 0.5) == (GIVEN, "a")
-    assert propose("b", **{"accuracy": 0.9, **other}) == (f"without alias candidate, which version 1 has: {why}", "a")
+    assert propose("b", **{"accuracy": 0.9, **other}) == (
+        f"without alias candidate, which version 1 has: {why}",
+        "a",
+    )
 
 
 def test_a_version_from_which_a_person_took_the_alias_never_gets_it_back(propose, client):
@@ -101,14 +106,21 @@ def test_a_model_whose_files_were_lost_has_the_rights_of_its_first_version(propo
     assert propose("a again", 0.5) == (GIVEN, "a again")
     client.set_model_version_tag(NAME, "2", "decision", "rejected")
     client.delete_registered_model_alias(NAME, "candidate")
-    assert propose("a once more", 0.5) == ("without alias candidate, for a person decided on it (rejected)", None)
+    assert propose("a once more", 0.5) == (
+        "without alias candidate, for a person decided on it (rejected)",
+        None,
+    )
     propose("b", 0.5)
     client.delete_registered_model_alias(NAME, "candidate")
     assert propose("b again", 0.5) == ("without alias candidate, which a person took away from it", None)
 
 
-@pytest.mark.parametrize("write", range(4))  # marks of both versions, the alias, the mark of the one that has it then
-def test_a_nomination_that_dies_between_its_writes_is_completed_when_it_is_repeated(propose, monkeypatch, write):
+@pytest.mark.parametrize(
+    "write", range(4)
+)  # marks of both versions, the alias, the mark of the one that has it then
+def test_a_nomination_that_dies_between_its_writes_is_completed_when_it_is_repeated(
+    propose, monkeypatch, write
+):
     propose("a", 0.5)
     with monkeypatch.context() as dying:
         done = []

@@ -21,7 +21,11 @@ PLACE = "runs/pretrain/0123"
 
 
 def record(epoch: int) -> dict[str, Any]:
-    return {"epoch": epoch, "step": 10 * epoch, "metrics": {f"val/{name:02d}": epoch + name / 100 for name in range(METRICS)}}
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "metrics": {f"val/{name:02d}": epoch + name / 100 for name in range(METRICS)},
+    }
 
 
 def begin(key: str | None = None) -> StageRun:
@@ -39,7 +43,15 @@ def journal_with(tmp_path: Path, *lines: bytes) -> Journal:
     return journal
 
 
-BAD = [b'{"key": "val/a", "val', b"\0" * 40, b"\xff\xfe{}", b"null", b'{"key": "val/a"}', b"\n\n", b'["val/a", 1.0, 2, 3]']
+BAD = [
+    b'{"key": "val/a", "val',
+    b"\0" * 40,
+    b"\xff\xfe{}",
+    b"null",
+    b'{"key": "val/a"}',
+    b"\n\n",
+    b'["val/a", 1.0, 2, 3]',
+]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -75,7 +87,9 @@ def test_a_head_that_cannot_be_read_is_one_line_and_the_stage_begins_anew(
     journal = journal_with(tmp_path)
     (journal.root / "run.json").write_bytes(content)
     assert not journal.exists
-    with pytest.raises(DamagedFileError, match=r"^[^\n]*run\.json: missing or unreadable: run the stage again$"):
+    with pytest.raises(
+        DamagedFileError, match=r"^[^\n]*run\.json: missing or unreadable: run the stage again$"
+    ):
         _ = journal.head
     assert relog([str(tmp_path)]) == 1
     assert "tracking/run.json is unreadable: run the stage again" in capsys.readouterr().err
@@ -99,7 +113,11 @@ def asked(client: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
-    names = [name for name in vars(type(client)) if name.split("_")[0] in ("log", "get", "search", "set", "update", "create")]
+    names = [
+        name
+        for name in vars(type(client))
+        if name.split("_")[0] in ("log", "get", "search", "set", "update", "create")
+    ]
     for name in names:
         monkeypatch.setattr(type(client), name, counted(name))
     return count
@@ -108,12 +126,18 @@ def asked(client: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def there(client: Any, run_id: str | None) -> list[tuple[str, int, float]]:
     """Name, step and value of each metric on the server."""
     keys = client.get_run(run_id).data.metrics
-    return sorted((key, item.step, item.value) for key in keys for item in client.get_metric_history(run_id, key))
+    return sorted(
+        (key, item.step, item.value) for key in keys for item in client.get_metric_history(run_id, key)
+    )
 
 
 def expected(epochs: int) -> list[tuple[str, int, float]]:
     """What the server has after so many epochs."""
-    rows = [(key, epoch, value) for epoch in range(1, epochs + 1) for key, value in record(epoch)["metrics"].items()]
+    rows = [
+        (key, epoch, value)
+        for epoch in range(1, epochs + 1)
+        for key, value in record(epoch)["metrics"].items()
+    ]
     return sorted(rows)
 
 
@@ -151,7 +175,9 @@ def test_an_answer_that_is_lost_sends_the_same_again_and_the_server_has_it_once(
     assert Journal(PLACE).sent(str(run.run_id)) == 2 * METRICS
 
 
-def test_what_was_appended_and_not_sent_when_the_process_died_is_sent_by_the_next_one(client: Any, asked: Counter[str]) -> None:
+def test_what_was_appended_and_not_sent_when_the_process_died_is_sent_by_the_next_one(
+    client: Any, asked: Counter[str]
+) -> None:
     first = begin()
     first.epoch_logger()(record(1))
     Journal(PLACE).add_metrics(record(2)["metrics"], 2)  # killed before it asked the server
@@ -178,7 +204,9 @@ def test_where_it_is_not_known_what_was_sent_the_server_is_asked_once(
     assert there(client, first.run_id) == expected(3)
 
 
-def test_what_a_worker_elsewhere_has_logged_is_completed_and_not_doubled(client: Any, project: Path, asked: Counter[str]) -> None:
+def test_what_a_worker_elsewhere_has_logged_is_completed_and_not_doubled(
+    client: Any, project: Path, asked: Counter[str]
+) -> None:
     with stage_run("pretrain", experiment="demo", params={}, directory=PLACE) as run:
         elsewhere = EpochLogger(tracking_uri(), run.run_id, str(project / "elsewhere"))
         for epoch in (1, 3):  # the server was away after the second

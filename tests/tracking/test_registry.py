@@ -31,7 +31,12 @@ def model(project):
 @pytest.fixture
 def put(model, manifest):
     def put(directory="models/bcos", metrics=METRICS, name=NAME, **keywords):
-        evidence = {"manifest": manifest, "dataset": "objects", "pictures": ["picture.png"], "params": {"seed": 1}}
+        evidence = {
+            "manifest": manifest,
+            "dataset": "objects",
+            "pictures": ["picture.png"],
+            "params": {"seed": 1},
+        }
         return register(directory, experiment="demo", name=name, metrics=metrics, **(evidence | keywords))
 
     return put
@@ -102,7 +107,10 @@ def test_a_version_leads_to_its_training_and_to_the_experiment_of_dvc(put, clien
     assert tags["training.run"] == run.run_id != first.run_id
     assert tags["dvc.experiment"] == client.get_run(run.run_id).data.tags["dvc.experiment"] == "tidy-owl"
     assert tags["content.sha256"] == first.digest
-    assert f"MLflow run `{run.run_id}`, DVC experiment `tidy-owl`" in client.get_model_version(NAME, "1").description
+    assert (
+        f"MLflow run `{run.run_id}`, DVC experiment `tidy-owl`"
+        in client.get_model_version(NAME, "1").description
+    )
     monkeypatch.setenv("DVC_EXP_NAME", "other-owl")  # with the same model: it keeps what it came from
     before = client.get_model_version(NAME, "1")
     assert not put().created
@@ -120,7 +128,11 @@ def test_a_name_that_a_filter_cannot_quote_is_registered_once_like_others(put, c
 
 def test_no_secret_of_an_address_reaches_the_registry(put, project, manifest, capsys):
     address = "https://user:s3cr3t@host/images.zip?X-Amz-Signature=s3cr3t"
-    put(params={"root": address}, tags={"from": address}, manifest=manifest | {"source": f"imagefolder: {address}"})
+    put(
+        params={"root": address},
+        tags={"from": address},
+        manifest=manifest | {"source": f"imagefolder: {address}"},
+    )
     assert b"s3cr3t" not in (project / "mlflow.db").read_bytes()
     assert b"host/images.zip?***" in (project / "mlflow.db").read_bytes()
     assert "s3cr3t" not in "".join(capsys.readouterr())
@@ -130,7 +142,9 @@ def test_no_secret_of_an_address_reaches_the_registry(put, project, manifest, ca
 def test_what_was_lost_is_made_again(put, client, project, empty_database, model, lost):
     put()
     if lost == "database":
-        shutil.copyfile(empty_database, project / "mlflow.db")  # into the same file, which this process holds open
+        shutil.copyfile(
+            empty_database, project / "mlflow.db"
+        )  # into the same file, which this process holds open
     elif lost == "artifacts":
         shutil.rmtree(project / "mlartifacts")
     else:
@@ -157,7 +171,9 @@ for bad, targets in ((images * 2, [0, 0]), (images, [3, 0]), (images, [1])):
 
 
 @pytest.mark.processes
-def test_the_registered_model_scores_with_nothing_importable_but_what_it_declares(put, model, project, tmp_path):
+def test_the_registered_model_scores_with_nothing_importable_but_what_it_declares(
+    put, model, project, tmp_path
+):
     put()
     logged = next((project / "mlartifacts").rglob("MLmodel")).parent
     elsewhere = tmp_path / "elsewhere"
@@ -170,7 +186,9 @@ def test_the_registered_model_scores_with_nothing_importable_but_what_it_declare
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     python = bare_environment((logged / "requirements.txt").read_text().splitlines(), tmp_path / "packages")
-    done = subprocess.run(python, input=SCORE, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        python, input=SCORE, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     scores = np.load(elsewhere / "scores.npz")
     inputs = add_inverse(torch.from_numpy(images))
@@ -209,7 +227,9 @@ def test_what_the_registry_does_not_have_is_named(client):
 
 def test_a_bad_name_leaves_no_run(put, client, manifest):
     with pytest.raises(TrackingError, match="Invalid model name"):
-        register("models/bcos", experiment="demo", name="a/b", metrics={}, manifest=manifest, dataset="objects")
+        register(
+            "models/bcos", experiment="demo", name="a/b", metrics={}, manifest=manifest, dataset="objects"
+        )
     experiment = connect(client.tracking_uri).get_experiment_by_name("demo")
     assert experiment is None
 
@@ -218,6 +238,8 @@ def test_what_is_refused_is_answered_in_one_line_that_does_not_repeat_the_input(
     from pipelines.tracking.served import InputError
 
     error = InputError("images must be in [0, 1], not 0 to 3")
-    error.message = f"Failed to predict data '[[3, 3, 3]]'. \nError: {error.message}"  # as MLflow's scoring server does
+    error.message = (
+        f"Failed to predict data '[[3, 3, 3]]'. \nError: {error.message}"  # as MLflow's scoring server does
+    )
     assert "[[3, 3, 3]]" not in error.message
     assert "images must be in [0, 1], not 0 to 3" in error.serialize_as_json()

@@ -8,14 +8,24 @@ import pytest
 import torch
 
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
-from pipelines.models import ModelSpec, assemble, build_text_tower, digest, save, save_text_tower, zero_shot_classifier
+from pipelines.models import (
+    ModelSpec,
+    assemble,
+    build_text_tower,
+    digest,
+    save,
+    save_text_tower,
+    zero_shot_classifier,
+)
 from pipelines.tracking import load, load_text_tower, register
 from pipelines.workflow.places import save_model_from
 from tests.support.bare import bare_environment
 from tests.support.clip import TEXT, TIMM
 
 NAMES = ("cat", "dog", "owl")
-SPEC = ModelSpec("open_clip:custom", (), 64, "bcos", task="embedding", options={"embed_dim": 16, "vision_cfg": TIMM})
+SPEC = ModelSpec(
+    "open_clip:custom", (), 64, "bcos", task="embedding", options={"embed_dim": 16, "vision_cfg": TIMM}
+)
 
 
 @pytest.fixture
@@ -35,7 +45,12 @@ def towers(project):
 def put(towers, manifest):
     def put(directory, name):
         return register(
-            directory, experiment="demo", name=name, metrics={"val/cosine": 0.5}, manifest=manifest, dataset="objects"
+            directory,
+            experiment="demo",
+            name=name,
+            metrics={"val/cosine": 0.5},
+            manifest=manifest,
+            dataset="objects",
         )
 
     return put
@@ -106,7 +121,9 @@ def test_they_score_with_nothing_importable_but_what_the_versions_declare(put, t
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     python = bare_environment(requirements.splitlines(), tmp_path / "packages")
-    done = subprocess.run(python, input=SCORE, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        python, input=SCORE, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     scores, inputs = np.load(elsewhere / "scores.npz"), add_inverse(torch.from_numpy(images))
     logits, weights = dynamic_weights(model, inputs, torch.tensor([2, 0]))

@@ -22,7 +22,9 @@ def history(client, run_id, key="val/accuracy"):
 
 
 def open_run(directory="runs/pretrain/0123"):
-    return stage_run("pretrain", experiment="demo", params=PARAMS, directory=directory, inputs={"shards": "data/shards"})
+    return stage_run(
+        "pretrain", experiment="demo", params=PARAMS, directory=directory, inputs={"shards": "data/shards"}
+    )
 
 
 def open_and_kill():
@@ -131,7 +133,9 @@ def test_a_dead_server_costs_seconds_and_one_line_and_relog_logs_everything_once
     assert history(client, logged.info.run_id) == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert history(client, logged.info.run_id, "test/accuracy") == [(0, 0.75)]
     assert len(logged.inputs.dataset_inputs) == 1
-    assert [item.path for item in client.list_artifacts(logged.info.run_id, "pictures")] == ["pictures/picture.png"]
+    assert [item.path for item in client.list_artifacts(logged.info.run_id, "pictures")] == [
+        "pictures/picture.png"
+    ]
 
 
 def test_a_server_that_dies_in_the_middle_is_left_alone_for_a_while_and_gets_the_rest_when_it_is_back(
@@ -223,13 +227,17 @@ def test_a_stage_whose_machine_was_lost_goes_on_as_the_same_run_with_the_same_ch
         shutil.rmtree(run.directory)
     assert keys[1] == keys[2]
     experiment = client.get_experiment_by_name("demo")
-    logged = {each.data.tags["stage"]: each.info.run_id for each in client.search_runs([experiment.experiment_id])}
+    logged = {
+        each.data.tags["stage"]: each.info.run_id for each in client.search_runs([experiment.experiment_id])
+    }
     assert len(client.search_runs([experiment.experiment_id])) == len(logged) == 2
     assert history(client, logged["search"]) == [(2, 0.5), (3, 0.5)]
     assert history(client, logged["trial"]) == [(1, 0.5)]
 
 
-def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_ends(client, project, monkeypatch, dead_server):
+def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_ends(
+    client, project, monkeypatch, dead_server
+):
     child = {"params": {}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
     run = StageRun.begin("search", "demo", PARAMS, "runs/search/0123", {})
@@ -237,7 +245,10 @@ def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_e
     run._uri = f"sqlite:///{project}/mlflow.db"  # it is back
     run.end("FINISHED")
     experiment = client.get_experiment_by_name("demo")
-    assert {each.data.tags["stage"] for each in client.search_runs([experiment.experiment_id])} == {"search", "trial"}
+    assert {each.data.tags["stage"] for each in client.search_runs([experiment.experiment_id])} == {
+        "search",
+        "trial",
+    }
 
 
 def test_an_experiment_in_a_copy_that_dvc_deletes_leaves_its_journal_in_the_project(
@@ -270,10 +281,17 @@ def test_no_secret_of_an_address_reaches_mlflow_the_journal_or_a_line(project, m
         "storage": {"root": "s3://key:s3cr3t@bucket/runs"},
     }
     inputs = {"teacher": address}
-    with stage_run("fetch", experiment="demo", params=params, directory="runs/fetch/0123", inputs=inputs) as run:
+    with stage_run(
+        "fetch", experiment="demo", params=params, directory="runs/fetch/0123", inputs=inputs
+    ) as run:
         run.tag("resumed_from", address)
         run.dataset(manifest | {"source": f"imagefolder: {address}"}, name="mine", context="training")
-        child = {"params": {"weights": address}, "history": [record(1, 0.5)], "metrics": {}, "status": "FINISHED"}
+        child = {
+            "params": {"weights": address},
+            "history": [record(1, 0.5)],
+            "metrics": {},
+            "status": "FINISHED",
+        }
         runs.child_run(run, "trial", experiment="demo", directory="runs/fetch/0123/trials/abcd", **child)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:s3cr3t@127.0.0.1:1/?token=s3cr3t")
     with open_run():

@@ -33,8 +33,12 @@ def test_addresses_are_absolute(uri, expected, tmp_path):
     assert absolute_uri(uri, tmp_path) == expected.replace("/project", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["with space", "100%25 done", "100%", "what?now", "a#b", "größe", "it's", "a&b=c;d"])
-def test_a_project_in_a_folder_of_any_name_has_its_database_and_artifacts_inside(name, tmp_path, monkeypatch, empty_database):
+@pytest.mark.parametrize(
+    "name", ["with space", "100%25 done", "100%", "what?now", "a#b", "größe", "it's", "a&b=c;d"]
+)
+def test_a_project_in_a_folder_of_any_name_has_its_database_and_artifacts_inside(
+    name, tmp_path, monkeypatch, empty_database
+):
     project = tmp_path / name
     project.mkdir()
     shutil.copy(empty_database, project / "mlflow.db")
@@ -49,7 +53,12 @@ def test_a_project_in_a_folder_of_any_name_has_its_database_and_artifacts_inside
     assert client.get_experiment("0").artifact_location is not None
     assert (project / "mlartifacts" / run.run_id).is_dir()
     assert os.listdir(tmp_path) == [name]
-    assert shlex.split(where_to_look(tracking_uri())) == ["mlflow", "ui", "--backend-store-uri", tracking_uri()]
+    assert shlex.split(where_to_look(tracking_uri())) == [
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking_uri(),
+    ]
 
 
 def test_the_database_is_the_projects_also_where_dvc_runs_a_copy(project, monkeypatch):

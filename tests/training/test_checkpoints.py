@@ -30,7 +30,10 @@ def test_a_damaged_checkpoint_is_none_or_is_refused_in_one_line(tmp_path, name):
         def resume(directory: str = directory) -> None:
             found = checkpoints.newest(directory)
             assert found is not None
-            assert checkpoints.load(directory, found["step"])["weights"].tolist() == (torch.arange(8.0) * found["step"]).tolist()
+            assert (
+                checkpoints.load(directory, found["step"])["weights"].tolist()
+                == (torch.arange(8.0) * found["step"]).tolist()
+            )
 
         outcome(resume)
 
@@ -40,5 +43,7 @@ def test_a_state_with_another_byte_is_named_with_what_to_do(tmp_path):
     content = bytearray(Path(place, "state.pt").read_bytes())
     content[len(content) // 2] ^= 1
     Path(place, "state.pt").write_bytes(content)
-    with pytest.raises(DamagedFileError, match=rf"{place}/state.pt: damaged .* delete {place} to go on from an older one"):
+    with pytest.raises(
+        DamagedFileError, match=rf"{place}/state.pt: damaged .* delete {place} to go on from an older one"
+    ):
         checkpoints.load(str(tmp_path), 2)

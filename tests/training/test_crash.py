@@ -33,9 +33,14 @@ class OneFigure(ToyMethod):
 
 def execute(directory: Path) -> Result:
     """What a stage does in its directory: a tracked training of 3 epochs of 2 steps, each with a checkpoint."""
-    with held(str(directory)), runs.stage_run("toy", experiment="demo", params={}, directory=directory) as run:
+    with (
+        held(str(directory)),
+        runs.stage_run("toy", experiment="demo", params={}, directory=directory) as run,
+    ):
         sizes = {"epochs": 3, "batch_size": 24, "checkpoint_every": 1, "keep_last": 1}
-        result = train(toy_job(directory, OneFigure, on_epoch=run.epoch_logger(), report_key=run.key, **sizes))
+        result = train(
+            toy_job(directory, OneFigure, on_epoch=run.epoch_logger(), report_key=run.key, **sizes)
+        )
         run.history(result.history)
         run.metrics({"test/accuracy": 0.5})
     return result
@@ -80,13 +85,17 @@ def goes_on(tmp_path: Path, alone: None) -> Callable[[Place, Result, Journal], N
     return check
 
 
-def test_a_run_goes_on_from_a_crash_at_any_write(tmp_path: Path, goes_on: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_from_a_crash_at_any_write(
+    tmp_path: Path, goes_on: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(1)
     with Disk(tmp_path / "whole") as disk:
         whole = execute(tmp_path / "whole")
     assert len(disk.places) >= 400
     named = {place.before for place in disk.places}
-    assert {"write .state.pt", "replace .complete.json", "write metrics.jsonl"} <= {plain(name) for name in named}
+    assert {"write .state.pt", "replace .complete.json", "write metrics.jsonl"} <= {
+        plain(name) for name in named
+    }
     different = {(frozenset(place.content.items()), place.folders): place for place in disk.places}
     assert len(different) >= 100
     for place in different.values():
@@ -99,8 +108,12 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "tmp" and len(part) != 32)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b'{"step": 2, "by', b"null", b"[]", b'{"step": 2}', b"\xff"])
-@pytest.mark.parametrize("name", ["checkpoints/*/complete.json", "tracking/run.json", "history.json", "reported.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0\0\0", b'{"step": 2, "by', b"null", b"[]", b'{"step": 2}', b"\xff"]
+)
+@pytest.mark.parametrize(
+    "name", ["checkpoints/*/complete.json", "tracking/run.json", "history.json", "reported.json"]
+)
 def test_a_file_that_an_earlier_version_left_cut_is_as_one_that_is_missing(
     tmp_path: Path, alone: None, whole_run: tuple[Path, Result], name: str, content: bytes
 ) -> None:

@@ -39,7 +39,11 @@ def model_job(directory: Path, kind: str, size: int | None = None, **params: Any
     size = size or wrong
     spec = ModelSpec(name, tuple("abc"), size, "conventional", options=options)
     build = partial(
-        build_pretrain, ModelParams(name=name, options=options), spec, PretrainParams(epochs=1, batch_size=8, lr=0.1), 0
+        build_pretrain,
+        ModelParams(name=name, options=options),
+        spec,
+        PretrainParams(epochs=1, batch_size=8, lr=0.1),
+        0,
     )
     return replace(toy_job(directory, build, **params), spec=spec, data=DataParams(image_size=size))
 
@@ -77,7 +81,11 @@ def test_params_that_do_not_fit_are_told_before_a_launch(
 @pytest.mark.parametrize(
     "error",
     [
-        *(AssertionError("Input height (32) doesn't match model (224)."), ZeroDivisionError(), NotImplementedError("no kernel")),
+        *(
+            AssertionError("Input height (32) doesn't match model (224)."),
+            ZeroDivisionError(),
+            NotImplementedError("no kernel"),
+        ),
         *(ValueError("x"), TrainingError("x"), KeyError("x")),
     ],
 )
@@ -106,9 +114,17 @@ def test_tensors_that_do_not_fit_together_are_final(compute: Any) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        *(ConnectionError("reset"), OSError(5, "Input/output error"), torch.OutOfMemoryError("CUDA out of memory")),
-        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:51234"),
-        RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 20 vs 4, sizes"),
+        *(
+            ConnectionError("reset"),
+            OSError(5, "Input/output error"),
+            torch.OutOfMemoryError("CUDA out of memory"),
+        ),
+        RuntimeError(
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:51234"
+        ),
+        RuntimeError(
+            "[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 20 vs 4, sizes"
+        ),
         torch.distributed.DistBackendError("NCCL error, sizes of buffers"),
         RuntimeError("CUDA error: uncorrectable ECC error encountered"),
     ],
@@ -127,7 +143,9 @@ def test_failures_are_counted_from_checkpoint_to_checkpoint(tmp_path: Path) -> N
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    policy = cloudpickle.loads(cloudpickle.dumps(_failure_policy(FailureConfig(max_failures=2), str(tmp_path))))
+    policy = cloudpickle.loads(
+        cloudpickle.dumps(_failure_policy(FailureConfig(max_failures=2), str(tmp_path)))
+    )
     error, again = WorkerGroupError("lost", {0: OSError("lost")}), FailureDecision.RETRY
     for step in range(1, 6):  # weeks of it
         assert [policy.make_decision(error) for _ in range(2)] == [again, again]
@@ -144,7 +162,9 @@ def test_failures_are_counted_from_checkpoint_to_checkpoint(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 @pytest.mark.parametrize("length", [10, 43, 44, 300])
-def test_ray_has_a_short_folder_if_its_own_would_be_too_long(monkeypatch: pytest.MonkeyPatch, variable: str, length: int) -> None:
+def test_ray_has_a_short_folder_if_its_own_would_be_too_long(
+    monkeypatch: pytest.MonkeyPatch, variable: str, length: int
+) -> None:
     for name in ("TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "/" + "x" * (length - 5))  # and "/ray"
@@ -161,7 +181,10 @@ def test_no_short_folder_for_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TMPDIR", "/" + "x" * 90)
     monkeypatch.setattr(LAUNCH, "short_folder", lambda: None)
     with (
-        pytest.raises(TrainingError, match=r"^TMPDIR is too long for Ray's sockets: RAY_TMPDIR .* at most 39 characters$"),
+        pytest.raises(
+            TrainingError,
+            match=r"^TMPDIR is too long for Ray's sockets: RAY_TMPDIR .* at most 39 characters$",
+        ),
         _ray_folder(),
     ):
         pass
@@ -174,7 +197,9 @@ def test_without_a_named_folder_ray_takes_its_own(monkeypatch: pytest.MonkeyPatc
         assert folder is None
 
 
-@pytest.mark.parametrize(("cpus", "processes", "expected"), [(1, 0, 1), (1, 3, 4), (6, 3, 6), (0.5, 0, 0.5), (0.5, 2, 3)])
+@pytest.mark.parametrize(
+    ("cpus", "processes", "expected"), [(1, 0, 1), (1, 3, 4), (6, 3, 6), (0.5, 0, 0.5), (0.5, 2, 3)]
+)
 def test_a_workers_cpus_count_its_loaders_processes(cpus: float, processes: int, expected: float) -> None:
     assert TrainingParams(cpus_per_worker=cpus).with_loader(processes).cpus_per_worker == expected
 
@@ -189,7 +214,9 @@ def test_after_a_change_of_workers_each_step_has_random_numbers_of_its_own(
     run = loop.set_up(Context(), job)
     state = {"model": run.method.module.state_dict(), "optimiser": run.optimiser.state_dict()}
     two = [{"rng": None, "tally": loop.Tally().state()}] * 2
-    monkeypatch.setattr("pipelines.training.loop.checkpoints.load", lambda directory, step: {**state, "ranks": two})
+    monkeypatch.setattr(
+        "pipelines.training.loop.checkpoints.load", lambda directory, step: {**state, "ranks": two}
+    )
 
     def drawn_at(step: int) -> list[float]:
         loop.resume(run, {"step": step, "epoch": 0, "batches": step % 6, "history": []})

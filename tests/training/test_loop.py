@@ -24,12 +24,16 @@ def kept_steps(directory: Path) -> list[int]:
 
 
 def record(epoch: int, **metrics: float) -> EpochRecord:
-    return EpochRecord(epoch=epoch, step=epoch * 10, metrics={f"val/{name}": value for name, value in metrics.items()})
+    return EpochRecord(
+        epoch=epoch, step=epoch * 10, metrics={f"val/{name}": value for name, value in metrics.items()}
+    )
 
 
 def test_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
     job = toy_job(tmp_path / "run", accident("nan", 9))
-    with pytest.raises(TrainingError, match=r"^the loss of step 9 \(epoch 2\) is not a finite .* step 8 is kept in .*$"):
+    with pytest.raises(
+        TrainingError, match=r"^the loss of step 9 \(epoch 2\) is not a finite .* step 8 is kept in .*$"
+    ):
         train(job)
     state = checkpoints.load(job.directory, 8)
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -38,7 +42,9 @@ def test_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(tmp_path:
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path) -> None:
     job = toy_job(tmp_path / "run", accident("poison", 10))
-    with pytest.raises(TrainingError, match=r"a weight is not a finite number after step 10 .* step 8 is kept"):
+    with pytest.raises(
+        TrainingError, match=r"a weight is not a finite number after step 10 .* step 8 is kept"
+    ):
         train(job)
     assert max(kept_steps(tmp_path / "run")) == 8
 
@@ -115,7 +121,9 @@ def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -
         ("val/iou_at_0.5", 0.3, 0.2, 1),
     ],
 )
-def test_the_best_epoch_is_the_one_where_a_metric_is_better(name: str, first: float, second: float, best: int) -> None:
+def test_the_best_epoch_is_the_one_where_a_metric_is_better(
+    name: str, first: float, second: float, best: int
+) -> None:
     history = [record(epoch, accuracy=0.5) for epoch in (1, 2)]
     for row, value in zip(history, (first, second), strict=True):
         row["metrics"][name] = value
@@ -125,7 +133,11 @@ def test_the_best_epoch_is_the_one_where_a_metric_is_better(name: str, first: fl
 def test_an_epoch_that_did_not_measure_the_metric_is_never_the_best() -> None:
     history = [record(1, accuracy=0.5), record(2, accuracy=0.5, precision=0.1), record(3, accuracy=0.5)]
     assert best_record(history, chosen_by("val/precision"))["epoch"] == 2
-    falling = [record(1, accuracy=0.5), record(2, accuracy=0.5, calibration_error=0.9), record(3, accuracy=0.5)]
+    falling = [
+        record(1, accuracy=0.5),
+        record(2, accuracy=0.5, calibration_error=0.9),
+        record(3, accuracy=0.5),
+    ]
     assert best_record(falling, chosen_by("val/calibration_error"))["epoch"] == 2
 
 
@@ -138,7 +150,9 @@ def test_a_run_selects_by_the_direction_that_its_metric_has(tmp_path: Path) -> N
     assert again.best == result.best
 
 
-@pytest.mark.parametrize("select", ["val/count", "train/lr", "train/dropout", "val/skipped", "train/nonsense"])
+@pytest.mark.parametrize(
+    "select", ["val/count", "train/lr", "train/dropout", "val/skipped", "train/nonsense"]
+)
 def test_what_has_no_direction_is_refused_before_any_step(tmp_path: Path, select: str) -> None:
     job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select=select)
     with pytest.raises(TrainingError, match=rf"^select: [^\n]*'{select}'[^\n]*val/accuracy[^\n]*train/loss$"):
@@ -190,7 +204,12 @@ def test_validation_without_an_image_ends_the_run_after_its_first_epoch(tmp_path
 
 def test_patience_counts_epochs_since_the_best(tmp_path: Path) -> None:
     optim = toy_job(tmp_path, epochs=9, patience=2).optim
-    history = [record(1, accuracy=0.5), record(2, accuracy=0.7), record(3, accuracy=0.6), record(4, accuracy=0.7)]
+    history = [
+        record(1, accuracy=0.5),
+        record(2, accuracy=0.7),
+        record(3, accuracy=0.6),
+        record(4, accuracy=0.7),
+    ]
     assert [is_finished(history[:n], optim) for n in range(5)] == [False, False, False, False, True]
 
 
@@ -202,7 +221,9 @@ def test_patience_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("select", ["val/f1", "accuracy"])
 def test_an_unknown_selection_is_named_before_any_step(tmp_path: Path, select: str) -> None:
     job = toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker"), select=select)
-    with pytest.raises(TrainingError, match=rf"^select: no metric '{select}'; there are .*val/accuracy.*train/loss"):
+    with pytest.raises(
+        TrainingError, match=rf"^select: no metric '{select}'; there are .*val/accuracy.*train/loss"
+    ):
         train(job)
 
 
@@ -273,14 +294,18 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(
         write(place, content)
 
     monkeypatch.setattr(files, "write", full)
-    with pytest.raises(TrainingError, match=r"^no space left to write the checkpoint of step 10 .* step 8 is kept"):
+    with pytest.raises(
+        TrainingError, match=r"^no space left to write the checkpoint of step 10 .* step 8 is kept"
+    ):
         train(toy_job(tmp_path / "run"))
     assert max(kept_steps(tmp_path / "run")) == 8
     monkeypatch.undo()
     assert identical(weights(train(toy_job(tmp_path / "run"))), weights(train(toy_job(tmp_path / "whole"))))
 
 
-def test_a_write_that_fails_leaves_no_file_under_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_no_file_under_either_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*paths: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

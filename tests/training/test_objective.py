@@ -19,7 +19,17 @@ from pipelines.training import Context, TrainingError, train
 from pipelines.training.loop import set_up
 from pipelines.training.objective import ISOLATED, blocks, build_objective, checkpoint_blocks
 from pipelines.training.step import gradients, parts_per_worker
-from tests.support.toy import BlockMethod, SteadyMethod, ToyMethod, accident, difference, identical, samples, toy_job, weights
+from tests.support.toy import (
+    BlockMethod,
+    SteadyMethod,
+    ToyMethod,
+    accident,
+    difference,
+    identical,
+    samples,
+    toy_job,
+    weights,
+)
 
 PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
 SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up
@@ -50,7 +60,11 @@ def test_parts_count_by_their_size(tmp_path: Path) -> None:
 def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:
     for most, parts, batch_size in itertools.product(range(1, 9), (1, 2, 4), (48, 840, 1680)):
         training = TrainingParams(workers=(1, most), accumulate=parts)
-        for world_size in (count for count in range(1, most + 1) if batch_size % count == 0 and batch_size % (most * parts) == 0):
+        for world_size in (
+            count
+            for count in range(1, most + 1)
+            if batch_size % count == 0 and batch_size % (most * parts) == 0
+        ):
             share, taken = batch_size // world_size, parts_per_worker(training, batch_size, world_size)
             assert share % taken == 0
             assert share // taken <= batch_size // (most * parts)
@@ -59,13 +73,17 @@ def test_fewer_workers_take_more_parts_none_of_them_larger() -> None:
 
 
 def test_a_batch_is_one_part_where_the_workers_are_all_there() -> None:
-    assert [parts_per_worker(TrainingParams(workers=workers), 12, max(1, workers)) for workers in (0, 1, 3)] == [1, 1, 1]
+    assert [
+        parts_per_worker(TrainingParams(workers=workers), 12, max(1, workers)) for workers in (0, 1, 3)
+    ] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])
 def test_channels_last_is_a_matter_of_layout_and_resumes_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
     params = {"optimiser": optimiser, "lr": 0.1 if optimiser == "sgd" else 0.001}
-    rows, last = (last_weights(tmp_path, name, **params, channels_last=name == "last") for name in ("rows", "last"))
+    rows, last = (
+        last_weights(tmp_path, name, **params, channels_last=name == "last") for name in ("rows", "last")
+    )
     assert last["conv.weight"].is_contiguous(memory_format=torch.channels_last)
     assert not rows["conv.weight"].is_contiguous(memory_format=torch.channels_last)
     assert difference(rows, last) < 1e-4
@@ -87,7 +105,8 @@ def test_a_run_goes_on_in_another_layout(tmp_path: Path, optimiser: str) -> None
 
 def test_checkpointed_blocks_train_bit_for_bit_as_others(tmp_path: Path) -> None:
     kept, again = (
-        last_weights(tmp_path, name, BlockMethod, checkpoint_activations=name == "again") for name in ("kept", "again")
+        last_weights(tmp_path, name, BlockMethod, checkpoint_activations=name == "again")
+        for name in ("kept", "again")
     )
     assert identical(kept, again)  # running statistics moved once a step, dropout drew the same
     assert not torch.equal(kept["stage.1.body.1.running_var"], torch.ones(8))
@@ -102,7 +121,9 @@ def test_checkpointed_blocks_carry_the_whole_gradient_of_a_loss_on_w() -> None:
             checkpoint_blocks(module)
         logits, weights = dynamic_weights(module.train(), images, targets, create_graph=True)
         (logits.square().mean() + weights.square().mean()).backward()
-        found.append([logits, weights, *module.buffers(), *(parameter.grad for parameter in module.parameters())])
+        found.append(
+            [logits, weights, *module.buffers(), *(parameter.grad for parameter in module.parameters())]
+        )
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -145,7 +166,12 @@ def test_compiled_training_is_eager_training_up_to_rounding_and_resumes_bit_for_
     drops = partial(SteadyMethod, dropout=0.3)
     whole = last_weights(tmp_path, "whole", drops, compile=True)
     with pytest.raises(ConnectionError):
-        last_weights(tmp_path, "broken", accident("raise", 9, tmp_path / "m", method=SteadyMethod, dropout=0.3), compile=True)
+        last_weights(
+            tmp_path,
+            "broken",
+            accident("raise", 9, tmp_path / "m", method=SteadyMethod, dropout=0.3),
+            compile=True,
+        )
     assert identical(whole, last_weights(tmp_path, "broken", drops, compile=True))
     assert difference(whole, eager) > 1e-3
 

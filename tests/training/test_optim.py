@@ -25,7 +25,9 @@ def rates(settings: OptimiserParams, total: int = TOTAL) -> list[float]:
 
 def test_constant_stays_and_warm_up_rises_in_equal_steps_to_the_full_rate() -> None:
     assert rates(params(schedule="constant")) == [0.5] * TOTAL
-    assert rates(params(schedule="constant", warmup_steps=5))[:6] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert rates(params(schedule="constant", warmup_steps=5))[:6] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.5]
+    )
 
 
 def test_cosine_is_torchs_after_its_warm_up() -> None:

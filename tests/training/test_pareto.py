@@ -17,7 +17,9 @@ from tests.support.toy import ToyMethod, toy_job
 
 def test_a_front_is_what_no_point_beats_and_beats_all_the_rest():
     generator = torch.Generator().manual_seed(0)
-    points = [[BIN * number for number in row] for row in torch.randint(40, (60, 3), generator=generator).tolist()]
+    points = [
+        [BIN * number for number in row] for row in torch.randint(40, (60, 3), generator=generator).tolist()
+    ]
     chosen = front(points)
 
     def beats(one, other):
@@ -46,7 +48,12 @@ def record(epoch: int, f1: float, epg: float, iou: float) -> EpochRecord:
     return EpochRecord(epoch=epoch, step=epoch * 10, metrics={"val/f1": f1, "val/epg": epg, "val/iou": iou})
 
 
-HISTORY = [record(1, 0.9, 0.2, 0.1), record(2, 0.85, 0.5, 0.3), record(3, 0.7, 0.4, 0.4), record(4, 0.6, 0.6, 0.2)]
+HISTORY = [
+    record(1, 0.9, 0.2, 0.1),
+    record(2, 0.85, 0.5, 0.3),
+    record(3, 0.7, 0.4, 0.4),
+    record(4, 0.6, 0.6, 0.2),
+]
 HISTORY += [record(5, 0.55, 0.3, 0.1)]
 
 

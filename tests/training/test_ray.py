@@ -66,18 +66,30 @@ def on_two(tmp_path_factory: pytest.TempPathFactory, ray_workers: None) -> Calla
         "healed": (drops, {"compile": True}),
     }
     methods = {
-        name: toy_job(folder / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params)
+        name: toy_job(
+            folder / name.replace("healed", "broken"), method, workers=2, optimiser="sgd", lr=0.1, **params
+        )
         for name, (method, params) in builds.items()
     }
     modes: dict[str, Any] = {"eager": {}, "compiled": {"compile": True}, "half": {"precision": "bfloat16"}}
     students = {
-        name: toy_job(folder / f"student-{name}", toy_student, workers=2, optimiser="sgd", lr=0.05, clip="none", **params)
+        name: toy_job(
+            folder / f"student-{name}",
+            toy_student,
+            workers=2,
+            optimiser="sgd",
+            lr=0.05,
+            clip="none",
+            **params,
+        )
         for name, params in modes.items()
     }
     job = toy_job(folder / "uninterrupted", workers=2)
     jobs = {fit_and_evaluate: job, compile_and_accumulate: methods, distil_together: students}
     found = launch(call_each, jobs, training=job.training, storage=str(folder))
-    return {function.__name__: (jobs[function], result) for function, result in zip(jobs, found, strict=True)}.__getitem__
+    return {
+        function.__name__: (jobs[function], result) for function, result in zip(jobs, found, strict=True)
+    }.__getitem__
 
 
 def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path, on_two: Any) -> None:
@@ -104,8 +116,16 @@ def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_pat
 def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp_path: Path) -> None:
     broken = (3, 4, 5, 6, 20, 21)
     images = [plain(i, image=b"no image") if i in broken else plain(i) for i in range(24)]
-    write_shards(ToySource({"train": images, "val": images[:1]}), Path("raw"), tmp_path / "shards", shard_size=9, progress=False)
-    job = toy_job(tmp_path / "run", partial(SteadyMethod, norm=False), workers=3, batch_size=4)  # shares of 1, 1 and 2
+    write_shards(
+        ToySource({"train": images, "val": images[:1]}),
+        Path("raw"),
+        tmp_path / "shards",
+        shard_size=9,
+        progress=False,
+    )
+    job = toy_job(
+        tmp_path / "run", partial(SteadyMethod, norm=False), workers=3, batch_size=4
+    )  # shares of 1, 1 and 2
     data = DataParams(image_size=toy.SIDE, on_error="skip")
     job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=data)
     normed = replace(job, build=SteadyMethod, directory=str(tmp_path / "normed"))
@@ -121,7 +141,10 @@ def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp
 
 def test_a_worker_that_no_node_has_cpus_for_is_refused() -> None:
     _check_cpus(TrainingParams(workers=64))  # they come one after the other
-    with pytest.raises(TrainingError, match=r"^cpus_per_worker: a worker with its loader's processes needs a node of 4097 CPUs"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^cpus_per_worker: a worker with its loader's processes needs a node of 4097 CPUs",
+    ):
         _check_cpus(TrainingParams().with_loader(4096))
 
 
@@ -130,7 +153,10 @@ def test_a_run_that_goes_on_may_fail_more_often_than_between_two_checkpoints(tmp
     assert [record["step"] for record in train(job).history] == [6, 12, 18]
     assert sorted(path.name for path in tmp_path.glob("failed-at-*")) == ["failed-at-3", "failed-at-9"]
     never = toy_job(tmp_path / "never", partial(Unlucky, str(tmp_path), (5,)), workers=1, max_failures=0)
-    with pytest.raises(TrainingError, match=r"^the workers failed more than 0 times without a new checkpoint: .*accident at 5"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^the workers failed more than 0 times without a new checkpoint: .*accident at 5",
+    ):
         train(never)
 
 

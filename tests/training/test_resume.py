@@ -11,7 +11,9 @@ from pipelines.training import Result, checkpoints, train
 from tests.support.toy import accident, identical, toy_job, weights
 
 
-@pytest.mark.parametrize("at_step", [1, 3, 6, 7, 9, 18])  # before any checkpoint, in mid-epoch, at an epoch's ends
+@pytest.mark.parametrize(
+    "at_step", [1, 3, 6, 7, 9, 18]
+)  # before any checkpoint, in mid-epoch, at an epoch's ends
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
 def test_killed_and_run_again_is_as_never_killed(tmp_path: Path, at_step: int, schedule: str) -> None:
     whole = train(toy_job(tmp_path / "whole", schedule=schedule))
@@ -28,8 +30,12 @@ def test_killed_and_run_again_is_as_never_killed(tmp_path: Path, at_step: int, s
 
 
 @pytest.mark.parametrize("every", [1, 4, 1000])
-def test_how_often_checkpoints_are_written_changes_nothing(tmp_path: Path, uninterrupted: Result, every: int) -> None:
-    assert identical(weights(uninterrupted), weights(train(toy_job(tmp_path / "run", checkpoint_every=every))))
+def test_how_often_checkpoints_are_written_changes_nothing(
+    tmp_path: Path, uninterrupted: Result, every: int
+) -> None:
+    assert identical(
+        weights(uninterrupted), weights(train(toy_job(tmp_path / "run", checkpoint_every=every)))
+    )
 
 
 def test_a_finished_run_is_not_trained_again_and_its_history_is_whole(tmp_path: Path) -> None:
@@ -40,7 +46,9 @@ def test_a_finished_run_is_not_trained_again_and_its_history_is_whole(tmp_path: 
     assert json.loads((tmp_path / "run/history.json").read_text()) == first.history
 
 
-def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(tmp_path: Path, uninterrupted: Result) -> None:
+def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(
+    tmp_path: Path, uninterrupted: Result
+) -> None:
     with pytest.raises(ConnectionError):
         train(toy_job(tmp_path / "run", accident("raise", 12, tmp_path / "marker"), keep_last=9))
     folders = sorted((tmp_path / "run/checkpoints").iterdir())
@@ -54,11 +62,15 @@ def test_a_checkpoint_without_its_marker_or_of_the_wrong_size_does_not_count(tmp
     assert identical(weights(uninterrupted), weights(train(toy_job(tmp_path / "run"))))
 
 
-def test_training_draws_the_same_numbers_whatever_the_loader_draws(tmp_path: Path, uninterrupted: Result) -> None:
+def test_training_draws_the_same_numbers_whatever_the_loader_draws(
+    tmp_path: Path, uninterrupted: Result
+) -> None:
     from tests.support.toy import drawing_batches
 
     job = toy_job(tmp_path / "run")
-    assert identical(weights(uninterrupted), weights(train(type(job)(**{**vars(job), "batches": drawing_batches}))))
+    assert identical(
+        weights(uninterrupted), weights(train(type(job)(**{**vars(job), "batches": drawing_batches})))
+    )
 
 
 def test_history_is_written_as_json(tmp_path: Path) -> None:

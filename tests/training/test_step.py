@@ -34,7 +34,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     for damaged in (False, True):
         images = [plain(i, image=b"none") if damaged and i in BROKEN else plain(i) for i in range(COUNT)]
         root = tmp_path_factory.mktemp("shards")
-        write_shards(ToySource({"train": images, "val": images[:10]}), Path("raw"), root, shard_size=50, progress=False)
+        write_shards(
+            ToySource({"train": images, "val": images[:10]}), Path("raw"), root, shard_size=50, progress=False
+        )
         roots[damaged] = str(root)
     return roots
 
@@ -63,7 +65,9 @@ def gradients_of_steps(job: Job, world_size: int) -> tuple[list[int], list[torch
             run.context = Context(rank, world_size)
             run.optimiser.zero_grad()
             weight = len(batch["key"]) * world_size / total
-            share = replace(share_of(len(batch["key"]), Context(), False), total=torch.tensor(float(total)), weight=weight)
+            share = replace(
+                share_of(len(batch["key"]), Context(), False), total=torch.tensor(float(total)), weight=weight
+            )
             loss = gradients(run, prepare_batch(run, batch, share), share)["loss"]
             gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
             found[-1] += gradient / world_size  # as DDP does
@@ -103,7 +107,11 @@ def test_no_part_is_larger_than_when_all_workers_are_there() -> None:
             for world_size in range(1, most + 1):
                 for share in {64 // world_size, ceil(64 / world_size)}:
                     parts = parts_per_worker(training, 64, world_size)
-                    assert ceil(share / min(share, parts)) <= training.largest_part(64) == ceil(ceil(64 / most) / accumulate)
+                    assert (
+                        ceil(share / min(share, parts))
+                        <= training.largest_part(64)
+                        == ceil(ceil(64 / most) / accumulate)
+                    )
                     assert parts == accumulate or world_size < most
 
 
@@ -151,9 +159,13 @@ def test_the_parts_of_a_batch_move_running_statistics_as_far_as_the_whole(moment
     for name, buffer in found.items():
         if name.endswith("running_mean"):
             torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-6)
-        elif name.endswith("running_var"):  # the mean of the parts' variances in the place of the whole batch's
+        elif name.endswith(
+            "running_var"
+        ):  # the mean of the parts' variances in the place of the whole batch's
             unbiased = name.startswith("norms.0")
-            inside = [part.var((0, 2, 3), unbiased=unbiased) * len(part) / 7 for part in images.tensor_split(4)]
+            inside = [
+                part.var((0, 2, 3), unbiased=unbiased) * len(part) / 7 for part in images.tensor_split(4)
+            ]
             torch.testing.assert_close(buffer, before[name].lerp(sum(inside), step), rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(buffer, expected[name])  # counted once; what is no statistic stays
@@ -176,7 +188,9 @@ def test_a_run_in_parts_counts_and_moves_once_a_step(tmp_path: Path) -> None:
     whole = set_up(Context(), toy_job(tmp_path / "whole", SteadyMethod, epochs=1, lr=1e-9))
     for each in (other, whole):  # weights that stay: the same features
         loop.train_epoch(each)
-    torch.testing.assert_close(other.method.module.norm.running_mean, whole.method.module.norm.running_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        other.method.module.norm.running_mean, whole.method.module.norm.running_mean, rtol=1e-4, atol=1e-5
+    )
 
 
 # Validation -----------------------------------------------------------------------------------------------------------
@@ -215,12 +229,17 @@ class Hungry(ToyMethod):
 
     def loss(self, model: Any, batch: Any) -> Any:
         if self.steps == self.at_step:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1 GiB free.")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1 GiB free."
+            )
         return super().loss(model, batch)
 
 
 def test_too_little_memory_for_the_first_step_is_final_and_later_is_not(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"^the first step does not fit the GPU \(accumulate: 1, [^\n]*CUDA out of memory$"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^the first step does not fit the GPU \(accumulate: 1, [^\n]*CUDA out of memory$",
+    ):
         train(toy_job(tmp_path / "first", partial(Hungry, "", 1)))
     with pytest.raises(torch.OutOfMemoryError):
         train(toy_job(tmp_path / "later", partial(Hungry, "", 2)))

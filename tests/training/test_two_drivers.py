@@ -91,7 +91,9 @@ def test_a_worker_group_beside_its_successor_cannot_write(tmp_path: Path, uninte
     assert identical(weights(result), weights(uninterrupted))
 
 
-def test_a_worker_group_started_again_goes_on_under_the_same_driver(tmp_path: Path, uninterrupted: Result) -> None:
+def test_a_worker_group_started_again_goes_on_under_the_same_driver(
+    tmp_path: Path, uninterrupted: Result
+) -> None:
     directory = str(tmp_path / "run")
     with held(directory) as driver:
         job = replace(toy_job(directory), owner=driver.owner)
@@ -112,7 +114,9 @@ def tokens_of(directory: str) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("place", ["{}/run", "memory://fence{}"])
-def test_no_writer_touches_the_checkpoints_of_a_later_one(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_writer_touches_the_checkpoints_of_a_later_one(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = place.format(tmp_path)
     with held(directory) as driver, writer(directory, driver.owner) as old:
         for step in (1, 2, 3):
@@ -132,7 +136,10 @@ def test_no_writer_touches_the_checkpoints_of_a_later_one(tmp_path: Path, place:
             assert summary is not None
             assert (summary["step"], summary["epoch"]) == (2, 20)
             checkpoints.save(directory, 3, STATE, {"epoch": 30}, set(), 2, new)
-            assert tokens_of(directory) == {(new.number, 2), (new.number, 3)}  # nothing is left of the old one's
+            assert tokens_of(directory) == {
+                (new.number, 2),
+                (new.number, 3),
+            }  # nothing is left of the old one's
 
 
 def test_checkpoints_of_earlier_versions_are_gone_on_with(tmp_path: Path, uninterrupted: Result) -> None:
@@ -142,7 +149,10 @@ def test_checkpoints_of_earlier_versions_are_gone_on_with(tmp_path: Path, uninte
         folder.rename(folder.with_name(folder.name[:13]))
     assert checkpoints.newest(str(tmp_path / "run")) is not None
     seen: list[Any] = []
-    job = replace(toy_job(tmp_path / "run"), batches=pausing(1, lambda: seen.append(checkpoints.newest(str(tmp_path / "run")))))
+    job = replace(
+        toy_job(tmp_path / "run"),
+        batches=pausing(1, lambda: seen.append(checkpoints.newest(str(tmp_path / "run")))),
+    )
     assert identical(weights(train(job)), weights(uninterrupted))
     assert seen[0]["step"] == 8
 

@@ -36,7 +36,9 @@ def test_in_a_copy_that_dvc_makes_the_users_weights_and_models_are_found_too(tmp
     save(tmp_path / "mine", model, ModelSpec("resnet8", ("a", "b"), 16, "conventional"))
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert absolute_weights(ModelParams(name="resnet8", weights="weights.th")).weights == str(tmp_path / "weights.th")
+    assert absolute_weights(ModelParams(name="resnet8", weights="weights.th")).weights == str(
+        tmp_path / "weights.th"
+    )
     for number, source in enumerate(("mine", "mine/model.json", "./mine/")):
         save_model_from(source, Path(f"models/{number}"))
         assert digest(f"models/{number}") == digest(tmp_path / "mine")

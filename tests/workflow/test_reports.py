@@ -12,19 +12,28 @@ from pipelines.workflow.reports import flat, leave_out, write_localisation
 
 
 def test_nested_figures_are_flattened_with_slashes():
-    assert flat({"test": {"accuracy": 1.0, "bcos": {"epg": 0.5}}}) == {"test/accuracy": 1.0, "test/bcos/epg": 0.5}
+    assert flat({"test": {"accuracy": 1.0, "bcos": {"epg": 0.5}}}) == {
+        "test/accuracy": 1.0,
+        "test/bcos/epg": 0.5,
+    }
 
 
 def test_an_item_that_the_params_leave_out_has_empty_reports_and_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     leave_out("bcosify/scratch", "bcosify.starts")
-    assert json.loads(Path("models/bcosify/scratch/left-out.json").read_text()) == {"because of": "bcosify.starts"}
+    assert json.loads(Path("models/bcosify/scratch/left-out.json").read_text()) == {
+        "because of": "bcosify.starts"
+    }
     assert json.loads(Path("reports/bcosify/scratch/metrics.json").read_text()) == {}
     assert json.loads(Path("reports/bcosify/scratch/history.json").read_text()) == []
 
 
 def save_model(folder):
-    save(folder, ConventionalNetwork(build("resnet8", num_classes=2)), ModelSpec("resnet8", ("a", "b"), 16, "conventional"))
+    save(
+        folder,
+        ConventionalNetwork(build("resnet8", num_classes=2)),
+        ModelSpec("resnet8", ("a", "b"), 16, "conventional"),
+    )
 
 
 def save_picture(folder):
@@ -50,7 +59,9 @@ WRITERS = {
 
 @pytest.mark.parametrize("link", [Path.hardlink_to, Path.symlink_to], ids=["hard", "symbolic"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_output_that_is_a_link_into_dvcs_cache_is_replaced_and_the_cache_left_as_it_is(tmp_path, monkeypatch, name, link):
+def test_an_output_that_is_a_link_into_dvcs_cache_is_replaced_and_the_cache_left_as_it_is(
+    tmp_path, monkeypatch, name, link
+):
     monkeypatch.chdir(tmp_path)
     cached, out = tmp_path / "cached", tmp_path / "out"
     cached.write_bytes(b"old")

@@ -67,7 +67,9 @@ ROOTS = ["runs", "memory://storing/{}", "file://{}/storage"]
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_a_stage_that_was_killed_goes_on_and_leaves_one_folder(folder: Path, written: list[str], root: str) -> None:
+def test_a_stage_that_was_killed_goes_on_and_leaves_one_folder(
+    folder: Path, written: list[str], root: str
+) -> None:
     params = params_of(root.format(folder))
     with pytest.raises(KeyboardInterrupt):
         store(params, OUT)
@@ -101,7 +103,9 @@ def test_students_find_the_explanations_that_the_index_names(folder: Path, root:
     assert explanations_for_all(elsewhere, str(OUT)) == found
 
 
-def test_complete_explanations_in_a_storage_are_taken_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_explanations_in_a_storage_are_taken_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = params_of(f"memory://again/{folder}")
     store(params, OUT)
     index = (OUT / "explanations.json").read_bytes()

@@ -20,7 +20,9 @@ def shards(folder, **fields):
 
 def test_a_data_set_without_boxes_cannot_guide(tmp_path):
     check_boxes(shards(tmp_path, train=("boxes",), val=("boxes",), test=()))
-    with pytest.raises(DataError, match=r"guide.dataset: no image of val in .* has a box: guidance needs some"):
+    with pytest.raises(
+        DataError, match=r"guide.dataset: no image of val in .* has a box: guidance needs some"
+    ):
         check_boxes(shards(tmp_path, train=("boxes",), val=("mask",), test=("boxes",)))
 
 
@@ -32,7 +34,15 @@ def test_a_data_set_without_captions_cannot_train_a_pair(tmp_path):
 
 @pytest.mark.parametrize(
     "section",
-    ["pretrain", "bcosify.scratch", "distill.e2kd", "guide.classify", "guide.guided", "clip.cnn.pretrain", "clip.vit.bcosify"],
+    [
+        "pretrain",
+        "bcosify.scratch",
+        "distill.e2kd",
+        "guide.classify",
+        "guide.guided",
+        "clip.cnn.pretrain",
+        "clip.vit.bcosify",
+    ],
 )
 def test_errors_about_training_params_name_their_key(section):
     names = {"guide.classify": "classify", "guide.guided": "guide"}
@@ -41,7 +51,10 @@ def test_errors_about_training_params_name_their_key(section):
     params = load()
     task = Task(params, name, attrgetter(section)(params), build=lambda: None, spec=None)
     assert task.section == section
-    with pytest.raises(TrainingError, match=rf"^{section}\.select: no metric$"), keyed(task.section, task.optim):
+    with (
+        pytest.raises(TrainingError, match=rf"^{section}\.select: no metric$"),
+        keyed(task.section, task.optim),
+    ):
         raise TrainingError("select: no metric")
     with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
         raise TrainingError("the loss is NaN: 3")
@@ -51,7 +64,10 @@ def test_a_teacher_that_does_not_fit_is_told_by_its_key():
     params = load()
     teacher = ModelSpec("resnet8", ("a", "b"), 32, "conventional")
     student = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
-    with pytest.raises(ModelError, match=r"^distill\.teacher: a conventional teacher"), keyed("distill", params.distill):
+    with (
+        pytest.raises(ModelError, match=r"^distill\.teacher: a conventional teacher"),
+        keyed("distill", params.distill),
+    ):
         check_pair(student, teacher, explained=True)
 
 

@@ -17,11 +17,19 @@ from tests.support.toy import accident, identical, toy_job, weights
 
 def test_at_a_url_a_stage_whose_machine_was_lost_goes_on_as_the_same_run(tmp_path, monkeypatch):
     params = load()
-    params = params.model_copy(update={"storage": params.storage.model_copy(update={"root": "memory://outlives"})})
+    params = params.model_copy(
+        update={"storage": params.storage.model_copy(update={"root": "memory://outlives"})}
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/nowhere")
     splits = {"train": [{"name": "train-000000.tar", "bytes": 1, "sha256": "00" * 32, "count": 1}]}
-    manifest = {"classes": ["a", "b"], "task": "multiclass", "source": "objects", "checksum": "ab" * 32, "splits": splits}
+    manifest = {
+        "classes": ["a", "b"],
+        "task": "multiclass",
+        "source": "objects",
+        "checksum": "ab" * 32,
+        "splits": splits,
+    }
     shards = Path(shards_of(params.dataset))
     shards.mkdir(parents=True)
     (shards / MANIFEST).write_text(json.dumps(manifest | {"fields": {}}))
@@ -62,7 +70,9 @@ def test_a_run_whose_code_changed_is_gone_on_with_on_purpose_and_tagged(tmp_path
     result = train(toy_job(after))
     assert identical(weights(result), weights(uninterrupted))
     steps = checkpoints.newest(str(after))
-    adopt_checkpoints(task_with(before), run, str(after))  # the run has gone on: what it is resumed from no longer counts
+    adopt_checkpoints(
+        task_with(before), run, str(after)
+    )  # the run has gone on: what it is resumed from no longer counts
     assert checkpoints.newest(str(after)) == steps
 
 
@@ -71,5 +81,7 @@ def test_the_runs_of_other_stages_are_left_alone_and_an_empty_directory_is_named
     for task in (task_with(None), task_with(tmp_path / "pretrain/old", "bcosify/pretrained")):
         adopt_checkpoints(task, run, directory)
     assert (run, checkpoints.newest(directory)) == ({}, None)
-    with pytest.raises(ParamsError, match=r"^training\.resume: there is no whole checkpoint in .*pretrain/old$"):
+    with pytest.raises(
+        ParamsError, match=r"^training\.resume: there is no whole checkpoint in .*pretrain/old$"
+    ):
         adopt_checkpoints(task_with(tmp_path / "pretrain/old"), run, directory)

@@ -27,7 +27,9 @@ def checked(folder, monkeypatch, metrics, classes=("a", "b"), asha=None, **field
     (place / MANIFEST).write_text(json.dumps(manifest.to_json()))
     monkeypatch.chdir(folder)
     spec = ModelSpec("resnet8", tuple(classes), 32, "bcos")
-    task = Task(params, "x", params.pretrain, build=lambda: Pretrain(None, "multiclass", len(classes)), spec=spec)
+    task = Task(
+        params, "x", params.pretrain, build=lambda: Pretrain(None, "multiclass", len(classes)), spec=spec
+    )
     return with_measurable_metrics(params, task).search.metrics
 
 
@@ -36,14 +38,20 @@ def test_a_grid_of_more_classes_than_there_are_is_left_out_and_said(tmp_path, mo
     told = "search.metrics: val/gridpg cannot be measured: a grid shows 4 classes (evaluate.grid_size), the data has 2; trials"
     assert capsys.readouterr().out.startswith(told)
     monkeypatch.undo()
-    assert checked(tmp_path / "enough", monkeypatch, ["val/accuracy", "val/gridpg"], "abcd") == ["val/accuracy", "val/gridpg"]
+    assert checked(tmp_path / "enough", monkeypatch, ["val/accuracy", "val/gridpg"], "abcd") == [
+        "val/accuracy",
+        "val/gridpg",
+    ]
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("metrics", "told"),
     [
-        (["val/gridpg"], r"val/gridpg cannot be measured: a grid shows 4 classes \(evaluate.grid_size\), the data has 2$"),
+        (
+            ["val/gridpg"],
+            r"val/gridpg cannot be measured: a grid shows 4 classes \(evaluate.grid_size\), the data has 2$",
+        ),
         (["val/iou"], r"no metric 'val/iou'; there are val/accuracy, val/calibration_error, val/gridpg$"),
         (["val/skipped"], r"no metric 'val/skipped'; there are"),
     ],
@@ -61,7 +69,14 @@ def test_figures_of_boxes_are_searched_by_where_validation_has_boxes(tmp_path, m
 def trial(status="finished", **metrics):
     named = {f"val/{name}": value for name, value in metrics.items()}
     history = [{"epoch": 1, "step": 1, "metrics": named}]
-    return {"values": {"x.lr": 0.1}, "started": 0.0, "status": status, "history": history, "metrics": named, "error": ""}
+    return {
+        "values": {"x.lr": 0.1},
+        "started": 0.0,
+        "status": status,
+        "history": history,
+        "metrics": named,
+        "error": "",
+    }
 
 
 class Run:
@@ -84,14 +99,22 @@ def reported(folder, monkeypatch, found, names):
     monkeypatch.chdir(folder)
     run = Run()
     report_search(run, found, names)
-    read = {name: json.loads((trials.OUT / f"{name}.json").read_text()) for name in ("trials", "front", "metrics")}
+    read = {
+        name: json.loads((trials.OUT / f"{name}.json").read_text()) for name in ("trials", "front", "metrics")
+    }
     return SimpleNamespace(**read, run=run)
 
 
 def test_a_metric_that_one_trial_could_not_measure_is_in_no_report_of_it(tmp_path, monkeypatch):
     found = [trial(accuracy=0.5, gridpg=0.3), trial(accuracy=0.9), trial("stopped", accuracy=0.1)]
     reports = reported(tmp_path, monkeypatch, found, ["val/accuracy", "val/gridpg"])
-    assert reports.metrics == {"finished": 2, "stopped": 1, "front": 2, "val/accuracy": 0.9, "val/gridpg": 0.3}
+    assert reports.metrics == {
+        "finished": 2,
+        "stopped": 1,
+        "front": 2,
+        "val/accuracy": 0.9,
+        "val/gridpg": 0.3,
+    }
     assert reports.trials[1]["metrics"] == {"val/accuracy": 0.9}
     assert reports.run.logged == {"val/accuracy": 0.9, "val/gridpg": 0.3}
 
@@ -112,7 +135,9 @@ def test_a_metric_that_no_trial_could_measure_is_named_and_the_others_choose(tmp
 
 
 def test_where_nothing_could_be_measured_the_search_ends_and_its_trials_are_kept(tmp_path, monkeypatch):
-    with pytest.raises(TrainingError, match=r"^search\.metrics: no trial has measured val/gridpg; the trials are in"):
+    with pytest.raises(
+        TrainingError, match=r"^search\.metrics: no trial has measured val/gridpg; the trials are in"
+    ):
         reported(tmp_path, monkeypatch, [trial(accuracy=0.5)], ["val/gridpg"])
     assert json.loads((tmp_path / trials.OUT / "trials.json").read_text())[0]["status"] == "finished"
 
@@ -121,7 +146,9 @@ def test_a_trial_says_what_it_could_not_measure(monkeypatch, capsys):
     monkeypatch.setattr(trials.tracking, "child_run", lambda *arguments, **more: None)
     params = replaced(load(), {"search.metrics": ["val/accuracy", "val/gridpg"]})
     track_trial(params, None, "runs", trial(accuracy=0.5))
-    assert capsys.readouterr().out.startswith("trial finished: val/accuracy 0.500, val/gridpg not measured (too few classes")
+    assert capsys.readouterr().out.startswith(
+        "trial finished: val/accuracy 0.500, val/gridpg not measured (too few classes"
+    )
     track_trial(params, None, "runs", trial("stopped", accuracy=0.5))
     assert capsys.readouterr().out == "trial stopped: val/accuracy 0.500 (lr 0.1)\n"
 

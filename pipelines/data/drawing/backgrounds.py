@@ -45,7 +45,9 @@ def _checks(u: Plane, v: Plane, unit: float, rng: Generator) -> Plane:
 def _dots(u: Plane, v: Plane, unit: float, rng: Generator) -> Plane:
     period = rng.uniform(6.0, 11.0) * unit
     across, along = (_zigzag(u / period) - 1.0) * period / 2.0, (_zigzag(v / period) - 1.0) * period / 2.0
-    return np.clip(period * rng.uniform(0.22, 0.32) - np.sqrt(across * across + along * along) + 0.5, 0.0, 1.0)
+    return np.clip(
+        period * rng.uniform(0.22, 0.32) - np.sqrt(across * across + along * along) + 0.5, 0.0, 1.0
+    )
 
 
 def _clouds(u: Plane, v: Plane, unit: float, rng: Generator) -> Plane:

@@ -83,7 +83,9 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
     boxes = tuple(_box(item.label, mask == instance) for instance, item in enumerate(objects, start=1))
     named = [(name, CLASSES[item.label]) for item, (name, _) in zip(objects, colours, strict=True)]
     background = list(BACKGROUNDS)[group]
-    captions: tuple[str, ...] = (f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",)
+    captions: tuple[str, ...] = (
+        f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",
+    )
     if params.captions:
         captions = sentences(named, background, _generator(params.seed, split, index, _SENTENCES))
     multiclass = params.variant == "objects"
@@ -175,8 +177,12 @@ def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
         centre = tuple(rng.uniform(0.0, size, 2).tolist())
         length, width = rng.uniform(0.03, 0.14) * size, rng.uniform(0.008, 0.022) * size
         cos, sin = direction(rng.random())
-        corners = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) + rng.uniform(-0.4, 0.4, (4, 2))
-        outline = place((corners,), centre, np.array([[length * cos, -width * sin], [length * sin, width * cos]]))
+        corners = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) + rng.uniform(
+            -0.4, 0.4, (4, 2)
+        )
+        outline = place(
+            (corners,), centre, np.array([[length * cos, -width * sin], [length * sin, width * cos]])
+        )
         _paint(canvas, coverage(outline, size), _colour(rng)[1])
 
 

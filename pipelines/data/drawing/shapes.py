@@ -47,7 +47,9 @@ def _crescent() -> Points:
     inner_half = math.acos((crossing - shift) / inner) / math.tau
     steps = np.linspace(0.0, 1.0, _ARC // 2).tolist()
     outer = _polar([(1.0, outer_half + t * (1 - 2 * outer_half)) for t in steps])
-    bite = _polar([(inner, 1 - inner_half - t * (1 - 2 * inner_half)) for t in steps[1:-1]]) + np.array([shift, 0.0])
+    bite = _polar([(inner, 1 - inner_half - t * (1 - 2 * inner_half)) for t in steps[1:-1]]) + np.array(
+        [shift, 0.0]
+    )
     return np.concatenate([outer, bite]) + np.array([0.15, 0.0])
 
 
@@ -70,7 +72,9 @@ def _cross(arm: float) -> Points:
     return np.array(points)
 
 
-_ARROW = np.array([(1.0, 0.0), (0.15, -0.8), (0.15, -0.3), (-1.0, -0.3), (-1.0, 0.3), (0.15, 0.3), (0.15, 0.8)])
+_ARROW = np.array(
+    [(1.0, 0.0), (0.15, -0.8), (0.15, -0.3), (-1.0, -0.3), (-1.0, 0.3), (0.15, 0.3), (0.15, 0.8)]
+)
 _SQUARE = np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])
 
 SHAPES: dict[str, Contours] = {
@@ -91,7 +95,10 @@ def place(contours: Contours, centre: tuple[float, float], matrix: NDArray[np.fl
     """The contours after the linear map `matrix` (2, 2) and the shift to `centre` (x, y), pixels."""
     (a, b), (c, d) = matrix.tolist()
     x, y = centre
-    return tuple(np.stack([a * p[:, 0] + b * p[:, 1] + x, c * p[:, 0] + d * p[:, 1] + y], axis=1).round(6) for p in contours)
+    return tuple(
+        np.stack([a * p[:, 0] + b * p[:, 1] + x, c * p[:, 0] + d * p[:, 1] + y], axis=1).round(6)
+        for p in contours
+    )
 
 
 def coverage(contours: Contours, size: int) -> NDArray[np.float64]:

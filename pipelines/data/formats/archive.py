@@ -35,7 +35,12 @@ UNREADABLE = "files that may not be read"
 LINKS = (NOTHING, CIRCLE, OUTSIDE)
 
 _BY_PRODUCTS = ("__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN")
-_NOT_TEXT = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates (undecoded bytes), line separators
+_NOT_TEXT = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode categories: control characters, surrogates (undecoded bytes), line separators
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,9 @@ def as_text(name: str) -> str:
     """`name` as text in one line: bytes that are not UTF-8, control characters and line ends become escapes."""
     if name.isprintable():
         return name
-    return "".join(_escaped(letter) if unicodedata.category(letter) in _NOT_TEXT else letter for letter in name)
+    return "".join(
+        _escaped(letter) if unicodedata.category(letter) in _NOT_TEXT else letter for letter in name
+    )
 
 
 def _escaped(letter: str) -> str:
@@ -178,9 +185,13 @@ def read(raw: Path, ref: Ref) -> bytes:
         content = _read_remote(ref) if "://" in ref.name else _read_local(raw / ref.name, ref)
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise DataError(f"{as_text(ref.name)}: cannot be read ({reason}); was it moved? run fetch again") from None
+        raise DataError(
+            f"{as_text(ref.name)}: cannot be read ({reason}); was it moved? run fetch again"
+        ) from None
     if ref.size not in (UNKNOWN, len(content)):
-        raise DataError(f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again")
+        raise DataError(
+            f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again"
+        )
     return content
 
 

@@ -49,7 +49,9 @@ class BoxCheck:
         clipped: boxes clipped so far, of an overhang of at most `OVERHANG`.
     """
 
-    def __init__(self, on_bad_box: Literal["raise", "skip"], left_out: LeftOut, expected: Collection[str] = ()) -> None:
+    def __init__(
+        self, on_bad_box: Literal["raise", "skip"], left_out: LeftOut, expected: Collection[str] = ()
+    ) -> None:
         self._skipped = {"inverted", "outside", "empty"} if on_bad_box == "skip" else set(expected)
         self.left_out = left_out
         self.clipped = 0
@@ -70,7 +72,9 @@ class BoxCheck:
             return clipped
         if fault not in self._skipped:
             told = _DESCRIBED[fault].format(width=width, height=height)
-            raise DataError(f"{where}: box {list(corners)} {told}; correct it, or set on_bad_box: skip to leave it out")
+            raise DataError(
+                f"{where}: box {list(corners)} {told}; correct it, or set on_bad_box: skip to leave it out"
+            )
         self.left_out.add(f"{fault} boxes", where)
         return None
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 from pipelines.data.formats.archive import as_text, in_archive
 from pipelines.data.shards.sample import DataError
 
-FLICKR8K_LISTS = {split: f"Flickr_8k.{name}Images.txt" for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))}
+FLICKR8K_LISTS = {
+    split: f"Flickr_8k.{name}Images.txt"
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))
+}
 FLICKR8K_TOKENS = "Flickr8k.token.txt"
 
 
@@ -53,16 +56,22 @@ def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Itera
         names = reader.fieldnames or ()
         missing = [column for column in (columns.image, columns.caption) if column not in names]
         if missing:
-            raise DataError(f"{where}: has no column {', '.join(missing)} (it has {', '.join(map(as_text, names)) or 'none'})")
+            raise DataError(
+                f"{where}: has no column {', '.join(missing)} (it has {', '.join(map(as_text, names)) or 'none'})"
+            )
         for cells in reader:
             done = reader.line_num
             line = f"{where}: line {done}"
             if None in cells:
-                raise DataError(f"{line}: has more cells than the header: put texts that contain the separator in quotes")
+                raise DataError(
+                    f"{line}: has more cells than the header: put texts that contain the separator in quotes"
+                )
             image, caption, split = (cells.get(column) or "" for column in columns)
             yield Row(line, as_text(in_archive(image.strip())), " ".join(caption.split()), split.strip())
     except csv.Error as error:
-        raise DataError(f"{where}: line {max(done, 1) + 1}: not a row ({error}): quotes in a quoted text are doubled") from None
+        raise DataError(
+            f"{where}: line {max(done, 1) + 1}: not a row ({error}): quotes in a quoted text are doubled"
+        ) from None
 
 
 def _tokens(text: str, where: str) -> Iterator[Row]:
@@ -70,9 +79,18 @@ def _tokens(text: str, where: str) -> Iterator[Row]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             name, _, caption = line.partition("\t")
-            yield Row(f"{where}: line {number}", as_text(name.rpartition("#")[0].strip()), " ".join(caption.split()), "")
+            yield Row(
+                f"{where}: line {number}",
+                as_text(name.rpartition("#")[0].strip()),
+                " ".join(caption.split()),
+                "",
+            )
 
 
 def read_names(content: bytes) -> list[str]:
     """The names of images in a list of one name a line."""
-    return [as_text(line.strip()) for line in content.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
+    return [
+        as_text(line.strip())
+        for line in content.decode("utf-8-sig", errors="replace").splitlines()
+        if line.strip()
+    ]

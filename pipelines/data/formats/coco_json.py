@@ -47,19 +47,27 @@ class Instances:
         self._of_image = coco.imgToAnns
         for name, entries in (("images", coco.imgs), ("annotations", coco.anns), ("categories", coco.cats)):
             if len(entries) != len(coco.dataset[name]):
-                raise DataError(f"{path}: of {len(coco.dataset[name])} {name} only {len(entries)} have an id of their own")
+                raise DataError(
+                    f"{path}: of {len(coco.dataset[name])} {name} only {len(entries)} have an id of their own"
+                )
         names = Counter(image["file_name"] for image in self.images)
         if len(names) < len(self.images):
-            raise DataError(f"{path}: images has {names.most_common(1)[0][0]} more than once: an image has one entry")
+            raise DataError(
+                f"{path}: images has {names.most_common(1)[0][0]} more than once: an image has one entry"
+            )
         for entry in coco.anns.values():
             if entry["image_id"] not in coco.imgs:
-                raise DataError(f"{path}: annotation {entry['id']} is of image {entry['image_id']}, which is not in images")
+                raise DataError(
+                    f"{path}: annotation {entry['id']} is of image {entry['image_id']}, which is not in images"
+                )
             if entry["category_id"] not in self._labels:
                 raise DataError(
                     f"{path}: annotation {entry['id']} is of category {entry['category_id']}, which is not in categories"
                 )
 
-    def annotation(self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"]) -> Annotation:
+    def annotation(
+        self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"]
+    ) -> Annotation:
         """The annotation of one of `images`; adds to the counts of `check.left_out`. See `Coco2014` for crowds.
 
         Raises:
@@ -84,7 +92,9 @@ class Instances:
         whole = bool(shapes) and None not in shapes
         if shapes and not whole:
             check.left_out.add("masks that would lack an object", image["file_name"])
-        return Annotation(width, height, tuple(boxes), labels=tuple(sorted(labels)), mask=shapes if whole else None)
+        return Annotation(
+            width, height, tuple(boxes), labels=tuple(sorted(labels)), mask=shapes if whole else None
+        )
 
     def _read(self, content: bytes) -> dict[str, Any]:
         """The file's content, with its three lists."""

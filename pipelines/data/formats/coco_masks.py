@@ -25,15 +25,23 @@ def encode(segmentation: Any, height: int, width: int, where: str) -> str | None
     try:
         if isinstance(segmentation, dict):
             return _run_lengths(segmentation, height, width)
-        polygons = [polygon for polygon in segmentation or () if len(polygon) >= _LEAST_NUMBERS and len(polygon) % 2 == 0]
+        polygons = [
+            polygon
+            for polygon in segmentation or ()
+            if len(polygon) >= _LEAST_NUMBERS and len(polygon) % 2 == 0
+        ]
         if not polygons:
             return None
         corners = [[float(number) for number in polygon] for polygon in polygons]
-        if not all(abs(number) <= _FARTHEST * max(height, width) for polygon in corners for number in polygon):  # NaN, too
+        if not all(
+            abs(number) <= _FARTHEST * max(height, width) for polygon in corners for number in polygon
+        ):  # NaN, too
             raise ValueError("a corner far outside")
         merged = mask.merge(mask.frPyObjects(corners, height, width))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: segmentation is neither polygons nor run lengths of {width} x {height} ({error})") from None
+        raise DataError(
+            f"{where}: segmentation is neither polygons nor run lengths of {width} x {height} ({error})"
+        ) from None
     return str(merged["counts"].decode("ascii"))
 
 
@@ -45,7 +53,9 @@ def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> str:
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"size {segmentation['size']}")
     runs = _decompressed(counts) if isinstance(counts, str) else list(counts)
-    if min(runs, default=0) < 0 or sum(runs) != height * width:  # pycocotools leaves pixels as they come, where they are less
+    if (
+        min(runs, default=0) < 0 or sum(runs) != height * width
+    ):  # pycocotools leaves pixels as they come, where they are less
         raise ValueError(f"runs of {sum(runs)} pixels")
     encoded = mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     return str(encoded["counts"].decode("ascii"))
@@ -76,7 +86,10 @@ def draw(shapes: Sequence[str], height: int, width: int) -> bytes:
     """The PNG of instance ids of run lengths: i for `shapes[i - 1]`, the smallest shape on top."""
     from pycocotools import mask
 
-    decoded = [mask.decode({"size": [height, width], "counts": counts.encode("ascii")}).astype(bool) for counts in shapes]
+    decoded = [
+        mask.decode({"size": [height, width], "counts": counts.encode("ascii")}).astype(bool)
+        for counts in shapes
+    ]
     ids = np.zeros((height, width), np.uint8 if len(shapes) <= np.iinfo(np.uint8).max else np.uint16)
     for number in sorted(range(len(shapes)), key=lambda number: -int(decoded[number].sum())):
         ids[decoded[number]] = number + 1

@@ -12,7 +12,10 @@ from pipelines.data.formats.roots import Official, download_archives, open_root
 from pipelines.data.shards.sample import DataError
 
 ARCHIVES = {
-    "cub": Official("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "md5:97eceeb196236b17998738112f37df78")
+    "cub": Official(
+        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        "md5:97eceeb196236b17998738112f37df78",
+    )
 }
 
 

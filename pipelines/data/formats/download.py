@@ -40,7 +40,13 @@ class _Stream:
 
 
 def download(
-    url: str, destination: Path, *, digest: str | None = None, progress: bool = True, attempts: int = 5, pause: float = 1.0
+    url: str,
+    destination: Path,
+    *,
+    digest: str | None = None,
+    progress: bool = True,
+    attempts: int = 5,
+    pause: float = 1.0,
 ) -> None:
     """Downloads the file at `url` (http, https or any fsspec URL); resumes an earlier call.
 
@@ -97,8 +103,14 @@ def is_file(url: str, *, attempts: int = 5, pause: float = 1.0) -> bool:
             info = retry(lambda: filesystem.info(path), url)
         except FileNotFoundError:
             raise DataError(f"{url}: no such file or folder") from None
-        except (OSError, ValueError, ImportError) as error:  # a storage without a library, or none that is known
-            raise DataError(f"{url}: cannot be read ({one_line(error)}): check the address and the right to read it") from None
+        except (
+            OSError,
+            ValueError,
+            ImportError,
+        ) as error:  # a storage without a library, or none that is known
+            raise DataError(
+                f"{url}: cannot be read ({one_line(error)}): check the address and the right to read it"
+            ) from None
         return info.get("type", "file" if info.get("size") else "directory") == "file"
     for attempt in range(attempts):
         try:
@@ -122,7 +134,9 @@ def _is_web_page(start: bytes, content_type: str) -> bool:
 def _transient(error: Exception, url: str) -> str:
     """The text of an error after which another attempt may succeed; raises `DataError` for any other one."""
     if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429):
-        raise DataError(f"{url}: {error.code} {error.reason}: check the address and the right to read it") from None
+        raise DataError(
+            f"{url}: {error.code} {error.reason}: check the address and the right to read it"
+        ) from None
     return one_line(error)
 
 
@@ -139,7 +153,9 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
     stream = _open(url, _size(partial) if resumable else 0, version)
     with stream.reader:
         if stream.total is None and not trusted:
-            raise DataError(f"{url}: the server does not tell the length: give a sha256 so that the end can be known")
+            raise DataError(
+                f"{url}: the server does not tell the length: give a sha256 so that the end can be known"
+            )
         with partial.open("r+b" if stream.offset else "wb") as file:
             write_json(note, {"url": url, "version": stream.version})
             file.truncate(stream.offset)
@@ -174,7 +190,9 @@ def _open(url: str, offset: int, version: str | None) -> _Stream:
         reader = filesystem.open(path, "rb")
         reader.seek(offset)
     except OSError as error:
-        raise DataError(f"{url}: cannot be read ({error}): check the address and the right to read it") from None
+        raise DataError(
+            f"{url}: cannot be read ({error}): check the address and the right to read it"
+        ) from None
     return _Stream(reader, offset, size, current)
 
 
@@ -189,7 +207,9 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
         quoted = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
         response = urllib.request.urlopen(urllib.request.Request(quoted, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and offset:  # nothing lies beyond `offset`: what is there is all of the file, or not part of it
+        if (
+            error.code == 416 and offset
+        ):  # nothing lies beyond `offset`: what is there is all of the file, or not part of it
             if error.headers.get("Content-Range") == f"bytes */{offset}":
                 return _Stream(io.BytesIO(), offset, offset, version)
             return _open_http(url, 0, None)

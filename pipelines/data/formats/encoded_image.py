@@ -106,7 +106,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DecodeError: its pixels are floating-point numbers.
     """
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16: Pillow would clip them, not scale them
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits a pixel, or 32 that hold 16: Pillow would clip them, not scale them
         return Image.fromarray((as_16_bits(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range; store 8 or 16 bits")

@@ -54,16 +54,22 @@ def list_folder(root: str) -> Contents:
             else:
                 found.unusable(name, SPECIAL)
     except FileNotFoundError as error:
-        raise DataError(f"{root}: no archive, and no folder is at {one_line(error)}: check the address") from None
+        raise DataError(
+            f"{root}: no archive, and no folder is at {one_line(error)}: check the address"
+        ) from None
     except OSError as error:
-        raise DataError(f"{root}: cannot be listed ({one_line(error)}): check the address and the right to list it") from None
+        raise DataError(
+            f"{root}: cannot be listed ({one_line(error)}): check the address and the right to list it"
+        ) from None
     return found.contents()
 
 
 def _list_local(root: str) -> Contents:
     """The entries of a local folder."""
     found = Listing()
-    folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]  # place, path in the data set, real paths above it
+    folders: list[tuple[str, str, tuple[str, ...]]] = [
+        (root, "", ())
+    ]  # place, path in the data set, real paths above it
     while folders:
         folder, inside, above = folders.pop()
         try:
@@ -93,7 +99,9 @@ def _kind_of(entry: os.DirEntry[str], above: tuple[str, ...]) -> str:
     except OSError as error:
         return _LINK_FAULTS.get(error.errno or 0, UNREADABLE)
     if stat.S_ISDIR(mode):
-        return CIRCLE if entry.is_symlink() and _contains_any(os.path.realpath(entry.path), above) else "folder"
+        return (
+            CIRCLE if entry.is_symlink() and _contains_any(os.path.realpath(entry.path), above) else "folder"
+        )
     if not stat.S_ISREG(mode):
         return SPECIAL
     return "file" if os.access(entry.path, os.R_OK) else UNREADABLE
@@ -140,7 +148,9 @@ def _linked(root: str) -> Iterator[Entry]:
                 name = unquote(url, errors="surrogateescape")[len(unquote(top)) :]
                 yield name.strip("/"), "directory" if is_folder else "file", Member(url, WHOLE_FILE, UNKNOWN)
     if len(seen) == 1:
-        raise DataError(f"{root}: the page there lists no files: give an archive, or a folder whose server lists its files")
+        raise DataError(
+            f"{root}: the page there lists no files: give an archive, or a folder whose server lists its files"
+        )
 
 
 def _links(page: str) -> Iterator[str]:

@@ -24,7 +24,12 @@ BROKEN = "images that do not decode"
 EMPTY = "tars without a sample"
 FEWER = "images that are not in their tars although the statistics count them"
 
-IMAGES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}  # suffix in a tar -> the project's own name of the format
+IMAGES = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+}  # suffix in a tar -> the project's own name of the format
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,11 @@ def _files(path: Path, name: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
     for member, offset, size in found:
         folder, base = posixpath.split(in_archive(member))
         stem, _, suffix = base.partition(".")
-        yield as_text(posixpath.join(folder, stem)), IMAGES.get(suffix.lower(), suffix.lower()), (offset, size)
+        yield (
+            as_text(posixpath.join(folder, stem)),
+            IMAGES.get(suffix.lower(), suffix.lower()),
+            (offset, size),
+        )
 
 
 def _has_header(encoded: bytes) -> bool:

@@ -8,12 +8,63 @@ from collections.abc import Callable, Iterator
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG_METADATA = {*range(0xE0, 0xF0), 0xFE}  # APP0 to APP15 and comments
-_JPEG_COLOURS, _LEAST_COLOURS = 0xEE, 16  # APP14 of Adobe says how colours are stored; its bytes if it is whole
+_JPEG_COLOURS, _LEAST_COLOURS = (
+    0xEE,
+    16,
+)  # APP14 of Adobe says how colours are stored; its bytes if it is whole
 _JPEG_SCAN = 0xDA
 _WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # chunk -> its flag in VP8X
 _TIFF_PIXELS = {  # tags that say how pixels are stored and which way is up
-    *(254, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 284, 290, 291, 292, 293, 301, 317, 318, 319, 320, 321),
-    *(322, 323, 324, 325, 332, 333, 334, 336, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521),
+    *(
+        254,
+        256,
+        257,
+        258,
+        259,
+        262,
+        263,
+        266,
+        273,
+        274,
+        277,
+        278,
+        279,
+        284,
+        290,
+        291,
+        292,
+        293,
+        301,
+        317,
+        318,
+        319,
+        320,
+        321,
+    ),
+    *(
+        322,
+        323,
+        324,
+        325,
+        332,
+        333,
+        334,
+        336,
+        338,
+        339,
+        340,
+        341,
+        347,
+        512,
+        513,
+        514,
+        515,
+        517,
+        518,
+        519,
+        520,
+        521,
+    ),
     *(529, 530, 531, 532, 32995, 32996, 32997, 34016),
 }
 
@@ -62,7 +113,9 @@ def _bare_png(encoded: bytes, keep_exif: bool) -> bytes:
     wanted = (b"tRNS", b"eXIf") if keep_exif else (b"tRNS",)
     kept = [_PNG]
     for kind, chunk in _chunks(encoded, len(_PNG), ">I4s", ahead=8, behind=4):
-        if kind[:1].isupper() or (kind in wanted and struct.pack(">I", zlib.crc32(chunk[4:-4])) == chunk[-4:]):
+        if kind[:1].isupper() or (
+            kind in wanted and struct.pack(">I", zlib.crc32(chunk[4:-4])) == chunk[-4:]
+        ):
             kept.append(chunk)
     return b"".join(kept)
 
@@ -80,7 +133,9 @@ def _bare_webp(encoded: bytes, keep_exif: bool) -> bytes:
     return encoded[:4] + struct.pack("<I", len(content)) + content
 
 
-def _chunks(encoded: bytes, place: int, header: str, *, ahead: int, behind: int) -> Iterator[tuple[bytes, bytes]]:
+def _chunks(
+    encoded: bytes, place: int, header: str, *, ahead: int, behind: int
+) -> Iterator[tuple[bytes, bytes]]:
     """Kind and bytes of each chunk from `place` on; with `ahead` bytes of header and `behind` bytes after its content."""
     while place + ahead <= len(encoded):
         first, second = struct.unpack_from(header, encoded, place)
@@ -98,7 +153,10 @@ def _bare_tiff(encoded: bytes, keep_exif: bool) -> bytes:
     place = struct.unpack_from(order + offset, encoded, start)[0]
     count = struct.unpack_from(order + number, encoded, place)[0]
     first = place + struct.calcsize(number)
-    entries = [encoded[first + size * entry : first + size * (entry + 1)] for entry in range(min(count, len(encoded) // size))]
+    entries = [
+        encoded[first + size * entry : first + size * (entry + 1)]
+        for entry in range(min(count, len(encoded) // size))
+    ]
     kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in _TIFF_PIXELS]
     directory = struct.pack(order + number, len(kept)) + b"".join(kept) + bytes(struct.calcsize(offset))
     return encoded[:place] + directory + encoded[place + len(directory) :]

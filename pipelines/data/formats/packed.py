@@ -61,7 +61,10 @@ def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
 
 def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
     """Writes the entries of a zip as a tar, in their order."""
-    with zipfile.ZipFile(path) as archive, tarfile.open(fileobj=output, mode="w:", format=tarfile.PAX_FORMAT) as tar:
+    with (
+        zipfile.ZipFile(path) as archive,
+        tarfile.open(fileobj=output, mode="w:", format=tarfile.PAX_FORMAT) as tar,
+    ):
         entries = archive.infolist()
         with bar("unpacking", len(entries), show=progress) as shown:
             for entry in entries:

@@ -22,7 +22,9 @@ def encode_png(pixels: NDArray[np.uint8] | NDArray[np.uint16], *, deflate: bool 
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     size = pixels.dtype.itemsize  # bytes a value
-    rows = np.zeros((height, 1 + width * channels * size), np.uint8)  # each row starts with its filter: 0, none
+    rows = np.zeros(
+        (height, 1 + width * channels * size), np.uint8
+    )  # each row starts with its filter: 0, none
     rows[:, 1:] = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
     header = struct.pack(">IIBBBBB", width, height, 8 * size, _COLOUR_TYPE[channels], 0, 0, 0)
     data = zlib.compress(rows.tobytes(), 6) if deflate else _stored(rows.tobytes())

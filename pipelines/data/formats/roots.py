@@ -42,7 +42,9 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
     path = Path(users_path(root))
     remote = "://" in root and not root.startswith("file://")
     if remote and "::" in root:
-        raise DataError(f"{root}: is an address within another one: give that of the archive or folder itself")
+        raise DataError(
+            f"{root}: is an address within another one: give that of the archive or folder itself"
+        )
     if remote and is_file(root):
         name = posixpath.basename(root.partition("?")[0])[-_LONGEST:]
         path = cache / f"{hashlib.sha256(root.encode()).hexdigest()[:12]}-{name}"
@@ -62,7 +64,9 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
     return _unpacked(path, raw, _UNPACKED, progress), found
 
 
-def download_archives(archives: Mapping[str, Official], raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
+def download_archives(
+    archives: Mapping[str, Official], raw: Path, cache: Path, progress: bool
+) -> tuple[Contents, str]:
     """The files of official archives, which become plain tars in `raw`, and one sha256 of all archives.
 
     Raises:

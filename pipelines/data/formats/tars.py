@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.data.formats.archive import REPLACED, SPECIAL, Contents, Listing, Member, damage_named, in_archive
+from pipelines.data.formats.archive import (
+    REPLACED,
+    SPECIAL,
+    Contents,
+    Listing,
+    Member,
+    damage_named,
+    in_archive,
+)
 from pipelines.data.formats.tar_links import Entry, Link, add_entries
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.files import staged
@@ -38,7 +46,9 @@ def list_tar(path: Path, place: str, source: str, raw: Path) -> Contents:
                 entry = Member(holes, end, member.size)
                 end += member.size
                 sparse.append(member)
-            if name in entries and entry is not entries[name]:  # GNU tar stores what it meets twice as a link to itself
+            if (
+                name in entries and entry is not entries[name]
+            ):  # GNU tar stores what it meets twice as a link to itself
                 found.unusable(name, REPLACED)
             entries[name] = entry
         _expand(file, sparse, raw / holes)
@@ -85,7 +95,11 @@ def _expand(file: BinaryIO, members: Sequence[tarfile.TarInfo], destination: Pat
     if not members:
         return
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar, staged(destination) as unfinished, unfinished.open("wb") as output:
+    with (
+        tarfile.open(fileobj=file, mode="r:") as tar,
+        staged(destination) as unfinished,
+        unfinished.open("wb") as output,
+    ):
         for member in members:
             content = tar.extractfile(member)
             assert content is not None  # as for every regular file

@@ -51,7 +51,9 @@ def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -
     return {"segmentation": ref, "numbers": _numbers(kept)}
 
 
-def plan_classes(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -> dict[str, object] | None:
+def plan_classes(
+    raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]
+) -> dict[str, object] | None:
     """The JSON value from which `draw` draws the mask of a class segmentation; None if it does not fit the annotation.
 
     A class segmentation does not separate the objects of one class. So each pixel of a class is given to the object with the
@@ -75,7 +77,9 @@ def plan_classes(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[
     if classes[classes != VOID].max(initial=0) > len(CLASSES):
         return None
     regions = [(item.label + 1, *_pixels(item.corners)) for item in annotation.objects]
-    smallest_last = sorted(zip(_numbers(kept), regions, strict=True), key=lambda item: _area(*item[1][1:]))[::-1]
+    smallest_last = sorted(zip(_numbers(kept), regions, strict=True), key=lambda item: _area(*item[1][1:]))[
+        ::-1
+    ]
     return {"classes": ref, "objects": [(number, *region) for number, region in smallest_last]}
 
 

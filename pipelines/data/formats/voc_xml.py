@@ -73,7 +73,9 @@ def _object(element: ElementTree.Element, path: str) -> VocObject:
     name = _text(element, "name", path)
     if name not in CLASSES:
         raise DataError(f"{path}: class {name!r} is not one of VOC's: {', '.join(CLASSES)}")
-    xmin, ymin, xmax, ymax = (_number(element, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax"))
+    xmin, ymin, xmax, ymax = (
+        _number(element, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")
+    )
     difficult = element.findtext("difficult", "0").strip() == "1"
     return VocObject(CLASSES.index(name), (xmin - 1, ymin - 1, xmax, ymax), difficult)
 

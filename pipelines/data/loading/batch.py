@@ -91,11 +91,15 @@ class Decoder:
         encoded = next(raw.files[suffix] for suffix in IMAGES if suffix in raw.files)
         boxes, encoded_mask = annotation["boxes"], raw.files.get("mask.png")
         image = decode_image(encoded, apply_exif=not boxes and encoded_mask is None)
-        boxes = boxes if self.fields & {"boxes", "mask"} else []  # `keep_boxes` renumbers the ids of a mask by its boxes
+        boxes = (
+            boxes if self.fields & {"boxes", "mask"} else []
+        )  # `keep_boxes` renumbers the ids of a mask by its boxes
         views: Views = {"image": image}
         if boxes:
             corners = torch.tensor([box[1:] for box in boxes], dtype=torch.float32)
-            views["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+            views["boxes"] = tv_tensors.BoundingBoxes(
+                corners, format="XYXY", canvas_size=tuple(image.shape[-2:])
+            )
         if encoded_mask is not None and "mask" in self.fields:
             views["mask"] = tv_tensors.Mask(mask_ids(encoded_mask))
         if self.explanations is not None:
@@ -130,9 +134,13 @@ class Decoder:
                     labels = []
             for label in labels:
                 if not 0 <= label < classes:
-                    raise ShardError(f"{raw.shard}: {raw.key}: label {label} is out of range; there are {classes} classes")
+                    raise ShardError(
+                        f"{raw.shard}: {raw.key}: label {label} is out of range; there are {classes} classes"
+                    )
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ShardError(f"{raw.shard}: {raw.key}: its json is not that of task {task}: {error!r}") from None
+            raise ShardError(
+                f"{raw.shard}: {raw.key}: its json is not that of task {task}: {error!r}"
+            ) from None
         return annotation
 
     def collate(self, samples: Sequence[DecodedSample], skipped: int) -> Batch:
@@ -150,7 +158,9 @@ class Decoder:
         if "boxes" in self.fields:
             counts = torch.tensor([len(sample.boxes) for sample in samples])
             image_of_box = torch.arange(len(samples)).repeat_interleave(counts)
-            batch["boxes"] = torch.cat([image_of_box[:, None].float(), torch.cat([sample.boxes for sample in samples])], dim=1)
+            batch["boxes"] = torch.cat(
+                [image_of_box[:, None].float(), torch.cat([sample.boxes for sample in samples])], dim=1
+            )
         if "mask" in self.fields:
             empty = torch.zeros(samples[0].image.shape[-2:], dtype=torch.int64)
             batch["mask"] = torch.stack([empty if sample.mask is None else sample.mask for sample in samples])
@@ -161,7 +171,9 @@ class Decoder:
         if "captions" in self.fields:
             batch["captions"] = [list(captions_of(sample.annotation)) for sample in samples]
         if self.explanations is not None:
-            logits, maps = zip(*(sample.stored for sample in samples if sample.stored is not None), strict=True)
+            logits, maps = zip(
+                *(sample.stored for sample in samples if sample.stored is not None), strict=True
+            )
             batch["teacher_logits"], batch["teacher_maps"] = torch.stack(logits), torch.stack(maps)
         return batch
 

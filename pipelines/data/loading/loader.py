@@ -97,7 +97,9 @@ def loader(
     if fields is not None and (unknown := set(fields) - FIELDS):
         raise ValueError(f"fields: {sorted(unknown)[0]!r} is none of {', '.join(sorted(FIELDS))}")
     if explanations is not None and not train:
-        raise ValueError("explanations come with training images alone: the fixed view of evaluation does not resize their maps")
+        raise ValueError(
+            "explanations come with training images alone: the fixed view of evaluation does not resize their maps"
+        )
     manifest = read_manifest(root)
     shards, known = manifest.shards(split), manifest.fields.get(split, ())
     available = {*known, "captions"} if "caption" in known else set(known)
@@ -167,7 +169,9 @@ class Loader:
             batch_size=None,
             num_workers=self._processes,
             prefetch_factor=PREFETCH,
-            generator=torch.Generator().manual_seed(0),  # by default it draws its base seed from torch's global one
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # by default it draws its base seed from torch's global one
             pin_memory=self._device.type == "cuda",
         )
 

@@ -61,7 +61,9 @@ _MOVES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "ShearY": partial(_shear, axis=1),
     "TranslateX": partial(_translate, axis=0),
     "TranslateY": partial(_translate, axis=1),
-    "Rotate": lambda view, strength: F.rotate(view, 30 * strength, interpolation=_BILINEAR),  # degrees, about the centre
+    "Rotate": lambda view, strength: F.rotate(
+        view, 30 * strength, interpolation=_BILINEAR
+    ),  # degrees, about the centre
 }
 _COLOURS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "Identity": lambda image, strength: image,
@@ -69,8 +71,14 @@ _COLOURS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "Color": lambda image, strength: F.adjust_saturation(image, 1 + 0.9 * strength),
     "Contrast": lambda image, strength: F.adjust_contrast(image, 1 + 0.9 * strength),
     "Sharpness": lambda image, strength: F.adjust_sharpness(image, 1 + 0.9 * strength),
-    "Posterize": lambda image, strength: F.posterize(image, round(8 - 4 * abs(strength))),  # the upper 8 to 4 of 8 bits stay
-    "Solarize": lambda image, strength: F.solarize(image, 255 * (1 - abs(strength))),  # inverted from this value on
-    "AutoContrast": lambda image, strength: F.autocontrast(image),  # each channel stretched to the whole range
+    "Posterize": lambda image, strength: F.posterize(
+        image, round(8 - 4 * abs(strength))
+    ),  # the upper 8 to 4 of 8 bits stay
+    "Solarize": lambda image, strength: F.solarize(
+        image, 255 * (1 - abs(strength))
+    ),  # inverted from this value on
+    "AutoContrast": lambda image, strength: F.autocontrast(
+        image
+    ),  # each channel stretched to the whole range
     "Equalize": lambda image, strength: F.equalize(image),  # each channel with a flat histogram
 }

@@ -99,7 +99,9 @@ def rank_share(count: int, sampling: Sampling) -> range:
         return share_of_batch(count, sampling)
     together = min(count, sampling.batch_size)
     if together < sampling.world_size:
-        raise ValueError(f"{together} training samples cannot feed {sampling.world_size} workers; take fewer workers")
+        raise ValueError(
+            f"{together} training samples cannot feed {sampling.world_size} workers; take fewer workers"
+        )
     share, batches = share_of_batch(together, sampling), count // together
     return range(batches * share.start, batches * share.stop)
 
@@ -129,7 +131,10 @@ def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: S
         sampling: of any rank that shares the rest.
     """
     for world_size, count in earlier:
-        ranks = [rank_batches(order, replace(sampling, world_size=world_size, rank=rank)) for rank in range(world_size)]
+        ranks = [
+            rank_batches(order, replace(sampling, world_size=world_size, rank=rank))
+            for rank in range(world_size)
+        ]
         read = {number for batches in ranks for batch in batches[:count] for number in batch}
         order = [number for number in order if number not in read]
     return order

@@ -63,12 +63,20 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
         chosen |= {number: key for _, number, key in sorted(of_class)[:shots]}
     if not chosen:
         raise DataError(f"shots: no image of {split} has a class")
-    fewer = [(len(of_class), name) for name, of_class in zip(manifest.classes, members, strict=True) if len(of_class) < shots]
+    fewer = [
+        (len(of_class), name)
+        for name, of_class in zip(manifest.classes, members, strict=True)
+        if len(of_class) < shots
+    ]
     if fewer:
         count, name = min(fewer)
         told = (shots, len(fewer), len(members), split, name, count)
-        log.warning("shots: %d images a class; %d of %d classes have fewer in %s and give all (%r has %d)", *told)
-    return Subset(split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen)))
+        log.warning(
+            "shots: %d images a class; %d of %d classes have fewer in %s and give all (%r has %d)", *told
+        )
+    return Subset(
+        split, shots, seed, tuple(sorted(chosen)), tuple(chosen[number] for number in sorted(chosen))
+    )
 
 
 def validation_images(root: str, split: str = "val") -> dict[str, Any]:

@@ -50,17 +50,28 @@ def train_transform(params: DataParams, stored_map: bool = False) -> Step:
         case "flip":
             first, drawn = _fixed_view(params), (flip,)
         case "pad_crop_flip":
-            first, drawn = (partial(resize_square, size=size),), (partial(pad_crop, padding=params.crop_padding), flip)
+            first, drawn = (
+                (partial(resize_square, size=size),),
+                (partial(pad_crop, padding=params.crop_padding), flip),
+            )
         case "random_resized_crop_flip":
             first, drawn = (), (partial(random_resized_crop, size=size), flip)
     if params.rand_augment is not None:
         if stored_map:
-            raise ValueError("rand_augment changes an image in ways that its stored map does not follow: leave it out")
+            raise ValueError(
+                "rand_augment changes an image in ways that its stored map does not follow: leave it out"
+            )
         drawn = (*drawn, partial(rand_augment, magnitude=params.rand_augment))
-    return partial(_with_stored_map, _fixed_view(params), drawn) if stored_map else partial(apply, (*first, *drawn))
+    return (
+        partial(_with_stored_map, _fixed_view(params), drawn)
+        if stored_map
+        else partial(apply, (*first, *drawn))
+    )
 
 
-def _with_stored_map(fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
+def _with_stored_map(
+    fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random
+) -> Views:
     """`fixed` applied to all views but the stored map, then `drawn` to all views."""
     others = apply(fixed, {name: view for name, view in views.items() if name != STORED_MAP}, rng)
     size = list(_size(others))

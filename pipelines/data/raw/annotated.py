@@ -40,7 +40,10 @@ class AnnotatedImages(ListedImages):
 
     def references(self, raw: Path, split: str) -> list[AnnotatedRef]:
         """References in the source's order; raises `DataError` if the split or the fetch is missing."""
-        return [AnnotatedRef(Ref(*image), Ref(*annotation)) for image, annotation in listing.read_lines(raw, split)]
+        return [
+            AnnotatedRef(Ref(*image), Ref(*annotation))
+            for image, annotation in listing.read_lines(raw, split)
+        ]
 
     def load(self, raw: Path, reference: AnnotatedRef) -> Sample:
         """The sample at `reference`.
@@ -51,7 +54,9 @@ class AnnotatedImages(ListedImages):
         annotation = _LINE.validate_python(json.loads(archive.read(raw, reference.annotation)))
         sample = images.load_image(raw, reference.image)
         if annotation.boxes:
-            with suppress(DecodeError):  # training raises or skips what does not decode, as `data.on_error` says
+            with suppress(
+                DecodeError
+            ):  # training raises or skips what does not decode, as `data.on_error` says
                 _check_size(image_size(sample.image), annotation, reference.image.path)
         return replace(
             sample,
@@ -104,7 +109,9 @@ def write_description(raw: Path, description: Description, check: BoxCheck) -> N
             raise DataError(f"{description.source}: {split} has no image")
     sums = {split: file_digest(annotations_path(raw, split)) for split in SPLITS}
     checksum = combined_sha256({"files": description.checksum, **sums})
-    listing.write_raw_manifest(raw, replace(description, checksum=checksum), check.left_out, boxes_clipped=check.clipped)
+    listing.write_raw_manifest(
+        raw, replace(description, checksum=checksum), check.left_out, boxes_clipped=check.clipped
+    )
 
 
 def annotations_path(raw: Path, split: str) -> Path:

@@ -31,7 +31,9 @@ class CaptionedImages(ListedImages):
 
     def references(self, raw: Path, split: str) -> list[CaptionedRef]:
         """References in the source's order; raises `DataError` if the split or the fetch is missing."""
-        return [CaptionedRef(Ref(*image), tuple(captions)) for image, captions in listing.read_lines(raw, split)]
+        return [
+            CaptionedRef(Ref(*image), tuple(captions)) for image, captions in listing.read_lines(raw, split)
+        ]
 
     def load(self, raw: Path, reference: CaptionedRef) -> Sample:
         """The sample at `reference`; raises `DataError` if its file is gone or changed."""
@@ -65,13 +67,19 @@ def write_captioned(
         raise DataError(f"{source}: train has no image with a caption")
     if not refs["val"]:
         if params.val_count is None:
-            raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train")
+            raise DataError(
+                f"{source}: has no validation images: set val_count, how many to hold out of train"
+            )
         chosen = held_out([0] * len(refs["train"]), params.val_count, params.split_seed)
         refs["val"] = [ref for place, ref in enumerate(refs["train"]) if place in chosen]
         refs["train"] = [ref for place, ref in enumerate(refs["train"]) if place not in chosen]
     for split, listed in refs.items():
         listing.write_references(raw, split, listed)
-    captions = {f"{split}/{ref.image.key}": "\n".join(ref.captions) for split, listed in refs.items() for ref in listed}
+    captions = {
+        f"{split}/{ref.image.key}": "\n".join(ref.captions)
+        for split, listed in refs.items()
+        for ref in listed
+    }
     counts = {split: len(listed) for split, listed in refs.items()}
     total = combined_sha256({"files": checksum, "captions": combined_sha256(captions)})
     listing.write_raw_manifest(raw, Description((), "caption", source, total, counts), left_out)

@@ -32,8 +32,12 @@ def held_out(labels: Sequence[int], count: int, seed: int) -> set[int]:
     sizes = np.bincount(values)
     most = np.maximum(sizes - 1, 0)
     if count > most.sum():
-        limit = f"at most {most.sum()}, so that each of {np.count_nonzero(sizes)} classes keeps one to train on"
-        raise DataError(f"val_count: {count} images cannot be held out of {len(values)} training images: {limit}")
+        limit = (
+            f"at most {most.sum()}, so that each of {np.count_nonzero(sizes)} classes keeps one to train on"
+        )
+        raise DataError(
+            f"val_count: {count} images cannot be held out of {len(values)} training images: {limit}"
+        )
     shares = np.minimum(sizes * count // len(values), most)
     while (missing := count - int(shares.sum())) > 0:
         remainders = np.where(shares < most, sizes * count - shares * len(values), -np.iinfo(np.int64).max)

@@ -47,7 +47,9 @@ def write_labelled(
         DataError: a split is missing or empty, a class is empty, or a class is missing from `train`.
     """
     left_out = _outside(contents, folders)
-    found = {split: images.classes_of(contents, folder, source, left_out) for split, folder in folders.items()}
+    found = {
+        split: images.classes_of(contents, folder, source, left_out) for split, folder in folders.items()
+    }
     for split in ("train", "test"):
         if not found.get(split) and not (split == "train" and train_optional):
             there = archive.top_names(contents.files)
@@ -61,7 +63,13 @@ def write_labelled(
 
 
 def write_unlabelled(
-    contents: Contents, folders: Mapping[str, str], raw: Path, params: DatasetParams, *, source: str, checksum: str
+    contents: Contents,
+    folders: Mapping[str, str],
+    raw: Path,
+    params: DatasetParams,
+    *,
+    source: str,
+    checksum: str,
 ) -> None:
     """Writes the indexes and the manifest of images anywhere below the folders of their splits.
 
@@ -76,7 +84,9 @@ def write_unlabelled(
         for split in ("train", "val", "test")
     }
     if not refs["train"]:
-        raise DataError(f"{source}: no images in {folders['train']}/; there is: {archive.top_names(contents.files)}")
+        raise DataError(
+            f"{source}: no images in {folders['train']}/; there is: {archive.top_names(contents.files)}"
+        )
     _write(refs, raw, params, Description((), "unlabelled", source, checksum, {}), left_out)
 
 
@@ -91,11 +101,15 @@ def _outside(contents: Contents, folders: Mapping[str, str]) -> LeftOut:
     return left_out
 
 
-def _write(refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description, left_out: LeftOut) -> None:
+def _write(
+    refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description, left_out: LeftOut
+) -> None:
     """Holds validation images out of `train` if there are none, and writes the indexes and the manifest."""
     if refs["train"] and not refs["val"]:
         if params.val_count is None:
-            raise DataError(f"{description.source}: has no validation images: set val_count, how many to hold out of train")
+            raise DataError(
+                f"{description.source}: has no validation images: set val_count, how many to hold out of train"
+            )
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
         listing.write_references(raw, split, listed)
@@ -109,8 +123,15 @@ def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str
     for split in found:
         missing = sorted(set(found[split]) - set(found["train"])) if found["train"] else []
         if missing:
-            raise DataError(f"{source}: class {missing[0]} is in {folders[split]} but not in {folders['train']}")
+            raise DataError(
+                f"{source}: class {missing[0]} is in {folders[split]} but not in {folders['train']}"
+            )
     for one, other in pairwise(sorted(names, key=lambda name: (name.casefold(), name))):
         if one.casefold() == other.casefold():
-            log.warning("%s: classes %s and %s differ in upper and lower case alone: they are two classes", source, one, other)
+            log.warning(
+                "%s: classes %s and %s differ in upper and lower case alone: they are two classes",
+                source,
+                one,
+                other,
+            )
     return tuple(names)

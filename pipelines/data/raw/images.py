@@ -20,7 +20,14 @@ from pipelines.data.raw.holdout import held_out
 from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.sample import DataError, Sample
 
-_KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
+_KEPT = {
+    ".jpg": "jpg",
+    ".jpeg": "jpg",
+    ".jpe": "jpg",
+    ".jfif": "jpg",
+    ".png": "png",
+    ".webp": "webp",
+}  # stored as they are
 _ENCODED_ANEW = {".bmp", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}  # stored as PNG
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # what PNG holds without loss
 _NO_IMAGES = "files that are not images by their names"
@@ -58,10 +65,14 @@ def classes_of(contents: Contents, folder: str, where: str, left_out: LeftOut) -
             else:
                 left_out.add(_NO_IMAGES, path)
     if loose:
-        raise DataError(f"{where}: {len(loose)} images lie in {folder}/ itself, such as {loose[0]}: sort by {folder}/<class>/")
+        raise DataError(
+            f"{where}: {len(loose)} images lie in {folder}/ itself, such as {loose[0]}: sort by {folder}/<class>/"
+        )
     for class_name, images in classes.items():
         if not images:
-            raise DataError(f"{where}: class folder {prefix}{class_name} has no image: fill it, or remove it everywhere")
+            raise DataError(
+                f"{where}: class folder {prefix}{class_name} has no image: fill it, or remove it everywhere"
+            )
     return classes
 
 
@@ -76,18 +87,24 @@ def _check_entries(contents: Contents, folder: str, where: str) -> None:
     """
     top = posixpath.normpath(folder)
     for path, reason in contents.unusable:
-        is_folder = f"{top}/".startswith(f"{path}/") or (posixpath.dirname(path) == top and not is_image(path))
+        is_folder = f"{top}/".startswith(f"{path}/") or (
+            posixpath.dirname(path) == top and not is_image(path)
+        )
         if is_folder and reason in archive.LINKS:
             raise DataError(f"{where}: {path}: {reason}: mend or remove it")
         if path.startswith(f"{top}/") and is_image(path) and reason == archive.UNREADABLE:
             raise DataError(f"{where}: {path} may not be read: give the right to read it, or remove it")
 
 
-def references(contents: Contents, folder: str, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]) -> list[Ref]:
+def references(
+    contents: Contents, folder: str, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]
+) -> list[Ref]:
     """A reference for each image below `folder/<class>/`, class by class in label order, with unique keys."""
     prefix = posixpath.normpath(folder) + "/"
     listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
-    keys = keys_of({path: f"{name}_{_stem(path.removeprefix(prefix).partition('/')[2])}" for path, name, _ in listed})
+    keys = keys_of(
+        {path: f"{name}_{_stem(path.removeprefix(prefix).partition('/')[2])}" for path, name, _ in listed}
+    )
     return [_reference(contents, path, keys[path], label) for path, _, label in listed]
 
 
@@ -121,7 +138,9 @@ def _reference(contents: Contents, path: str, key: str, label: int | None) -> Re
 def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[Ref]]:
     """(training references, `count` held-out ones), stratified by label, both in their order."""
     chosen = held_out([ref.label or 0 for ref in refs], count, seed)
-    return [ref for i, ref in enumerate(refs) if i not in chosen], [ref for i, ref in enumerate(refs) if i in chosen]
+    return [ref for i, ref in enumerate(refs) if i not in chosen], [
+        ref for i, ref in enumerate(refs) if i in chosen
+    ]
 
 
 def load_image(raw: Path, ref: Ref) -> Sample:

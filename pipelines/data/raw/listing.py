@@ -45,7 +45,9 @@ class ListedImages:
 def write_references(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
     """Writes the references of one split to `raw`, in their order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
-    files.write(raw / f"{split}.index.jsonl", lines.encode(errors="backslashreplace"))  # names of files need not be text
+    files.write(
+        raw / f"{split}.index.jsonl", lines.encode(errors="backslashreplace")
+    )  # names of files need not be text
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
@@ -61,7 +63,9 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
         raise DataError(f"{path}: damaged ({error}); run fetch again") from None
 
 
-def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | None = None, **details: Any) -> None:
+def write_raw_manifest(
+    raw: Path, description: Description, left_out: LeftOut | None = None, **details: Any
+) -> None:
     """Writes `manifest.json`: the description, what was left out, bytes and sha256 of each file in `raw`, and `details`.
 
     What was left out is logged as well.
@@ -69,8 +73,14 @@ def write_raw_manifest(raw: Path, description: Description, left_out: LeftOut | 
     left_out = left_out or LeftOut()
     left_out.log(description.source)
     details["left_out"] = dict(sorted(left_out.counts.items()))
-    written = [path for path in sorted(raw.iterdir()) if path.is_file() and path.name[0] != "." and path.name != _MANIFEST]
-    listed = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written}
+    written = [
+        path
+        for path in sorted(raw.iterdir())
+        if path.is_file() and path.name[0] != "." and path.name != _MANIFEST
+    ]
+    listed = {
+        path.name: {"bytes": path.stat().st_size, "sha256": files.file_digest(path)} for path in written
+    }
     source = redacted(description.source)
     files.write_json(raw / _MANIFEST, {**asdict(description), "source": source, **details, "files": listed})
 

@@ -84,7 +84,9 @@ def use(path: Path, shard: Shard) -> int | None:
         descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
-        if is_at(path, descriptor) and status.st_size == shard.bytes:  # a crash of the machine may have cut it
+        if (
+            is_at(path, descriptor) and status.st_size == shard.bytes
+        ):  # a crash of the machine may have cut it
             os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # used, not changed
             return descriptor
         os.close(descriptor)

@@ -17,7 +17,9 @@ def check_sample(sample: Sample, description: Description) -> None:
     and mask are not compared with the image.
     """
     if not KEY.fullmatch(sample.key):
-        raise DataError(f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, '_' and '-' alone")
+        raise DataError(
+            f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, '_' and '-' alone"
+        )
     if sample.extension not in EXTENSIONS:
         raise DataError(f"{sample.key}: extension {sample.extension!r} is not one of {', '.join(EXTENSIONS)}")
     _check_labels(sample, description)
@@ -39,7 +41,9 @@ def _check_labels(sample: Sample, description: Description) -> None:
             labels: tuple[int, ...] = (sample.label,)
         case "multilabel":
             if sample.labels is None:
-                raise DataError(f"{sample.key}: no labels; task multilabel needs a list of them, which may be empty")
+                raise DataError(
+                    f"{sample.key}: no labels; task multilabel needs a list of them, which may be empty"
+                )
             if len(set(sample.labels)) < len(sample.labels):
                 raise DataError(f"{sample.key}: labels {sample.labels} name a class twice")
             labels = sample.labels
@@ -51,7 +55,9 @@ def _check_labels(sample: Sample, description: Description) -> None:
             labels = ()
     for label in labels:
         if not 0 <= label < classes:
-            raise DataError(f"{sample.key}: label {label} is out of range; there are {classes} classes, 0 to {classes - 1}")
+            raise DataError(
+                f"{sample.key}: label {label} is out of range; there are {classes} classes, 0 to {classes - 1}"
+            )
 
 
 def _check_geometry(sample: Sample, classes: int) -> None:
@@ -75,6 +81,10 @@ def _check_geometry(sample: Sample, classes: int) -> None:
     if mask is None:
         return
     if size is not None and mask.shape != size:
-        raise DataError(f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; its image has {size[1]} x {size[0]}")
+        raise DataError(
+            f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; its image has {size[1]} x {size[0]}"
+        )
     if sample.boxes and int(mask.max()) > len(sample.boxes):
-        raise DataError(f"{sample.key}: mask names instance {int(mask.max())}; there are {len(sample.boxes)} boxes")
+        raise DataError(
+            f"{sample.key}: mask names instance {int(mask.max())}; there are {len(sample.boxes)} boxes"
+        )

@@ -27,7 +27,9 @@ class InPlace(Protocol):
     def tars(self, raw: Path) -> str:
         """The absolute path or URL of the folder of all tars."""
 
-    def parts(self, raw: Path, split: str) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
+    def parts(
+        self, raw: Path, split: str
+    ) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
         """Each tar of `split`, where the split's samples lie in it, and what else the index says of each by key.
 
         The tar's count is that of these samples.

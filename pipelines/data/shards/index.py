@@ -54,7 +54,11 @@ def index_part(shard: Shard, entries: Iterable[Entry], known: Mapping[str, Mappi
 
 def known_of(annotation: Mapping[str, Any]) -> dict[str, Any]:
     """What the index says of a sample with this json."""
-    known = {name: annotation[name] for name in ("label", "labels", "group", "caption", "captions") if name in annotation}
+    known = {
+        name: annotation[name]
+        for name in ("label", "labels", "group", "caption", "captions")
+        if name in annotation
+    }
     classes = sorted({int(box[0]) for box in annotation.get("boxes", ())})
     return known | ({"box_classes": classes} if classes else {})
 
@@ -75,7 +79,9 @@ def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, 
     shards, index = manifest.shards(split), _index(root, manifest, split)
     content = _read(root, index.name)
     if hashlib.sha256(content).hexdigest() != index.sha256:
-        raise ShardError(f"{root}/{index.name}: {len(content)} bytes that are not those that the manifest names; {AGAIN}")
+        raise ShardError(
+            f"{root}/{index.name}: {len(content)} bytes that are not those that the manifest names; {AGAIN}"
+        )
     start = 0
     for shard, size in zip(shards, index.parts, strict=True):
         yield from _lines(content[start : start + size], shard, f"{root}/{index.name}")
@@ -101,7 +107,10 @@ def read_entries(root: str, shard: Shard, split: str | None = None) -> tuple[Ent
 def part_entries(part: bytes, shard: Shard, name: str) -> tuple[Entry, ...]:
     """Where the samples of `shard` lie, by its part of the index called `name`; raises `ShardError` if it is another part."""
     lines = _lines(part, shard, name)
-    return tuple(Entry(line["key"], tuple((suffix, *place) for suffix, place in line["files"].items())) for line in lines)
+    return tuple(
+        Entry(line["key"], tuple((suffix, *place) for suffix, place in line["files"].items()))
+        for line in lines
+    )
 
 
 def part_shard(part: bytes) -> Shard | None:
@@ -126,7 +135,9 @@ def _index(root: str, manifest: Manifest, split: str) -> Index:
     """The record of the index of `split`."""
     index, shards = manifest.indexes.get(split), manifest.splits.get(split, ())
     if index is None or len(index.parts) != len(shards):
-        raise ShardError(f"{root}: no index of {split}: an earlier version of this project wrote these shards; {AGAIN}")
+        raise ShardError(
+            f"{root}: no index of {split}: an earlier version of this project wrote these shards; {AGAIN}"
+        )
     return index
 
 

@@ -87,7 +87,9 @@ class Manifest:
     def shards(self, split: str) -> tuple[Shard, ...]:
         """Shards of `split`; raises `ShardError` if there is no such split."""
         if split not in self.splits:
-            raise ShardError(f"split {split!r} is not in the shards (they have {', '.join(sorted(self.splits))})")
+            raise ShardError(
+                f"split {split!r} is not in the shards (they have {', '.join(sorted(self.splits))})"
+            )
         return self.splits[split]
 
     @property
@@ -120,8 +122,12 @@ def read_manifest(root: str) -> Manifest:
     try:
         content = read_json(f"{root}/{MANIFEST}")
         manifest = None if content is None else _CONTENT.validate_python(content)
-        for listed in () if manifest is None else (*chain(*manifest.splits.values()), *manifest.indexes.values()):
-            File(listed.name, listed.bytes, listed.sha256)  # which raises: copies are written under these names
+        for listed in (
+            () if manifest is None else (*chain(*manifest.splits.values()), *manifest.indexes.values())
+        ):
+            File(
+                listed.name, listed.bytes, listed.sha256
+            )  # which raises: copies are written under these names
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
     except ValueError as error:

@@ -39,7 +39,9 @@ def explanations_upload(folder: str, storage: str) -> Upload:
     if "root" in index:
         url = index["root"]
         if read_json(f"{url}/{INDEX}") != index:
-            raise ShardError(f"{folder}/{INDEX}: its explanations are no longer at {url}: run the stage `explain` again")
+            raise ShardError(
+                f"{folder}/{INDEX}: its explanations are no longer at {url}: run the stage `explain` again"
+            )
         return Upload(folder, url, (INDEX,))
     sizes = {shard["name"]: shard["bytes"] for shard in index["shards"]}
     url = f"{storage.rstrip('/')}/explanations/{file_digest(Path(folder, INDEX))[:16]}"

@@ -93,7 +93,9 @@ def check_entries(shard: Shard, entries: Sequence[Entry]) -> None:
     for entry in entries:
         suffixes = [suffix for suffix, _, _ in entry.files]
         if not {"json", CAPTION} & set(suffixes) or sum(suffix in IMAGES for suffix in suffixes) != 1:
-            raise ShardError(f"{shard.name}: {entry.key} has {', '.join(suffixes)}; one image and a json are needed")
+            raise ShardError(
+                f"{shard.name}: {entry.key} has {', '.join(suffixes)}; one image and a json are needed"
+            )
 
 
 class OpenShards:
@@ -122,8 +124,12 @@ class OpenShards:
         self._root, self._suffixes, self._indexed, self._check = root, suffixes, indexed, check
         self._verify, self._patient, self._scanned, self._told = verify, patient, scanned, False
         self._entries: dict[str, tuple[Entry, ...]] = {}
-        self._open: OrderedDict[str, int] = OrderedDict()  # descriptors of local files, the one used last at the end
-        self._direct: set[str] = set()  # shards that are read from the storage, because the cache has no room for them
+        self._open: OrderedDict[str, int] = (
+            OrderedDict()
+        )  # descriptors of local files, the one used last at the end
+        self._direct: set[str] = (
+            set()
+        )  # shards that are read from the storage, because the cache has no room for them
 
     def __enter__(self) -> OpenShards:
         return self
@@ -153,7 +159,9 @@ class OpenShards:
             content = os.pread(self._open[shard.name], end - start, start)
         if len(content) != end - start:
             raise ShardError(f"{shard.name}: {len(content)} bytes of {end - start} were read at {start}")
-        return {suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files}
+        return {
+            suffix: content[offset - start : offset - start + size] for suffix, offset, size in entry.files
+        }
 
     def close(self, name: str | None = None) -> None:
         """Ends the reading of a shard, or of all; their copies may be deleted from the cache."""

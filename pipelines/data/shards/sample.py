@@ -68,5 +68,9 @@ def caption_entry(captions: tuple[str, ...]) -> dict[str, Any]:
 def captions_of(annotation: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions that `caption_entry` stored in the json or index line of a sample."""
     return tuple(
-        annotation["captions"] if "captions" in annotation else [annotation["caption"]] if "caption" in annotation else ()
+        annotation["captions"]
+        if "captions" in annotation
+        else [annotation["caption"]]
+        if "caption" in annotation
+        else ()
     )

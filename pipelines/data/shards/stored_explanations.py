@@ -49,7 +49,9 @@ class Origin:
 
 def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> Shard:
     """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all, and then where these lie in it."""
-    shard, entries = write_tar(root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples))
+    shard, entries = write_tar(
+        root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples)
+    )
     files.write(f"{root}/{_places(name)}", index_part(shard, entries, {}))
     return shard
 
@@ -91,7 +93,9 @@ def check_origin(root: str, wanted: Origin) -> None:
     found = read_index(root)
     for name, value in asdict(wanted).items():
         if found.get(name) != value:
-            raise ShardError(f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): store them again")
+            raise ShardError(
+                f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): store them again"
+            )
 
 
 def read_index(root: str) -> dict[str, Any]:
@@ -99,7 +103,9 @@ def read_index(root: str) -> dict[str, Any]:
     try:
         content = files.read_json(f"{root}/{INDEX}")
         for entry in () if content is None else content["shards"]:
-            File(entry["name"], entry["bytes"], entry["sha256"])  # which raises: copies are written under these names
+            File(
+                entry["name"], entry["bytes"], entry["sha256"]
+            )  # which raises: copies are written under these names
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
     if content is None:
@@ -143,14 +149,18 @@ class StoredExplanations:
         entry = self._entries[shard].get(key, Entry(key, ()))
         for suffix in (LOGITS, MAP):
             if suffix not in (known for known, _, _ in entry.files):
-                raise ShardError(f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again")
+                raise ShardError(
+                    f"{self.root}/{shard}: no {suffix} of {key}: store the explanations of all images again"
+                )
         found = self._open.read(described, entry)
         return self._values(shard, key, LOGITS, found), self._values(shard, key, MAP, found)
 
     def close(self, shard: str | None = None) -> None:
         """Ends the reading of a shard, or of all; its copy may be deleted from the cache."""
         self._open.close(shard)
-        self._entries = {name: entries for name, entries in self._entries.items() if shard not in (name, None)}
+        self._entries = {
+            name: entries for name, entries in self._entries.items() if shard not in (name, None)
+        }
 
     def _values(self, shard: str, key: str, suffix: str, found: dict[str, bytes]) -> Tensor:
         """The tensor of one file."""

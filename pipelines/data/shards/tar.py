@@ -25,7 +25,9 @@ class Entry:
     files: tuple[tuple[str, int, int], ...]
 
 
-def write_tar(root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[Shard, tuple[Entry, ...]]:
+def write_tar(
+    root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]
+) -> tuple[Shard, tuple[Entry, ...]]:
     """Writes the shard `name` at `root`, whole or not at all; returns its line of the manifest, and where its samples lie.
 
     The headers say nothing of when, where and by whom the tar was written.
@@ -42,10 +44,15 @@ def write_tar(root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes
 
     suffixes: set[str] = set()
     with staged(f"{root}/{name}") as path:
-        with path.open("wb") as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+        with (
+            path.open("wb") as file,
+            TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
+        ):
             for key, contents in samples:
                 for suffix, content in contents.items():
-                    tar.write({"__key__": key, suffix: content})  # one file a call: TarWriter sorts those of one call
+                    tar.write(
+                        {"__key__": key, suffix: content}
+                    )  # one file a call: TarWriter sorts those of one call
                 suffixes.update(contents)
         entries = scan.__wrapped__(path, 0, 0, tuple(suffixes))  # not remembered: the path is a temporary one
         return Shard(name, path.stat().st_size, file_digest(path), len(entries)), entries
@@ -94,8 +101,17 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]]:
                 size, checksum = int(header[124:135], 8), int(header[148:154], 8)
             except ValueError:
                 return []
-            plain = (header[135:136], header[154:157], header[257:262], header[345:346]) == (b"\0", b"\0 0", b"ustar", b"\0")
-            if not plain or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or offset + BLOCK + size > end:
+            plain = (header[135:136], header[154:157], header[257:262], header[345:346]) == (
+                b"\0",
+                b"\0 0",
+                b"ustar",
+                b"\0",
+            )
+            if (
+                not plain
+                or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ")
+                or offset + BLOCK + size > end
+            ):
                 return []
             name = header[:100].partition(b"\0")[0].decode(errors="surrogateescape")
             found.append((name, offset + BLOCK, size))

@@ -25,7 +25,12 @@ from pipelines.storage import files
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
 
-FIELDS = {"boxes": "boxes", "mask": "mask", "group": "group", "caption": "captions"}  # field of a manifest -> of a `Sample`
+FIELDS = {
+    "boxes": "boxes",
+    "mask": "mask",
+    "group": "group",
+    "caption": "captions",
+}  # field of a manifest -> of a `Sample`
 WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
 
 
@@ -83,14 +88,21 @@ def write_shards(
         for result in mapped(write, plans, min(workers, total // WORTH_A_PROCESS)):
             written.append(result)
             shown.update(result.shard.count)
-    of_split = {split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits}
+    of_split = {
+        split: [w for p, w in zip(plans, written, strict=True) if p.split == split] for split in splits
+    }
     for split, results in of_split.items():
         _check_keys(split, results)
-    indexes = {split: write_index(root, split, [result.part for result in results]) for split, results in of_split.items()}
+    indexes = {
+        split: write_index(root, split, [result.part for result in results])
+        for split, results in of_split.items()
+    }
     manifest = _manifest(description, of_split, indexes)
     for split, shards in manifest.splits.items():
         listed = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
-        files.write_json(f"{root}/{wids_index(split)}", {"wids_version": 1, "name": split, "shardlist": listed})
+        files.write_json(
+            f"{root}/{wids_index(split)}", {"wids_version": 1, "name": split, "shardlist": listed}
+        )
     files.write_json(f"{root}/{MANIFEST}", manifest.to_json())
     return manifest.to_json()
 
@@ -106,7 +118,9 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_S
         yield _ShardPlan(split, f"{split}-{number:06d}.tar", tuple(references[start : start + shard_size]))
 
 
-def _write_shard(source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan) -> _Written:
+def _write_shard(
+    source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan
+) -> _Written:
     """Writes one shard to `root`."""
     fields: set[str] = set()
     known: dict[str, dict[str, Any]] = {}
@@ -117,7 +131,9 @@ def _write_shard(source: Source, raw: Path, root: str, description: Description,
             check_sample(sample, description)
             if sample.key in known:
                 raise _comes_twice(plan.split, sample.key, plan.name, plan.name)
-            fields.update(name for name, attribute in FIELDS.items() if getattr(sample, attribute) not in (None, ()))
+            fields.update(
+                name for name, attribute in FIELDS.items() if getattr(sample, attribute) not in (None, ())
+            )
             annotation = annotation_of(sample)
             known[sample.key] = known_of(annotation)
             yield sample.key, contents(sample, annotation)
@@ -151,10 +167,14 @@ def _check_keys(split: str, written: Iterable[_Written]) -> None:
 
 
 def _comes_twice(split: str, key: str, first: str, second: str) -> DataError:
-    return DataError(f"{split}: key {key!r} comes twice, in {first} and {second}; keys are unique in their split")
+    return DataError(
+        f"{split}: key {key!r} comes twice, in {first} and {second}; keys are unique in their split"
+    )
 
 
-def _manifest(description: Description, written: Mapping[str, Sequence[_Written]], indexes: dict[str, Index]) -> Manifest:
+def _manifest(
+    description: Description, written: Mapping[str, Sequence[_Written]], indexes: dict[str, Index]
+) -> Manifest:
     """The manifest of what was written of each split."""
     return Manifest(
         classes=description.classes,

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from pipelines.data.formats import archive
 from pipelines.data.formats.archive import Contents
-from pipelines.data.formats.caption_tables import FLICKR8K_LISTS, FLICKR8K_TOKENS, Columns, Row, read_names, read_rows
+from pipelines.data.formats.caption_tables import (
+    FLICKR8K_LISTS,
+    FLICKR8K_TOKENS,
+    Columns,
+    Row,
+    read_names,
+    read_rows,
+)
 from pipelines.data.formats.roots import open_root
 from pipelines.data.raw.captioned import SPLITS, CaptionedImages, CaptionedRef, write_captioned
 from pipelines.data.raw.images import is_image
@@ -18,7 +25,14 @@ from pipelines.data.shards.sample import DataError
 from pipelines.params import CaptionsParams
 
 IMAGE_FOLDERS = ("", "Images/", "images/", "Flicker8k_Dataset/", "Flickr8k_Dataset/")
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "validation": "val",
+    "valid": "val",
+    "dev": "val",
+    "test": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,14 @@ class _Reader:
         captions = self._captions(rows, folder)
         self._count_unnamed(captions, folder)
         found = {split: self._references(of_split, folder) for split, of_split in captions.items()}
-        write_captioned(found, self._raw, self._params, source=self._source, checksum=self._checksum, left_out=self._left_out)
+        write_captioned(
+            found,
+            self._raw,
+            self._params,
+            source=self._source,
+            checksum=self._checksum,
+            left_out=self._left_out,
+        )
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         """(split, row) of each row of a split."""
@@ -83,17 +104,27 @@ class _Reader:
             path = self._top + name
             for image in read_names(archive.read_file(self._raw, self._contents, path, self._source)):
                 if split_of.setdefault(image, split) != split:
-                    raise DataError(f"{self._source}: {image} is in the lists of {split_of[image]} and {split}")
-        tables = [self._top + name for name in (FLICKR8K_TOKENS, "captions.txt") if self._top + name in self._contents.files]
+                    raise DataError(
+                        f"{self._source}: {image} is in the lists of {split_of[image]} and {split}"
+                    )
+        tables = [
+            self._top + name
+            for name in (FLICKR8K_TOKENS, "captions.txt")
+            if self._top + name in self._contents.files
+        ]
         if not tables:
-            raise DataError(f"{self._source}: neither {FLICKR8K_TOKENS} nor captions.txt is in {self._top or 'the root'}")
+            raise DataError(
+                f"{self._source}: neither {FLICKR8K_TOKENS} nor captions.txt is in {self._top or 'the root'}"
+            )
         captioned: set[str] = set()
         for row in self._read(tables[0]):
             if row.image in split_of:
                 captioned.add(row.image)
                 yield split_of[row.image], row
             elif row.image:
-                self._left_out.add("captions of images that no split lists", row.where.removeprefix(f"{self._source}: "))
+                self._left_out.add(
+                    "captions of images that no split lists", row.where.removeprefix(f"{self._source}: ")
+                )
             else:
                 self._bad(row.where, "names no image", "rows without the name of an image")
         for image in split_of.keys() - captioned:
@@ -109,14 +140,28 @@ class _Reader:
             self._top = min(tops.values(), key=len)
             return {tops[path] + path: split for path, split in given.items()}
         files = self._contents.files
-        named = [path for path in files if path.endswith((".csv", ".tsv")) or posixpath.basename(path) == "captions.txt"]
+        named = [
+            path
+            for path in files
+            if path.endswith((".csv", ".tsv")) or posixpath.basename(path) == "captions.txt"
+        ]
         depth = min((path.count("/") for path in named), default=0)
-        tables = {path: posixpath.splitext(posixpath.basename(path))[0] for path in sorted(named) if path.count("/") == depth}
+        tables = {
+            path: posixpath.splitext(posixpath.basename(path))[0]
+            for path in sorted(named)
+            if path.count("/") == depth
+        }
         own = {path: SPLIT_NAMES[stem] for path, stem in tables.items() if stem in SPLIT_NAMES}
         if len(own) > len(set(own.values())):
-            raise DataError(f"{self._source}: two tables of one split ({', '.join(own)}): name them in tables")
+            raise DataError(
+                f"{self._source}: two tables of one split ({', '.join(own)}): name them in tables"
+            )
         if not own:
-            chosen = list(tables) if len(tables) == 1 else [path for path, stem in tables.items() if stem == "captions"]
+            chosen = (
+                list(tables)
+                if len(tables) == 1
+                else [path for path, stem in tables.items() if stem == "captions"]
+            )
             if len(chosen) != 1:
                 there = ", ".join(tables) or archive.top_names(files)
                 raise DataError(f"{self._source}: which file has the captions? Set table; there is: {there}")
@@ -129,7 +174,9 @@ class _Reader:
         """The rows of one table."""
         params = self._params
         columns = Columns(params.image_column, params.caption_column, params.split_column)
-        return read_rows(archive.read_file(self._raw, self._contents, path, self._source), path, columns, self._source)
+        return read_rows(
+            archive.read_file(self._raw, self._contents, path, self._source), path, columns, self._source
+        )
 
     def _split_of(self, row: Row) -> str:
         """The split that the row names; `train` if it names none."""
@@ -146,7 +193,9 @@ class _Reader:
         if self._params.images is not None:
             given = self._params.images.strip("/") + "/"
             candidates = [self._top + given, given]
-        return max(candidates, key=lambda folder: sum(folder + name in self._contents.files for name in names))
+        return max(
+            candidates, key=lambda folder: sum(folder + name in self._contents.files for name in names)
+        )
 
     def _captions(self, rows: Sequence[tuple[str, Row]], folder: str) -> dict[str, dict[str, list[str]]]:
         """Split -> image -> captions."""
@@ -160,7 +209,9 @@ class _Reader:
             elif folder + row.image not in self._contents.files:
                 self._bad(row.where, f"there is no image {folder}{row.image}", "rows whose image is missing")
             elif split_of.setdefault(row.image, split) != split:
-                raise DataError(f"{row.where}: {row.image} is in {split_of[row.image]} and in {split}: an image is in one split")
+                raise DataError(
+                    f"{row.where}: {row.image} is in {split_of[row.image]} and in {split}: an image is in one split"
+                )
             else:
                 captions[split].setdefault(row.image, []).append(row.text)
         return captions
@@ -175,7 +226,9 @@ class _Reader:
         """References to the images of one split, with unique keys."""
         keys = keys_of({image: posixpath.splitext(image)[0] for image in captions})
         return [
-            CaptionedRef(archive.reference_to(self._contents, folder + image, keys[image], self._source), tuple(texts))
+            CaptionedRef(
+                archive.reference_to(self._contents, folder + image, keys[image], self._source), tuple(texts)
+            )
             for image, texts in captions.items()
         ]
 

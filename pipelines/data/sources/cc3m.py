@@ -77,7 +77,9 @@ class Cc3m(CaptionedImages):
         if not is_remote(root) and not os.path.isdir(root):
             raise DataError(f"{params.root}: no such folder: cc3m reads a folder of tars")
         if is_remote(root) and redacted(root) != root:
-            raise DataError(f"{params.root}: contains a secret, which the manifest would show: use the environment instead")
+            raise DataError(
+                f"{params.root}: contains a secret, which the manifest would show: use the environment instead"
+            )
         source = f"cc3m: {params.root}"
         contents = list_folder(root)
         left_out = contents.left_out()
@@ -122,7 +124,9 @@ class Cc3m(CaptionedImages):
         root: str = listing.read_raw_manifest(raw)["tars"]["root"]
         return root
 
-    def parts(self, raw: Path, split: str) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
+    def parts(
+        self, raw: Path, split: str
+    ) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
         """Each tar of `split` with its samples, see `shards.in_place.InPlace`."""
         shards = listing.read_raw_manifest(raw)["tars"]["shards"]
         for place, group in groupby(self._in_tars(raw, split), key=lambda ref: ref.image.name):
@@ -164,14 +168,18 @@ def _splits(tars: Sequence[Tar], params: Cc3mParams, left_out: LeftOut, source: 
     for tar in tars:
         splits: list[str] = [split for split, pattern in patterns.items() if fnmatch(tar.name, pattern)]
         if len(splits) > 1:
-            raise DataError(f"{source}: {tar.name} is in the splits {' and '.join(splits)}: a tar is in one split")
+            raise DataError(
+                f"{source}: {tar.name} is in the splits {' and '.join(splits)}: a tar is in one split"
+            )
         if splits or "train" not in patterns:
             split_of[tar.name] = splits[0] if splits else "train"
         else:
             left_out.add("tars of no split", tar.name)
     for split, pattern in patterns.items():
         if split not in split_of.values():
-            raise DataError(f"{source}: no tar fits {pattern!r}, the pattern of {split}; there is: {tars[0].name}")
+            raise DataError(
+                f"{source}: no tar fits {pattern!r}, the pattern of {split}; there is: {tars[0].name}"
+            )
     return split_of
 
 
@@ -225,4 +233,6 @@ def _split_off(refs: Sequence[TarRef], count: int, seed: int) -> tuple[list[TarR
     of_tar = [list(group) for _, group in groupby(refs, key=lambda ref: ref.image.name)]
     drawn = [ref for group in shuffled(of_tar, seed) for ref in shuffled(group, seed)][:count]
     chosen = {ref.image.key for ref in drawn}
-    return [ref for ref in refs if ref.image.key not in chosen], [ref for ref in refs if ref.image.key in chosen]
+    return [ref for ref in refs if ref.image.key not in chosen], [
+        ref for ref in refs if ref.image.key in chosen
+    ]

@@ -35,7 +35,9 @@ class Cifar10(StoredImages):
         params = self.params
         if params.root is not None:
             contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
-            write_labelled(contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum)
+            write_labelled(
+                contents, _FOLDERS, raw, params, source=f"cifar10: {params.root}", checksum=checksum
+            )
             return
         from torchvision.datasets import CIFAR10
 

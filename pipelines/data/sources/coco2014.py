@@ -68,12 +68,16 @@ class Coco2014(AnnotatedImages):
         params = self.params
         source = f"coco2014: {params.root or IMAGES['train2014'].url}"
         if params.val_count is None:
-            raise DataError(f"{source}: has no validation images: set val_count, how many to hold out of train2014")
+            raise DataError(
+                f"{source}: has no validation images: set val_count, how many to hold out of train2014"
+            )
         files = _Files.of(params.root, raw, cache, progress, source)
         check = BoxCheck(params.on_bad_box, files.left_out(), expected=("empty",))
 
         def read(part: Instances, year: str, places: Sequence[int]) -> Iterator[tuple[Ref, Annotation]]:
-            keys = keys_of({entry["file_name"]: posixpath.splitext(entry["file_name"])[0] for entry in part.images})
+            keys = keys_of(
+                {entry["file_name"]: posixpath.splitext(entry["file_name"])[0] for entry in part.images}
+            )
             with bar(f"annotations of {year}", len(places), show=progress) as shown:
                 for place in places:
                     entry = part.images[place]
@@ -90,13 +94,21 @@ class Coco2014(AnnotatedImages):
         del train  # gigabytes
         test = files.instances("val2014", check.left_out)
         if test.classes != classes:
-            raise DataError(f"{source}: instances_val2014.json has other categories than instances_train2014.json")
+            raise DataError(
+                f"{source}: instances_val2014.json has other categories than instances_train2014.json"
+            )
         sizes["test"] = annotated.write_split(raw, "test", read(test, "val2014", range(len(test.images))))
-        annotated.write_description(raw, Description(classes, "multilabel", source, files.checksum, sizes), check)
+        annotated.write_description(
+            raw, Description(classes, "multilabel", source, files.checksum, sizes), check
+        )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
         """The PNG of instance ids; None if a box of the image has no segmentation."""
-        return None if annotation.mask is None else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
+        return (
+            None
+            if annotation.mask is None
+            else coco_masks.draw(annotation.mask, annotation.height, annotation.width)
+        )
 
 
 SOURCE = Coco2014
@@ -120,7 +132,15 @@ class _Files:
         if root is None:
             notes, of_notes = download_archives(ANNOTATIONS, cache, cache, progress)
             contents, of_images = download_archives(IMAGES, raw, cache, progress)
-            return cls(raw, contents, cache, notes, "", source, combined_sha256({"images": of_images, "notes": of_notes}))
+            return cls(
+                raw,
+                contents,
+                cache,
+                notes,
+                "",
+                source,
+                combined_sha256({"images": of_images, "notes": of_notes}),
+            )
         contents, checksum = open_root(root, None, raw, cache, progress)
         top = archive.folder_with(contents, "annotations/instances_train2014.json", source)
         return cls(raw, contents, raw, contents, top, source, checksum)

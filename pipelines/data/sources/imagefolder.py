@@ -23,7 +23,9 @@ class ImageFolder(StoredImages):
         named = params.splits.values()  # a folder that one split names is not another split's by default
         folders = {"train": params.splits.get("train", "train")}
         folders |= {
-            split: params.splits.get(split, split) for split in ("val", "test") if split in params.splits or split not in named
+            split: params.splits.get(split, split)
+            for split in ("val", "test")
+            if split in params.splits or split not in named
         }
         write = write_labelled if params.labelled else write_unlabelled
         write(contents, folders, raw, params, source=f"imagefolder: {params.root}", checksum=checksum)

@@ -29,7 +29,9 @@ class ImageNet(StoredImages):
             )
         source = f"imagenet: {params.root}"
         folders = {"train": "train", "test": "val"}
-        write_labelled(contents, folders, raw, params, source=source, checksum=checksum, train_optional=not has_train)
+        write_labelled(
+            contents, folders, raw, params, source=source, checksum=checksum, train_optional=not has_train
+        )
 
 
 SOURCE = ImageNet

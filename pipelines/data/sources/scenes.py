@@ -62,7 +62,11 @@ class Scenes(ListedImages):
         """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
-            parts = {member.name.partition(".")[2]: file.read() for member in tar if (file := tar.extractfile(member))}
+            parts = {
+                member.name.partition(".")[2]: file.read()
+                for member in tar
+                if (file := tar.extractfile(member))
+            }
         details = json.loads(parts["json"])
         captions = captions_of(details)
         known = {name: value for name, value in details.items() if name not in ("caption", "captions")}
@@ -126,7 +130,11 @@ def _members(sample: Sample) -> bytes:
     details: dict[str, Any] = {"boxes": sample.boxes, "group": sample.group, **caption_entry(sample.captions)}
     details |= {"label": sample.label} if sample.labels is None else {"labels": sample.labels}
     assert sample.mask is not None
-    parts = {"png": sample.image, "json": json.dumps(details, sort_keys=True).encode(), "mask.png": sample.mask}
+    parts = {
+        "png": sample.image,
+        "json": json.dumps(details, sort_keys=True).encode(),
+        "mask.png": sample.mask,
+    }
     blocks = []
     for suffix, content in parts.items():
         member = tarfile.TarInfo(f"{sample.key}.{suffix}")
@@ -147,7 +155,9 @@ def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
             file.write(content)
         file.write(_END)
     if len(refs) != count:
-        raise DataError(f"{raw / name}: {len(refs)} samples where {count} were drawn; delete {chunks} and fetch again")
+        raise DataError(
+            f"{raw / name}: {len(refs)} samples where {count} were drawn; delete {chunks} and fetch again"
+        )
     return refs
 
 
@@ -158,4 +168,7 @@ def _locate(content: bytes, name: str, offset: int) -> list[Ref]:
         for member in tar:
             starts.setdefault(member.name.partition(".")[0], member.offset)
     ends = [*list(starts.values())[1:], len(content)]
-    return [Ref(key, name, offset + start, end - start) for (key, start), end in zip(starts.items(), ends, strict=True)]
+    return [
+        Ref(key, name, offset + start, end - start)
+        for (key, start), end in zip(starts.items(), ends, strict=True)
+    ]

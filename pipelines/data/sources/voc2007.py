@@ -23,17 +23,20 @@ from pipelines.progress import bar
 # The publisher's address since 2025, to which the old one, host.robots.ox.ac.uk, redirects; MD5 sums as torchvision has them.
 ARCHIVES = {
     "trainval": Official(
-        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar", "md5:c52e279531787c972589f7e41ab4ae64"
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar",
+        "md5:c52e279531787c972589f7e41ab4ae64",
     ),
     "test": Official(
-        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar", "md5:b6e924de25625d8de591ea690078ad9f"
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtest_06-Nov-2007.tar",
+        "md5:b6e924de25625d8de591ea690078ad9f",
     ),
 }
 # Folders of segmentations, and how each is read: the first that has the image is taken.
 INSTANCES = {"SegmentationObject": voc_masks.plan}
 MASKS = {
     "instances": INSTANCES,
-    "classes": INSTANCES | {"SegmentationClassAug": voc_masks.plan_classes, "SegmentationClass": voc_masks.plan_classes},
+    "classes": INSTANCES
+    | {"SegmentationClassAug": voc_masks.plan_classes, "SegmentationClass": voc_masks.plan_classes},
 }
 
 
@@ -69,10 +72,17 @@ class Voc2007(AnnotatedImages):
         source = f"voc2007: {root or ARCHIVES['trainval'].url}"
         names = self.params.splits
         lists = {split: f"ImageSets/Main/{names.get(split, split)}.txt" for split in ("train", "val", "test")}
-        reader = _Reader(raw, contents, archive.folder_with(contents, lists["train"], source), source, self.params)
-        sizes = {split: annotated.write_split(raw, split, reader.read(path, progress)) for split, path in lists.items()}
+        reader = _Reader(
+            raw, contents, archive.folder_with(contents, lists["train"], source), source, self.params
+        )
+        sizes = {
+            split: annotated.write_split(raw, split, reader.read(path, progress))
+            for split, path in lists.items()
+        }
         reader.count_unlisted()
-        annotated.write_description(raw, Description(CLASSES, "multilabel", source, checksum, sizes), reader.check)
+        annotated.write_description(
+            raw, Description(CLASSES, "multilabel", source, checksum, sizes), reader.check
+        )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
         """The PNG of instance ids; None if VOC does not segment the image."""
@@ -95,17 +105,27 @@ class _Reader:
     def read(self, split_list: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
         """The images that the file `split_list` names, in its order."""
         path = f"{self._top}{split_list}"
-        lines = archive.read_file(self._raw, self._contents, path, self._source).decode(errors="replace").splitlines()
+        lines = (
+            archive.read_file(self._raw, self._contents, path, self._source)
+            .decode(errors="replace")
+            .splitlines()
+        )
         names = [as_text(line.split()[0]) for line in lines if line.strip()]
         keys = keys_of({name: name for name in names})
         if len(keys) < len(names):
-            raise DataError(f"{path}: names {Counter(names).most_common(1)[0][0]} more than once: an image is one sample")
+            raise DataError(
+                f"{path}: names {Counter(names).most_common(1)[0][0]} more than once: an image is one sample"
+            )
         if twice := self._listed.intersection(names):
-            raise DataError(f"{path}: names {min(twice)}, which another split has: an image belongs to one split")
+            raise DataError(
+                f"{path}: names {min(twice)}, which another split has: an image belongs to one split"
+            )
         self._listed.update(names)
         with bar(f"annotations of {split_list}", len(names), show=progress) as shown:
             for name in names:
-                image = archive.reference_to(self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source)
+                image = archive.reference_to(
+                    self._contents, f"{self._top}JPEGImages/{name}.jpg", keys[name], self._source
+                )
                 yield image, self._annotation(name)
                 shown.update(1)
 
@@ -114,7 +134,10 @@ class _Reader:
         for folder, kind in (("JPEGImages", "images"), ("Annotations", "annotations of images")):
             prefix = f"{self._top}{folder}/"
             for path in sorted(self._contents.files):
-                if path.startswith(prefix) and posixpath.splitext(path.removeprefix(prefix))[0] not in self._listed:
+                if (
+                    path.startswith(prefix)
+                    and posixpath.splitext(path.removeprefix(prefix))[0] not in self._listed
+                ):
                     self.left_out.add(f"{kind} that no split lists", path)
 
     def _annotation(self, name: str) -> Annotation:
@@ -142,7 +165,9 @@ class _Reader:
         for folder, plan in MASKS[self._params.masks].items():
             path = f"{self._top}{folder}/{name}.png"
             if path in self._contents.files:
-                mask = plan(self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept)
+                mask = plan(
+                    self._raw, archive.reference_to(self._contents, path, name, self._source), read, kept
+                )
                 if mask is None:
                     self.left_out.add("masks that do not fit their objects", path)
                 return mask

@@ -73,7 +73,9 @@ class Waterbirds(AnnotatedImages):
         source = f"waterbirds {params.variant}: {params.root or URL}"
         boxes, boxes_checksum = cub.read_boxes(params.cub_root, cache, progress)
         top = archive.folder_with(contents, "metadata.csv", source)
-        rows = _read_rows(archive.read_file(raw, contents, f"{top}metadata.csv", source), f"{source}: {top}metadata.csv")
+        rows = _read_rows(
+            archive.read_file(raw, contents, f"{top}metadata.csv", source), f"{source}: {top}metadata.csv"
+        )
         left_out = contents.left_out()
         _count_unlisted(contents, top, rows, boxes, left_out)
         if params.variant == 100:
@@ -87,7 +89,9 @@ class Waterbirds(AnnotatedImages):
             chosen = [row for row in rows if row.split == split]
             sizes[split] = annotated.write_split(raw, split, reader.read(chosen, split, progress))
         total = combined_sha256({"images": checksum, "boxes": boxes_checksum})
-        annotated.write_description(raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check)
+        annotated.write_description(
+            raw, Description(CLASSES, "multiclass", source, total, sizes), reader.check
+        )
 
 
 SOURCE = Waterbirds
@@ -130,7 +134,9 @@ class _Reader:
         return Annotation(width, height, boxes, label=row.y, group=2 * row.y + row.place)
 
 
-def _count_unlisted(contents: Contents, top: str, rows: Sequence[Row], boxes: Mapping[str, Corners], left_out: LeftOut) -> None:
+def _count_unlisted(
+    contents: Contents, top: str, rows: Sequence[Row], boxes: Mapping[str, Corners], left_out: LeftOut
+) -> None:
     """Counts the images and boxes that `rows`, all lines of `metadata.csv`, do not name."""
     names = {row.name for row in rows}
     for path in sorted(contents.files):
@@ -145,11 +151,15 @@ def _read_rows(content: bytes, where: str) -> list[Row]:
     reader = csv.DictReader(content.decode(errors="replace").splitlines())
     missing = [column for column in ("img_filename", *_RANGES) if column not in (reader.fieldnames or ())]
     if missing:
-        raise DataError(f"{where}: has no column {', '.join(missing)} (it has {', '.join(reader.fieldnames or ()) or 'none'})")
+        raise DataError(
+            f"{where}: has no column {', '.join(missing)} (it has {', '.join(reader.fieldnames or ()) or 'none'})"
+        )
     rows = []
     for line in reader:
         place_of = f"{where}: line {reader.line_num}"
-        y, split, place = (_number(line[column], column, choices, place_of) for column, choices in _RANGES.items())
+        y, split, place = (
+            _number(line[column], column, choices, place_of) for column, choices in _RANGES.items()
+        )
         rows.append(Row(as_text(line["img_filename"] or ""), y, annotated.SPLITS[split], place))
     names = Counter(row.name for row in rows)
     if len(names) < len(rows):

@@ -59,9 +59,9 @@ register_conversion(LayerScale, PatchDropout)(keep)
 register_conversion(LayerNorm)(recast_to(HeldLayerNorm))
 register_conversion(LayerNormFp32)(recast_to(HeldLayerNormFp32))
 register_conversion(QuickGELU)(lambda module, conversion: GatedQuickGELU())
-register_conversion(Bottleneck, Transformer, CustomTransformer, ResidualAttentionBlock, CustomResidualAttentionBlock)(
-    convert_children
-)
+register_conversion(
+    Bottleneck, Transformer, CustomTransformer, ResidualAttentionBlock, CustomResidualAttentionBlock
+)(convert_children)
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
@@ -128,8 +128,12 @@ class HeldAttentionPool2d(Holdable, AttentionPool2d):
         tokens_NLC = self.tokens(features)
         with self.computing_factor():
             q_NHD = self._of_heads(self.q_proj(tokens_NLC[:, 0]), 1)
-            logits_NHL = torch.einsum("nhd,hdc->nhc", q_NHD, self._of_heads(self.k_proj.weight)) @ tokens_NLC.transpose(1, 2)
-            if self.k_proj.bias is not None:  # the same for all tokens: changes nothing, but gives the bias its gradient of 0
+            logits_NHL = torch.einsum(
+                "nhd,hdc->nhc", q_NHD, self._of_heads(self.k_proj.weight)
+            ) @ tokens_NLC.transpose(1, 2)
+            if (
+                self.k_proj.bias is not None
+            ):  # the same for all tokens: changes nothing, but gives the bias its gradient of 0
                 logits_NHL = logits_NHL + (q_NHD * self._of_heads(self.k_proj.bias)).sum(-1, keepdim=True)
             matrix_NHL = (logits_NHL * q_NHD.shape[-1] ** -0.5).softmax(-1)
         mixed_NHC = self.hold(matrix_NHL) @ tokens_NLC
@@ -179,7 +183,9 @@ class TransformerTower(EmbeddingTower, VisionTransformer):
 
 @register_conversion(VisionTransformer)
 def _vision_transformer(module: VisionTransformer, conversion: Conversion) -> nn.Module:
-    if module.output_tokens or (module.pool_type == "none" and getattr(module, "attn_pool_contrastive", None) is None):
+    if module.output_tokens or (
+        module.pool_type == "none" and getattr(module, "attn_pool_contrastive", None) is None
+    ):
         raise ConversionError(
             f"the tower at {conversion.path or 'the top'!r} gives tokens, not an embedding for each image: build it with "
             "output_tokens=False and a pool_type of 'tok' or 'avg'"

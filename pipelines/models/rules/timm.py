@@ -21,7 +21,15 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from pipelines.bcos import BcosConv2d, Conversion, ConversionError, Holdable, register_conversion
-from pipelines.bcos.activations import Gate, GatedGELU, GatedHardswish, GatedMish, GatedQuickGELU, GatedSiLU, GatedTanh
+from pipelines.bcos.activations import (
+    Gate,
+    GatedGELU,
+    GatedHardswish,
+    GatedMish,
+    GatedQuickGELU,
+    GatedSiLU,
+    GatedTanh,
+)
 from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import Rule, convert_children, keep, recast_to
 from pipelines.bcos.norms import BcosLayerNorm2d
@@ -65,7 +73,9 @@ register_conversion(
 )  # fmt: skip
 def _branches(module: nn.Module, conversion: Conversion) -> nn.Module:
     """Several layers of these may take the image, not only the first."""
-    layers_of_image = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
+    layers_of_image = [
+        layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3
+    ]
     if any(layer is conversion.image_layer for layer in layers_of_image):
         for layer in layers_of_image:
             dataclasses.replace(conversion, image_layer=layer).child(layer, "branch")
@@ -170,7 +180,9 @@ def _conv_same(module: nn.Module, conversion: Conversion) -> nn.Module:
     return conversion.recast(conversion.by_rule_of(nn.Conv2d, module), BcosConv2dSame)
 
 
-@register_conversion(layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame)
+@register_conversion(
+    layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame
+)
 def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -> nn.Module:
     """The standardised weight becomes the weight, for good: B-cos layers take it as it is, or normalise it themselves."""
     rows = module.weight.detach().flatten(1)
@@ -185,7 +197,9 @@ def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -
 
 
 @register_conversion(layers.adaptive_avgmax_pool.FastAdaptiveAvgPool)
-def _global_average(module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, conversion: Conversion) -> nn.Module:
+def _global_average(
+    module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, conversion: Conversion
+) -> nn.Module:
     """As the module that `gap_reorder` looks for, where it pools images."""
     channels_last = module.dim == (1, 2)
     if not channels_last and module.dim != (2, 3):
@@ -281,7 +295,9 @@ register_conversion(layers.SplitAttn)(_factor("rsoftmax", ("conv", "bn0", "drop"
 register_conversion(layers.GluMlp)(_factor("act", ("fc1", "drop1", "norm", "fc2", "drop2")))
 register_conversion(layers.SwiGLU)(_factor("act", ("fc1_x", "drop1", "norm", "fc2", "drop2")))
 register_conversion(models.starnet.Block)(_factor("act", ("dwconv", "f2", "g", "dwconv2", "drop_path")))
-register_conversion(models.mambaout.GatedConvBlock)(_factor("act", ("norm", "fc1", "conv", "fc2", "drop_path")))
+register_conversion(models.mambaout.GatedConvBlock)(
+    _factor("act", ("norm", "fc1", "conv", "fc2", "drop_path"))
+)
 register_conversion(models.mlp_mixer.SpatialGatingUnit)(_factor("proj"))
 
 # Attention: the softmax passes through `attn_drop`, which holds it; q, k, v are linear, the output projection is B-cos --
@@ -303,13 +319,21 @@ def _attention(original: type[nn.Module], *converted: str, through: str = "attn_
     # fused attention gives no matrix to hold, so in explanation mode it steps back
     fused_unless_explained = property(lambda layer: getattr(layer, through).explanation is None)
     name = f"Held_{original.__module__.rpartition('.')[2]}_{original.__name__}"
-    held = type(name, (original,), {"fused_attn": fused_unless_explained, "__module__": __name__, "__doc__": original.__doc__})
+    held = type(
+        name,
+        (original,),
+        {"fused_attn": fused_unless_explained, "__module__": __name__, "__doc__": original.__doc__},
+    )
     globals()[name] = held  # where pickle looks for it
 
     @register_conversion(original)
     def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         matrix = getattr(module, through)
-        setattr(module, through, conversion.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix))
+        setattr(
+            module,
+            through,
+            conversion.recast(matrix, HeldDropout) if isinstance(matrix, nn.Dropout) else Factor(matrix),
+        )
         gate = getattr(module, "gate", None)
         if gate is not None:
             module.gate = Factor(gate)
@@ -395,7 +419,9 @@ class HeldTinyVitAttention(_BiasedByDistance, models.tiny_vit.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) -> the same."""
-        return self.proj(self._attend(*self._heads(self.qkv(self.norm(x)), self.key_dim, self.key_dim, self.val_dim)))
+        return self.proj(
+            self._attend(*self._heads(self.qkv(self.norm(x)), self.key_dim, self.key_dim, self.val_dim))
+        )
 
 
 class HeldLevitAttention(_BiasedByDistance, models.levit.Attention):
@@ -413,7 +439,9 @@ class HeldLevitDownsample(_BiasedByDistance, models.levit.AttentionDownsample):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C), or (N, C, H, W) where it is made of convolutions, -> the same with 1/stride of the places a side."""
         queries = self.q(x)
-        out = self._attend(*self._heads(queries, self.key_dim), *self._heads(self.kv(x), self.key_dim, self.val_dim))
+        out = self._attend(
+            *self._heads(queries, self.key_dim), *self._heads(self.kv(x), self.key_dim, self.val_dim)
+        )
         return self.proj(_as_maps(out, *queries.shape[-2:]) if self.use_conv else out)
 
 
@@ -425,7 +453,11 @@ class HeldAttention2d(_BiasedByDistance, models.efficientformer_v2.Attention2d):
         if self.stride_conv is not None:
             x = self.stride_conv(x)
         v = self.v(x)
-        (q,), (k,), (heads,) = self._heads(self.q(x), self.key_dim), self._heads(self.k(x), self.key_dim), self._heads(v, self.d)
+        (q,), (k,), (heads,) = (
+            self._heads(self.q(x), self.key_dim),
+            self._heads(self.k(x), self.key_dim),
+            self._heads(v, self.d),
+        )
         logits = self.talking_head1(q @ k.transpose(-2, -1) * self.scale + self._bias())
         matrix = self.hold(self.talking_head2(logits.softmax(-1)))
         x = (matrix @ heads).transpose(2, 3).reshape(v.shape) + self.v_local(v)
@@ -439,7 +471,11 @@ class HeldAttention2dDownsample(_BiasedByDistance, models.efficientformer_v2.Att
         """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
         v = self.v(x)
         local = self.v_local(v)
-        q, k, heads = self._heads(self.q(x), self.key_dim), self._heads(self.k(x), self.key_dim), self._heads(v, self.d)
+        q, k, heads = (
+            self._heads(self.q(x), self.key_dim),
+            self._heads(self.k(x), self.key_dim),
+            self._heads(v, self.d),
+        )
         return self.proj(self.act(_as_maps(self._attend(*q, *k, *heads), *local.shape[-2:]) + local))
 
 
@@ -448,7 +484,9 @@ class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) -> the same."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # (N, heads, D, L)
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)
+        )  # (N, heads, D, L)
         return self.proj(attend(self, k, v, q, scale=self.scale).permute(0, 3, 1, 2).flatten(2))
 
 
@@ -465,8 +503,16 @@ for _type, _held, _names in (
     (models.tiny_vit.Attention, HeldTinyVitAttention, ("norm", "proj")),
     (models.levit.Attention, HeldLevitAttention, ("qkv.bn", "proj")),
     (models.levit.AttentionDownsample, HeldLevitDownsample, ("kv.bn", "proj")),
-    (models.efficientformer_v2.Attention2d, HeldAttention2d, ("stride_conv", "v.bn", "v_local", "upsample", "act", "proj")),
-    (models.efficientformer_v2.Attention2dDownsample, HeldAttention2dDownsample, ("v.bn", "v_local", "act", "proj")),
+    (
+        models.efficientformer_v2.Attention2d,
+        HeldAttention2d,
+        ("stride_conv", "v.bn", "v_local", "upsample", "act", "proj"),
+    ),
+    (
+        models.efficientformer_v2.Attention2dDownsample,
+        HeldAttention2dDownsample,
+        ("v.bn", "v_local", "act", "proj"),
+    ),
 ):
     register_conversion(_type)(_overridden(_held, _names))
 

@@ -27,13 +27,17 @@ register_conversion(
     maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
 )(keep)  # fmt: skip
 # Their own parameters are linear: a layer scale multiplies; a class token and position embeddings are constants.
-register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)(convert_children)
+register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)(
+    convert_children
+)
 
 
 # Networks whose pools and activations are functions: here they are modules, under the names of the originals -----------
 
 
-def _in_order(module: nn.Module, conversion: Conversion, *steps: str | tuple[str, nn.Module]) -> nn.Sequential:
+def _in_order(
+    module: nn.Module, conversion: Conversion, *steps: str | tuple[str, nn.Module]
+) -> nn.Sequential:
     """The network as a sequence: children by name, converted, and what stands in for functions, with a name each."""
     sequence = nn.Sequential()
     for step in steps:
@@ -63,7 +67,9 @@ def _mnasnet(module: torchvision.models.MNASNet, conversion: Conversion) -> nn.M
 
 @register_conversion(torchvision.models.ShuffleNetV2)
 def _shufflenet(module: torchvision.models.ShuffleNetV2, conversion: Conversion) -> nn.Module:
-    return _in_order(module, conversion, "conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", *_pool(), "fc")
+    return _in_order(
+        module, conversion, "conv1", "maxpool", "stage2", "stage3", "stage4", "conv5", *_pool(), "fc"
+    )
 
 
 @register_conversion(GoogLeNetConv, InceptionConv)
@@ -86,7 +92,10 @@ class _SixChannels(nn.Module):
     def _transform_input(self, x: Tensor) -> Tensor:
         if not self.transform_input:
             return x
-        scale, shift = x.new_tensor([0.229, 0.224, 0.225]) / 0.5, (x.new_tensor([0.485, 0.456, 0.406]) - 0.5) / 0.5
+        scale, shift = (
+            x.new_tensor([0.229, 0.224, 0.225]) / 0.5,
+            (x.new_tensor([0.485, 0.456, 0.406]) - 0.5) / 0.5,
+        )
         return x * torch.cat([scale, scale])[:, None, None] + torch.cat([shift, -shift])[:, None, None]
 
 
@@ -183,7 +192,10 @@ class _ShiftedWindows(Holdable):
         size = self.window_size
         x = F.pad(x, (0, 0, 0, -width % size[1], 0, -height % size[0]))
         padded = x.shape[1:3]
-        shift = [0 if window >= side else by for window, side, by in zip(size, padded, self.shift_size, strict=True)]
+        shift = [
+            0 if window >= side else by
+            for window, side, by in zip(size, padded, self.shift_size, strict=True)
+        ]
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
         bias = self.get_relative_position_bias()  # type: ignore[operator]
@@ -208,7 +220,11 @@ class _ShiftedWindows(Holdable):
         if self.logit_scale is not None:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
-        return attend(self, q, k, v, bias=bias, scale=scale, dropout=self.attention_dropout).transpose(1, 2).flatten(2)
+        return (
+            attend(self, q, k, v, bias=bias, scale=scale, dropout=self.attention_dropout)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class _ShiftedWindowAttention(_ShiftedWindows, swin_transformer.ShiftedWindowAttention):
@@ -222,7 +238,9 @@ class _ShiftedWindowAttentionV2(_ShiftedWindows, swin_transformer.ShiftedWindowA
 @register_conversion(swin_transformer.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttentionV2)
 def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, conversion: Conversion) -> nn.Module:
     v2 = isinstance(module, swin_transformer.ShiftedWindowAttentionV2)
-    return conversion.recast(conversion.children(module, ["proj"]), _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention)
+    return conversion.recast(
+        conversion.children(module, ["proj"]), _ShiftedWindowAttentionV2 if v2 else _ShiftedWindowAttention
+    )
 
 
 class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
@@ -234,11 +252,17 @@ class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, groups, places, C) -> the same."""
-        q, k, v = self.to_qkv(x.flatten(0, 1)).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.to_qkv(x.flatten(0, 1))
+            .unflatten(-1, (3, self.n_heads, self.head_dim))
+            .permute(2, 0, 3, 1, 4)
+        )
         mixed = attend(self, q, k, v, bias=self.get_relative_positional_bias(), scale=self.scale_factor)  # type: ignore[operator]
         return self.merge(mixed.transpose(1, 2).flatten(2)).view_as(x)
 
 
 @register_conversion(maxvit.RelativePositionalMultiHeadAttention)
-def _relative_attention(module: maxvit.RelativePositionalMultiHeadAttention, conversion: Conversion) -> nn.Module:
+def _relative_attention(
+    module: maxvit.RelativePositionalMultiHeadAttention, conversion: Conversion
+) -> nn.Module:
     return conversion.recast(conversion.children(module, ["merge"]), _RelativeAttention)

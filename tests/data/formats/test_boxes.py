@@ -38,7 +38,10 @@ def test_a_box_is_kept_within_its_image(corners, clipped):
     ],
 )
 def test_a_bad_box_is_refused_by_name_or_dropped_and_counted(corners, fault):
-    with pytest.raises(DataError, match=rf"^some\.xml: object 3: box \[{corners[0]}, .* is {fault}[^\n]*on_bad_box: skip[^\n]*$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^some\.xml: object 3: box \[{corners[0]}, .* is {fault}[^\n]*on_bad_box: skip[^\n]*$",
+    ):
         BoxCheck("raise", LeftOut())(corners, *SIZE, "some.xml: object 3")
     for check in (BoxCheck("skip", LeftOut()), BoxCheck("raise", LeftOut(), expected=(fault,))):
         assert check(corners, *SIZE, "x") is None

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.formats import archive
-from pipelines.data.formats.archive import CIRCLE, HIDDEN, NOTHING, OUTSIDE, REPLACED, SPECIAL, UNREADABLE, Contents, Ref, as_text
+from pipelines.data.formats.archive import (
+    CIRCLE,
+    HIDDEN,
+    NOTHING,
+    OUTSIDE,
+    REPLACED,
+    SPECIAL,
+    UNREADABLE,
+    Contents,
+    Ref,
+    as_text,
+)
 from pipelines.data.formats.folders import list_folder
 from pipelines.data.formats.packed import to_tar
 from pipelines.data.formats.tars import list_tar
@@ -40,7 +51,9 @@ def listed(path: Path) -> Contents:
 
 
 def content_of(contents: Contents, raw: Path) -> dict[str, bytes]:
-    return {name: archive.read(raw, Ref("key", m.place, m.offset, m.size)) for name, m in contents.files.items()}
+    return {
+        name: archive.read(raw, Ref("key", m.place, m.offset, m.size)) for name, m in contents.files.items()
+    }
 
 
 @pytest.fixture
@@ -85,14 +98,29 @@ def test_a_folder_and_its_tar_have_the_same_entries(tree, tmp_path):
     folder, tar = list_folder(str(tree)), listed(tmp_path / "tree.tar")
     assert content_of(folder, tmp_path) == content_of(tar, tmp_path)
     assert (folder.folders, folder.unusable) == (tar.folders, tar.unusable)
-    same = ["train/cat/0.jpg", "train/dog/chain.jpg", "train/dog/hard.jpg", "train/dog/soft.jpg", "pool/owl/there/0.jpg"]
+    same = [
+        "train/cat/0.jpg",
+        "train/dog/chain.jpg",
+        "train/dog/hard.jpg",
+        "train/dog/soft.jpg",
+        "pool/owl/there/0.jpg",
+    ]
     assert {folder.files[name].size for name in same} == {1500}
-    assert {"train/owl/2.jpg", "train/owl/deep/3.jpg", "train/through.jpg", "train/cat/hidden.jpg"} < folder.files.keys()
+    assert {
+        "train/owl/2.jpg",
+        "train/owl/deep/3.jpg",
+        "train/through.jpg",
+        "train/cat/hidden.jpg",
+    } < folder.files.keys()
     assert content_of(folder, tmp_path)["train/cat/caf\\xe9.jpg"] == b"Latin 1"
     reasons = dict(folder.unusable)
     assert {reasons[f"train/cat/{name}"] for name in ("a", "b", "up", "self", "back/there")} == {CIRCLE}
     assert {reasons[f"train/cat/{name}.jpg"] for name in ("gone", "into_a_file")} == {NOTHING}
-    assert (reasons["train/cat/fifo.jpg"], reasons[".cache"], reasons["train/cat/.DS_Store"]) == (SPECIAL, HIDDEN, HIDDEN)
+    assert (reasons["train/cat/fifo.jpg"], reasons[".cache"], reasons["train/cat/.DS_Store"]) == (
+        SPECIAL,
+        HIDDEN,
+        HIDDEN,
+    )
 
 
 def test_local_links_may_lead_out_of_the_folder(tmp_path):
@@ -136,7 +164,11 @@ def test_a_file_that_may_not_be_read_is_unusable(tmp_path, monkeypatch):
         ([("a", b"1"), ("b", "1a")], {"a": b"1", "b": b"1"}, ()),  # a hard link
         ([("./a", b"1"), ("d/b", "1./a")], {"a": b"1", "d/b": b"1"}, ()),
         ([("a", b"1"), ("a", "1a")], {"a": b"1"}, ()),  # GNU tar, of a file that it is given twice
-        ([("a", b"1"), ("b", "2a"), ("c", "1b")], {"a": b"1", "b": b"1", "c": b"1"}, ()),  # a hard link to a symbolic one
+        (
+            [("a", b"1"), ("b", "2a"), ("c", "1b")],
+            {"a": b"1", "b": b"1", "c": b"1"},
+            (),
+        ),  # a hard link to a symbolic one
         ([("b", "2d/../a"), ("a", b"1"), ("d", "5")], {"a": b"1", "b": b"1"}, ()),  # forwards
         ([("b", "1a"), ("a", b"1")], {"a": b"1", "b": b"1"}, ()),
         ([("a", "1gone")], {}, (("a", NOTHING),)),
@@ -148,7 +180,11 @@ def test_a_file_that_may_not_be_read_is_unusable(tmp_path, monkeypatch):
         ([("a", "3"), ("b", "6")], {}, (("a", SPECIAL), ("b", SPECIAL))),  # a device and a queue
         ([("a", b"1"), ("b", b"2"), ("./a", b"3")], {"a": b"3", "b": b"2"}, (("a", REPLACED),)),
         ([("__MACOSX/a", b""), ("__MACOSX/b", b""), ("a", b"1")], {"a": b"1"}, (("__MACOSX", HIDDEN),)),
-        ([("../a", b"1"), ("/b", b"2")], {"../a": b"1", "b": b"2"}, ()),  # nothing is unpacked to these places
+        (
+            [("../a", b"1"), ("/b", b"2")],
+            {"../a": b"1", "b": b"2"},
+            (),
+        ),  # nothing is unpacked to these places
     ],
 )
 def test_members_of_tars(tmp_path, members, files, unusable):
@@ -157,7 +193,9 @@ def test_members_of_tars(tmp_path, members, files, unusable):
     assert contents.unusable == unusable
 
 
-@pytest.mark.parametrize("form", ["gnu", "pax --sparse-version=0.0", "pax --sparse-version=0.1", "pax --sparse-version=1.0"])
+@pytest.mark.parametrize(
+    "form", ["gnu", "pax --sparse-version=0.0", "pax --sparse-version=0.1", "pax --sparse-version=1.0"]
+)
 def test_sparse_members_have_their_holes(tmp_path, form):
     parts = {"a.bmp": (b"head", b"tail"), "b.bmp": (b"", b""), "c.bmp": (b"dense", b"")}
     content = {}
@@ -203,7 +241,11 @@ def test_a_damaged_header_is_one_line(tmp_path):
             names = listed(path).files.keys()
         except DataError as error:
             said = str(error)
-        assert re.fullmatch(r"source: .*", said) or names == {"a", "b", "c"}  # where it is in the content of a member
+        assert re.fullmatch(r"source: .*", said) or names == {
+            "a",
+            "b",
+            "c",
+        }  # where it is in the content of a member
 
 
 def zip_of(path: Path, entries: list[tuple[zipfile.ZipInfo, bytes]]) -> Path:

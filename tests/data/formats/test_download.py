@@ -211,7 +211,9 @@ def test_an_fsspec_url_is_resumed(tmp_path, monkeypatch):
     def opened(*arguments):
         file = original(*arguments)
         seek = file.seek
-        monkeypatch.setattr(file, "seek", lambda offset: (starts.append(offset), seek(offset))[1], raising=False)
+        monkeypatch.setattr(
+            file, "seek", lambda offset: (starts.append(offset), seek(offset))[1], raising=False
+        )
         return file
 
     monkeypatch.setattr(type(memory), "open", opened)

@@ -65,7 +65,9 @@ def damaged() -> Iterator[tuple[str, bytes, bytes]]:
     yield "trailing bytes of WebP", WEBP, WEBP + b"junk" * 99
     start = struct.unpack("<I", TIFF[4:8])[0]
     entries = struct.unpack_from("<H", TIFF, start)[0]
-    resolution = next(at for at in range(start + 2, len(TIFF), 12) if TIFF[at : at + 2] == struct.pack("<H", 282))
+    resolution = next(
+        at for at in range(start + 2, len(TIFF), 12) if TIFF[at : at + 2] == struct.pack("<H", 282)
+    )
     yield "resolution", TIFF, TIFF[: resolution + 4] + bytes(4) + TIFF[resolution + 8 :]
     end = start + 2 + 12 * entries
     yield "thumbnail", TIFF, TIFF[:end] + b"\xf0\xff\xff\xff" + TIFF[end + 4 :]
@@ -117,7 +119,10 @@ def images() -> Iterator[tuple[str, bytes]]:
     yield "profile", saved("TIFF", icc_profile=b"no profile")
     yield "GIF", saved("GIF")
     yield "GIF that is transparent", saved("GIF", PHOTO.quantize(8), transparency=3)
-    yield "PNG of 16 bits that is transparent", saved("PNG", Image.fromarray(DEEP.astype("u2")), transparency=5000)
+    yield (
+        "PNG of 16 bits that is transparent",
+        saved("PNG", Image.fromarray(DEEP.astype("u2")), transparency=5000),
+    )
     yield "BMP", saved("BMP", PHOTO.convert("P"))
     yield "PBM", saved("PPM", PHOTO.convert("1"))
 
@@ -135,7 +140,9 @@ def test_deep_pixels_stay_deep_and_what_is_transparent_is_white():
 
 
 def test_floating_point_pixels_are_refused_by_name():
-    with pytest.raises(DecodeError, match=r"^x\.tif: does not decode: floating-point pixels have no known range"):
+    with pytest.raises(
+        DecodeError, match=r"^x\.tif: does not decode: floating-point pixels have no known range"
+    ):
         _as_png(saved("TIFF", Image.fromarray(np.ones((2, 2), np.float32))), "x.tif")
 
 

@@ -19,7 +19,12 @@ from pipelines.data.formats.download import is_file
 from pipelines.data.formats.roots import open_root
 from pipelines.data.shards.sample import DataError
 
-FILES = {"train/cat/a b.jpg": b"one", "train/cat/100%.jpg": b"three", "train/dög/ü&'.jpg": b"fivee", "x.txt": b""}
+FILES = {
+    "train/cat/a b.jpg": b"one",
+    "train/cat/100%.jpg": b"three",
+    "train/dög/ü&'.jpg": b"fivee",
+    "x.txt": b"",
+}
 
 
 @pytest.fixture
@@ -55,7 +60,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
     def guess_type(self, path):
-        return "text/html" if path.endswith("download") else super().guess_type(path)  # whatever the server says
+        return (
+            "text/html" if path.endswith("download") else super().guess_type(path)
+        )  # whatever the server says
 
     def log_message(self, *_):
         return
@@ -63,7 +70,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(folder):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder.parent)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder.parent))
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -76,12 +85,23 @@ def found(root: str, tmp_path: Path, name: str = "one") -> dict[str, bytes]:
     raw = tmp_path / name
     contents, checksum = open_root(root, None, raw, tmp_path / "cache", progress=False)
     assert len(checksum) == 64
-    return {name: read(raw, Ref("key", member.place, member.offset, member.size)) for name, member in contents.files.items()}
+    return {
+        name: read(raw, Ref("key", member.place, member.offset, member.size))
+        for name, member in contents.files.items()
+    }
 
 
 @pytest.mark.parametrize(
     "address",
-    ["in.zip", "IN.ZIP", "in.zip?download=1", "in.zip?X-Amz-Signature=" + "0123456789abcdef" * 32, "download", "in", "in/"],
+    [
+        "in.zip",
+        "IN.ZIP",
+        "in.zip?download=1",
+        "in.zip?X-Amz-Signature=" + "0123456789abcdef" * 32,
+        "download",
+        "in",
+        "in/",
+    ],
 )
 def test_an_http_address_of_an_archive_or_folder_gives_its_files(server, tmp_path, address):
     assert found(f"{server}/{address}", tmp_path) == FILES
@@ -89,13 +109,18 @@ def test_an_http_address_of_an_archive_or_folder_gives_its_files(server, tmp_pat
 
 def test_an_http_folder_that_may_not_be_listed_is_named(server, folder, tmp_path):
     (folder / "train/secret").mkdir()
-    with pytest.raises(DataError, match=r"^http://.*/in: cannot be listed \([^\n]*403[^\n]*\): check the address"):
+    with pytest.raises(
+        DataError, match=r"^http://.*/in: cannot be listed \([^\n]*403[^\n]*\): check the address"
+    ):
         found(f"{server}/in", tmp_path)
 
 
 def test_an_address_with_nothing_or_a_page_is_named_in_one_line(server, folder, tmp_path):
     (folder.parent / "page.html").write_text("<!doctype html><a href='https://example.org/in.zip'>here</a>")
-    with pytest.raises(DataError, match=r"/page\.html: no archive, and no folder is at [^\n]*/page\.html/: check the address$"):
+    with pytest.raises(
+        DataError,
+        match=r"/page\.html: no archive, and no folder is at [^\n]*/page\.html/: check the address$",
+    ):
         found(f"{server}/page.html", tmp_path)
     (folder.parent / "empty").mkdir()
     with pytest.raises(DataError, match=r"/empty: the page there lists no files: give an archive[^\n]*$"):
@@ -132,7 +157,11 @@ class Terse(MemoryFileSystem):
 
     @staticmethod
     def _terse(info):
-        return {"name": info["name"] + "/"} if info["type"] == "directory" else {"name": info["name"], "size": None}
+        return (
+            {"name": info["name"] + "/"}
+            if info["type"] == "directory"
+            else {"name": info["name"], "size": None}
+        )
 
 
 def test_a_storage_need_not_tell_sizes_and_kinds(tmp_path):

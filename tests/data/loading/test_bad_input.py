@@ -100,7 +100,10 @@ def replace_shard(root: Path, files: dict[str, bytes], count: int = 1):
         ({"a.png": b"", "a.json": b"{"}, "train-000000.tar: a: its json is not that of task multiclass"),
         ({"a.png": b"", "a.json": b"[1]"}, "train-000000.tar: a: its json is not that of task multiclass"),
         ({"a.png": b"", "a.json": b"{}"}, "train-000000.tar: a: its json is not that of task multiclass"),
-        ({"a.png": b"", "a.json": b'{"label": 3}'}, "train-000000.tar: a: label 3 is out of range; there are 3 classes"),
+        (
+            {"a.png": b"", "a.json": b'{"label": 3}'},
+            "train-000000.tar: a: label 3 is out of range; there are 3 classes",
+        ),
         ({"a.png": b"", "a.json": b'{"label": "x"}'}, "train-000000.tar: a: its json is not that"),
     ],
 )
@@ -158,7 +161,9 @@ def test_batch_of_which_nothing_decodes(broken, workers):
     assert len(list(batches)) == 9  # evaluation goes on without it
     assert batches.skipped == 3
     with pytest.raises(DecodeError, match=r"train-00000\d.tar: k000\d: does not decode"):
-        list(train(broken, batch_size=1, on_error="skip", workers=workers))  # training has other ranks that wait
+        list(
+            train(broken, batch_size=1, on_error="skip", workers=workers)
+        )  # training has other ranks that wait
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_training_with_less_than_one_batch_gives_what_there_is(tmp_path):
 
 
 def test_training_leaves_other_samples_out_each_epoch(single):
-    missing = [set(range(COUNT)) - {int(key[1:]) for key in keys(train(single, epoch=epoch))} for epoch in range(12)]
+    missing = [
+        set(range(COUNT)) - {int(key[1:]) for key in keys(train(single, epoch=epoch))} for epoch in range(12)
+    ]
     assert all(len(each) == COUNT % 3 for each in missing)
     assert len({frozenset(each) for each in missing}) > 4
 
@@ -88,7 +90,11 @@ def test_training_leaves_other_samples_out_each_epoch(single):
 def test_order_differs_by_epoch_and_seed_and_comes_again(root, workers):
     first = list(train(root, workers=workers))
     assert_same(first, train(root, workers=workers))
-    orders = [keys(first), keys(train(root, epoch=1, workers=workers)), keys(train(root, seed=1, workers=workers))]
+    orders = [
+        keys(first),
+        keys(train(root, epoch=1, workers=workers)),
+        keys(train(root, seed=1, workers=workers)),
+    ]
     assert len({tuple(order) for order in orders}) == 3
     assert keys(first) != sorted(keys(first))
 
@@ -115,13 +121,20 @@ def test_start_batch_gives_the_tail_bit_for_bit_with_any_number_of_processes(roo
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("layouts", [[(3, 2), (2, 9)], [(2, 1), (1, 9)], [(2, 1), (3, 1), (1, 9)], [(1, 1), (3, 1), (2, 9)]])
+@pytest.mark.parametrize(
+    "layouts", [[(3, 2), (2, 9)], [(2, 1), (1, 9)], [(2, 1), (3, 1), (1, 9)], [(1, 1), (3, 1), (2, 9)]]
+)
 def test_other_numbers_of_ranks_share_out_what_is_left_of_an_epoch(root, workers, layouts):
     read, steps = [], 0
     for place, (world_size, batches) in enumerate(layouts):
         processes = workers + place if workers else 0  # another number of processes changes nothing
         options = {"workers": processes, "seed": 3, "epoch": 2}
-        here = {"batch_size": 6 // world_size, "world_size": world_size, "earlier": layouts[:place], **options}
+        here = {
+            "batch_size": 6 // world_size,
+            "world_size": world_size,
+            "earlier": layouts[:place],
+            **options,
+        }
         ranks = [train(root, rank=rank, **here) for rank in range(world_size)]
         assert len({len(each) for each in ranks}) == 1
         read += [key for each in ranks for key in keys(itertools.islice(each, batches))]
@@ -147,7 +160,12 @@ def test_skipped_batches_are_not_read(root, tmp_path):
 
 def test_augmentation_of_a_sample_depends_on_neither_workers_nor_ranks(root):
     def image_of(loaders):
-        return {key: image for each in loaders for batch in each for key, image in zip(batch["key"], batch["image"], strict=True)}
+        return {
+            key: image
+            for each in loaders
+            for batch in each
+            for key, image in zip(batch["key"], batch["image"], strict=True)
+        }
 
     one = image_of([train(root)])
     for other in ([train(root, workers=2)], [train(root, rank=rank, world_size=2) for rank in range(2)]):
@@ -191,14 +209,20 @@ def test_batch_holds_what_the_samples_hold(root, workers):
         pixels = torch.stack([torch.from_numpy(noise(number)).permute(2, 0, 1) for number in numbers])
         assert torch.equal(batch["image"], pixels.float() / 255)
         assert batch["label"].tolist() == [number % 3 for number in numbers]
-        assert batch["boxes"].tolist() == [[row, *box] for row, sample in enumerate(samples) for box in sample.boxes]
+        assert batch["boxes"].tolist() == [
+            [row, *box] for row, sample in enumerate(samples) for box in sample.boxes
+        ]
         assert batch["boxes"].dtype == torch.float32
         assert batch["boxes"].shape[1:] == (6,)
         assert batch["group"].tolist() == [-1 if sample.group is None else sample.group for sample in samples]
         assert batch["caption"] == ["".join(sample.captions) for sample in samples]
         assert batch["mask"].dtype == torch.int64
         for mask, sample in zip(batch["mask"], samples, strict=True):
-            expected = np.zeros((SIDE, SIDE)) if sample.mask is None else np.asarray(Image.open(io.BytesIO(sample.mask)))
+            expected = (
+                np.zeros((SIDE, SIDE))
+                if sample.mask is None
+                else np.asarray(Image.open(io.BytesIO(sample.mask)))
+            )
             assert (mask.numpy() == expected).all()
         assert batch["skipped"] == 0
 
@@ -212,7 +236,12 @@ def test_one_of_several_captions_is_drawn_by_seed_epoch_and_key(tmp_path):
     texts = {}
     for epoch in range(8):
         drawn = {}
-        for options in ({"workers": 0}, {"workers": 2}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}):
+        for options in (
+            {"workers": 0},
+            {"workers": 2},
+            {"rank": 0, "world_size": 2},
+            {"rank": 1, "world_size": 2},
+        ):
             for batch in train(shards, epoch=epoch, **options):
                 for key, caption in zip(batch["key"], batch["caption"], strict=True):
                     assert drawn.setdefault(key, caption) == caption
@@ -266,7 +295,10 @@ def test_exif_is_applied_only_where_there_are_no_boxes(tmp_path):
 @pytest.mark.parametrize("fields", [(), ("boxes",), ("group", "mask")])
 def test_fields_that_nobody_reads_are_left_out_and_change_nothing_else(root, fields):
     left_out = {"boxes", "mask", "group", "caption"}.difference(fields)
-    whole = [{name: value for name, value in batch.items() if name not in left_out} for batch in train(root, epoch=1)]
+    whole = [
+        {name: value for name, value in batch.items() if name not in left_out}
+        for batch in train(root, epoch=1)
+    ]
     assert_same(train(root, epoch=1, fields=fields), whole)
 
 

@@ -29,7 +29,9 @@ def test_each_shard_is_needed_first_by_one_batch() -> None:
 
 
 @pytest.mark.parametrize(("ahead", "count"), [(0, 2), (2, 3), (4, 4), (90, 6)])
-def test_one_shard_comes_beyond_those_that_may_be_read(monkeypatch: pytest.MonkeyPatch, ahead: int, count: int) -> None:
+def test_one_shard_comes_beyond_those_that_may_be_read(
+    monkeypatch: pytest.MonkeyPatch, ahead: int, count: int
+) -> None:
     brought = []
 
     def local_copy(root: str, shard: Shard, patience: float) -> None:
@@ -39,7 +41,9 @@ def test_one_shard_comes_beyond_those_that_may_be_read(monkeypatch: pytest.Monke
             raise ShardError("missing")
 
     monkeypatch.setattr(prefetch, "local_copy", local_copy)
-    prefetcher = Prefetcher("memory://nothing", [(place * 2, shard) for place, shard in enumerate(SHARDS)], ahead)
+    prefetcher = Prefetcher(
+        "memory://nothing", [(place * 2, shard) for place, shard in enumerate(SHARDS)], ahead
+    )
     prefetcher.reach(0)
     prefetcher.reach(0)
     prefetcher._asked.put(None)

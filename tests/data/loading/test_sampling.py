@@ -112,10 +112,17 @@ def test_ranks_divide_a_split_in_evaluation_in_batches_of_their_own(count, world
 
 @pytest.mark.parametrize("layouts", [[(3, 1), (1, 9)], [(1, 2), (3, 9)], [(3, 1), (2, 1), (5, 9)]])
 def test_ranks_that_do_not_divide_a_batch_share_out_what_others_left(layouts):
-    order, sampling, read = epoch_order([20, 30, 21], replace(SAMPLING, batch_size=16)), replace(SAMPLING, batch_size=16), []
+    order, sampling, read = (
+        epoch_order([20, 30, 21], replace(SAMPLING, batch_size=16)),
+        replace(SAMPLING, batch_size=16),
+        [],
+    )
     for place, (world_size, steps) in enumerate(layouts):
         left = unread(order, layouts[:place], replace(sampling, world_size=world_size))
-        ranks = [rank_batches(left, replace(sampling, world_size=world_size, rank=rank))[:steps] for rank in range(world_size)]
+        ranks = [
+            rank_batches(left, replace(sampling, world_size=world_size, rank=rank))[:steps]
+            for rank in range(world_size)
+        ]
         together = [sum(map(len, batches)) for batches in zip(*ranks, strict=True)]
         assert set(together) == {16}
         read += [number for batches in ranks for batch in batches for number in batch]

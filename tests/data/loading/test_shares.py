@@ -32,7 +32,9 @@ def test_a_batch_of_which_a_rank_has_nothing_left_is_given_empty(broken, workers
     empty = [batch for batches in ranks for batch in batches if not batch["key"]]
     assert empty  # one that the others wait for
     assert all(batch["skipped"] >= 1 for batch in empty)
-    assert sorted(key for batches in ranks for key in keys(batches)) == [f"k{i:04d}" for i in range(12) if i not in BROKEN]
+    assert sorted(key for batches in ranks for key in keys(batches)) == [
+        f"k{i:04d}" for i in range(12) if i not in BROKEN
+    ]
 
 
 def test_shares_of_a_batch_of_64_by_three(tmp_path):

@@ -69,7 +69,9 @@ def test_a_class_of_fewer_images_gives_them_all_and_the_log_counts_such_classes(
     root = write(tmp_path, samples)
     drawn = few_shot(root, "train", 3, seed=0)
     assert Counter(samples[number].label for number in drawn.numbers) == {0: 3, 1: 2, 2: 1}
-    assert caplog.messages == ["shots: 3 images a class; 2 of 3 classes have fewer in train and give all ('star' has 1)"]
+    assert caplog.messages == [
+        "shots: 3 images a class; 2 of 3 classes have fewer in train and give all ('star' has 1)"
+    ]
     caplog.clear()
     assert len(few_shot(root, "train", 1, seed=0).keys) == 3
     assert caplog.messages == []
@@ -79,7 +81,9 @@ def test_of_several_labels_a_class_without_images_gives_none(tmp_path, caplog):
     samples = [plain(index, label=None, labels=(0, 1)) for index in range(5)]
     root = write(tmp_path, samples, task="multilabel")
     assert len(few_shot(root, "train", 2, seed=0).keys) == 2
-    assert caplog.messages == ["shots: 2 images a class; 1 of 3 classes have fewer in train and give all ('star' has 0)"]
+    assert caplog.messages == [
+        "shots: 2 images a class; 1 of 3 classes have fewer in train and give all ('star' has 0)"
+    ]
 
 
 def test_no_labels_are_one_line(tmp_path):
@@ -110,13 +114,16 @@ def test_in_training_the_subset_is_shuffled_and_dealt_in_full_batches(root):
     numbers = (0, 6, 7, 8, 20, 33, 39)
     wanted = {f"k{number:04d}" for number in numbers}
     epochs = [
-        [key for batch in batches(root, subset=numbers, train=True, epoch=epoch) for key in batch["key"]] for epoch in range(20)
+        [key for batch in batches(root, subset=numbers, train=True, epoch=epoch) for key in batch["key"]]
+        for epoch in range(20)
     ]
     assert all(len(keys) == len(set(keys)) == 6 and set(keys) < wanted for keys in epochs)
     assert set().union(*epochs) == wanted
     assert len({tuple(keys) for keys in epochs}) > 10
     whole = list(batches(root, subset=numbers, train=True))
-    assert [batch["key"] for batch in batches(root, subset=numbers, train=True, start_batch=1)] == [whole[1]["key"]]
+    assert [batch["key"] for batch in batches(root, subset=numbers, train=True, start_batch=1)] == [
+        whole[1]["key"]
+    ]
 
 
 # Annotated images -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def scene(height: int, width: int, box: tuple[int, int, int, int]) -> dict[str, 
     mask[ymin:ymax, xmin:xmax] = 1
     return {
         "image": (mask * OBJECT).to(torch.uint8).expand(3, -1, -1).contiguous(),
-        "boxes": tv_tensors.BoundingBoxes(torch.tensor([box]).float(), format="XYXY", canvas_size=(height, width)),
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.tensor([box]).float(), format="XYXY", canvas_size=(height, width)
+        ),
         "mask": tv_tensors.Mask(mask),
         "map": tv_tensors.Image(mask.float()[None]),
     }
@@ -44,7 +46,10 @@ def test_image_box_mask_and_map_move_together(augment, eval_resize, size):
     height, width = size
     seen = 0
     for seed in range(25):
-        views = transform(scene(height, width, (width // 4, height // 3, width // 4 + 14, height // 3 + 12)), random.Random(seed))
+        views = transform(
+            scene(height, width, (width // 4, height // 3, width // 4 + 14, height // 3 + 12)),
+            random.Random(seed),
+        )
         image, mask, heat = views["image"], views["mask"], views["map"]
         assert image.shape == (3, 32, 32)
         assert image.dtype == torch.uint8
@@ -179,7 +184,9 @@ def test_operations_of_rand_augment_are_torchvisions(magnitude):
         values = strengths(31, 20, 30)
         for sign in (1, -1) if signed else (1,):
             value = 0.0 if values is None else sign * float(values[magnitude])
-            wanted = theirs._apply_image_or_video_transform(image, name, value, theirs.interpolation, theirs._fill)
+            wanted = theirs._apply_image_or_video_transform(
+                image, name, value, theirs.interpolation, theirs._fill
+            )
             found = ours[name](image, sign * magnitude / 30)
             assert (wanted.int() - found.int()).abs().max() <= 1, name  # theirs rounds the value to float32
 
@@ -205,5 +212,9 @@ def test_rand_augment_draws_every_operation_from_the_samples_generator_and_moves
     assert max(lost) <= 24  # of 140 pixels: interpolation at the border
     assert 60 < moved < 120  # 1 - (9/14)^2 of 150 are 88
     assert torch.equal(before, torch.get_rng_state())
-    seen = {name for seed in range(150) for name in random.Random(seed).choices(list(ra._MOVES | ra._COLOURS), k=2)}
+    seen = {
+        name
+        for seed in range(150)
+        for name in random.Random(seed).choices(list(ra._MOVES | ra._COLOURS), k=2)
+    }
     assert seen == ra._MOVES.keys() | ra._COLOURS.keys()

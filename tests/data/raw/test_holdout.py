@@ -22,7 +22,9 @@ def test_each_class_keeps_an_image_and_the_count_is_met(count):
 
 
 def test_more_than_can_be_held_out_is_refused_with_the_most_that_can():
-    with pytest.raises(DataError, match=r"^val_count: 4 images .* of 6 training images: at most 3, so that each of 3 classes"):
+    with pytest.raises(
+        DataError, match=r"^val_count: 4 images .* of 6 training images: at most 3, so that each of 3 classes"
+    ):
         held_out([0, 1, 1, 2, 2, 2], 4, seed=0)
     assert len(held_out([0, 1, 1, 2, 2, 2], 3, seed=0)) == 3
 

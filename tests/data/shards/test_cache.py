@@ -91,7 +91,9 @@ def test_readers_of_all_shards_at_once_stay_below_the_bound(
 
     def read_all(reader: int) -> list[str]:
         found = []
-        for sample in read_samples(ROOT, shards, [(number * 5 + reader) % COUNT for number in range(COUNT)], verify=False):
+        for sample in read_samples(
+            ROOT, shards, [(number * 5 + reader) % COUNT for number in range(COUNT)], verify=False
+        ):
             found.append(sample.key)  # from four shards at a time
             most.append(on_disk(own_shard_cache))
         return found
@@ -104,7 +106,9 @@ def test_readers_of_all_shards_at_once_stay_below_the_bound(
     assert not list(own_shard_cache.glob("*.lock")) + list(own_shard_cache.glob("*.partial"))
 
 
-def test_readers_of_the_same_shards_download_each_once(shards: tuple[Shard, ...], bound: Any, downloads: list[str]) -> None:
+def test_readers_of_the_same_shards_download_each_once(
+    shards: tuple[Shard, ...], bound: Any, downloads: list[str]
+) -> None:
     bound(8)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: read(shards), range(8)))
@@ -181,7 +185,9 @@ def test_a_patient_reader_gets_the_room_that_another_gives_up(
     os.close(copy.descriptor)
 
 
-def test_what_a_killed_download_has_reserved_is_given_back(shards: tuple[Shard, ...], bound: Any, own_shard_cache: Path) -> None:
+def test_what_a_killed_download_has_reserved_is_given_back(
+    shards: tuple[Shard, ...], bound: Any, own_shard_cache: Path
+) -> None:
     bound(1)
     for name in ("killed", shards[0].sha256):
         (own_shard_cache / f"{name}.partial").write_bytes(bytes(100))

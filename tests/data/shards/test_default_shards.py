@@ -18,7 +18,11 @@ def test_the_default_shards_are_these_bytes(tmp_path):
     dataset = params.load(ROOT / "params.yaml").datasets["objects"]
     source = sources.get(dataset)
     source.fetch(tmp_path / "raw", tmp_path / "cache", progress=False)
-    write_shards(source, tmp_path / "raw", str(tmp_path / "shards"), shard_size=dataset.shard_size, progress=False)
-    written = {path.name: sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "shards").glob("*.tar")}
+    write_shards(
+        source, tmp_path / "raw", str(tmp_path / "shards"), shard_size=dataset.shard_size, progress=False
+    )
+    written = {
+        path.name: sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "shards").glob("*.tar")
+    }
     expected = dict(reversed(line.split()) for line in EXPECTED.read_text().splitlines())
     assert written == expected

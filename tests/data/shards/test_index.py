@@ -38,7 +38,11 @@ def shards(tmp_path: Path) -> Path:
 
 def drawn(root: str) -> list[Any]:
     """All that is ever drawn without an image being looked at."""
-    return [few_shot(root, "train", 2, 0), annotated_images(root, "train", 0.5, 0), validation_images(root, "train")]
+    return [
+        few_shot(root, "train", 2, 0),
+        annotated_images(root, "train", 0.5, 0),
+        validation_images(root, "train"),
+    ]
 
 
 def test_subsets_and_lists_of_images_are_drawn_without_a_shard(shards: Path) -> None:
@@ -48,7 +52,11 @@ def test_subsets_and_lists_of_images_are_drawn_without_a_shard(shards: Path) -> 
     assert drawn(str(shards)) == before
     assert before[1] == tuple(sorted(before[1]))
     assert set(before[1]) <= {rich(number).key for number in range(COUNT) if rich(number).boxes}
-    assert before[2] == {"split": "train", "count": COUNT, "keys": [f"k{number:04d}" for number in range(COUNT)]}
+    assert before[2] == {
+        "split": "train",
+        "count": COUNT,
+        "keys": [f"k{number:04d}" for number in range(COUNT)],
+    }
 
 
 def test_subsets_at_a_url_ask_for_manifest_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +65,12 @@ def test_subsets_at_a_url_ask_for_manifest_and_index_alone(monkeypatch: pytest.M
     for name in ("cat_file", "get_file", "open"):
         call = getattr(memory, name)
         monkeypatch.setattr(
-            memory, name, lambda self, path, *rest, _call=call, **more: (asked.append(path), _call(self, path, *rest, **more))[1]
+            memory,
+            name,
+            lambda self, path, *rest, _call=call, **more: (
+                asked.append(path),
+                _call(self, path, *rest, **more),
+            )[1],
         )
     drawn(root)
     assert {path.rpartition("/")[2] for path in asked} == {"manifest.json", index_name("train")}
@@ -68,14 +81,20 @@ def test_the_manifest_names_the_index_and_each_sample_has_a_line(shards: Path) -
     content = (shards / index.name).read_bytes()
     assert (len(content), hashlib.sha256(content).hexdigest()) == (index.bytes, index.sha256)
     lines = [json.loads(line) for line in gzip.decompress(content).splitlines()]
-    assert [line["shard"]["name"] for line in lines if "shard" in line] == [f"train-00000{number}.tar" for number in range(3)]
+    assert [line["shard"]["name"] for line in lines if "shard" in line] == [
+        f"train-00000{number}.tar" for number in range(3)
+    ]
     samples = [line for line in lines if "shard" not in line]
     for number, line in enumerate(samples):
         sample = rich(number)
         assert {name: value for name, value in line.items() if name != "files"} == {
             "key": sample.key,
             "label": sample.label,
-            **({"group": sample.group, "caption": sample.captions[0], "box_classes": [0, 2]} if sample.boxes else {}),
+            **(
+                {"group": sample.group, "caption": sample.captions[0], "box_classes": [0, 2]}
+                if sample.boxes
+                else {}
+            ),
         }
         shard = (shards / f"train-00000{number // 5}.tar").read_bytes()
         offset, size = line["files"]["png"]
@@ -84,7 +103,9 @@ def test_the_manifest_names_the_index_and_each_sample_has_a_line(shards: Path) -
 
 
 def test_several_labels_are_in_the_index_and_so_are_none(tmp_path: Path) -> None:
-    samples = [replace(plain(number), label=None, labels=labels) for number, labels in enumerate([(0, 2), (), (1,)])]
+    samples = [
+        replace(plain(number), label=None, labels=labels) for number, labels in enumerate([(0, 2), (), (1,)])
+    ]
     root = write(tmp_path, samples, task="multilabel")
     assert [line["labels"] for line in read_index(root, read_manifest(root), "train")] == [[0, 2], [], [1]]
 
@@ -129,11 +150,17 @@ def without_index(shards: Path) -> str:
     return str(shards)
 
 
-@pytest.mark.parametrize("draw", [lambda root: few_shot(root, "train", 1, 0), lambda root: validation_images(root, "train")])
-def test_shards_of_an_earlier_version_are_read_and_only_what_needs_an_index_is_refused(shards: Path, draw: Any) -> None:
+@pytest.mark.parametrize(
+    "draw", [lambda root: few_shot(root, "train", 1, 0), lambda root: validation_images(root, "train")]
+)
+def test_shards_of_an_earlier_version_are_read_and_only_what_needs_an_index_is_refused(
+    shards: Path, draw: Any
+) -> None:
     root = without_index(shards)
     assert sum(len(batch["key"]) for batch in evaluate(root)) == COUNT
-    with pytest.raises(DataError, match=r"^[^\n]*no index of train: an earlier version [^\n]*run the stage `shard` again$"):
+    with pytest.raises(
+        DataError, match=r"^[^\n]*no index of train: an earlier version [^\n]*run the stage `shard` again$"
+    ):
         draw(root)
 
 
@@ -152,7 +179,8 @@ def change(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [(remove, "missing; it is in the manifest"), (cut, "not those that"), (change, "not those that")]
+    ("harm", "told"),
+    [(remove, "missing; it is in the manifest"), (cut, "not those that"), (change, "not those that")],
 )
 def test_an_index_that_is_missing_or_damaged_is_one_line(shards: Path, harm: Any, told: str) -> None:
     harm(shards / index_name("train"))
@@ -172,6 +200,8 @@ def test_the_index_of_other_shards_is_refused(shards: Path, tmp_path: Path) -> N
 
 
 def test_a_key_that_comes_twice_in_one_shard_is_refused_before_the_shard_is_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^train: key 'k0000' comes twice, in train-000000\.tar and train-000000\.tar;"):
+    with pytest.raises(
+        DataError, match=r"^train: key 'k0000' comes twice, in train-000000\.tar and train-000000\.tar;"
+    ):
         write(tmp_path, [plain(0), plain(1), plain(0)])
     assert list(tmp_path.iterdir()) == []

@@ -117,7 +117,9 @@ def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(
         assert path.stat().st_size == shard.bytes
     kept = {path.stem for path in own_shard_cache.iterdir()}
     assert kept == {of_train[place].sha256 for place in (2, 0, 3)}
-    mixed = keys(shards, train=True, shuffle_buffer=COUNT)  # needs all shards at once: more than there is room for
+    mixed = keys(
+        shards, train=True, shuffle_buffer=COUNT
+    )  # needs all shards at once: more than there is room for
     assert sorted(mixed) == sorted(keys(shards))
     assert sum(path.stat().st_size for path in own_shard_cache.iterdir()) <= 3.5 * size
 
@@ -150,13 +152,19 @@ def test_a_copy_that_comes_damaged_is_brought_again_and_one_that_stays_so_is_nam
     assert cache.local_copy(shards, shard).stat().st_size == shard.bytes
     cut[:] = [True] * 9
     other = read_manifest(shards).shards("train")[1]
-    with pytest.raises(ShardError, match=rf"{other.name}: truncated: \d+ bytes; the manifest says {other.bytes}"):
+    with pytest.raises(
+        ShardError, match=rf"{other.name}: truncated: \d+ bytes; the manifest says {other.bytes}"
+    ):
         cache.local_copy(shards, other)
     assert [path.stem for path in own_shard_cache.iterdir()] == [shard.sha256]
 
 
-def test_shards_are_published_once_by_their_content_and_found_without_those_here(shards: str, tmp_path: Path) -> None:
-    write_shards(ToySource({"train": [plain(0), plain(1)]}), Path("raw"), tmp_path, shard_size=1, progress=False)
+def test_shards_are_published_once_by_their_content_and_found_without_those_here(
+    shards: str, tmp_path: Path
+) -> None:
+    write_shards(
+        ToySource({"train": [plain(0), plain(1)]}), Path("raw"), tmp_path, shard_size=1, progress=False
+    )
     FlakyFileSystem.troubles = itertools.chain([UNREACHABLE, None, UNREACHABLE], itertools.repeat(None))
     url = publish_shards(str(tmp_path), "flaky://bucket/published")
     assert read_manifest(url) == read_manifest(str(tmp_path))

@@ -14,7 +14,13 @@ import torch
 from pipelines.data.loading.loader import loader
 from pipelines.data.loading.transforms import train_transform
 from pipelines.data.shards.manifest import ShardError
-from pipelines.data.shards.stored_explanations import Origin, StoredExplanations, check_origin, write_index, write_shard
+from pipelines.data.shards.stored_explanations import (
+    Origin,
+    StoredExplanations,
+    check_origin,
+    write_index,
+    write_shard,
+)
 from pipelines.data.shards.writer import write_shards
 from pipelines.params import DataParams
 from tests.support.toy_source import ToySource, encoded, plain
@@ -39,7 +45,11 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write_shards(ToySource({"train": samples}), Path("raw"), folder / "shards", shard_size=3, progress=False)
     stored = torch.nn.functional.avg_pool2d(coordinates(SIDE)[None], SIDE // CELLS)[0]
     shards = [
-        write_shard(str(make(folder / "stored")), name, [(f"k{n:04d}", torch.full((3,), float(n)), stored) for n in numbers])
+        write_shard(
+            str(make(folder / "stored")),
+            name,
+            [(f"k{n:04d}", torch.full((3,), float(n)), stored) for n in numbers],
+        )
         for name, numbers in (("train-000000.tar", (0, 1, 2)), ("train-000001.tar", (3, 4)))
     ]
     assert [shard.count for shard in shards] == [3, 2]
@@ -59,7 +69,9 @@ def batches(roots: dict[str, str], params: DataParams, **options: Any) -> Any:
 
 @pytest.mark.parametrize("augment", ["none", "flip", "pad_crop_flip", "random_resized_crop_flip"])
 @pytest.mark.parametrize("view", [(SIDE, None), (24, 28)])
-def test_every_cell_names_the_pixels_that_are_beside_it(roots: dict[str, str], augment: Any, view: tuple[int, Any]) -> None:
+def test_every_cell_names_the_pixels_that_are_beside_it(
+    roots: dict[str, str], augment: Any, view: tuple[int, Any]
+) -> None:
     size, resized = view
     params = DataParams(image_size=size, eval_resize=resized, augment=augment, crop_padding=5)
     shift = 0.0 if resized is None else (resized - size) / 2  # of the fixed view in the resized image
@@ -98,8 +110,16 @@ def test_the_map_of_an_image_that_changes_otherwise_is_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "values", "told"),
     [
-        ("k0001", torch.ones(2, 8, 8), r"train-000000.tar: no logits.npy of k0000: store the explanations of all images again"),
-        ("k0000", torch.full((2, 8, 8), torch.nan), r"train-000000.tar: map.npy of k0000 has values that are not finite"),
+        (
+            "k0001",
+            torch.ones(2, 8, 8),
+            r"train-000000.tar: no logits.npy of k0000: store the explanations of all images again",
+        ),
+        (
+            "k0000",
+            torch.full((2, 8, 8), torch.nan),
+            r"train-000000.tar: map.npy of k0000 has values that are not finite",
+        ),
     ],
 )
 def test_a_missing_or_broken_explanation_is_one_line(
@@ -130,7 +150,8 @@ def test_explanations_of_another_origin_are_refused(roots: dict[str, str], tmp_p
     check_origin(roots["stored"], ORIGIN)
     for name, value in (("teacher", "another"), ("images", "others"), ("resolution", 4), ("maps", "gradcam")):
         with pytest.raises(
-            ShardError, match=rf"its explanations are of another {name} \([^\n]*, not {value}\): store them again$"
+            ShardError,
+            match=rf"its explanations are of another {name} \([^\n]*, not {value}\): store them again$",
         ):
             check_origin(roots["stored"], replace(ORIGIN, **{name: value}))
     with pytest.raises(ShardError, match=r"no explanations.json"):

@@ -45,7 +45,11 @@ def test_members_are_those_of_tarfile(tmp_path: Path, members: list[str], format
 
 
 def test_shards_have_plain_headers(tmp_path: Path) -> None:
-    write_tar(str(tmp_path), "a.tar", [(f"k{number}", {"png": bytes(number), "json": b"{}"}) for number in range(600)])
+    write_tar(
+        str(tmp_path),
+        "a.tar",
+        [(f"k{number}", {"png": bytes(number), "json": b"{}"}) for number in range(600)],
+    )
     found = _plain_members(tmp_path / "a.tar")
     assert len(found) == 1200
     assert found == _members(tmp_path / "a.tar")

@@ -22,7 +22,9 @@ Files = dict[str, bytes]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 3 samples each, with and without boxes, masks, groups and captions."""
     root = tmp_path_factory.mktemp("shards")
-    source = ToySource({"train": [rich(number) for number in range(COUNT)], "test": [rich(number) for number in range(2)]})
+    source = ToySource(
+        {"train": [rich(number) for number in range(COUNT)], "test": [rich(number) for number in range(2)]}
+    )
     write_shards(source, Path("raw"), root, shard_size=3, progress=False)
     return root
 
@@ -31,20 +33,29 @@ def own(root: Path, split: str) -> list[tuple[str, Files]]:
     """Key and files of each sample, as our reader gives them."""
     manifest = read_manifest(str(root))
     numbers = range(manifest.count(split))
-    return [(sample.key, sample.files) for sample in read_samples(str(root), manifest.shards(split), numbers, verify=True)]
+    return [
+        (sample.key, sample.files)
+        for sample in read_samples(str(root), manifest.shards(split), numbers, verify=True)
+    ]
 
 
 def theirs(samples: list[Mapping[str, Any]]) -> list[tuple[str, Files]]:
     """The same of samples of `webdataset`."""
     return [
-        (sample["__key__"], {suffix: content for suffix, content in sample.items() if not suffix.startswith("__")})
+        (
+            sample["__key__"],
+            {suffix: content for suffix, content in sample.items() if not suffix.startswith("__")},
+        )
         for sample in samples
     ]
 
 
 def as_bytes(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample of `wids`, whose suffixes begin with a dot and whose contents are streams, as one of `webdataset`."""
-    return {name.removeprefix("."): content.read() if name[0] == "." else content for name, content in sample.items()}
+    return {
+        name.removeprefix("."): content.read() if name[0] == "." else content
+        for name, content in sample.items()
+    }
 
 
 def test_webdataset_reads_what_our_reader_reads(root: Path) -> None:
@@ -52,14 +63,17 @@ def test_webdataset_reads_what_our_reader_reads(root: Path) -> None:
     shards = [str(root / shard.name) for shard in read_manifest(str(root)).shards("train")]
     assert theirs(list(webdataset.WebDataset(shards, shardshuffle=False))) == own(root, "train")
     decoded = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
-    assert [sample["json"] for sample in decoded] == [json.loads(files["json"]) for _, files in own(root, "train")]
+    assert [sample["json"] for sample in decoded] == [
+        json.loads(files["json"]) for _, files in own(root, "train")
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_index_of_a_split_lists_its_shards_and_their_samples(root: Path, split: str) -> None:
     index = json.loads((root / f"{split}.wids.json").read_text())
     listed = [
-        {"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in read_manifest(str(root)).shards(split)
+        {"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes}
+        for shard in read_manifest(str(root)).shards(split)
     ]
     assert index == {"wids_version": 1, "name": split, "shardlist": listed}
 
@@ -67,5 +81,7 @@ def test_the_index_of_a_split_lists_its_shards_and_their_samples(root: Path, spl
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_wids_reads_what_our_reader_reads_from_the_index(root: Path, split: str, tmp_path: Path) -> None:
     wids = pytest.importorskip("wids")
-    dataset = wids.ShardListDataset(str(root / f"{split}.wids.json"), transformations=as_bytes, cache_dir=str(tmp_path))
+    dataset = wids.ShardListDataset(
+        str(root / f"{split}.wids.json"), transformations=as_bytes, cache_dir=str(tmp_path)
+    )
     assert theirs([dataset[number] for number in range(len(dataset))]) == own(root, split)

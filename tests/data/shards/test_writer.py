@@ -69,7 +69,9 @@ def test_manifest_says_what_the_shards_are(tmp_path):
     assert [shard.count for shard in manifest.splits["train"]] == [4, 2]
     assert manifest.count("train") == 6
     assert manifest.fields["train"] == ("boxes", "mask", "group", "caption")
-    assert "tars" not in manifest.to_json()  # which would change the digests of shards that earlier versions wrote
+    assert (
+        "tars" not in manifest.to_json()
+    )  # which would change the digests of shards that earlier versions wrote
     for shard in manifest.splits["train"]:
         file = (tmp_path / shard.name).read_bytes()
         assert (len(file), hashlib.sha256(file).hexdigest()) == (shard.bytes, shard.sha256)
@@ -140,7 +142,10 @@ def one_box(*box):
         (rich(0, mask=encoded(noise(0, 4, 8)[..., 0])), "k0000: mask of 8 x 4 pixels; its image has 8 x 8"),
         (rich(0, mask=encoded(noise(0)[..., 0] | 128)), "k0000: mask names instance .*; there are 2 boxes"),
         (rich(0, mask=encoded(noise(0))), "k0000: boxes and mask cannot be checked: mask: mode RGB"),
-        (rich(0, image=b"nothing", mask=b"nothing"), "k0000: boxes and mask cannot be checked: mask: not an image"),
+        (
+            rich(0, image=b"nothing", mask=b"nothing"),
+            "k0000: boxes and mask cannot be checked: mask: not an image",
+        ),
         (one_box(1, 5.0, 0.0, 3.0, 4.0), "k0000: box .* is empty"),
     ],
 )
@@ -174,7 +179,9 @@ def test_each_task_needs_its_own_label(tmp_path, task, changes, says):
 
 
 def test_key_that_comes_twice_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"train: key 'k0001' comes twice, in train-000000.tar and train-000001.tar"):
+    with pytest.raises(
+        DataError, match=r"train: key 'k0001' comes twice, in train-000000.tar and train-000001.tar"
+    ):
         write(tmp_path, [plain(0), plain(1), replace(plain(2), key="k0001")], shard_size=2)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -197,7 +204,9 @@ def test_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"train-000001.tar: no space left on the device") as caught:
         write(tmp_path, [plain(i) for i in range(12)])
     assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]  # whole; and the old manifest is gone
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "train-000000.tar"
+    ]  # whole; and the old manifest is gone
     with pytest.raises(ShardError, match=r"no manifest\.json"):
         read_manifest(tmp_path)
 

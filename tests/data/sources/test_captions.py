@@ -18,7 +18,13 @@ from pipelines.params import CaptionsParams, DataParams
 from tests.support.fetching import SHARED, encoded, fetched, left_out, samples, sharded, write_files
 
 BIG = 'two dogs, one "big"'
-ROWS = [("a.png", "a dog"), ("./a.png", BIG), ("sub/b.png", "a cat"), ("c.png", "a bird"), ("d.png", "ein Käfer")]
+ROWS = [
+    ("a.png", "a dog"),
+    ("./a.png", BIG),
+    ("sub/b.png", "a cat"),
+    ("c.png", "a bird"),
+    ("d.png", "ein Käfer"),
+]
 
 
 def quoted(cells: tuple[str, ...], separator: str) -> str:
@@ -32,7 +38,9 @@ def table(rows: list[Any], separator: str = ",", head: str = "image,caption") ->
 def folder(tmp_path: Path, files: dict[str, bytes | str], images: str = "") -> Path:
     """Four images below `images`, and other files."""
     names = ("a.png", "sub/b.png", "c.png", "d.png")
-    return write_files(tmp_path / "pairs", {**{images + name: encoded(seed) for seed, name in enumerate(names)}, **files})
+    return write_files(
+        tmp_path / "pairs", {**{images + name: encoded(seed) for seed, name in enumerate(names)}, **files}
+    )
 
 
 def captions(root: Any, **changes: Any) -> CaptionsParams:
@@ -52,7 +60,9 @@ ALL = {"a": ("a dog", 'two dogs, one "big"'), "sub_b": ("a cat",), "c": ("a bird
 
 
 @pytest.mark.parametrize("images", ["", "Images/", "images/"])
-@pytest.mark.parametrize(("name", "separator"), [("captions.csv", ","), ("pairs.tsv", "\t"), ("captions.txt", ",")])
+@pytest.mark.parametrize(
+    ("name", "separator"), [("captions.csv", ","), ("pairs.tsv", "\t"), ("captions.txt", ",")]
+)
 def test_a_table_beside_the_images(tmp_path: Path, images: str, name: str, separator: str) -> None:
     root = folder(tmp_path, {name: table(ROWS, separator)}, images)
     read = samples(captions(root), tmp_path)
@@ -79,9 +89,14 @@ def test_the_checksum_changes_with_a_caption(tmp_path: Path) -> None:
 
 
 def test_columns_and_a_column_of_splits(tmp_path: Path) -> None:
-    rows = [(text, split, name) for (name, text), split in zip(ROWS, ("train", "train", "val", "dev", "test"), strict=True)]
+    rows = [
+        (text, split, name)
+        for (name, text), split in zip(ROWS, ("train", "train", "val", "dev", "test"), strict=True)
+    ]
     root = folder(tmp_path, {"metadata.csv": "\ufeff" + table(rows, head="title,part,filepath")})
-    some = captions(root, image_column="filepath", caption_column="title", split_column="part", val_count=None)
+    some = captions(
+        root, image_column="filepath", caption_column="title", split_column="part", val_count=None
+    )
     assert texts(samples(some, tmp_path)) == {
         "train": {"a": ALL["a"]},
         "val": {"sub_b": ALL["sub_b"], "c": ALL["c"]},
@@ -89,11 +104,17 @@ def test_columns_and_a_column_of_splits(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("given", [{}, {"tables": {"train": "train.csv", "val": "validation.csv", "test": "test.csv"}}])
+@pytest.mark.parametrize(
+    "given", [{}, {"tables": {"train": "train.csv", "val": "validation.csv", "test": "test.csv"}}]
+)
 def test_a_file_a_split(tmp_path: Path, given: dict[str, Any]) -> None:
     tables = {"train.csv": table(ROWS[:2]), "validation.csv": table(ROWS[2:3]), "test.csv": table(ROWS[3:])}
     read = samples(captions(folder(tmp_path, tables), val_count=None, **given), tmp_path)
-    assert {split: list(found) for split, found in texts(read).items()} == {"train": ["a"], "val": ["sub_b"], "test": ["c", "d"]}
+    assert {split: list(found) for split, found in texts(read).items()} == {
+        "train": ["a"],
+        "val": ["sub_b"],
+        "test": ["c", "d"],
+    }
 
 
 def test_shards_have_all_captions_of_an_image(tmp_path: Path) -> None:
@@ -105,7 +126,10 @@ def test_shards_have_all_captions_of_an_image(tmp_path: Path) -> None:
         for batch in loader(root, split, DataParams(image_size=4), 2, fields=("captions",)):
             found |= dict(zip(batch["key"], map(tuple, batch["captions"]), strict=True))
     assert found == ALL
-    assert sum("captions" in line for split in ("train", "val") for line in read_index(root, manifest, split)) == 1
+    assert (
+        sum("captions" in line for split in ("train", "val") for line in read_index(root, manifest, split))
+        == 1
+    )
 
 
 # Bad rows ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +146,8 @@ def test_a_row_without_image_or_text_is_named_or_left_out(tmp_path: Path, fault:
     image, text, plural = BAD[fault]
     root = folder(tmp_path, {"captions.csv": table([*ROWS[:3], (image, text), *ROWS[3:]])})
     with pytest.raises(
-        DataError, match=rf"^captions: {root}: captions\.csv: line 5: {fault}; on_bad_row: skip leaves such rows out$"
+        DataError,
+        match=rf"^captions: {root}: captions\.csv: line 5: {fault}; on_bad_row: skip leaves such rows out$",
     ):
         fetched(captions(root), tmp_path)
     assert merged(samples(captions(root, on_bad_row="skip"), tmp_path)) == ALL
@@ -138,16 +163,33 @@ def test_images_without_captions_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "changes", "told"),
     [
-        ({"captions.csv": table(ROWS, head="image,text")}, {}, r"captions\.csv: has no column caption \(it has image, text\)"),
-        ({"captions.csv": "image,caption\na.png,a dog, a cat\n"}, {}, r"line 2: has more cells than the header: put texts"),
-        ({"captions.csv": 'image,caption\na.png,"a dog\n'}, {}, r"line 2: not a row .unexpected end of data.: quotes"),
+        (
+            {"captions.csv": table(ROWS, head="image,text")},
+            {},
+            r"captions\.csv: has no column caption \(it has image, text\)",
+        ),
+        (
+            {"captions.csv": "image,caption\na.png,a dog, a cat\n"},
+            {},
+            r"line 2: has more cells than the header: put texts",
+        ),
+        (
+            {"captions.csv": 'image,caption\na.png,"a dog\n'},
+            {},
+            r"line 2: not a row .unexpected end of data.: quotes",
+        ),
         ({"captions.csv": ""}, {}, r"has no column image, caption \(it has none\)"),
         ({"captions.csv": "image,caption\n"}, {}, r"train has no image with a caption"),
-        ({"captions.csv": table([(*row, "trian") for row in ROWS], head="image,caption,split")}, {}, r"line 2: split is 'trian'"),
+        (
+            {"captions.csv": table([(*row, "trian") for row in ROWS], head="image,caption,split")},
+            {},
+            r"line 2: split is 'trian'",
+        ),
         (
             {
                 "captions.csv": table(
-                    [(*row, split) for row, split in zip(ROWS, ("train", "val", *"   "), strict=True)], head="image,caption,split"
+                    [(*row, split) for row, split in zip(ROWS, ("train", "val", *"   "), strict=True)],
+                    head="image,caption,split",
                 )
             },
             {},
@@ -172,7 +214,11 @@ def test_a_table_that_cannot_be_read_is_one_line(
 
 # Flickr8k ---------------------------------------------------------------------------------------------------------------
 
-LISTS = {"Flickr_8k.trainImages.txt": "a.png\n", "Flickr_8k.devImages.txt": "c.png\n", "Flickr_8k.testImages.txt": "d.png"}
+LISTS = {
+    "Flickr_8k.trainImages.txt": "a.png\n",
+    "Flickr_8k.devImages.txt": "c.png\n",
+    "Flickr_8k.testImages.txt": "d.png",
+}
 
 
 @pytest.mark.parametrize("images", ["Images/", "Flicker8k_Dataset/"])
@@ -183,18 +229,25 @@ def test_flickr8k_in_its_own_layout(tmp_path: Path, images: str, tokens: bool) -
     named = {"Flickr8k.token.txt": own} if tokens else {"captions.txt": table(rows)}
     read = samples(captions(folder(tmp_path, {**named, **LISTS}, images), val_count=None), tmp_path)
     assert texts(read) == {"train": {"a": ALL["a"]}, "val": {"c": ALL["c"]}, "test": {"d": ALL["d"]}}
-    assert left_out(tmp_path) == {"captions of images that no split lists": 1, "images without a caption in a split": 1}
+    assert left_out(tmp_path) == {
+        "captions of images that no split lists": 1,
+        "images without a caption in a split": 1,
+    }
 
 
 def test_an_image_of_a_list_needs_a_caption(tmp_path: Path) -> None:
     root = folder(tmp_path, {"captions.txt": table(ROWS[:-1]), **LISTS}, "Images/")
-    with pytest.raises(DataError, match=rf"^captions: {root}: d\.png: has no caption; on_bad_row: skip leaves such rows out$"):
+    with pytest.raises(
+        DataError, match=rf"^captions: {root}: d\.png: has no caption; on_bad_row: skip leaves such rows out$"
+    ):
         fetched(captions(root), tmp_path)
     fetched(captions(root, on_bad_row="skip"), tmp_path)
     assert left_out(tmp_path)["images without a caption"] == 1
 
 
-@pytest.mark.skipif(not (SHARED / "data/flickr8k.tar.gz").exists(), reason="needs shared/data/flickr8k.tar.gz")
+@pytest.mark.skipif(
+    not (SHARED / "data/flickr8k.tar.gz").exists(), reason="needs shared/data/flickr8k.tar.gz"
+)
 def test_flickr8k_itself(tmp_path: Path) -> None:
     some = captions(SHARED / "data/flickr8k.tar.gz", val_count=None)
     source, raw = fetched(some, tmp_path)

@@ -21,7 +21,12 @@ from tests.support.image_text_tars import numbered, sample, write_tar
 from tests.support.loading import assert_same, keys
 
 DATA = DataParams(image_size=8, on_error="skip", shuffle_buffer=6)
-BAD = {"samples without a caption": 2, "samples without an image": 1, "images that do not decode": 1, "tars without a sample": 2}
+BAD = {
+    "samples without a caption": 2,
+    "samples without an image": 1,
+    "images that do not decode": 1,
+    "tars without a sample": 2,
+}
 
 
 @pytest.fixture
@@ -29,7 +34,12 @@ def tars(tmp_path: Path) -> Path:
     """Two tars of nine and eight good samples, with all that can be wrong beside them; 17 good ones, one of which is cut."""
     root = tmp_path / "cc3m"
     half = jpeg(40, 40)[:-300]  # the header is whole
-    bad = {"n2": sample(2, txt=None), "n4": sample(4, txt=b" \n"), "n5": sample(5, jpg=half), "n7": sample(7, jpg=b"<html>")}
+    bad = {
+        "n2": sample(2, txt=None),
+        "n4": sample(4, txt=b" \n"),
+        "n5": sample(5, jpg=half),
+        "n7": sample(7, jpg=b"<html>"),
+    }
     write_tar(root / "00000.tar", numbered(0, 12, **bad))
     write_tar(root / "00001.tar", numbered(1, 9, n0=sample(0, jpg=None)))
     write_tar(root / "00002.tar", {})
@@ -43,7 +53,9 @@ def params(root: Any, **changes: Any) -> Cc3mParams:
 
 def read(root: str, split: str, rank: int = 0, world_size: int = 1, workers: int = 0, **options: Any) -> Any:
     data = DATA.model_copy(update={"loader_workers": workers})
-    return loader(root, split, data, options.pop("batch_size", 2), context=Context(rank, world_size), **options)
+    return loader(
+        root, split, data, options.pop("batch_size", 2), context=Context(rank, world_size), **options
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -54,7 +66,13 @@ def test_each_image_once_over_three_ranks_and_the_bad_ones_counted_and_named(
     root = sharded(params(tars), tmp_path)  # two tars with samples, and six processes
     assert left_out(tmp_path) == {**BAD, "files that are neither tars nor their statistics": 1}
     named = "\n".join(caplog.messages)
-    for name in ("00000.tar: 000000002", "00001.tar: 000010000", "00000.tar: 000000007", "00002.tar", "notes.md"):
+    for name in (
+        "00000.tar: 000000002",
+        "00001.tar: 000010000",
+        "00000.tar: 000000007",
+        "00002.tar",
+        "notes.md",
+    ):
         assert f"such as {name}" in named
     seen, skipped = [], 0
     for split in ("train", "val"):
@@ -62,7 +80,9 @@ def test_each_image_once_over_three_ranks_and_the_bad_ones_counted_and_named(
             batches = read(root, split, rank, 3, workers)
             seen += keys(batches)
             skipped += batches.skipped
-    good = {f"00000{n:04d}" for n in range(12)} - {"000000002", "000000004", "000000007"} | {f"00001{n:04d}" for n in range(1, 9)}
+    good = {f"00000{n:04d}" for n in range(12)} - {"000000002", "000000004", "000000007"} | {
+        f"00001{n:04d}" for n in range(1, 9)
+    }
     assert sorted(seen) == sorted(good - {"000000005"})
     assert skipped == 1
     if not workers:
@@ -71,14 +91,22 @@ def test_each_image_once_over_three_ranks_and_the_bad_ones_counted_and_named(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_resumes_within_an_epoch_with_other_numbers_of_ranks(tars: Path, tmp_path: Path, workers: int) -> None:
+def test_training_resumes_within_an_epoch_with_other_numbers_of_ranks(
+    tars: Path, tmp_path: Path, workers: int
+) -> None:
     root = sharded(params(tars), tmp_path)
     whole = [list(read(root, "train", rank, 3, workers, train=True, batch_size=6)) for rank in range(3)]
     everything = keys(itertools.chain(*whole))
-    assert len(set(everything)) == len(everything) >= 11  # of 14, of which the last two are no whole batch, one may be cut
+    assert (
+        len(set(everything)) == len(everything) >= 11
+    )  # of 14, of which the last two are no whole batch, one may be cut
     for rank in range(3):
-        assert_same(whole[rank][1:], read(root, "train", rank, 3, workers, train=True, batch_size=6, start_batch=1))
-    rest = [read(root, "train", rank, 2, workers, train=True, batch_size=6, earlier=[(3, 1)]) for rank in range(2)]
+        assert_same(
+            whole[rank][1:], read(root, "train", rank, 3, workers, train=True, batch_size=6, start_batch=1)
+        )
+    rest = [
+        read(root, "train", rank, 2, workers, train=True, batch_size=6, earlier=[(3, 1)]) for rank in range(2)
+    ]
     begun = keys(batches[0] for batches in whole)
     after = keys(itertools.chain(*rest))
     assert not set(begun) & set(after)
@@ -89,7 +117,11 @@ def test_the_tars_stay_as_they_are_and_nothing_is_copied(tars: Path, tmp_path: P
     before = {path.name: path.read_bytes() for path in tars.iterdir()}
     root = sharded(params(tars), tmp_path)
     assert {path.name: path.read_bytes() for path in tars.iterdir()} == before
-    assert {path.name for path in Path(root).iterdir()} == {"manifest.json", "train.index.jsonl.gz", "val.index.jsonl.gz"}
+    assert {path.name for path in Path(root).iterdir()} == {
+        "manifest.json",
+        "train.index.jsonl.gz",
+        "val.index.jsonl.gz",
+    }
     manifest = read_manifest(root)
     assert (manifest.task, manifest.classes, manifest.tars) == ("caption", (), str(tars))
     assert {shard.name for shard in manifest.shards("train")} <= {"00000.tar", "00001.tar"}
@@ -211,7 +243,9 @@ def test_tars_that_were_read_before_an_interruption_are_not_read_again(
         ({"splits": {"val": "*.tar", "test": "00001*"}}, "is in the splits val and test"),
     ],
 )
-def test_splits_that_cannot_be_made_are_one_line(tars: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_splits_that_cannot_be_made_are_one_line(
+    tars: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
     with pytest.raises(DataError, match=rf"^[^\n]*{told}[^\n]*$"):
         fetched(params(tars, **changes), tmp_path)
 

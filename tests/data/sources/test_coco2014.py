@@ -46,7 +46,8 @@ def name_of(year: str, number: int) -> str:
 
 def write_json(root: Path, year: str, annotations: Sequence[dict], **changes) -> None:
     images = [
-        {"id": number, "file_name": name_of(year, number), "width": WIDTH, "height": HEIGHT} for number in reversed(YEARS[year])
+        {"id": number, "file_name": name_of(year, number), "width": WIDTH, "height": HEIGHT}
+        for number in reversed(YEARS[year])
     ]
     content = {"images": images, "annotations": list(annotations), "categories": CATEGORIES, **changes}
     write_files(root, {f"annotations/instances_{year}.json": json.dumps(content)})
@@ -56,7 +57,9 @@ def write_json(root: Path, year: str, annotations: Sequence[dict], **changes) ->
 def coco(tmp_path) -> Path:
     root = tmp_path / "coco"
     for year, numbers in YEARS.items():
-        write_files(root, {f"{year}/{name_of(year, number)}": jpeg(WIDTH, HEIGHT, number) for number in numbers})
+        write_files(
+            root, {f"{year}/{name_of(year, number)}": jpeg(WIDTH, HEIGHT, number) for number in numbers}
+        )
         write_json(root, year, [thing(90, 0, 0, 10, 10, id=7, image_id=numbers[0])])
     return root
 
@@ -67,7 +70,10 @@ def params(root: Path, **changes) -> Coco2014Params:
 
 def annotate(coco: Path, *annotations: dict, **changes) -> None:
     """Gives the training split these annotations, all of one image where they do not say of which."""
-    entries = [{"id": 100 + number, "image_id": IMAGE, "iscrowd": 0, **entry} for number, entry in enumerate(annotations)]
+    entries = [
+        {"id": 100 + number, "image_id": IMAGE, "iscrowd": 0, **entry}
+        for number, entry in enumerate(annotations)
+    ]
     write_json(coco, "train2014", entries, **changes)
 
 
@@ -82,7 +88,12 @@ def rectangle(left: int, top: int, right: int, bottom: int) -> list[float]:
 def thing(category: int, left: int, top: int, right: int, bottom: int, **more) -> dict:
     """An annotation whose polygon fills its box."""
     box = [left, top, right - left, bottom - top]
-    return {"category_id": category, "bbox": box, "segmentation": [rectangle(left, top, right, bottom)], **more}
+    return {
+        "category_id": category,
+        "bbox": box,
+        "segmentation": [rectangle(left, top, right, bottom)],
+        **more,
+    }
 
 
 def runs(left: int, top: int, right: int, bottom: int) -> dict:
@@ -105,7 +116,11 @@ def test_labels_are_the_categories_by_ascending_id(coco, tmp_path):
 
 
 def test_boxes_are_half_open_and_end_where_the_image_does(coco, tmp_path):
-    annotate(coco, {"category_id": 1, "bbox": [1.08, 2.5, 3.1, 4.2]}, {"category_id": 1, "bbox": [30, 20, 10.02, 10.4]})
+    annotate(
+        coco,
+        {"category_id": 1, "bbox": [1.08, 2.5, 3.1, 4.2]},
+        {"category_id": 1, "bbox": [30, 20, 10.02, 10.4]},
+    )
     assert first(coco, tmp_path).boxes == ((0, 1.08, 2.5, 1.08 + 3.1, 2.5 + 4.2), (0, 30, 20, WIDTH, HEIGHT))
 
 
@@ -149,7 +164,9 @@ def compressed(segmentation: dict) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
-@pytest.mark.parametrize("form", [runs, lambda *corners: compressed(runs(*corners)), lambda *corners: [rectangle(*corners)]])
+@pytest.mark.parametrize(
+    "form", [runs, lambda *corners: compressed(runs(*corners)), lambda *corners: [rectangle(*corners)]]
+)
 @pytest.mark.parametrize("corners", [(3, 4, 20, 11), (0, 0, 40, 30), (0, 0, 1, 1), (39, 29, 40, 30)])
 def test_polygons_and_run_lengths_give_the_same_mask(coco, tmp_path, form, corners):
     left, top, right, bottom = corners
@@ -160,13 +177,19 @@ def test_polygons_and_run_lengths_give_the_same_mask(coco, tmp_path, form, corne
 
 
 def test_an_object_of_several_polygons_is_one_instance(coco, tmp_path):
-    annotate(coco, thing(1, 0, 0, 20, 20) | {"segmentation": [rectangle(0, 0, 5, 5), rectangle(10, 10, 20, 20), [1, 2, 3, 4]]})
+    annotate(
+        coco,
+        thing(1, 0, 0, 20, 20)
+        | {"segmentation": [rectangle(0, 0, 5, 5), rectangle(10, 10, 20, 20), [1, 2, 3, 4]]},
+    )
     assert np.count_nonzero(ids_of(first(coco, tmp_path)) == 1) == 25 + 100
 
 
 @pytest.mark.parametrize("segmentation", [None, [], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]]])
 def test_an_image_with_an_object_that_has_no_segmentation_has_no_mask(coco, tmp_path, segmentation):
-    annotate(coco, thing(13, 0, 0, 9, 9), {"category_id": 1, "bbox": [0, 0, 9, 9], "segmentation": segmentation})
+    annotate(
+        coco, thing(13, 0, 0, 9, 9), {"category_id": 1, "bbox": [0, 0, 9, 9], "segmentation": segmentation}
+    )
     sample = first(coco, tmp_path)
     assert len(sample.boxes) == 2
     assert sample.mask is None
@@ -192,7 +215,9 @@ def test_more_objects_than_8_bits_number_are_told_apart(coco, tmp_path):
 
 
 def test_val_is_held_out_of_train_and_val2014_is_test(coco, tmp_path):
-    keys = {split: {sample.key for sample in listed} for split, listed in samples(params(coco), tmp_path).items()}
+    keys = {
+        split: {sample.key for sample in listed} for split, listed in samples(params(coco), tmp_path).items()
+    }
     assert [len(keys[split]) for split in SPLITS] == [2, 1, 1]
     assert len(keys["train"] | keys["val"]) == 3
     assert keys["test"] == {"COCO_val2014_000000000004"}
@@ -209,7 +234,9 @@ def zipped(path: Path, folder: Path, names: str) -> Official:
 
 def test_the_official_archives_give_the_samples_of_the_folder(coco, tmp_path, monkeypatch):
     annotate(coco, thing(1, 5, 5, 20, 20))
-    monkeypatch.setattr(coco2014, "IMAGES", {year: zipped(tmp_path / f"{year}.zip", coco, f"{year}/*") for year in YEARS})
+    monkeypatch.setattr(
+        coco2014, "IMAGES", {year: zipped(tmp_path / f"{year}.zip", coco, f"{year}/*") for year in YEARS}
+    )
     notes = zipped(tmp_path / "notes.zip", coco, "annotations/*")
     monkeypatch.setattr(coco2014, "ANNOTATIONS", {"annotations": notes})
     official = Coco2014Params(source="coco2014", val_count=1)
@@ -229,16 +256,27 @@ def test_the_official_archives_give_the_samples_of_the_folder(coco, tmp_path, mo
         ({"category_id": 1}, "bbox None is not"),
         ({"category_id": 1, "bbox": [0, 0, 45, 9]}, "outside its image of 40 x 30 pixels"),
         ({"category_id": 1, "bbox": [9, 9, -4, 9]}, "is inverted"),
-        (thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 41], "counts": [1230]}}, "neither polygons nor run lengths"),
-        (thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 40], "counts": [1199]}}, "runs of 1199 pixels"),
-        (thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 40], "counts": "zzz"}}, "neither polygons nor run lengths"),
+        (
+            thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 41], "counts": [1230]}},
+            "neither polygons nor run lengths",
+        ),
+        (
+            thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 40], "counts": [1199]}},
+            "runs of 1199 pixels",
+        ),
+        (
+            thing(1, 0, 0, 9, 9) | {"segmentation": {"size": [30, 40], "counts": "zzz"}},
+            "neither polygons nor run lengths",
+        ),
         (thing(1, 0, 0, 9, 9) | {"segmentation": [[0, 0, 1e12, 0, 0, 9]]}, "a corner far outside"),
         (thing(1, 0, 0, 9, 9) | {"segmentation": [1, 2, 3, 4, 5, 6]}, "neither polygons nor run lengths"),
     ],
 )
 def test_an_annotation_that_makes_no_sense_is_named_in_one_line(coco, tmp_path, entry, told):
     annotate(coco, entry)
-    with pytest.raises(DataError, match=rf"^annotations/instances_train2014\.json: annotation 100 [^\n]*{told}[^\n]*$"):
+    with pytest.raises(
+        DataError, match=rf"^annotations/instances_train2014\.json: annotation 100 [^\n]*{told}[^\n]*$"
+    ):
         fetched(params(coco), tmp_path)
 
 
@@ -255,8 +293,14 @@ def test_bad_boxes_are_skipped_on_demand_and_their_classes_stay(coco, tmp_path):
         ('{"images": [{"id": 1, "file_na', "not whole JSON"),
         ("[]", "has no list of images"),
         ('{"images": [], "annotations": []}', "has no list of categories"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "an entry has not what COCO's have: KeyError"),
-        ('{"images": [], "annotations": [{"id": 1}], "categories": []}', "an entry has not what COCO's have: KeyError"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            "an entry has not what COCO's have: KeyError",
+        ),
+        (
+            '{"images": [], "annotations": [{"id": 1}], "categories": []}',
+            "an entry has not what COCO's have: KeyError",
+        ),
     ],
 )
 def test_a_file_that_is_not_whole_or_not_cocos_is_named_in_one_line(coco, tmp_path, content, told):
@@ -281,7 +325,10 @@ def test_an_image_that_is_missing_is_named_and_one_that_is_not_listed_is_counted
 
 
 def test_an_image_with_two_entries_is_named(coco, tmp_path):
-    images = [{"id": number, "file_name": name_of("train2014", 1), "width": WIDTH, "height": HEIGHT} for number in (1, 2)]
+    images = [
+        {"id": number, "file_name": name_of("train2014", 1), "width": WIDTH, "height": HEIGHT}
+        for number in (1, 2)
+    ]
     annotate(coco, images=images)
     with pytest.raises(DataError, match=r"images has COCO_train2014_000000000001\.jpg more than once"):
         fetched(params(coco), tmp_path)
@@ -289,7 +336,10 @@ def test_an_image_with_two_entries_is_named(coco, tmp_path):
 
 def test_names_that_would_be_one_key_or_none_are_told_apart(coco, tmp_path):
     names = ["a b.jpg", "a_b.jpg", "x" * 100 + ".jpg"]
-    images = [{"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT} for number, name in enumerate(names, 1)]
+    images = [
+        {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        for number, name in enumerate(names, 1)
+    ]
     write_files(coco, {f"train2014/{name}": jpeg(WIDTH, HEIGHT, number) for number, name in enumerate(names)})
     annotate(coco, images=images)
     assert sharded(params(coco), tmp_path)
@@ -298,7 +348,9 @@ def test_names_that_would_be_one_key_or_none_are_told_apart(coco, tmp_path):
 
 def test_missing_instances_are_named(coco, tmp_path):
     (coco / "annotations/instances_train2014.json").unlink()
-    with pytest.raises(DataError, match=r"instances_train2014\.json is missing; there is: annotations, train2014, val2014"):
+    with pytest.raises(
+        DataError, match=r"instances_train2014\.json is missing; there is: annotations, train2014, val2014"
+    ):
         fetched(params(coco), tmp_path)
 
 
@@ -328,7 +380,12 @@ def known(photographs):
     for coco in read:
         for entry in coco.loadImgs(coco.getImgIds()):
             count += 1
-            yield loaded[Path(entry["file_name"]).stem], coco, entry, coco.loadAnns(coco.getAnnIds(imgIds=[entry["id"]]))
+            yield (
+                loaded[Path(entry["file_name"]).stem],
+                coco,
+                entry,
+                coco.loadAnns(coco.getAnnIds(imgIds=[entry["id"]])),
+            )
     assert count == len(loaded) == 256
 
 
@@ -337,7 +394,9 @@ def test_every_box_of_the_photographs_is_the_annotation_files(photographs):
     count = 0
     for sample, coco, entry, annotations in known(photographs):
         labels = [sorted(coco.getCatIds()).index(annotation["category_id"]) for annotation in annotations]
-        boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float64).reshape(-1, 4)
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float64).reshape(
+            -1, 4
+        )
         boxes[:, 2:] += boxes[:, :2]
         assert [box[0] for box in sample.boxes] == labels
         assert sample.labels == tuple(sorted(set(labels)))
@@ -352,7 +411,9 @@ def test_every_box_of_the_photographs_is_the_annotation_files(photographs):
 def test_every_mask_of_the_photographs_is_drawn_as_pycocotools_draws(photographs):
     masks = 0
     for sample, coco, _, annotations in known(photographs):
-        assert (sample.mask is not None) == (bool(annotations) and all(entry.get("segmentation") for entry in annotations))
+        assert (sample.mask is not None) == (
+            bool(annotations) and all(entry.get("segmentation") for entry in annotations)
+        )
         if sample.mask is None:
             continue
         masks += 1

@@ -19,7 +19,10 @@ OWN = {  # modules that belong to one data set -> that data set
     "drawing.captions": "scenes",
     "formats.caption_tables": "captions",
     "formats.img2dataset": "cc3m",
-    **{f"sources.{name}": name for name in ("captions", "cc3m", "cifar10", "coco2014", "imagefolder", "imagenet")},
+    **{
+        f"sources.{name}": name
+        for name in ("captions", "cc3m", "cifar10", "coco2014", "imagefolder", "imagenet")
+    },
     **{f"sources.{name}": name for name in ("mixture", "scenes", "voc2007", "waterbirds")},
 }
 IMPORTED = """
@@ -39,7 +42,9 @@ print(json.dumps(found))
 
 def test_getting_one_data_set_imports_no_code_of_another() -> None:
     names = sorted(set(OWN.values()))
-    done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(names)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, json.dumps(names)], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout)
     for name, imported in found.items():
         own = {OWN.get(module.removeprefix("pipelines.data."), name) for module in imported}
@@ -51,7 +56,9 @@ def test_the_code_of_a_mixture_is_that_of_its_parts_too() -> None:
     folder = ImageFolderParams(source="imagefolder", root="photos")
     assert modules(folder) == ("pipelines.data.sources.imagefolder",)
     mixture = MixtureParams(source="mixture", of=(folder, Cc3mParams(source="cc3m", root="tars"), folder))
-    assert modules(mixture) == tuple(f"pipelines.data.sources.{name}" for name in ("mixture", "imagefolder", "cc3m"))
+    assert modules(mixture) == tuple(
+        f"pipelines.data.sources.{name}" for name in ("mixture", "imagefolder", "cc3m")
+    )
 
 
 def test_the_source_of_params_is_the_one_that_they_name() -> None:

@@ -29,7 +29,9 @@ def folder(tmp_path) -> Path:
 
 def pack(folder: Path, kind: str) -> Path:
     path = folder.with_name(f"photos.{kind}")
-    members = sorted(folder.rglob("*"), key=lambda path: hashlib.md5(path.name.encode()).digest())  # not in order
+    members = sorted(
+        folder.rglob("*"), key=lambda path: hashlib.md5(path.name.encode()).digest()
+    )  # not in order
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for member in members:
@@ -82,7 +84,9 @@ def test_the_checksum_changes_with_the_data(folder, tmp_path):
 
 
 def test_validation_images_are_held_out_of_train_class_by_class(folder, tmp_path):
-    images = {split: [s.image for s in listed] for split, listed in samples(image_folder(folder), tmp_path).items()}
+    images = {
+        split: [s.image for s in listed] for split, listed in samples(image_folder(folder), tmp_path).items()
+    }
     assert not set(images["train"]) & set(images["val"])
     assert len(set(images["train"]) | set(images["val"])) == 24
     labels = [sample.label for sample in samples(image_folder(folder), tmp_path)["val"]]
@@ -108,7 +112,11 @@ def test_a_folder_that_one_split_names_is_no_other_splits_by_default(folder, tmp
 def test_held_out_shares_follow_class_sizes_and_the_seed():
     labels = [0] * 50 + [1] * 30 + [2] * 20
     chosen = held_out(labels, 11, seed=3)
-    assert Counter(labels[i] for i in chosen) == {0: 6, 1: 3, 2: 2}  # 5.5, 3.3, 2.2: the rest to the largest remainder
+    assert Counter(labels[i] for i in chosen) == {
+        0: 6,
+        1: 3,
+        2: 2,
+    }  # 5.5, 3.3, 2.2: the rest to the largest remainder
     assert chosen == held_out(labels, 11, seed=3)
     assert chosen != held_out(labels, 11, seed=4)
 
@@ -210,7 +218,9 @@ def test_an_image_that_changed_after_fetch_is_named(folder, tmp_path):
 def test_keys_are_unique_and_safe(folder, tmp_path):
     (folder / "train/ant/sub").mkdir()
     for name in ("a b.c.png", "a_b_c.png", "a_b_c.jpg", "sub/é.png"):
-        (folder / "train/ant" / name).write_bytes(encoded(len(name), "jpeg" if name.endswith("jpg") else "png"))
+        (folder / "train/ant" / name).write_bytes(
+            encoded(len(name), "jpeg" if name.endswith("jpg") else "png")
+        )
     source, raw = fetched(image_folder(folder), tmp_path)
     keys = [ref.key for split in ("train", "val") for ref in source.index(raw, split)]
     assert len(set(keys)) == len(keys) == 28
@@ -219,7 +229,9 @@ def test_keys_are_unique_and_safe(folder, tmp_path):
     assert keys == [ref.key for split in ("train", "val") for ref in again.index(raw, split)]
 
 
-@pytest.mark.parametrize(("name", "kind", "extension"), [("x.JPEG", "jpeg", "jpg"), ("x.webp", "webp", "webp")])
+@pytest.mark.parametrize(
+    ("name", "kind", "extension"), [("x.JPEG", "jpeg", "jpg"), ("x.webp", "webp", "webp")]
+)
 def test_jpeg_and_webp_keep_their_bytes(folder, tmp_path, name, kind, extension):
     content = encoded(7, kind)
     (folder / "test/ant" / name).write_bytes(content)
@@ -308,7 +320,9 @@ def published(tmp_path, monkeypatch) -> np.ndarray:
 def test_cifar10_is_downloaded_verified_and_kept_pixel_for_pixel(published, tmp_path):
     read = samples(Cifar10Params(source="cifar10", val_count=10), tmp_path)
     assert {split: len(listed) for split, listed in read.items()} == {"train": 10, "val": 10, "test": 10}
-    found = {split: np.stack([np.asarray(Image.open(io.BytesIO(s.image))) for s in read[split]]) for split in read}
+    found = {
+        split: np.stack([np.asarray(Image.open(io.BytesIO(s.image))) for s in read[split]]) for split in read
+    }
     assert np.array_equal(found["test"], published[20:])
     trained = {image.tobytes() for split in ("train", "val") for image in found[split]}
     assert trained == {image.tobytes() for image in published[:20]}
@@ -336,7 +350,9 @@ def test_training_images_come_in_shuffled_order_so_that_shards_mix_the_classes(t
 
 
 def test_images_without_labels_lie_anywhere_below_their_split(tmp_path):
-    for number, name in enumerate(("train/a.png", "train/b/c.png", "train/b/a.png", "train/d e.png", "test/x.png")):
+    for number, name in enumerate(
+        ("train/a.png", "train/b/c.png", "train/b/a.png", "train/d e.png", "test/x.png")
+    ):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(number))

@@ -13,7 +13,16 @@ from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.params import DataParams
-from tests.support.fetching import encoded, fetched, image_folder, left_out, photo_folder, samples, sharded, write_files
+from tests.support.fetching import (
+    encoded,
+    fetched,
+    image_folder,
+    left_out,
+    photo_folder,
+    samples,
+    sharded,
+    write_files,
+)
 
 
 @pytest.fixture
@@ -64,7 +73,10 @@ def test_what_is_left_out_is_counted_and_named(folder, tmp_path, caplog):
         "entries that are neither files nor folders": (1, "train/ant/pipe.png"),
     }
     assert left_out(tmp_path) == {reason: count for reason, (count, _) in counts.items()}
-    told = [f"imagefolder: {folder}: left out: {count} {reason}, such as {name}" for reason, (count, name) in counts.items()]
+    told = [
+        f"imagefolder: {folder}: left out: {count} {reason}, such as {name}"
+        for reason, (count, name) in counts.items()
+    ]
     assert sorted(caplog.messages) == sorted(told)
 
 

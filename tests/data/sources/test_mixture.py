@@ -43,7 +43,13 @@ def test_every_image_once_in_its_split_without_labels(parts: tuple[Any, ...], tm
         assert len(set(keys)) == len(keys)
     assert len({sample.key[0] for sample in mixed["train"][:20]}) >= 4  # shards mix the data sets
     sample = next(sample for sample in mixed["test"] if sample.key == "1_bee_00")
-    assert (sample.label, sample.labels, sample.boxes, sample.captions, sample.mask) == (None, None, (), (), None)
+    assert (sample.label, sample.labels, sample.boxes, sample.captions, sample.mask) == (
+        None,
+        None,
+        (),
+        (),
+        None,
+    )
 
 
 def test_shards_of_a_mixture_are_read_as_images_alone(parts: tuple[Any, ...], tmp_path: Path) -> None:
@@ -55,10 +61,14 @@ def test_shards_of_a_mixture_are_read_as_images_alone(parts: tuple[Any, ...], tm
     assert set(batch) == {"key", "image", "skipped"}
 
 
-def test_a_mixture_without_validation_images_and_one_of_nothing_are_one_line(parts: tuple[Any, ...], tmp_path: Path) -> None:
+def test_a_mixture_without_validation_images_and_one_of_nothing_are_one_line(
+    parts: tuple[Any, ...], tmp_path: Path
+) -> None:
     with pytest.raises(ValidationError, match="of: name at least one data set"):
         MixtureParams(source="mixture", of=())
     with pytest.raises(ValidationError, match="val_count: each data set of `of` holds out its own"):
         MixtureParams(source="mixture", of=parts, val_count=3)
     with pytest.raises(DataError, match="set val_count"):
-        samples(MixtureParams(source="mixture", of=(image_folder(tmp_path / "photos", val_count=None),)), tmp_path)
+        samples(
+            MixtureParams(source="mixture", of=(image_folder(tmp_path / "photos", val_count=None),)), tmp_path
+        )

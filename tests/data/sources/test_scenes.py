@@ -142,7 +142,9 @@ def test_each_ten_images_hold_each_class_once():
 def test_class_and_background_agree_as_often_as_the_correlation_says(correlation, expected):
     # With probability c the class's own background, else one of ten: c + (1 - c) / 10.
     count = 400
-    same = np.mean([sample.label == sample.group for sample in drawn(objects(correlation={"train": correlation}), count)])
+    same = np.mean(
+        [sample.label == sample.group for sample in drawn(objects(correlation={"train": correlation}), count)]
+    )
     assert abs(same - expected) <= 4 * np.sqrt(expected * (1 - expected) / count)
 
 
@@ -153,7 +155,9 @@ def test_with_several_objects_the_background_follows_the_largest():
 
 def test_correlation_holds_for_its_split_alone():
     params = objects(correlation={"train": 1.0})
-    assert {draw(params, "test", index).group == draw(params, "test", index).label for index in range(40)} == {True, False}
+    assert {
+        draw(params, "test", index).group == draw(params, "test", index).label for index in range(40)
+    } == {True, False}
 
 
 def test_without_correlation_every_background_occurs_with_every_class():
@@ -187,7 +191,9 @@ def test_captions_name_objects_colours_and_background():
 
 def test_captioned_scenes_have_the_same_pixels_and_sentences_that_name_every_shape():
     plain, captioned = drawn(several(), 60), drawn(several(captions=True), 60)
-    assert [replace(sample, captions=()) for sample in plain] == [replace(sample, captions=()) for sample in captioned]
+    assert [replace(sample, captions=()) for sample in plain] == [
+        replace(sample, captions=()) for sample in captioned
+    ]
     assert {len(sample.captions) for sample in captioned} == {1, 2, 3}
     kinds = set()
     for before, sample in zip(plain, captioned, strict=True):
@@ -196,7 +202,9 @@ def test_captioned_scenes_have_the_same_pixels_and_sentences_that_name_every_sha
         for caption in sample.captions:
             surface = SURFACES[list(BACKGROUNDS)[sample.group]]
             placed, words = surface in caption, caption.replace(surface, "").split()
-            assert Counter(shape for _, _, shape in nouns) == Counter(word for word in words if word in CLASSES)
+            assert Counter(shape for _, _, shape in nouns) == Counter(
+                word for word in words if word in CLASSES
+            )
             told = Counter(colour for _, colour, _ in nouns) & Counter(words)
             assert told.total() in (0, len(nouns))
             assert not any(other in caption for other in SURFACES.values() if other != surface)

@@ -115,7 +115,12 @@ def test_boxes_of_parts_are_no_objects(voc, tmp_path):
 
 @pytest.mark.parametrize("form", ["VOC2007", "VOCdevkit", "its parent", "tar"])
 def test_every_form_of_the_root_gives_the_same_samples(voc, tmp_path, form):
-    root = {"VOC2007": voc, "VOCdevkit": voc.parent, "its parent": voc.parents[1], "tar": tmp_path / "voc.tar"}[form]
+    root = {
+        "VOC2007": voc,
+        "VOCdevkit": voc.parent,
+        "its parent": voc.parents[1],
+        "tar": tmp_path / "voc.tar",
+    }[form]
     with tarfile.open(tmp_path / "voc.tar", "w") as archive:
         archive.add(voc.parent, "VOCdevkit")
     assert samples(params(root), tmp_path) == samples(params(voc), tmp_path)
@@ -156,7 +161,12 @@ def test_difficult_objects_are_kept_or_give_neither_box_nor_label(voc, tmp_path)
 
 
 def test_instance_i_of_the_mask_is_box_i_minus_1_and_void_is_background(voc, tmp_path):
-    annotate(voc, thing("person", 1, 1, 10, 10, difficult=1), thing("dog", 11, 11, 20, 20), thing("cat", 21, 1, 30, 10))
+    annotate(
+        voc,
+        thing("person", 1, 1, 10, 10, difficult=1),
+        thing("dog", 11, 11, 20, 20),
+        thing("cat", 21, 1, 30, 10),
+    )
     content = segmentation((1, 0, 0, 10, 10), (255, 9, 0, 10, 10), (2, 10, 10, 20, 20), (3, 0, 20, 10, 30))
     write_files(voc, {"SegmentationObject/000001.png": content})
     ids = ids_of(first(voc, tmp_path))
@@ -249,7 +259,11 @@ def test_class_masks_are_read_on_demand_and_after_instances_of_the_image(voc, tm
     class_mask(voc, (CAT, 0, 0, 3, 3), name="000003")
     class_mask(voc, (1, 0, 0, 4, 4), folder="SegmentationObject", name="000003")
     found = by_key(params(voc, masks="classes"), tmp_path)
-    assert {key: np.count_nonzero(ids_of(sample)) for key, sample in found.items()} == {"000001": 81, "000002": 4, "000003": 16}
+    assert {key: np.count_nonzero(ids_of(sample)) for key, sample in found.items()} == {
+        "000001": 81,
+        "000002": 4,
+        "000003": 16,
+    }
     instances = by_key(params(voc), tmp_path)
     assert [key for key, sample in instances.items() if sample.mask is not None] == ["000003"]
 
@@ -293,7 +307,9 @@ def test_the_official_archives_have_splits_of_their_own():
 
 def test_a_bad_box_stops_the_fetch_or_leaves_its_label_alone(voc, tmp_path):
     annotate(voc, thing("dog", 11, 11, 20, 20), thing("cat", 30, 1, WIDTH + 5, 10), thing("cow", 9, 9, 3, 10))
-    with pytest.raises(DataError, match=r"Annotations/000001\.xml: object 2: box .* outside its image of 40 x 30 pixels"):
+    with pytest.raises(
+        DataError, match=r"Annotations/000001\.xml: object 2: box .* outside its image of 40 x 30 pixels"
+    ):
         fetched(params(voc), tmp_path)
     sample = first(voc, tmp_path, on_bad_box="skip")
     assert (sample.labels, sample.boxes) == ((7, 9, 11), ((11, 10, 10, 20, 20),))
@@ -324,7 +340,10 @@ def test_an_annotation_that_cannot_be_read_is_named_in_one_line(voc, tmp_path, c
         ("Annotations/000002.xml", r"Annotations/000002\.xml is missing"),
         ("JPEGImages/000002.jpg", r"JPEGImages/000002\.jpg is missing"),
         ("ImageSets/Main/test.txt", r"ImageSets/Main/test\.txt is missing"),
-        ("ImageSets/Main/train.txt", r"ImageSets/Main/train\.txt is missing; there is: Annotations, ImageSets, JPEGImages"),
+        (
+            "ImageSets/Main/train.txt",
+            r"ImageSets/Main/train\.txt is missing; there is: Annotations, ImageSets, JPEGImages",
+        ),
     ],
 )
 def test_what_is_missing_is_named(voc, tmp_path, gone, told):
@@ -335,9 +354,19 @@ def test_what_is_missing_is_named(voc, tmp_path, gone, told):
 
 
 def test_images_and_annotations_that_no_split_lists_are_counted(voc, tmp_path):
-    write_files(voc, {"JPEGImages/000009.jpg": jpeg(4, 4), "Annotations/000009.xml": xml(), "Annotations/000010.xml": "cut"})
+    write_files(
+        voc,
+        {
+            "JPEGImages/000009.jpg": jpeg(4, 4),
+            "Annotations/000009.xml": xml(),
+            "Annotations/000010.xml": "cut",
+        },
+    )
     fetched(params(voc), tmp_path)
-    assert left_out(tmp_path) == {"images that no split lists": 1, "annotations of images that no split lists": 2}
+    assert left_out(tmp_path) == {
+        "images that no split lists": 1,
+        "annotations of images that no split lists": 2,
+    }
 
 
 def test_an_image_that_a_split_lists_twice_is_named(voc, tmp_path):
@@ -363,7 +392,9 @@ def test_an_empty_split_is_named(voc, tmp_path):
 
 def test_boxes_drawn_on_an_image_of_another_size_are_refused(voc, tmp_path):
     annotate(voc, thing("cat", 1, 1, 9, 9), width=WIDTH + 1)
-    with pytest.raises(DataError, match=r"JPEGImages/000001\.jpg: has 40 x 30 pixels; its boxes were drawn on 41 x 30"):
+    with pytest.raises(
+        DataError, match=r"JPEGImages/000001\.jpg: has 40 x 30 pixels; its boxes were drawn on 41 x 30"
+    ):
         samples(params(voc), tmp_path)
 
 
@@ -383,9 +414,15 @@ def expected(split: str) -> dict[str, tuple[torch.Tensor, int, int]]:
         root = ElementTree.parse(top / f"Annotations/{name}.xml").getroot()
         boxes = []
         for item in root.iter("object"):
-            xmin, ymin, xmax, ymax = (int(item.find("bndbox").find(side).text) for side in ("xmin", "ymin", "xmax", "ymax"))
+            xmin, ymin, xmax, ymax = (
+                int(item.find("bndbox").find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
             boxes.append([voc2007.CLASSES.index(item.find("name").text), xmin - 1, ymin - 1, xmax, ymax])
-        known[name] = (torch.tensor(boxes), int(root.find("size/width").text), int(root.find("size/height").text))
+        known[name] = (
+            torch.tensor(boxes),
+            int(root.find("size/width").text),
+            int(root.find("size/height").text),
+        )
     return known
 
 
@@ -413,8 +450,15 @@ def test_the_animals_of_voc_2012(tmp_path):
     some = params(VOC_2012, splits={"val": "valA", "test": "valB"}, masks="classes")
     source, raw = fetched(some, tmp_path)
     assert source.describe(raw).counts == {"train": 1697, "val": 865, "test": 864}
-    assert left_out(tmp_path) == {"images that no split lists": 182, "annotations of images that no split lists": 182}
-    lines = [json.loads(line) for split in SPLITS for line in (raw / f"{split}.annotations.jsonl").read_text().splitlines()]
+    assert left_out(tmp_path) == {
+        "images that no split lists": 182,
+        "annotations of images that no split lists": 182,
+    }
+    lines = [
+        json.loads(line)
+        for split in SPLITS
+        for line in (raw / f"{split}.annotations.jsonl").read_text().splitlines()
+    ]
     assert sum(len(line["boxes"]) for line in lines) == 7168  # 7,634 with the images that no split lists
     assert sum(line["mask"] is not None for line in lines) == 3394  # likewise 3,576
 
@@ -437,7 +481,9 @@ def test_the_animals_of_voc_2012(tmp_path):
 def test_shards_of_the_same_annotations_are_the_same_bytes(voc, tmp_path):
     write_files(voc, {"SegmentationObject/000001.png": segmentation((1, 10, 10, 20, 20))})
     source, raw = fetched(params(voc), tmp_path)
-    manifests = [write_shards(source, raw, tmp_path / name, shard_size=2, progress=False) for name in ("one", "two")]
+    manifests = [
+        write_shards(source, raw, tmp_path / name, shard_size=2, progress=False) for name in ("one", "two")
+    ]
     assert manifests[0] == manifests[1]
 
 

@@ -41,7 +41,9 @@ def name_of(number: int) -> str:
 def birds(tmp_path) -> Path:
     """The folder of the images and, beside it, CUB's lists, in another order and with one more image."""
     root = tmp_path / "waterbird_complete95_forest2water2"
-    rows = [f"{n + 1},{name_of(n)},{y},{split},{place},/x/y.jpg" for n, (_, y, split, place) in enumerate(BIRDS)]
+    rows = [
+        f"{n + 1},{name_of(n)},{y},{split},{place},/x/y.jpg" for n, (_, y, split, place) in enumerate(BIRDS)
+    ]
     write_files(root, {"metadata.csv": "\n".join([HEADER, *rows]) + "\n"})
     write_files(root, {name_of(number): jpeg(WIDTH, HEIGHT, number) for number in range(len(BIRDS))})
     ids = {100 - number: name_of(number) for number in range(len(BIRDS))} | {1: "003.Crow/Crow_0001_1.jpg"}
@@ -118,7 +120,9 @@ def test_the_official_archives_give_the_samples_of_the_folder(birds, tmp_path, m
             file.add(folder, folder.name)
     monkeypatch.setattr(waterbirds, "URL", f"file://{packed['birds']}")
     digest = hashlib.md5(packed["CUB_200_2011"].read_bytes()).hexdigest()
-    monkeypatch.setattr(cub, "ARCHIVES", {"cub": Official(f"file://{packed['CUB_200_2011']}", f"md5:{digest}")})
+    monkeypatch.setattr(
+        cub, "ARCHIVES", {"cub": Official(f"file://{packed['CUB_200_2011']}", f"md5:{digest}")}
+    )
     assert samples(WaterbirdsParams(source="waterbirds"), tmp_path) == samples(params(birds), tmp_path)
     with pytest.raises(DataError, match=r"birds\.tgz: the content has sha256:"):
         fetched(WaterbirdsParams(source="waterbirds", sha256="0" * 64), tmp_path / "other")
@@ -133,7 +137,11 @@ def edit(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("split,place,", "part,where,", r"has no column split, place \(it has img_id, img_filename, y, part, where"),
+        (
+            "split,place,",
+            "part,where,",
+            r"has no column split, place \(it has img_id, img_filename, y, part, where",
+        ),
         (",1,0,1,/x", ",1,3,1,/x", r"line 2: split is '3', where 0 to 2 are allowed"),
         (",1,0,1,/x", ",waterbird,0,1,/x", r"line 2: y is 'waterbird', where 0 to 1 are allowed"),
         (",1,0,1,/x/y.jpg", "", r"line 2: y is None"),
@@ -148,7 +156,9 @@ def test_metadata_that_makes_no_sense_is_told_in_one_line(birds, tmp_path, old, 
 
 def test_empty_metadata_is_told(birds, tmp_path):
     (birds / "metadata.csv").write_text("")
-    with pytest.raises(DataError, match=r"metadata\.csv: has no column img_filename, y, split, place \(it has none\)"):
+    with pytest.raises(
+        DataError, match=r"metadata\.csv: has no column img_filename, y, split, place \(it has none\)"
+    ):
         fetched(params(birds), tmp_path)
 
 
@@ -156,9 +166,24 @@ def test_empty_metadata_is_told(birds, tmp_path):
     ("file", "old", "new", "told"),
     [
         ("bounding_boxes.txt", "100 0.0 2.0 20.0 10.0", "", r"has not 5 columns"),
-        ("bounding_boxes.txt", "100 0.0 2.0 20.0 10.0", "100 0.0 2.0 20.0 wide", r"'100 0.0 2.0 20.0 wide' is not an id"),
-        ("bounding_boxes.txt", "100 0.0 2.0 20.0 10.0", "500 0.0 2.0 20.0 10.0", r"'500 .*' is not an id of images\.txt"),
-        ("images.txt", "100 001.Albatross", "100 x.Albatross", r"001\.Albatross/Albatross_0000_55\.jpg has no box"),
+        (
+            "bounding_boxes.txt",
+            "100 0.0 2.0 20.0 10.0",
+            "100 0.0 2.0 20.0 wide",
+            r"'100 0.0 2.0 20.0 wide' is not an id",
+        ),
+        (
+            "bounding_boxes.txt",
+            "100 0.0 2.0 20.0 10.0",
+            "500 0.0 2.0 20.0 10.0",
+            r"'500 .*' is not an id of images\.txt",
+        ),
+        (
+            "images.txt",
+            "100 001.Albatross",
+            "100 x.Albatross",
+            r"001\.Albatross/Albatross_0000_55\.jpg has no box",
+        ),
         (
             "bounding_boxes.txt",
             "100 0.0 2.0 20.0 10.0",
@@ -179,7 +204,9 @@ def test_a_bad_box_is_left_out_on_demand(birds, tmp_path):
     assert left_out(tmp_path) == {"outside boxes": 1, **CROW}
 
 
-@pytest.mark.parametrize("file", ["metadata.csv", "../CUB_200_2011/images.txt", "../CUB_200_2011/bounding_boxes.txt"])
+@pytest.mark.parametrize(
+    "file", ["metadata.csv", "../CUB_200_2011/images.txt", "../CUB_200_2011/bounding_boxes.txt"]
+)
 def test_a_missing_file_is_named(birds, tmp_path, file):
     (birds / file).unlink()
     with pytest.raises(DataError, match=rf"{Path(file).name} is missing"):
@@ -199,7 +226,9 @@ def test_an_image_that_does_not_decode_is_counted_and_left_to_the_loader(birds, 
 
 
 def test_images_and_boxes_that_the_metadata_does_not_name_are_counted(birds, tmp_path):
-    write_files(birds, {"004.New/New_1.jpg": jpeg(4, 4), "README.txt": "not an image", "004.New/.DS_Store": ""})
+    write_files(
+        birds, {"004.New/New_1.jpg": jpeg(4, 4), "README.txt": "not an image", "004.New/.DS_Store": ""}
+    )
     fetched(params(birds), tmp_path)
     hidden = {"hidden files and by-products of operating systems": 1}
     assert left_out(tmp_path) == {"images that metadata.csv does not name": 1, **CROW, **hidden}

@@ -52,10 +52,22 @@ def test_the_picture_has_a_column_for_each_text_and_difference(towers, image, tm
     sizes = []
     for name, more in (("a", []), ("b", []), ("c", ["--against", "a cat"]), ("d", ["--published"])):
         out = tmp_path / "new" / f"{name}.png"
-        main([towers["bcos"], image, "a dog", "an old house on a hill beside the sea", *more, "--out", str(out)])
+        main(
+            [
+                towers["bcos"],
+                image,
+                "a dog",
+                "an old house on a hill beside the sea",
+                *more,
+                "--out",
+                str(out),
+            ]
+        )
         sizes.append(Image.open(out).size[0])
     assert sizes[0] == sizes[1] == sizes[3]
-    assert sizes[2] == pytest.approx(sizes[0] * 6 / 3, abs=3)  # the input, two texts, the other one, two differences
+    assert sizes[2] == pytest.approx(
+        sizes[0] * 6 / 3, abs=3
+    )  # the input, two texts, the other one, two differences
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
     assert (tmp_path / "new/a.png").read_bytes() != (tmp_path / "new/d.png").read_bytes()
     printed = capsys.readouterr().out
@@ -82,7 +94,17 @@ def test_what_is_wrong_is_said_in_one_line(towers, image, tmp_path, capsys):
     shutil.copytree(bcos, tmp_path / "alone")
     (tmp_path / "alone/text.json").unlink()
     assert "no text tower" in error_of(capsys, str(tmp_path / "alone"), image, "a dog")
-    main([str(tmp_path / "alone"), image, "a dog", "--text", towers["original"], "--out", str(tmp_path / "out.png")])
+    main(
+        [
+            str(tmp_path / "alone"),
+            image,
+            "a dog",
+            "--text",
+            towers["original"],
+            "--out",
+            str(tmp_path / "out.png"),
+        ]
+    )
     spec = ModelSpec("resnet8", ("a", "b"), SIDE, "bcos")
     models.save(tmp_path / "classifier", models.assemble(spec), spec)
     assert "not an image tower" in error_of(capsys, str(tmp_path / "classifier"), image, "a dog")

@@ -17,7 +17,10 @@ def composed(*overrides):
         ["recipe=smoke", "bcosify.pretrained.lr=0.1", "search.asha=null"],  # in the place of several
         ["recipe=cifar10", "model=resnet18", "guide=voc2007"],
         ["recipe=default", "model=cifar_resnet20"],  # without an option that the recipe's has
-        ["recipe=default", "distill.student.options={patch_size: 8, depth: 4}"],  # in the place of a reference
+        [
+            "recipe=default",
+            "distill.student.options={patch_size: 8, depth: 4}",
+        ],  # in the place of a reference
         ["recipe=default", "dataset=imagefolder", "datasets.imagefolder.root='My Images'"],
     ],
     ids=str,
