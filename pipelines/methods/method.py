@@ -35,9 +35,9 @@ class Method(Protocol):
         """Returns the arguments of `loss`, tensors with one row per image. Random numbers are drawn here.
 
         Args:
-            batch: the loader's fields, and three more: `step`, the number of optimiser steps done (a resumed
-                run continues the count); `step_images`, a scalar tensor, the number of images in this step
-                over all workers; `parts`, the number of parts in which the batch will be passed to `loss`.
+            batch: the loader's fields and three more. `step` is the number of optimiser steps done, which a
+                resumed run continues to count. `step_images`, a scalar tensor, is the number of images in
+                this step over all workers. `parts` is the number of parts in which `loss` gets the batch.
         """
         ...
 

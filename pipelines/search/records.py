@@ -19,8 +19,7 @@ from pipelines.storage.lease import check_held
 from pipelines.training.job import EpochRecord
 
 RECORD = "trial.json"
-# The status of trials that are never run again. A failed trial is tried again when the search is started
-# again.
+# Trials with this status are never run again. A search that is started again retries failed trials.
 SETTLED = ("finished", "stopped")
 
 
@@ -58,7 +57,7 @@ def values_of_params(params: Params) -> dict[str, Any] | None:
 
     try:
         return draw(params.search.space, find)
-    except (TypeError, ValueError):  # the value is not a number, or not among the choices
+    except (TypeError, ValueError):  # the value is outside of the space, or not a number
         return None
 
 

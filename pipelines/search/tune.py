@@ -133,8 +133,8 @@ def _tune(
 
     own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     if params.workers > 0:
-        # The cores are for its workers, so the trial takes none. Ray refuses an empty request, hence 1 byte
-        # of memory.
+        # The trial's Ray Train workers take the cores, so the trial itself requests none. It requests 1 byte
+        # of memory, because Ray refuses an empty request.
         own = {"memory": 1.0}
     function = partial(
         _trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd(), lease=lease

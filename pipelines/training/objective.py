@@ -26,8 +26,7 @@ ISOLATED: dict[str, Any] = (
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
 )
-# Number of batch sizes that may be compiled. There are several because `data.on_error: skip` shortens
-# batches.
+# Number of batch sizes that may be compiled: `data.on_error: skip` makes some batches shorter.
 BATCH_SIZES = 64
 
 
