@@ -3,7 +3,7 @@
 Ranks share each batch, and a rank may take its share in parts (gradient accumulation). Losses are means over
 images, so ranks and parts are weighted by their numbers of images.
 
-Shapes: n images of this rank, M rows of all ranks.
+Shapes: N images of this rank, M rows of all ranks, padding included.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, to
 def exchange(run: Run, batch: dict[str, torch.Tensor], share: Share) -> dict[str, torch.Tensor]:
     """Returns `all_NAME` (M, ...), the rows of all ranks, for each tensor NAME that the method shares.
 
-    Adds `row` (n,) to `batch`, see `Method.loss`. All ranks take part, also a rank whose `batch` is empty.
+    Adds `row` (N,) to `batch`, see `Method.loss`. All ranks take part, also a rank whose `batch` is empty.
     Rows are gathered once per step, before the first part of the batch. So ranks may take different numbers
     of parts, the compiler sees no collective, and DDP's collectives come later.
 
