@@ -1,4 +1,4 @@
-"""One file a method: how it trains, and how it is evaluated."""
+"""Training methods, one per file, each with its losses and evaluation metrics."""
 
 from pipelines.methods.bcosification import Bcosification, build_bcosification
 from pipelines.methods.clip import (

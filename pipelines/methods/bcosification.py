@@ -1,6 +1,7 @@
-"""B-cosification: fine-tuning a converted network (or, as a baseline, training a B-cos network from scratch).
+"""B-cosification: fine-tunes a converted network, or trains one from scratch as the baseline.
 
-Source: Arya et al., B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable, NeurIPS 2024.
+Source: Arya et al., B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable,
+NeurIPS 2024.
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ if TYPE_CHECKING:
 
 
 class FineTuning:
-    """How B and the biases of a B-cos network are treated during training, whatever it learns.
+    """Mixin that schedules B and decays the biases of a B-cos network during training, for any loss.
 
     Attributes:
-        module: the B-cos network, made with `params.design()`.
-        params: the choices.
+        module: the B-cos network, made by `bcosify` with `params.design()`.
+        params: mode and schedule of B, treatment of the biases, and their weight decays.
     """
 
     module: nn.Module
     params: BcosificationParams
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Weights of two and more dimensions, others, biases, learned Bs: each group with the decay that the params say."""
+        """Returns up to four groups (matrices, vectors, biases, learned B), each with its own weight decay.
+
+        Weights with two or more dimensions decay by `weight_decay`; other weights do not decay. Biases decay
+        by `params.bias_decay` if `params.bias` is "decay". The offset B - 2 of a learned B decays by
+        `params.b_decay`.
+        """
         named = [
             (name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad
         ]
@@ -55,10 +61,10 @@ class FineTuning:
         return [group for group in groups if group["params"]]
 
     def set_progress(self, epochs: float) -> None:
-        """Sets B to where its schedule is: linear from `b_start` to `b` over `b_epochs` epochs.
+        """Sets a scheduled B, which moves linearly from `b_start` to `b` over the first `b_epochs` epochs.
 
-        A learned B that the last step took below 1 is set back to 1: below 1 it has no gradient, so without weight decay it
-        would stay there.
+        A learned B that the last step moved below 1 is set back to 1. Below 1 it has no gradient, and without
+        weight decay it would stay there.
         """
         if self.params.b_mode == "scheduled":
             done = min(1.0, epochs / self.params.b_epochs)
@@ -67,7 +73,11 @@ class FineTuning:
             clamp_b(self.module)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """`b_mean`; if B is not fixed, `b/<layer>` of each layer; if there are biases, `bias_abs_mean`, the mean |bias|."""
+        """Returns `b_mean`, `b/<layer>` unless B is fixed, and `bias_abs_mean` if the network has biases.
+
+        `b_mean` is the mean of B over the layers, `bias_abs_mean` the mean |bias| over all elements of all
+        biases.
+        """
         exponents = layer_b(self.module)
         found = {"b_mean": sum(exponents.values()) / len(exponents)}
         if self.params.b_mode != "fixed":
@@ -83,11 +93,12 @@ class FineTuning:
 
 
 class Bcosification(FineTuning, Classification):
-    """Binary cross-entropy with off-label targets 1/K, on a network of `bcosify` made with `params.design()`.
+    """Trains a B-cos network by binary cross-entropy with off-label targets 1/K.
 
     Args:
-        module, task, num_classes: as in `Classification`.
-        params: how B and the biases are treated during training.
+        module: the B-cos network, made by `bcosify` with `params.design()`.
+        task, num_classes: see `Classification`.
+        params: see `FineTuning`.
     """
 
     def __init__(self, module: nn.Module, task: str, num_classes: int, params: BcosificationParams) -> None:
@@ -95,24 +106,25 @@ class Bcosification(FineTuning, Classification):
         self.params = params
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
         return {"loss": uniform_off_label_bce(model(batch["image"]), batch["target"])}
 
 
 def is_exponent(name: str) -> bool:
-    """Whether a parameter of this name is a layer's learned B."""
+    """Returns True if the parameter `name` is the learned B of a layer, stored as its offset B - 2."""
     return name.rpartition(".")[2] == "b_offset"
 
 
 def build_bcosification(
     spec: models.ModelSpec, pretrained: str | Path | None, params: BcosificationParams, seed: int
 ) -> Bcosification:
-    """The method on the B-cos network of `spec`, started from the conventional model in the folder `pretrained`.
+    """Builds the method on the B-cos network that `spec` describes.
 
-    Where that is None the weights are drawn by `seed`.
+    The network starts from the weights of the conventional model in the folder `pretrained`, or from random
+    weights drawn with `seed` if `pretrained` is `None`.
 
     Raises:
-        ConversionError: the network has a part that cannot be converted, or that explanation mode would not hold.
+        ConversionError: a part of the network cannot be converted, or explanation mode cannot hold its
+            factors.
     """
     torch.manual_seed(seed)
     network = None if pretrained is None else models.load(pretrained)[0].get_submodule("network")

@@ -1,7 +1,10 @@
-"""CLIP: an image tower and a text tower trained on captions, and the B-cosification of an image tower on images alone.
+"""CLIP: trains an image and a text tower on captions, and B-cosifies an image tower on images alone.
 
-Sources: Arya et al., B-cosification, NeurIPS 2024, section 5; Radford et al., Learning Transferable Visual Models, ICML 2021;
-Zhai et al., LiT: Zero-Shot Transfer with Locked-image Text Tuning, CVPR 2022; Zhai et al., Sigmoid Loss, ICCV 2023.
+Shapes: N images of H x W pixels, T texts of L tokens, D dimensions of an embedding.
+
+Sources: Arya et al., B-cosification, NeurIPS 2024, section 5; Radford et al., Learning Transferable Visual
+Models, ICML 2021; Zhai et al., LiT: Zero-Shot Transfer with Locked-image Text Tuning, CVPR 2022; Zhai et al.,
+Sigmoid Loss, ICCV 2023.
 """
 
 from __future__ import annotations
@@ -37,11 +40,12 @@ if TYPE_CHECKING:
         TrainingParams,
     )
 
-LARGEST_SCALE = math.log(100)  # of cosines, as CLIP's authors bound it
+LARGEST_SCALE = math.log(100)  # logarithm of the largest factor of cosines, the bound of Radford et al.
+# Loss -> initial logit scale (its logarithm) and initial logit bias.
 SCALES = {
     "clip": (math.log(1 / 0.07), None),
     "siglip": (math.log(10), -10.0),
-}  # where logit scale and bias start
+}
 
 
 class MeanLoss(MeanScore):
@@ -57,16 +61,18 @@ class MeanCosine(MeanScore):
 
 
 class ClipBcosification(FineTuning):
-    """A B-cosified image tower that learns the embeddings of the original one; texts are not needed.
+    """Trains a B-cosified image tower to reproduce the embeddings of the original tower, without any text.
 
-    The loss is SigLIP's, with fixed scale and bias, the mean of 1 - cosine, or InfoNCE. SigLIP's negatives are the teacher's
-    embeddings of the whole step on all workers (`negatives: batch`), which carry no gradient: so workers exchange embeddings,
-    never gradients of them, and a step is the same on any number of workers.
+    The loss is SigLIP's with fixed scale and bias, the mean of 1 - cosine, or InfoNCE. With SigLIP and
+    `negatives: batch`, the negatives are the teacher's embeddings of all images of the step, on all workers.
+    These embeddings carry no gradient, so workers exchange embeddings but not their gradients. The step is
+    then the same on any number of workers.
 
     Args:
-        module: the student, (N, 6, H, W) -> (N, D).
-        teacher: likewise; it is put into evaluation mode, never trained, and no part of the module's state.
-        params: the loss, and how B and the biases are treated.
+        module: the student, (N, 6, H, W) in [0, 1] -> (N, D).
+        teacher: the original tower, of the same shapes. It is put into evaluation mode, never trained, and
+            not part of the module's state.
+        params: the loss, and for `FineTuning` the treatment of B and the biases.
     """
 
     params: ClipParams
@@ -82,13 +88,13 @@ class ClipBcosification(FineTuning):
         self.shared = ("target",) if params.loss == "siglip" and params.negatives == "batch" else ()
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` (N, 6, H, W) in [0, 1], and `target` (N, D), the teacher's embeddings, float32, of norm 1."""
+        """Returns `image` (N, 6, H, W) in [0, 1] and `target` (N, D), the teacher's embeddings of norm 1."""
         images = add_inverse(batch["image"])
-        parts = images.tensor_split(batch.get("parts", 1))  # which bound the memory of the teacher, too
+        # The teacher, too, takes the batch in parts, so that its memory is bounded.
+        parts = images.tensor_split(batch.get("parts", 1))
         return {"image": images, "target": torch.cat([self._taught(part) for part in parts])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
         features = widened(model(batch["image"]))
         if "all_target" in batch:
             params = self.params
@@ -100,18 +106,17 @@ class ClipBcosification(FineTuning):
         return {"loss": self._local_loss(features, batch["target"])}
 
     def metrics(self) -> Any:
-        """`loss`, with negatives from each validation batch, and `cosine`, of the student's embedding and the teacher's."""
+        """Returns `loss`, with negatives from the same validation batch, and `cosine` to the teacher."""
         return MetricCollection({"loss": MeanLoss(), "cosine": MeanCosine()}, compute_groups=False)
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`."""
         images = add_inverse(batch["image"])
         features, targets = widened(model(images)), self._taught(images)
         metrics["loss"].update(self._local_loss(features, targets).expand(len(images)))
         metrics["cosine"].update(F.cosine_similarity(features, targets, dim=1))
 
     def _local_loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss of these images alone."""
+        """Returns the loss whose negatives are the other images of this batch."""
         params = self.params
         if params.loss == "siglip":
             return siglip_loss(features, targets, params.scale, params.pair_bias)
@@ -121,18 +126,19 @@ class ClipBcosification(FineTuning):
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
-        """The teacher's embeddings."""
+        """Returns the teacher's embeddings (N, D), float32, of norm 1."""
         return F.normalize(self.teacher(images).detach().float(), dim=1)
 
 
 def build_clip(spec: ModelSpec, teacher: str | Path, params: ClipParams, seed: int) -> ClipBcosification:
-    """The method on the B-cos tower of `spec`, which starts from the weights of the teacher in the folder `teacher`.
+    """Builds the method on the B-cos image tower of `spec`.
 
-    A tower of another name or other options than the teacher's starts from weights drawn by `seed`.
+    The teacher is the image tower in the folder `teacher`. The student starts from the teacher's weights if
+    both have the same architecture and options. Otherwise it starts from random weights drawn with `seed`.
 
     Raises:
-        ModelError: the teacher gives embeddings of another width.
-        ConversionError: the tower has a part that cannot be converted, or that explanation mode would not hold.
+        ModelError: the embeddings of student and teacher differ in shape.
+        ConversionError: a part of the tower cannot be converted, or explanation mode cannot hold its factors.
     """
     loaded, taught = models.load(teacher)
     torch.manual_seed(seed)
@@ -147,7 +153,7 @@ def build_clip(spec: ModelSpec, teacher: str | Path, params: ClipParams, seed: i
 
 @torch.no_grad()
 def embedding_shape(tower: nn.Module, size: int) -> tuple[int, ...]:
-    """The shape of what `tower` gives for an image of `size` pixels: (D,) if it is an image tower."""
+    """Returns the shape of the output of `tower` for one image of `size` x `size` pixels, usually (D,)."""
     training = tower.training
     found = tower.eval()(torch.full((2, 6, size, size), 0.5)).shape[1:]
     tower.train(training)
@@ -155,16 +161,17 @@ def embedding_shape(tower: nn.Module, size: int) -> tuple[int, ...]:
 
 
 class ImageText(nn.Module):
-    """An image tower and a text tower, and how their cosines become logits: scale·cos + bias.
+    """An image tower and a text tower, with the scale and bias of their logits, scale·cos + bias.
 
     Args:
-        image: (N, 6, H, W) in [0, 1] -> (N, D).
-        text: tokens (T, L) -> (T, D), and `tokens` of texts.
-        loss: `clip`, without a bias, or `siglip`.
-        locked: the image tower is frozen and stays in evaluation mode.
+        image: the image tower, (N, 6, H, W) in [0, 1] -> (N, D).
+        text: the text tower, tokens (T, L) -> (T, D). Its method `tokens` tokenises texts.
+        loss: `clip`, whose logits have no bias, or `siglip`.
+        locked: True if the image tower is frozen and stays in evaluation mode.
 
     Attributes:
         logit_scale: the logarithm of the scale.
+        logit_bias: the bias, or `None`.
     """
 
     def __init__(self, image: nn.Module, text: models.TextTower, loss: str, locked: bool) -> None:
@@ -177,11 +184,10 @@ class ImageText(nn.Module):
             image.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 6, H, W) in [0, 1] -> embeddings (N, D)."""
+        """Returns the embeddings (N, D) of images (N, 6, H, W) in [0, 1]."""
         return self.image(images)
 
     def train(self, mode: bool = True) -> ImageText:
-        """Sets the mode of all but a locked image tower."""
         super().train(mode)
         if self.locked:
             self.image.eval()
@@ -189,14 +195,15 @@ class ImageText(nn.Module):
 
 
 class ImageTextTraining:
-    """Training of a CLIP by open_clip's own losses: an image and its caption are near, all other pairs far.
+    """Trains a CLIP by open_clip's losses, which pull images towards their own captions only.
 
-    Pairs are made of the images that are taken at once (`training.accumulate`), on all workers. open_clip's losses take equally
-    many of them from each worker, see `check_equal_shares`.
+    The loss compares all pairs of an image and a caption in one part of the batch (see
+    `training.accumulate`), over all workers. open_clip's losses need the same number of images from each
+    worker, see `check_equal_shares`.
 
     Args:
         module: both towers.
-        params: the loss; `locked`.
+        params: `loss` and `locked` are used.
     """
 
     fields: tuple[str, ...] = ("caption",)
@@ -212,7 +219,10 @@ class ImageTextTraining:
         self._loss, self._local_loss = open_clip_loss(params.loss, rank, workers), open_clip_loss(params.loss)
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` (N, 6, H, W) in [0, 1], or the embeddings (N, D) of a locked tower as `features`; `tokens` (N, L)."""
+        """Returns `tokens` (N, L) and `image` (N, 6, H, W) in [0, 1].
+
+        If the image tower is locked, its embeddings `features` (N, D) take the place of `image`.
+        """
         images = add_inverse(batch["image"])
         if self.towers.locked:
             parts = images.tensor_split(batch.get("parts", 1))
@@ -223,13 +233,12 @@ class ImageTextTraining:
         return {"image": images, "tokens": self._tokens(batch)}
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
         images = batch["features"] if "features" in batch else model.image(batch["image"])
         texts = model.text(batch["tokens"])
         return {"loss": self._loss(*self._compared(model, images, texts))}
 
     def metrics(self) -> Any:
-        """`loss`, with the pairs of each validation batch, and the figures of `Recall`, of each image's first caption."""
+        """Returns `loss` over the pairs of a validation batch, and `Recall` of the first captions."""
         kinds: dict[str, Metric | MetricCollection] = {
             "loss": MeanLoss(),
             "recall": Recall(self.towers.text.width),
@@ -237,32 +246,30 @@ class ImageTextTraining:
         return MetricCollection(kinds, compute_groups=False)
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`."""
         images, texts = model.image(add_inverse(batch["image"])), model.text(self._tokens(batch))
         loss = self._local_loss(*self._compared(model, images, texts))
         metrics["loss"].update(loss.expand(len(images)))
         metrics["recall"].update(images, texts)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Weight decay on weights of two and more dimensions, none on biases, norms, logit scale and logit bias."""
         return weight_groups(self.module, weight_decay)
 
     def set_progress(self, epochs: float) -> None:
-        """Bounds the scale of cosines to 100: the last step may have taken it above."""
+        """Clamps the scale of the logits to [1, 100], a range that the last step may have left."""
         with torch.no_grad():
             self.towers.logit_scale.clamp_(0, LARGEST_SCALE)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """`logit_scale`, by which cosines are multiplied."""
+        """Returns `logit_scale`, the scale itself and not its logarithm."""
         return {"logit_scale": float(self.towers.logit_scale.detach().exp())}
 
     @torch.no_grad()
     def _embedded(self, images: Tensor) -> Tensor:
-        """The embeddings of a locked image tower, float32."""
+        """Returns the image tower's embeddings (N, D) of `images` in float32, without a graph."""
         return widened(self.towers.image(images)).detach()
 
     def _tokens(self, batch: Batch) -> Tensor:
-        """The tokens of each image's caption; raises `ModelError`, which names the image, where there is none."""
+        """Returns the captions' tokens (N, L); raises `ModelError` naming an image without a caption."""
         captions = batch.get("caption", [""] * len(batch["key"]))
         for key, caption in zip(batch["key"], captions, strict=True):
             if not caption.strip():
@@ -273,13 +280,16 @@ class ImageTextTraining:
 
     @staticmethod
     def _compared(model: Any, images: Tensor, texts: Tensor) -> tuple[Any, ...]:
-        """What open_clip's losses take: embeddings of norm 1, the scale, the bias."""
+        """Returns the arguments of open_clip's losses: embeddings of norm 1, the scale and the bias."""
         images, texts = F.normalize(widened(images), dim=1), F.normalize(widened(texts), dim=1)
         return images, texts, model.logit_scale.exp(), model.logit_bias
 
 
 def open_clip_loss(name: str, rank: int = 0, workers: int = 1) -> nn.Module:
-    """open_clip's loss over the pairs of all workers: averaged over them, its gradient is that of one worker with all pairs."""
+    """Returns open_clip's loss `name` over the pairs of all workers.
+
+    The mean of the workers' gradients is the gradient that a single worker with all pairs would compute.
+    """
     from open_clip.loss import ClipLoss, SigLipLoss
 
     if name == "siglip":
@@ -288,28 +298,35 @@ def open_clip_loss(name: str, rank: int = 0, workers: int = 1) -> nn.Module:
 
 
 def check_equal_shares(batch_size: int, training: TrainingParams, data: DataParams) -> None:
-    """Raises `ParamsError` if workers may have different numbers of images in a step, which open_clip's losses do not take."""
+    """Raises `ParamsError` if workers may get different numbers of images in a step.
+
+    open_clip's losses need the same number from each worker.
+    """
     if training.most_workers == 1:
         return
     for workers in range(training.least_workers, training.most_workers + 1):
         if batch_size % workers:
             equal = batch_size // workers * workers or workers
             raise ParamsError(
-                f"batch_size: open_clip's loss takes as many images from each of {workers} workers: {equal}, not {batch_size}"
+                f"batch_size: open_clip's loss takes as many images from each of {workers} workers: "
+                f"{equal}, not {batch_size}"
             )
     if data.on_error == "skip":
         raise ParamsError(
-            "data.on_error: skip leaves images out, and open_clip's loss takes as many from each worker: raise, or one worker"
+            "data.on_error: skip leaves images out, and open_clip's loss takes as many from each worker: "
+            "raise, or one worker"
         )
 
 
 def build_image_text(
     model: ModelParams, spec: ModelSpec, text: NetworkParams, params: ImageTextParams, seed: int
 ) -> ImageTextTraining:
-    """The method on the image tower of `model` and the text tower of `text`; what has no weights is drawn by `seed`.
+    """Builds the method on the image tower of `model` and the text tower of `text`.
+
+    A tower without pretrained weights gets random weights drawn with `seed`.
 
     Raises:
-        ModelError: the towers give embeddings of different widths.
+        ModelError: the embeddings of the two towers differ in width.
     """
     torch.manual_seed(seed)
     network = models.build(model.name, model.weights, sha256=model.sha256, options=model.options)

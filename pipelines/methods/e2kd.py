@@ -1,4 +1,7 @@
-"""e²KD: a student that learns the teacher's answers and its explanations.
+"""e²KD: a student learns the teacher's answers and its explanations.
+
+Shapes: N images of H x W pixels, K classes. Maps (N, ...) are dynamic weights (N, 6, H, W) or GradCAM's
+maps (N, H, W).
 
 Source: Parchami-Araghi et al., Good Teachers Explain: Explanation-Enhanced Knowledge Distillation, ECCV 2024.
 """
@@ -32,19 +35,22 @@ if TYPE_CHECKING:
 
 
 class E2KD(Classification):
-    """τ²·KL(teacher ‖ student) + λ·mean(1 - cos(E_T, E_S)) + α·L_gt, E explaining what the teacher predicts (eq. 1 to 4).
+    """τ²·KL(teacher ‖ student) + λ·mean(1 - cos(E_T, E_S)) + α·L_gt (eq. 1 to 4).
 
-    For images with several labels, the KL divergence is summed over classes as independent decisions. L_gt is the loss that each
-    kind of model is trained with alone: binary cross-entropy with off-label targets 1/K for B-cos networks, cross-entropy for
-    conventional ones. Labels are not needed where α = 0, but for the accuracy in evaluation.
+    E_T and E_S are the teacher's and the student's explanation of the class that the teacher predicts. On
+    data with several labels per image, KL is summed over the K classes as independent binary decisions. L_gt
+    is the loss that a student of this kind would be trained with alone. For B-cos networks this is binary
+    cross-entropy with off-label targets 1/K; for conventional ones it is cross-entropy, binary on data with
+    several labels. If α = 0, labels only serve to evaluate the accuracy.
 
     Args:
-        module: the student; explained in the mode that it is in.
-        spec: of the student.
-        teacher: of the same classes; it is put into evaluation mode, never trained, and no part of the module's state.
-        params: τ, λ, α, and on which steps explanations are matched.
-        explain: how student and teacher are explained, see `comparable_explainers`; `None` where λ = 0.
-        labelled: whether batches have labels; without, α is 0 and agreement is the only metric.
+        module: the student. It is explained in its current mode (training or evaluation).
+        spec: the student's spec.
+        teacher: a model of the same classes. It is put into evaluation mode, never trained, and not part of
+            the module's state.
+        params: τ, λ, α, and the steps on which explanations are matched.
+        explain: explainers of the student and of the teacher, see `comparable_explainers`; `None` if λ = 0.
+        labelled: False if batches have no labels; α must then be 0, and agreement is the only metric.
     """
 
     def __init__(
@@ -66,13 +72,16 @@ class E2KD(Classification):
         self.explain_teacher: Explainer | None = explain[1] if explain else None
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image`; `teacher_logits` (N, K); on a step with explanations `teacher_maps` (N, ...); where labels count `target`."""
+        """Returns `image` (N, 6, H, W), `teacher_logits` (N, K), and if needed `teacher_maps` and `target`.
+
+        `teacher_maps` (N, ...) is needed on steps that match explanations, `target` if α > 0 or images are
+        mixed.
+        """
         with_labels = self.params.label_weight > 0 or self.params.mixup > 0
         made = super().prepare(batch) if with_labels else {"image": add_inverse(batch["image"])}
         matched = self.explain_teacher is not None and batch.get("step", 0) % self.params.explain_every == 0
-        parts = made["image"].tensor_split(
-            batch.get("parts", 1)
-        )  # which bound the memory of the teacher, too
+        # The teacher, too, takes the batch in parts, so that its memory is bounded.
+        parts = made["image"].tensor_split(batch.get("parts", 1))
         if self.params.explanations == "frozen":
             logits = batch["teacher_logits"]
             made |= {"teacher_maps": batch["teacher_maps"]} if matched else {}
@@ -85,7 +94,7 @@ class E2KD(Classification):
         return {**made, "teacher_logits": _single(logits)}
 
     def targets(self, batch: Batch) -> Tensor:
-        """Those of the data; where it has none, zeros that are mixed along with the images and count for nothing."""
+        """Returns the labels; if the data has none, zeros (N,), which mixup needs but no loss uses."""
         return (
             super().targets(batch)
             if self.labelled
@@ -93,7 +102,10 @@ class E2KD(Classification):
         )
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, and what it is made of, unweighted: `distillation`, on a step with explanations `explanation`, and `label`."""
+        """Returns `loss` and its unweighted terms.
+
+        The terms are `distillation`, `explanation` on steps that match explanations, and `label` if α > 0.
+        """
         params, images, teacher_logits = self.params, batch["image"], batch["teacher_logits"]
         losses: dict[str, Tensor] = {}
         if "teacher_maps" in batch:
@@ -118,20 +130,19 @@ class E2KD(Classification):
         return {"loss": sum(weights[name] * value for name, value in losses.items()), **losses}  # type: ignore[dict-item]
 
     def metrics(self) -> Any:
-        """Those of the task, and `agreement` with the teacher."""
+        """Returns the metrics of the task, if there are labels, and `agreement` with the teacher."""
         of_task = super().metrics() if self.labelled else {}
         metrics: dict[str, Metric | MetricCollection] = {name: of_task[name] for name in of_task}
         return MetricCollection(metrics | {"agreement": Agreement()}, compute_groups=False)
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`."""
         images = add_inverse(batch["image"])
         given = {"target": self.targets(batch).long()} if self.labelled else {}
         metrics.update(preds=model(images), teacher=self._taught(images), **given)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
-        """The teacher's logits."""
+        """Returns the teacher's logits (N, K)."""
         return self.teacher(images)
 
     def _label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -143,17 +154,17 @@ class E2KD(Classification):
 
 
 def _single(values: Tensor) -> Tensor:
-    """Without graph, and where they are of half precision in single one: sums over a map's pixels follow."""
+    """Detaches `values` and converts half precision to float32, because sums over a map's pixels follow."""
     return values.detach().float() if values.dtype.itemsize < 4 else values.detach()
 
 
 def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
-    """Raises `ModelError`, one line, if a student of this spec cannot learn from a teacher of that one.
+    """Raises `ModelError`, with a message of one line, if the student cannot learn from the teacher.
 
     Args:
-        student: its classes and image size are those of the data.
-        teacher: of the model that teaches.
-        explained: whether the student learns the teacher's explanations too.
+        student: the student's spec; its classes, task and image size are those of the data.
+        teacher: the teacher's spec.
+        explained: True if the student learns the teacher's explanations too.
     """
     if teacher.classes != student.classes:
         raise ModelError(f"teacher: it knows {_few(teacher.classes)}; the data has {_few(student.classes)}")
@@ -163,13 +174,14 @@ def check_pair(student: ModelSpec, teacher: ModelSpec, explained: bool) -> None:
         )
     if teacher.image_size != student.image_size:
         raise ModelError(
-            f"teacher: it was trained at {teacher.image_size} px; image_size must be the same, not {student.image_size}"
+            f"teacher: it was trained at {teacher.image_size} px; "
+            f"image_size must be the same, not {student.image_size}"
         )
     if explained and student.kind == "bcos" and teacher.kind == "conventional":
         raise ModelError(
-            "teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: take a B-cos teacher (its "
-            "B-cosified version), a student of the kind conventional (both are then explained by GradCAM), or plain distillation "
-            "(explanation_weight: 0)"
+            "teacher: a conventional teacher has no dynamic weights that a B-cos student could learn: "
+            "take a B-cos teacher (its B-cosified version), a student of the kind conventional "
+            "(both are then explained by GradCAM), or plain distillation (explanation_weight: 0)"
         )
 
 
@@ -185,19 +197,20 @@ def build_e2kd(
     seed: int,
     labelled: bool = True,
 ) -> E2KD:
-    """The method on the student of `spec`, from the weights that `model` names or of weights drawn by `seed`.
+    """Builds the method on the student that `spec` describes.
 
     Args:
-        model: the student's network and weights.
-        spec: of the student.
+        model: the student's network, and its pretrained weights if it has any.
+        spec: the student's spec.
         teacher: folder of the teacher, as `models.save` writes it.
-        params: of the loss.
-        seed: of random weights.
-        labelled: whether the data has labels.
+        params: weights and options of the loss.
+        seed: seed of random weights.
+        labelled: False if the data has no labels.
 
     Raises:
-        ModelError: student and teacher do not fit.
-        ConversionError: a B-cos student has a part that explanation mode would not hold.
+        ModelError: student and teacher do not fit, see `check_pair`.
+        ConversionError: a part of a B-cos student cannot be converted, or explanation mode cannot hold its
+            factors.
     """
     loaded, teacher_spec = models.load(teacher)
     explained = params.explanation_weight > 0

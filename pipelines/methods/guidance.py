@@ -1,4 +1,7 @@
-"""Model guidance: a classifier of the objects in an image, trained to put its explanation on them, from boxes.
+"""Model guidance: trains a classifier so that its explanations lie inside the boxes of its classes.
+
+Shapes: N images of H x W pixels, K classes, P pairs of an image and a class, n boxes. Boxes are rows
+[image, class, xmin, ymin, xmax, ymax], in pixels, half-open.
 
 Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023.
 """
@@ -39,19 +42,21 @@ LOCALISATION: dict[str, Callable[..., Tensor]] = {
 
 
 class ObjectClassification(Classification):
-    """The phase before guidance: binary cross-entropy, each class a decision of its own, also if images have one label."""
+    """Classification before guidance: binary cross-entropy over K independent classes.
+
+    The loss is the same if images have only one label; its target is then one-hot.
+    """
 
     def targets(self, batch: Batch) -> Tensor:
-        """(N, K) of {0, 1}."""
+        """Returns labels (N, K) of {0, 1}."""
         targets = super().targets(batch)
         return targets if targets.ndim == 2 else F.one_hot(targets, self.num_classes).float()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
         return {"loss": F.binary_cross_entropy_with_logits(model(batch["image"]), batch["target"])}
 
     def metrics(self) -> Any:
-        """`f1`, `precision`, `recall` at logit 0, and for one label an image `accuracy`."""
+        """Returns `f1`, `precision` and `recall` at logit >= 0, and `accuracy` if images have one label."""
         kinds: dict[str, Metric | MetricCollection] = dict(multilabel_metrics(self.num_classes).items())
         if self.task == "multiclass":
             kinds["accuracy"] = _AccuracyOfOneHot()
@@ -59,7 +64,7 @@ class ObjectClassification(Classification):
 
 
 class _AccuracyOfOneHot(Accuracy):
-    """Accuracy, of labels (N, K) of which one is 1."""
+    """Accuracy for one-hot labels (N, K)."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
         super().update(preds, target.argmax(1))
@@ -68,14 +73,15 @@ class _AccuracyOfOneHot(Accuracy):
 class Guidance(ObjectClassification):
     """BCE(logits, labels) + λ·Σ_i L_loc(A_i, M_i) (eq. 1 and 2).
 
-    A_i is the attribution of image i for one class, drawn uniformly from its labels at each step; M_i the union of this class's
-    boxes. Images without labels, or without a box of the class, have no L_loc. The sum goes over the images of a step, those of
-    all workers and parts, as it does where λ was published.
+    A_i is the attribution of image i for one class, which is drawn uniformly from the image's labels at each
+    step. M_i is the union of the image's boxes of this class. Images without labels, or without a box of the
+    drawn class, have no L_loc. The sum, as in the paper whose λ are used, runs over all images of a step, on
+    all workers.
 
     Args:
-        module, task, num_classes: as in `Classification`.
-        params: the losses and the attribution.
-        annotated: keys of the training images whose boxes are used; `None`: all of them.
+        module, task, num_classes: see `Classification`.
+        params: the localisation loss, its weight λ, and the attribution.
+        annotated: keys of the training images whose boxes are used; `None` for all images.
     """
 
     fields: tuple[str, ...] = ("boxes",)
@@ -101,9 +107,11 @@ class Guidance(ObjectClassification):
         )
 
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
-        """`image`, `target` (N, K); if an annotated image has boxes `class` (N,), drawn from its labels, `mask` (N, H, W).
+        """Returns `image` (N, 6, H, W), `target` (N, K), and if there are boxes `class`, `mask` and `count`.
 
-        With them comes `count` (N,), the number of images of the step. Nothing here waits for a GPU.
+        `class` (N,) is drawn from each image's labels, and `mask` (N, H, W) of bool is the union of the boxes
+        of this class. Each element of `count` (N,) is the number of images in the step, over all workers.
+        They are absent if λ = 0 or no annotated image of the batch has a box. Nothing here waits for a GPU.
         """
         made = super().prepare(batch)
         if self.params.localisation_weight == 0:
@@ -127,7 +135,10 @@ class Guidance(ObjectClassification):
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, and its parts: `classification`, and if λ > 0 `localisation`, the mean over all images, also unguided ones."""
+        """Returns `loss`, `classification`, and if λ > 0 `localisation`, the mean L_loc over all images.
+
+        Images without L_loc count as 0 in this mean.
+        """
         if "mask" not in batch:
             classification = super().loss(model, batch)["loss"]
             losses = {"loss": classification, "classification": classification}
@@ -142,9 +153,8 @@ class Guidance(ObjectClassification):
         )
         each = torch.where(masks.flatten(1).any(1), self.localisation(widened(maps), masks), 0.0)
         classification = F.binary_cross_entropy_with_logits(logits, batch["target"])
-        together = (
-            self.params.localisation_weight * (each * batch["count"]).mean()
-        )  # the mean times the count is the sum
+        # The step averages losses over its images, so `count` times this average is the sum over them.
+        together = self.params.localisation_weight * (each * batch["count"]).mean()
         return {
             "loss": classification + together,
             "classification": classification,
@@ -152,12 +162,12 @@ class Guidance(ObjectClassification):
         }
 
     def metrics(self) -> Any:
-        """Those of classification, and `epg` and `IoU`'s of the pairs of an image and a class that has a box."""
+        """Returns the metrics of classification, `epg`, and the figures of `IoU`, over pairs with a box."""
         kinds: dict[str, Metric | MetricCollection] = dict(super().metrics().items())
         return MetricCollection(kinds | {"epg": PointingGame(), "iou": IoU()}, compute_groups=False)
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Takes an evaluation batch into `metrics`; only pairs with a box are explained."""
+        """Adds an evaluation batch; only pairs of an image and a class with a box are explained."""
         targets = self.targets(batch)
         images, size = add_inverse(batch["image"]), (batch["image"].shape[-2], batch["image"].shape[-1])
         rows, classes = targets.bool().nonzero(as_tuple=True)
@@ -169,7 +179,10 @@ class Guidance(ObjectClassification):
         metrics.update(preds=logits, target=targets.long(), attributions=widened(maps), masks=masks[located])
 
     def _explain_pairs(self, model: nn.Module, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """`explain_pairs`, without a graph for images that have no pair."""
+        """Returns logits (N, K) and maps (P, H, W) of the pairs that are True in `present` (N, K).
+
+        Images without a pair take a plain forward pass, which is cheaper than an explanation.
+        """
         explained, explain_some = present.any(1), partial(explain, model, attribution=self.attribution)
         if explained.all():
             logits, maps = explain_pairs(explain_some, images, present)
@@ -183,16 +196,17 @@ class Guidance(ObjectClassification):
 
 
 def draw_classes(targets: Tensor) -> Tensor:
-    """A class of each image, drawn uniformly from its labels (without any, from all classes): (N, K) of {0, 1} -> (N,).
+    """Draws one class per image uniformly from its labels: (N, K) of {0, 1} -> (N,).
 
-    The draw is that of torch's generator: what `torch.multinomial` does, but for its checks, which wait for a GPU.
+    For an image without labels the class is drawn from all K. This is the draw of `torch.multinomial` without
+    its checks, which wait for a GPU.
     """
     weights = torch.where(targets.sum(1, keepdim=True) > 0, targets, 1.0)
     return (weights / torch.empty_like(weights).exponential_()).argmax(1)
 
 
 def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:
-    """Boxes (n, 6) [image, class, xmin, ymin, xmax, ymax] with sides moved out by int(share·width or height), within (H, W)."""
+    """Moves each side of boxes (n, 6) out by int(share·width or height), and clips them to `size` (H, W)."""
     height, width = size
     image, label, xmin, ymin, xmax, ymax = boxes.unbind(1)
     by_x, by_y = ((xmax - xmin) * share).floor(), ((ymax - ymin) * share).floor()
@@ -201,9 +215,9 @@ def dilated(boxes: Tensor, share: float, size: tuple[int, int]) -> Tensor:
 
 
 def classifier_spec(backbone: Path, classes: Sequence[str], task: str, image_size: int) -> ModelSpec:
-    """The spec of a classifier of other classes on the model in the folder `backbone`: its network, its design.
+    """Returns the spec of a classifier of `classes` with the network and design of the backbone's model.
 
-    A B-cos network keeps the logit bias that it was trained with (Rao et al. keep ImageNet's).
+    A B-cos network keeps the logit bias that it was trained with, as Rao et al. keep ImageNet's.
     """
     model, spec = models.load(backbone)
     design = {**spec.design, "logit_bias": float(model.logit_bias)} if spec.kind == "bcos" else spec.design  # type: ignore[arg-type]
@@ -211,7 +225,7 @@ def classifier_spec(backbone: Path, classes: Sequence[str], task: str, image_siz
 
 
 def build_classifier(spec: ModelSpec, backbone: str | Path, seed: int) -> ObjectClassification:
-    """Classification before guidance: the network of `spec` with the backbone's weights, and a head drawn by `seed`."""
+    """Builds the classification before guidance, with the backbone's weights and a head drawn with `seed`."""
     torch.manual_seed(seed)
     return ObjectClassification(models.load_backbone(backbone, spec), spec.task, len(spec.classes))
 
@@ -219,12 +233,12 @@ def build_classifier(spec: ModelSpec, backbone: str | Path, seed: int) -> Object
 def build_guidance(
     classifier: str | Path, params: GuidanceParams, annotated: Iterable[str] | None = None
 ) -> Guidance:
-    """Guidance of the model in the folder `classifier`.
+    """Builds the guidance of the model in the folder `classifier`.
 
     Args:
-        classifier: where `models.save` left it.
-        params: of the loss.
-        annotated: keys of the training images whose boxes are used; `None`: all of them.
+        classifier: folder of the model, as `models.save` writes it.
+        params: see `Guidance`.
+        annotated: see `Guidance`.
 
     Raises:
         ModelError, ConversionError: see `check_guidable`.
@@ -236,15 +250,17 @@ def build_guidance(
 
 
 def check_guidable(module: nn.Module, spec: ModelSpec, params: GuidanceParams) -> Attribution:
-    """The attribution of `params` for the model that `spec` describes.
+    """Returns the attribution of `params` for this model, GradCAM's default layer resolved to its name.
 
     Raises:
-        ModelError: the attribution is not of this kind of model, or there is no such layer (the nearest names are given).
-        ConversionError: a B-cos network has a part that explanation mode would not hold.
+        ModelError: this kind of model does not have the attribution, or the layer does not exist (the message
+            has the nearest names).
+        ConversionError: explanation mode cannot hold the factors of a part of a B-cos network.
     """
     if spec.kind == "conventional" and params.attribution == "bcos":
         raise ModelError(
-            "attribution: a conventional network has no dynamic weights: choose input_x_gradient, integrated_gradients or gradcam"
+            "attribution: a conventional network has no dynamic weights: "
+            "choose input_x_gradient, integrated_gradients or gradcam"
         )
     probe = torch.full((2, 6, spec.image_size, spec.image_size), 0.5)
     if spec.kind == "bcos":

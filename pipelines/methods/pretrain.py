@@ -1,4 +1,4 @@
-"""Conventional training: the model that everyone has, and that B-cosification starts from."""
+"""Conventional training of the model that B-cosification starts from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Pretrain(Classification):
-    """Cross-entropy (multiclass, with label smoothing) or binary cross-entropy (multilabel)."""
+    """Trains by cross-entropy with label smoothing (multiclass) or binary cross-entropy (multilabel)."""
 
     def __init__(
         self, module: nn.Module, task: str, num_classes: int, mixup: float = 0.0, label_smoothing: float = 0.0
@@ -25,7 +25,6 @@ class Pretrain(Classification):
         self.label_smoothing = label_smoothing
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` of a prepared batch."""
         logits = model(batch["image"])
         if self.task == "multilabel":
             return {"loss": F.binary_cross_entropy_with_logits(logits, batch["target"])}
@@ -33,7 +32,10 @@ class Pretrain(Classification):
 
 
 def build_pretrain(model: ModelParams, spec: models.ModelSpec, params: PretrainParams, seed: int) -> Pretrain:
-    """The method on the network of `model` with its pretrained weights; a new head, drawn by `seed`, for other classes."""
+    """Builds the method on the network of `model` with its pretrained weights.
+
+    If their number of classes is another, the network gets a new head with random weights drawn with `seed`.
+    """
     torch.manual_seed(seed)
     classes = len(spec.classes)
     network = models.build(

@@ -1,4 +1,7 @@
-"""The teacher's logits and maps of a whole split on its fixed view, computed once. Runs on any number of workers."""
+"""Computes and stores the teacher's logits and maps of a whole split, on the fixed evaluation view.
+
+Shapes: N images, K classes, C channels, H x W pixels, h x w cells of a stored map.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from pipelines.params import DataParams, FrozenParams
 
 
 def origin_of(teacher: str, shards: str, data: DataParams, frozen: FrozenParams, student_kind: str) -> Origin:
-    """What the explanations depend on that a student of this kind learns from the teacher in a folder."""
+    """Returns all that the explanations of `teacher` for a student of `student_kind` depend on.
+
+    They are dynamic weights if teacher and student are B-cos networks, otherwise GradCAM maps.
+    """
     held = student_kind == read_spec(teacher).kind == "bcos"
     return Origin(
         teacher=models.digest(teacher),
@@ -48,18 +54,21 @@ def store_explanations(
     split: str = "train",
     batch_size: int = 64,
 ) -> int:
-    """Writes the teacher's explanations of the class that it predicts to `out`; returns of how many images.
+    """Stores the teacher's explanations of the classes it predicts; returns the number of images.
 
-    A shard that an earlier call has finished is kept: the stage goes on after a kill, also with another number of workers.
+    Shards that an earlier call has finished are kept, so a killed stage resumes, also with another number of
+    workers.
 
     Args:
-        context: where this worker runs: worker `rank` takes every `world_size`-th shard.
-        teacher: folder of the model.
-        shards, split: the images, of which `subset` are explained; by default all.
-        data: gives the fixed view, `eval_transform`.
+        context: rank, number of workers and device. Worker `rank` takes every `world_size`-th shard.
+        teacher: folder of the teacher.
+        shards: root of the shards of images.
+        data: params of the fixed view, see `eval_transform`.
         origin: see `origin_of`.
-        out: a folder or fsspec URL that is only ever given the same arguments.
-        batch_size: images at once.
+        out: folder or fsspec URL to write to. Later calls with the same `out` must have the same arguments.
+        subset: numbers of the images in the split to explain; `None` for all.
+        split: name of the split.
+        batch_size: images per batch.
     """
     model, spec = models.load(teacher)
     model.to(context.device).requires_grad_(False)
@@ -76,7 +85,7 @@ def store_explanations(
             continue
         inside = range(end - shard.count, end)
         numbers = list(inside) if subset is None else [number for number in subset if number in inside]
-        alone = Context(device=context.device)  # each worker reads whole shards
+        alone = Context(device=context.device)  # workers share out shards, not the batches of a shard
         batches = loader(shards, split, data, batch_size, context=alone, subset=numbers, fields=())
         written.append(write_shard(out, shard.name, _explained(model, explain, batches, origin)))
     everywhere = [shard for part in gather(written, context) for shard in part]
@@ -88,7 +97,7 @@ def store_explanations(
 def _explained(
     model: nn.Module, explain: Explainer, batches: Iterable[dict[str, Any]], origin: Origin
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Key, logits (K,) and map (C, h, w) of each image, as they are stored."""
+    """Yields the key, the logits (K,) in float32 and the map (C, h, w) of each image, as they are stored."""
     for batch in batches:
         logits, maps = explain(model, add_inverse(batch["image"]))
         stored = scaled(maps if maps.ndim == 4 else maps.unsqueeze(1), origin.resolution)
@@ -97,7 +106,7 @@ def _explained(
 
 
 def scaled(maps: Tensor, resolution: int) -> Tensor:
-    """Maps (N, C, H, W) as means over the cells of a grid of `resolution` x `resolution`, divided by their largest value."""
+    """Pools maps (N, C, H, W) to `resolution` x `resolution` cells, divided by their largest |value|."""
     if maps.shape[-1] != resolution:
         maps = F.adaptive_avg_pool2d(maps, resolution)
     return maps.detach() / maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)

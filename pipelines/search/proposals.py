@@ -1,4 +1,4 @@
-"""Optuna's suggestions as Ray Tune asks for them, told of what the records of the trials say."""
+"""Proposes values of trials to Ray Tune by Optuna, which learns from the records of earlier trials."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from pipelines.search.records import (
     trial_directory,
 )
 
-_BY_TPE, _AT_RANDOM = 20, 200  # attempts at values that no trial has had, one kind after the other
+_BY_TPE, _AT_RANDOM = 20, 200  # attempts to find values that no trial has had, first by TPE, then at random
 
 
 class Suggestions(Searcher):
-    """Values for trials: those in `first` to begin with, then Optuna's, none twice.
+    """Proposes the values in `first`, then values of Optuna, and none twice.
+
+    Args:
+        params: space, metrics, number of trials and seed.
+        directory: directory of the search.
+        first: values of the first trials.
+        on_trial: called with the record of each trial that is over.
 
     Attributes:
-        study: of Optuna, with one objective for each metric of the search.
+        study: Optuna's study, with one objective per metric of the search.
     """
 
     def __init__(
@@ -40,7 +46,6 @@ class Suggestions(Searcher):
         first: list[dict[str, Any]],
         on_trial: Callable[[Trial], None],
     ) -> None:
-        """`on_trial` gets the record of each trial that is over."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         modes = [mode_of(metric) for metric in params.metrics]
         super().__init__(metric=params.metrics, mode=modes)  # type: ignore[arg-type]
@@ -51,14 +56,13 @@ class Suggestions(Searcher):
         for values in first:
             self.study.enqueue_trial(values)
         self._space, self._directory, self._on_trial = params.space, directory, on_trial
-        self._asked: dict[
-            str, tuple[optuna.Trial, dict[str, Any]]
-        ] = {}  # Tune's id of a trial -> Optuna's trial, its values
+        # Ray Tune's id of a trial -> Optuna's trial and its values
+        self._asked: dict[str, tuple[optuna.Trial, dict[str, Any]]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | Any:
-        """Values that no trial has had; `Searcher.FINISHED` if none are found.
+        """Returns values that no trial has had, or `Searcher.FINISHED` if none are found.
 
-        In a small space TPE asks for its favourite again and again: then values are drawn at random.
+        In a small space TPE proposes the same values again and again. After _BY_TPE attempts they are random.
         """
         for attempt in range(_BY_TPE + _AT_RANDOM):
             self.study.sampler = self._tpe if attempt < _BY_TPE else self._random
@@ -74,7 +78,7 @@ class Suggestions(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Settles the record of a trial that was stopped or lost, and tells Optuna."""
+        """Settles the record of a trial that was stopped or lost, and passes the record to Optuna."""
         asked, values = self._asked[trial_id]
         place = trial_directory(self._directory, values)
         trial = read_trial(place)
@@ -85,33 +89,34 @@ class Suggestions(Searcher):
         self._on_trial(trial)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records say it all."""
+        """Does nothing, because a search resumes from the records of its trials."""
 
 
 def mode_of(metric: str) -> str:
-    """`min` for a metric that gets better as it falls, `max` for others: the words of Ray Tune."""
+    """Returns Ray Tune's mode of a metric, "min" if lower is better, else "max"."""
     return "min" if higher_is_better(metric) is False else "max"
 
 
 def tpe(trials: int, seed: int) -> optuna.samplers.TPESampler:
-    """The sampler of a search of `trials` trials: at most a third of them, and at most 10, are random.
+    """Returns the TPE sampler of a search of `trials` trials.
 
-    Dimensions are drawn together, those under a condition (`when`) in a group of their own.
+    The first third of the trials, but at most 10, are random. Dimensions are drawn jointly; those with the
+    same condition (`when`) form a group.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # `multivariate` and `group` are, since 2.2
+        # Optuna has called `multivariate` and `group` experimental since 2.2.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         startup = max(1, min(10, trials // 3))
         return optuna.samplers.TPESampler(n_startup_trials=startup, multivariate=True, group=True, seed=seed)
 
 
 def tell(study: optuna.Study, asked: optuna.Trial, trial: Trial, metrics: list[str]) -> None:
-    """Tells `study` what is on record of the trial that it was asked for.
+    """Reports the record `trial` to `study`, as the outcome of its trial `asked`.
 
-    Only a finished trial that measured all `metrics` has values. A failed one is told as failed. All others, which successive
-    halving has stopped or which could not measure a metric, are told as pruned with the first metric's value after each epoch.
-    Where there are several metrics Optuna takes no such values, and they are an attribute of its trial.
+    A finished trial that has measured all `metrics` is reported with their values, a failed one as failed.
+    Other trials were stopped by successive halving or could not measure a metric. They are reported as
+    pruned, with the first metric after each epoch. With several metrics Optuna does not accept these values,
+    so they become a user attribute.
     """
     values = [trial["metrics"].get(name) for name in metrics]
     if trial["status"] not in SETTLED:
@@ -133,7 +138,7 @@ def tell(study: optuna.Study, asked: optuna.Trial, trial: Trial, metrics: list[s
 
 
 def define_by_run(space: list[SearchDimension], trial: optuna.Trial) -> dict[str, Any]:
-    """Key -> value, drawn from `space` for Optuna's `trial`."""
+    """Returns, by key, the values that Optuna draws from `space` for its `trial`."""
 
     def one(dimension: SearchDimension) -> Any:
         if dimension.choice is not None:

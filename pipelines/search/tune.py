@@ -1,4 +1,7 @@
-"""A search over params: Ray Tune runs the trials, Optuna proposes them, successive halving ends the weak ones early."""
+"""A search over params.
+
+Ray Tune runs the trials, Optuna proposes their values, and successive halving ends weak trials early.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +26,27 @@ from pipelines.training.launch import cluster, is_final
 
 # Read by Ray Tune; the user's own settings win.
 _TUNE_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # which says things at verbosity 0 too
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials run where the stage runs
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints at verbosity 0 too
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials run in the working directory of the stage
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # some metrics are measured at the end of a trial alone
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search; it goes on when it is started again
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # some metrics are only measured at the end of a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search; another start resumes it
 }
 
 
 class Work(Protocol):
-    """What a trial does: a picklable function."""
+    """The function of a trial. Picklable."""
 
     def __call__(
         self, values: dict[str, Any], directory: str, on_epoch: Callable[[EpochRecord], None], sharing: int
     ) -> Mapping[str, float]:
-        """Trains with these values of the params, goes on from what is in `directory`, and returns the metrics.
+        """Trains with `values`, from the checkpoints in `directory` if there are any; returns the metrics.
 
         Args:
-            values: key -> value.
-            directory: of this trial.
-            on_epoch: called with the record of each epoch, where the trial trains in its own process.
-            sharing: trials that share the machine.
+            values: key of the params -> value.
+            directory: directory of the trial.
+            on_epoch: called with the record of each epoch if the trial trains in its own process.
+            sharing: number of trials that share the machine.
         """
         ...
 
@@ -57,28 +60,29 @@ def search(
     first: Sequence[dict[str, Any]] = (),
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
-    """Runs the trials that `directory` does not have yet; returns all records, in the order in which the trials started.
+    """Runs the trials that `directory` does not have yet; returns all records in the order of their start.
 
-    Trials that were running when the search was killed go on from their checkpoints. Those on record are not run again: Optuna
-    and successive halving are told of them in their order.
+    Trials that were running when the search was killed resume from their checkpoints. Settled trials are not
+    run again; their records are passed to Optuna and successive halving in the order of their start.
 
     Args:
-        work: of a trial.
-        params: of the search.
-        training: resources of a trial and where Ray keeps its state.
-        directory: of the search, see `run_directory`: the same for the same space, metrics and inputs.
-        first: values of the trials to begin with.
-        on_trial: called in this process with the record of each trial that is over, also of those on record.
+        work: function of a trial.
+        params: params of the search.
+        training: resources of a trial, and `max_failures`, its restarts.
+        directory: directory of the search, see `run_directory`. It is the same for the same space, metrics
+            and inputs.
+        first: values of the first trials.
+        on_trial: called in this process with the record of each trial that is over, also of settled ones.
 
     Raises:
         TrainingError: no trial was finished, or Ray Tune lost some.
+        LeaseError: another driver is searching in `directory`.
     """
     known = read_trials(directory)
     left = params.trials - sum(trial["status"] in SETTLED for trial in known)
     if left <= 0:
-        found = [
-            trial for trial in known if trial["status"] != "running"
-        ]  # enough without what a kill left half done
+        # Enough trials are settled, so those that a kill has interrupted are not resumed.
+        found = [trial for trial in known if trial["status"] != "running"]
         for trial in found:
             on_trial(trial)
     else:
@@ -106,7 +110,7 @@ def search(
 
 
 def _together(params: SearchParams, training: TrainingParams) -> TrainingParams:
-    """What the trials at one time need altogether."""
+    """Returns `training` with the number of workers of all concurrent trials together."""
     return training.model_copy(update={"workers": max(1, params.workers) * params.concurrency})
 
 
@@ -119,7 +123,7 @@ def _tune(
     on_trial: Callable[[Trial], None],
     lease: Lease,
 ) -> None:
-    """`search`, on the Ray that is initialised, under its lease of `directory`."""
+    """Does the work of `search` under its lease of `directory`; Ray is initialised."""
     for variable, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import pyarrow.fs
@@ -128,9 +132,9 @@ def _tune(
     from pipelines.search.proposals import Suggestions
 
     own: dict[str, float] = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
-    if (
-        params.workers > 0
-    ):  # those take the cores, which the trial must not hold; nothing at all is no request
+    if params.workers > 0:
+        # The trial's Ray Train workers take the cores, so the trial itself requests none. It requests 1 byte
+        # of memory, because Ray refuses an empty request.
         own = {"memory": 1.0}
     function = partial(
         _trial, work=work, metric=params.metrics[0], directory=directory, place=os.getcwd(), lease=lease
@@ -144,7 +148,7 @@ def _tune(
             scheduler=_halving(params),
             num_samples=max(params.trials, len(queue)),
             max_concurrent_trials=params.concurrency,
-            reuse_actors=True,  # each new process would import torch
+            reuse_actors=True,  # each new process would import torch again
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -161,12 +165,12 @@ def _tune(
 
 
 def _halving(params: SearchParams) -> Any:
-    """The scheduler of Ray Tune that ends weak trials early, by the first metric."""
+    """Returns Ray Tune's scheduler. If `asha` is set, it ends weak trials early by the first metric."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     from pipelines.search.proposals import mode_of
 
-    last, asha = params.epochs - 1, params.asha  # an epoch after which stopping spares nothing is no rung
+    last, asha = params.epochs - 1, params.asha  # to stop a trial after its last epoch would save nothing
     if asha is None or asha.grace > last:
         return FIFOScheduler()
     return ASHAScheduler(
@@ -183,10 +187,14 @@ def _halving(params: SearchParams) -> Any:
 def _trial(
     config: dict[str, Any], *, work: Work, metric: str, directory: str, place: str, sharing: int, lease: Lease
 ) -> None:
-    """A trial, in a process of Ray Tune. It ends once its record is written: what that says holds after any kill."""
+    """Runs a trial in a process of Ray Tune.
+
+    A trial ends only after its record is written, so what the record says holds after a kill at any time.
+    """
     from ray import tune
 
-    # A stopped trial leaves its process to the next one when its step is over, within 2 s by default: else the search stalls.
+    # A stopped trial gives its process to the next trial when its current step ends. Ray Tune waits 2 s for
+    # this by default, and if the step takes longer the search stalls.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
     if os.path.isdir(place):
         os.chdir(place)
@@ -219,18 +227,18 @@ def _trial(
 
 
 def front(found: Sequence[Trial], metrics: Sequence[str]) -> list[int]:
-    """Indices of the Pareto-optimal finished trials, best first.
+    """Returns the indices of the Pareto-optimal finished trials, best first.
 
-    By a metric that a trial has not measured, it is worse than all that have: it is on the front only if another metric alone
-    brings it there.
+    A trial that has not measured a metric is worse in it than all that have. Such a trial is on the front
+    only by its other metrics.
     """
     finished = [number for number, trial in enumerate(found) if trial["status"] == "finished"]
     points = [_point(found[number], metrics) for number in finished]
-    best = pareto.front(points, width=1e-9)  # no bins: as measured
+    best = pareto.front(points, width=1e-9)  # practically without bins
     return [finished[index] for index in sorted(best, key=points.__getitem__, reverse=True)]
 
 
 def _point(trial: Trial, metrics: Sequence[str]) -> tuple[float, ...]:
-    """The trial's metrics, turned so that the higher is the better; -inf for one that was not measured."""
+    """Returns the trial's metrics, negated if lower is better; -inf for those that were not measured."""
     known = trial["metrics"]
     return tuple(rising(name, known[name]) if name in known else -math.inf for name in metrics)

@@ -1,4 +1,4 @@
-"""The one training loop, its checkpoints, and its launch in this process or on Ray Train workers."""
+"""The training loop, its checkpoints, and its launch in this process or on Ray Train workers."""
 
 from pipelines.distributed import Context
 from pipelines.training.job import (

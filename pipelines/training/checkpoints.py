@@ -1,11 +1,12 @@
 """Checkpoints on any fsspec storage: written whole or not at all, read without unpickling.
 
-    <directory>/checkpoints/step-00000123-00000002-5f3c9a01/state.pt        what `torch.save` wrote
-    <directory>/checkpoints/step-00000123-00000002-5f3c9a01/complete.json   written last: without it there is no checkpoint
+    <directory>/checkpoints/step-00000123-00000002-5f3c9a01/state.pt        the state, by `torch.save`
+    <directory>/checkpoints/step-00000123-00000002-5f3c9a01/complete.json   the summary, written last
 
-The name has the step and the token of the writer's lease (see `storage.lease`), so that no writer can touch the checkpoint of a
-later one. Of several complete checkpoints the newest counts: of the latest writer, and of those the one of the highest step. Each
-function may be called again after an error, and is while a remote storage fails for a while.
+A folder without `complete.json` is not a checkpoint. The folder's name has the step and the token of the
+writer's lease (see `storage.lease`), so that no writer can touch the checkpoint of a later one. A run resumes
+from its newest complete checkpoint: the one with the highest step among those of the latest writer. Each
+function can be repeated after an error, and access to a remote storage is retried for a while (see `retry`).
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ _NAME = re.compile(r"^step-(\d{8,})(?:-(\d{8,})-([0-9a-f]+))?$")
 
 @dataclass(frozen=True, order=True)
 class Folder:
-    """Name of a checkpoint's folder, complete or not; they sort from the oldest to the newest."""
+    """Name of a checkpoint's folder, complete or not. Names sort from the oldest to the newest."""
 
-    number: int  # of the writer's token; 0 if it had no lease
+    number: int  # number in the writer's token; 0 for a writer without lease
     step: int
-    nonce: str  # of the token
+    nonce: str  # random part of the writer's token
 
     def __str__(self) -> str:
         return f"step-{self.step:08d}" + (f"-{self.number:08d}-{self.nonce}" if self.number else "")
 
     def at(self, directory: str) -> str:
-        """Its path or URL in the run's directory."""
+        """Returns the folder's path or URL in a run's directory."""
         return f"{directory}/checkpoints/{self}"
 
 
 def folder_of(step: int, lease: Lease | None) -> Folder:
-    """The folder of the checkpoint of `step` that the holder of `lease` writes."""
+    """Returns the folder to which the holder of `lease` writes the checkpoint of `step`."""
     return Folder(lease.number, step, lease.nonce) if lease else Folder(0, step, "")
 
 
@@ -57,20 +58,21 @@ def save(
     last: int,
     lease: Lease | None = None,
 ) -> None:
-    """Writes the checkpoint of `step`; deletes all but the `last` newest and those of steps in `keep`.
+    """Writes the checkpoint of `step`, then deletes all but the `last` newest and those in `keep`.
 
     Args:
-        directory: of the run.
+        directory: the run's directory.
         step: optimiser steps done.
-        state: tensors, numbers, strings and containers of them (what `torch.load(weights_only=True)` reads).
-        summary: JSON values, readable without the state.
+        state: tensors, numbers, strings and containers of them, as `torch.load(weights_only=True)` reads
+            them.
+        summary: JSON values that can be read without the state.
         keep: steps whose checkpoints stay.
-        last: how many of the newest stay.
-        lease: of the writer; None if there can be no other writer.
+        last: number of newest checkpoints that stay.
+        lease: the writer's lease; `None` if there can be no other writer.
 
     Raises:
-        LeaseError: another driver has taken over the directory; nothing of it was touched.
-        OSError: the storage refuses; nothing half is left, and no older checkpoint was touched.
+        LeaseError: another driver has taken over the directory; its checkpoints were not touched.
+        OSError: the storage refuses. No partial checkpoint is left, and no older one was touched.
     """
     folder = folder_of(step, lease)
     buffer = io.BytesIO()
@@ -90,13 +92,13 @@ def save(
 
 
 def _check(lease: Lease | None) -> None:
-    """Raises an error if another writer has taken over."""
+    """Raises `LeaseError` or `StorageError` if another writer has taken over, see `Lease.check_newest`."""
     if lease is not None:
         lease.check_newest()
 
 
 def _folders(directory: str) -> list[Folder]:
-    """All checkpoints, complete or not, the newest first."""
+    """Returns the folders of all checkpoints, complete or not, the newest first."""
     matches = map(_NAME.match, files.names_in(f"{directory}/checkpoints"))
     return sorted(
         (Folder(int(match[2] or 0), int(match[1]), match[3] or "") for match in matches if match),
@@ -105,7 +107,7 @@ def _folders(directory: str) -> list[Folder]:
 
 
 def _summary(directory: str, folder: Folder) -> dict[str, Any] | None:
-    """The summary of a checkpoint; None if it is not complete."""
+    """Returns the summary of a checkpoint, or `None` if it is incomplete or its state has another size."""
     place = folder.at(directory)
     summary = files.read_record(f"{place}/complete.json", dict)
     if summary is None or not {"step", "bytes"} <= summary.keys():
@@ -119,9 +121,11 @@ def _summary(directory: str, folder: Folder) -> dict[str, Any] | None:
 
 
 def _prune(directory: str, written: Folder, keep: set[int], last: int, lease: Lease | None) -> None:
-    """Deletes checkpoints, the marker first, so that a kill in between leaves none that seems complete.
+    """Deletes all but the `last` newest checkpoints and those in `keep`, after `written` was written.
 
-    Those of a later writer stay, and those of earlier writers for steps that were gone over again go.
+    `complete.json` is deleted first, so that a kill in between leaves no checkpoint that seems complete.
+    Checkpoints of later writers stay. Incomplete checkpoints of other writers go. So does an earlier writer's
+    checkpoint if its step is not below that of `written`, or if a newer checkpoint has the same step.
     """
     steps: set[int] = set()
     for folder in _folders(directory):
@@ -140,7 +144,7 @@ def _prune(directory: str, written: Folder, keep: set[int], last: int, lease: Le
 
 @retried
 def newest(directory: str) -> dict[str, Any] | None:
-    """The summary of the newest complete checkpoint, with its `step`; None if there is none."""
+    """Returns the summary, `step` included, of the newest complete checkpoint, or `None` without one."""
     return next(filter(None, (_summary(directory, folder) for folder in _folders(directory))), None)
 
 
@@ -150,7 +154,7 @@ def copy(source: str, target: str, lease: Lease | None = None) -> None:
     Args:
         source: directory of a run.
         target: directory of a run without checkpoints.
-        lease: of the writer to `target`.
+        lease: lease of `target`; `None` if there can be no other writer.
     """
     newest_of_source = newest(source)
     for folder in reversed(_folders(source)):
@@ -164,11 +168,11 @@ def copy(source: str, target: str, lease: Lease | None = None) -> None:
 
 
 def load(directory: str, step: int) -> dict[str, Any]:
-    """The state of the newest complete checkpoint of `step`, on the CPU.
+    """Returns the state, on the CPU, of the newest complete checkpoint of `step`.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedFileError: its content is not what was written.
+        FileNotFoundError: there is no such checkpoint.
+        DamagedFileError: the sha256 of the state is not the one in the summary.
     """
     for folder in _folders(directory):
         if folder.step == step and (summary := _summary(directory, folder)) is not None:
@@ -176,7 +180,8 @@ def load(directory: str, step: int) -> dict[str, Any]:
             content = files.read(f"{place}/state.pt")
             if summary.get("sha256", sha256 := hashlib.sha256(content).hexdigest()) != sha256:
                 raise DamagedFileError(
-                    f"{place}/state.pt: damaged (its sha256 is another); delete {place} to go on from an older one"
+                    f"{place}/state.pt: damaged (its sha256 is another); "
+                    f"delete {place} to go on from an older one"
                 )
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     raise FileNotFoundError(f"{directory}: no complete checkpoint of step {step}")

@@ -1,4 +1,4 @@
-"""What a training run is given (`Job`) and what it leaves (`Result`)."""
+"""The inputs of a training run (`Job`), its outcome (`Result`), and the selection of its best epochs."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on and would fail the same way again: one line that names the cause and what is kept."""
+    """Training cannot go on and would fail again. The message, one line, says why and what is kept."""
 
 
 class EpochRecord(TypedDict):
-    """One line of a run's history. `epoch` counts finished epochs: 1 after the first; 0 is the untrained model."""
+    """An epoch in a run's history."""
 
-    epoch: int
+    epoch: int  # epochs finished: 1 after the first; 0 is the untrained model
     step: int  # optimiser steps so far
-    metrics: dict[
-        str, float
-    ]  # train/<loss>, train/lr, train/images_per_second, train/skipped, train/<of method>, val/<metric>
+    # train/<loss>, train/lr, train/images_per_second, train/skipped, train/<one of Method.epoch_metrics>,
+    # val/<metric>
+    metrics: dict[str, float]
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What a loader gives: an iterable of batches (dicts) that knows its length."""
+    """An iterable of batches (dicts) with a length, as `loader` returns it."""
 
     def __iter__(self) -> Any: ...
     def __len__(self) -> int: ...
@@ -53,18 +53,21 @@ def shard_batches(
     earlier: Sequence[tuple[int, int]] = (),
     fields: Sequence[str] = (),
 ) -> Batches:
-    """The batches of one rank, read from `job.shards`; `train` is shuffled and augmented, any other split is not.
+    """Returns the batches of one rank from `job.shards`; only `train` is shuffled and augmented.
 
-    Batches of other splits are as large as the largest part of a batch that training takes at once.
+    A batch of another split has at most as many images as the largest part of a batch that a worker trains on
+    at once.
 
     Args:
         job: the run.
-        split: its name in the manifest.
-        context: rank, number of workers, and the device for images; None: one worker on the CPU.
+        split: name of the split in the manifest.
+        context: rank, number of workers, and the device for images; `None` for one worker on the CPU.
         epoch: counted from 0.
-        start_batch: counted from the epoch's beginning, batches of `earlier` included.
-        earlier: (world size, batches), taken with other numbers of workers.
-        fields: that the method reads beside images and labels.
+        start_batch: first batch to read, counted from the beginning of the epoch, batches in `earlier`
+            included.
+        earlier: (world size, batches per rank) for each part of the epoch that other numbers of workers have
+            read.
+        fields: the fields to read besides images and labels.
     """
     context = context or Context()
     train = split == "train"
@@ -87,21 +90,27 @@ def shard_batches(
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to train, picklable; paths are absolute.
+    """Everything that a worker needs to train. Picklable; paths are absolute.
 
     Attributes:
-        build: makes the method: a module-level function, or a `functools.partial` of one.
-        shards: root of the shards (a path or any fsspec URL).
-        directory: where checkpoints and history live, see `run_directory`.
-        on_epoch: called on rank 0 with each epoch's record, in order, once its checkpoint is written. What it raises
-            is printed and never stops training; the record is offered again after the next epoch and by the next
-            `train`, until the call succeeds.
-        report_key: names where `on_epoch` reports to (an MLflow run's id): a new key gets the whole history again.
-        batches: makes the batches of a split, called as `shard_batches` is.
-        subset: numbers of the training samples to read, see `loader`; None: all samples.
-        explanations: root of stored explanations of the training samples, which then come with them.
-        owner: names the driver under whose lease the run writes, see `storage.lease`; `train` sets it.
-        spec: of the model, where it is one of this project: then images of the data's size are passed through it before training.
+        build: builds the method. A module-level function, or a `functools.partial` of one.
+        shards: root of the shards, a path or any fsspec URL.
+        data: how samples are read and transformed.
+        optim: epochs, batch size, optimiser and selection of epochs.
+        training: workers, precision, compilation, checkpoints.
+        seed: seeds weights, data order and augmentation.
+        directory: where checkpoints and history are stored, see `run_directory`.
+        on_epoch: called on rank 0 with the record of each epoch, in order, once its checkpoint is written. An
+            exception is printed and does not stop training. The record is then passed again after the next
+            epoch and in the next `train`, until the call succeeds.
+        report_key: the target of `on_epoch`, such as the id of an MLflow run. A new key gets the whole
+            history again.
+        batches: returns the batches of a split, with the arguments of `shard_batches`.
+        subset: numbers of the training samples to read, see `loader`; `None` for all samples.
+        explanations: root of stored explanations, which are read with the training samples; `None` for none.
+        owner: the driver under whose lease the run writes, see `storage.lease`. `train` sets it.
+        spec: the model's spec. If it is set, images of the data's size pass through the model before
+            training.
     """
 
     build: Callable[[], Method]
@@ -122,14 +131,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its history, and its weights on demand."""
+    """A finished run, with its history and access to its weights."""
 
     directory: str
     history: list[EpochRecord]
     best: EpochRecord
     """The record of the epoch that `optim.select` prefers."""
     kept: list[EpochRecord]
-    """Those whose checkpoints were kept, the best among them: where there are several objectives their Pareto front."""
+    (
+        "Those whose checkpoints were kept, the best among them: "
+        "where there are several objectives their Pareto front."
+    )
 
     def load_best(self, module: nn.Module) -> None:
         """Loads the best epoch's weights into `module`; every key must match."""
@@ -140,13 +152,14 @@ class Result:
         module.load_state_dict(checkpoints.load(self.directory, self.history[-1]["step"])["model"])
 
 
-Directions = Mapping[str, bool | None]  # metric -> whether the higher is the better; None if neither is
+Directions = Mapping[str, bool | None]  # metric -> True if higher is better, False if lower; None if neither
 
 
 def directions(method: Method) -> dict[str, bool | None]:
-    """The directions of all figures by which an epoch of `method` may be asked to be selected.
+    """Returns the directions of all figures by which epochs of `method` can be selected.
 
-    They come from the evaluation metrics (torchmetrics' `higher_is_better`); the method's own losses get better as they fall.
+    Directions of evaluation metrics are torchmetrics' `higher_is_better`; the method's losses are better when
+    lower.
     """
     found: dict[str, bool | None] = {}
     for name, metric in method.metrics().items():
@@ -158,7 +171,9 @@ def directions(method: Method) -> dict[str, bool | None]:
 def best_record(
     history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
 ) -> EpochRecord:
-    """The one of `kept_records` with the best `select`, the first of equals; the knee of the front if `select` is `knee`.
+    """Returns the record in `kept_records` with the best `optim.select`, the first of equals.
+
+    If `optim.select` is "knee", it is the knee of the Pareto front, see `pareto.knee`.
 
     Raises:
         TrainingError: see `check_objectives`.
@@ -178,16 +193,16 @@ def best_record(
 def kept_records(
     history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
 ) -> list[EpochRecord]:
-    """The records whose checkpoints are worth keeping: the best by `optim.objectives`, the Pareto front if there are several.
+    """Returns the records to keep: the best by one objective, or the Pareto front of several.
 
-    As soon as one epoch was validated, only such epochs count. Epochs before `optim.settled` (a scheduled B is not yet what it
-    shall be) or below a floor count only as long as there are no others. By a metric that an epoch has not measured, this epoch
-    is worse than all others.
+    Only validated epochs count; without any, the last record is returned. Epochs before `optim.settled`
+    (while B follows its schedule) and epochs below a floor count only if there are no others. An epoch that
+    has not measured an objective is worse in it than all that have.
 
     Args:
-        history: of the run.
-        optim: what to select by.
-        known: the directions of the run's figures; None: those that `higher_is_better` knows by their names.
+        history: the run's history.
+        optim: has the objectives, floors, and the number of warm-up epochs.
+        known: directions of the run's figures; `None` for those that `higher_is_better` knows by name.
 
     Raises:
         TrainingError: see `check_objectives`.
@@ -208,7 +223,7 @@ def kept_records(
 
 
 def check_objectives(optim: OptimiserParams, known: Directions) -> None:
-    """Raises `TrainingError` if an objective is none of the `known` figures, or has no direction."""
+    """Raises `TrainingError` if an objective is not a known figure or has no direction."""
     names = ", ".join(name for name, direction in known.items() if direction is not None)
     for objective in optim.objectives:
         if objective not in known:
@@ -220,7 +235,7 @@ def check_objectives(optim: OptimiserParams, known: Directions) -> None:
 
 
 def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
-    """Raises `TrainingError` if no validated epoch has measured an objective: then none is the best."""
+    """Raises `TrainingError` if no validated epoch has measured an objective, so that none is the best."""
     validated = [record["metrics"] for record in history if _is_validated(record)]
     for objective in optim.objectives:
         if validated and not any(objective in metrics for metrics in validated):
@@ -234,12 +249,12 @@ def _is_validated(record: EpochRecord) -> bool:
 
 
 def _by_name(history: list[EpochRecord]) -> Directions:
-    """The directions of the figures in `history`, as far as their names are known."""
+    """Returns the directions of the figures in `history`; `None` for names that have no known direction."""
     return {name: higher_is_better(name) for record in history for name in record["metrics"]}
 
 
 def _point(record: EpochRecord, names: Sequence[str], known: Directions) -> tuple[float, ...]:
-    """The record's metrics of these names, turned so that the higher is the better; -inf if not measured."""
+    """Returns the metrics `names`, negated if lower is better; -inf for those that were not measured."""
     values = ((record["metrics"].get(name, math.nan), known[name]) for name in names)
     return tuple(-math.inf if math.isnan(value) else value if higher else -value for value, higher in values)
 
@@ -249,7 +264,11 @@ def _below_floor(record: EpochRecord, optim: OptimiserParams) -> bool:
 
 
 def is_finished(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> bool:
-    """Whether a run with this history has nothing left to train: all epochs done, its patience at an end, or below a floor."""
+    """Returns True if a run with this history has nothing left to train.
+
+    That is so after all epochs, if `patience` epochs brought no better one, or once the last epoch is below a
+    floor.
+    """
     if not history:
         return False
     if history[-1]["epoch"] >= optim.epochs or _below_floor(history[-1], optim):

@@ -44,40 +44,48 @@ from pipelines.training.preflight import check, check_batch_size
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 
-# Errors that a restarted worker would meet again: bad data, bad params, bugs. All others (a lost worker, a storage
-# that fails for a while) are worth a restart.
+# Errors that a restarted worker would meet again: bad data, bad params, bugs. Other errors, such as a lost
+# worker or a storage that fails for a while, may be cured by a restart.
 FINAL = (
     *(TrainingError, LeaseError, ValueError, TypeError, LookupError, AttributeError, ImportError),
     *(AssertionError, ArithmeticError, NotImplementedError, RecursionError),
 )
-# What torch says of tensors that do not fit together, in a plain RuntimeError, as of all else.
+# Matches messages of torch for tensors that do not fit together. Their type is RuntimeError, as for all else.
 _SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?|channels|dtype|scalar type|state_dict)\b")
 # Read by Ray when it is imported or starts workers; the user's own settings win.
 RAY_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a line is printed once
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds until the end or death of a worker is noticed
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise lines are printed twice
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of `find_unused_parameters`, which is meant (see `distributed.wrap`)
-    **OPENMP,  # workers import torch before this project
+    # DDP warns of `find_unused_parameters`, which `distributed.wrap` sets on purpose.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    **OPENMP,  # `process` would set these too late, because workers import torch before this project
 }
-# Seconds that workers may wait for their nodes before Ray looks again which nodes there are. After a loss it first asks for
-# as many as before, and would let elastic workers wait in vain; a fixed number can but wait, and each look is a traceback.
+# Seconds that Ray waits for the nodes of a worker group before it looks again which nodes there are. After a
+# loss Ray first asks for as many workers as before. Elastic workers would wait for them in vain, so their
+# limit is short. A fixed number of workers has to wait, and each look prints a traceback, so its limit is
+# long.
 _START_TIMEOUT, _FIXED_WAIT, _ELASTIC_WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300", "30"
 _WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-# By these Ray Train's helpers look for their own cluster. Otherwise they look for any on this machine, and stop if it has two.
+# Ray Train's helpers find their cluster by these variables. Without them they look for any cluster on this
+# machine, and stop if it has two.
 _OWN_ADDRESS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-_LONGEST_SESSION = (
-    "/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store"  # what Ray adds to its folder
-)
+# The longest path that Ray appends to its folder.
+_LONGEST_SESSION = "/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store"
 _OBJECT_STORE = 256 * 2**20  # bytes; training moves no tensors through Ray
 
 
 def train(job: Job, sharing: int = 1) -> Result:
-    """Trains `job` to its end, from where its directory says it is; a finished run returns at once. `sharing`: see `launch`.
+    """Trains `job` to its end from its newest checkpoint; a finished run is returned at once.
+
+    Args:
+        job: the run.
+        sharing: see `launch`.
 
     Raises:
-        TrainingError: training cannot go on; one line that names the cause and the checkpoint that is kept.
+        TrainingError: training cannot go on. The message, one line, names the cause and the checkpoint that
+            is kept.
         LeaseError: another driver is training in the same directory.
         UserError: see `check`.
     """
@@ -86,12 +94,11 @@ def train(job: Job, sharing: int = 1) -> Result:
         summary = checkpoints.newest(job.directory)
         if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
             history = summary["history"]
-            files.write_json(
-                f"{job.directory}/history.json", history
-            )  # a kill may have come before the last epoch's
+            # The run may have been killed between its last checkpoint and its history.
+            files.write_json(f"{job.directory}/history.json", history)
             report(job, history)
         else:
-            if job.training.workers != 0:  # before Ray is started; in this process `fit` does the same
+            if job.training.workers != 0:  # fail before Ray is started; in this process `fit` fails as early
                 check(job)
             job = replace(job, owner=lease.owner)
             history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
@@ -107,7 +114,7 @@ def train(job: Job, sharing: int = 1) -> Result:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether a restarted worker would meet the error again."""
+    """Returns True if a restarted worker would meet the error again."""
     plain = type(error) is RuntimeError and "gloo" not in str(error)
     return isinstance(error, FINAL) or (plain and _SHAPES.search(str(error)) is not None)
 
@@ -115,19 +122,20 @@ def is_final(error: Exception) -> bool:
 def launch(
     fn: Callable[..., Any], *args: Any, training: TrainingParams, storage: str, sharing: int = 1
 ) -> Any:
-    """What `fn(context, *args)` returns on rank 0, run as `training` says: in this process or on Ray workers.
+    """Runs `fn(context, *args)` in this process or on Ray workers; returns rank 0's result.
 
     Args:
-        fn: a module-level function; what it returns is made of plain Python values, without tensors.
+        fn: a module-level function that returns plain Python values, no tensors.
         args: picklable values.
-        training: `workers` and resources are used. Workers that die are replaced `max_failures` times, and as often again
-            once there is a new checkpoint in `storage`.
-        storage: folder or fsspec URL where Ray keeps its state for the time being, seen by all workers.
-        sharing: processes like this one that share the machine's cores, where `fn` runs in this process.
+        training: `workers` and resources are used. A worker group is restarted at most `max_failures` times
+            between two checkpoints in `storage`.
+        storage: folder or fsspec URL that all workers can reach. Ray keeps its state there during the run.
+        sharing: number of processes, this one included, that share the machine's cores. Used if `workers` is
+            0.
 
     Raises:
-        TrainingError: on Ray workers, for an error that a restart would not cure, or after the last restart. In this
-            process the error itself is raised.
+        TrainingError: on Ray workers, if a restart would not cure the error, or after the last restart. In
+            this process the error itself is raised.
     """
     if training.workers == 0:
         use_threads(sharing)
@@ -137,7 +145,7 @@ def launch(
 
 
 def _device(training: TrainingParams) -> torch.device:
-    """The device that the params ask for."""
+    """Returns the device that the params ask for; raises `TrainingError` if that GPU is missing."""
     if training.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -150,7 +158,7 @@ def _device(training: TrainingParams) -> torch.device:
 def _launch_on_ray(
     fn: Callable[..., Any], args: tuple[Any, ...], training: TrainingParams, directory: str
 ) -> Any:
-    """`launch` on Ray Train workers, on the Ray that is initialised."""
+    """Does the work of `launch` on Ray Train workers; Ray is initialised."""
     import pyarrow.fs
     from ray import cloudpickle, get_runtime_context
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -159,20 +167,19 @@ def _launch_on_ray(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     class Trainer(TorchTrainer):
-        """Ray's, which has no public way to choose how failures are counted."""
+        """Ray's trainer with our failure policy, for which Ray has no public argument."""
 
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             policy = _failure_policy(self.run_config.failure_config, directory)
             return super()._initialize_and_run_controller(**arguments | {"failure_policy": policy})  # type: ignore[misc]
 
-    name = uuid.uuid4().hex  # a used name would bring back its old state
+    name = uuid.uuid4().hex  # for a name that was used before, Ray would restore its old state
     storage = f"{directory}/ray"
     filesystem, root = fsspec.core.url_to_fs(storage)
     gpus = training.gpus_per_worker
     config = {
-        "call": cloudpickle.dumps(
-            (fn, args)
-        ),  # opened by the workers alone: Ray's controller need not import it
+        # Only the workers unpickle the call, so that Ray's controller need not import what it needs.
+        "call": cloudpickle.dumps((fn, args)),
         "failure": f"{storage}/{name}",
         "gpus": gpus,
         "watch": os.environ.get(_WATCH) != "0",
@@ -215,12 +222,11 @@ def _launch_on_ray(
 
 
 def _failure_policy(config: Any, directory: str) -> FailurePolicy:
-    """Ray's own policy, whose count of the workers' failures begins anew with each checkpoint in `directory`."""
+    """Returns Ray's default policy, with its count of failures reset at each checkpoint in `directory`."""
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 
-    class BetweenCheckpoints(
-        DefaultFailurePolicy
-    ):  # local, so that it travels by value: Ray's controller need not import torch
+    # A local class is pickled by value, so Ray's controller need not import this module, and torch with it.
+    class BetweenCheckpoints(DefaultFailurePolicy):
         def __init__(self) -> None:
             super().__init__(config)
             self._known: list[str] = []
@@ -229,7 +235,7 @@ def _failure_policy(config: Any, directory: str) -> FailurePolicy:
             try:
                 filesystem, path = files.file_system(directory)
                 found = sorted(filesystem.glob(f"{path}/checkpoints/*/complete.json"))
-            except Exception:  # the storage is away, and says so in errors of its own
+            except Exception:  # the storage does not answer, which the workers report
                 found = self._known
             if found != self._known:
                 self._known, self._worker_group_failures = found, 0
@@ -239,9 +245,10 @@ def _failure_policy(config: Any, directory: str) -> FailurePolicy:
 
 
 def _work(config: dict[str, Any]) -> Any:
-    """What each Ray worker runs.
+    """Runs the function of `launch` on one Ray worker; returns its result.
 
-    A final error is written down and the worker fails; where Ray starts the group again, that one sees it and ends.
+    An error that no restart would cure is written to `failure.json`. The worker then fails, or returns `None`
+    if it is the only one. If Ray restarts the group, the new workers find the file and return `None` at once.
     """
     import ray.train
     import ray.train.torch
@@ -278,7 +285,7 @@ def _work(config: dict[str, Any]) -> Any:
 
 
 def _show_log() -> None:
-    """Lets this project's log lines out of a Ray worker, whose root logger keeps to errors."""
+    """Prints this project's log lines in a Ray worker, whose root logger prints errors only."""
     log = logging.getLogger("pipelines")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -289,9 +296,11 @@ def _show_log() -> None:
 
 @contextmanager
 def cluster(training: TrainingParams) -> Iterator[None]:
-    """A Ray that is initialised: the caller's, the one that RAY_ADDRESS names, or one of our own for the time being.
+    """Provides an initialised Ray in the block.
 
-    `launch` enters it by itself; around several launches it saves the start of each.
+    Uses the caller's Ray if there is one, else the cluster that RAY_ADDRESS names, else a new Ray on this
+    machine for the time of the block. `launch` enters `cluster` itself; entered around several launches it
+    starts Ray only once.
     """
     for variable, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -312,12 +321,15 @@ def cluster(training: TrainingParams) -> Iterator[None]:
 
 
 def ray_environment() -> dict[str, str]:
-    """RAY_ENVIRONMENT, with the user's own settings."""
+    """Returns RAY_ENVIRONMENT, overridden by the variables that the user has set."""
     return {name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()}
 
 
 def _connect(address: str) -> None:
-    """Joins a cluster, whose workers get this code; those of a submitted job have it."""
+    """Connects to the cluster at `address` and sends this package to its workers.
+
+    The workers of a submitted job have the package already.
+    """
     import ray
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as SUBMITTED
 
@@ -330,16 +342,15 @@ def _connect(address: str) -> None:
     workers_have = None if SUBMITTED in os.environ else {"py_modules": [code], "env_vars": ray_environment()}
     try:
         if port.isdecimal():
-            socket.create_connection(
-                (host, int(port)), timeout=10
-            ).close()  # Ray itself would wait for minutes
+            # Without this check Ray would wait for an unreachable cluster for minutes.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(logging_level=logging.WARNING, runtime_env=workers_have)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise TrainingError(f"no Ray cluster at RAY_ADDRESS {address}: {one_line(error)}") from None
 
 
 def _check_gpus(training: TrainingParams) -> None:
-    """Raises `TrainingError` if the GPUs that the least number of workers needs cannot come."""
+    """Raises `TrainingError` if the least number of workers needs more GPUs than there can be."""
     import ray
 
     least, has = training.least_workers, ray.cluster_resources()
@@ -352,22 +363,24 @@ def _check_gpus(training: TrainingParams) -> None:
 
 
 def _check_cpus(training: TrainingParams) -> None:
-    """Raises `TrainingError` if no node has the CPUs that one worker needs, and none can come."""
+    """Raises `TrainingError` if no node has the CPUs of one worker, and no such node can be added."""
     import ray
 
     wanted = training.cpus_per_worker
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if wanted > largest > 0 and not _autoscales():
         raise TrainingError(
-            f"cpus_per_worker: a worker with its loader's processes needs a node of {wanted:g} CPUs; the largest has {largest:g}"
+            f"cpus_per_worker: a worker with its loader's processes needs a node of {wanted:g} CPUs; "
+            f"the largest has {largest:g}"
         )
 
 
 def _autoscales() -> bool:
-    """Whether the Ray that is initialised may get more nodes by itself.
+    """Returns True if the initialised Ray may add nodes by itself.
 
-    A cluster of this process alone has no autoscaler. Of others the first kind of autoscaler says which type each node is, for
-    nodes started by hand one of its own; where nothing is said, there is the second kind.
+    A Ray that this process has started has no autoscaler. In other clusters the autoscaler of version 1
+    reports a type for each node, see `is_autoscaled`. Without such a report the autoscaler may be of version
+    2.
     """
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
@@ -379,16 +392,19 @@ def _autoscales() -> bool:
 
 
 def is_autoscaled(types: Mapping[str, str] | None) -> bool:
-    """Whether the nodes of a cluster, address -> type, come from an autoscaler, as far as is known."""
+    """Returns True if an autoscaler has started some of the nodes, or if this is unknown.
+
+    `types` maps a node's address to its type, which is `node_<address>` for nodes that were started by hand.
+    """
     return not types or any(type_ != f"node_{node}" for node, type_ in types.items())
 
 
 @contextmanager
 def _ray_folder() -> Iterator[str | None]:
-    """A folder for a Ray on this machine if Ray's own is too long for the names of its sockets; else None.
+    """Yields a short folder for Ray if its default path is too long for Unix sockets, else `None`.
 
     Raises:
-        TrainingError: there is no shorter one.
+        TrainingError: there is no shorter folder.
     """
     named = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
     if named is None or len(os.fsencode(f"{os.environ[named]}/ray{_LONGEST_SESSION}")) <= SOCKET_NAME:
@@ -404,11 +420,15 @@ def _ray_folder() -> Iterator[str | None]:
 
 
 def _start_local(training: TrainingParams, folder: str | None) -> None:
-    """Starts Ray on this machine, with as many logical CPUs as the workers ask for; `folder`: Ray's, None for its default."""
+    """Starts Ray on this machine, with at least as many logical CPUs as the workers ask for.
+
+    Ray keeps its session in `folder`, or in its default folder if that is `None`.
+    """
     import ray
 
-    # There is no preemption here to watch for. Without a dashboard one of Ray Train's helpers warns each second: all of
-    # Ray's processes keep to errors, and this process's own logging is left as it was.
+    # This machine is not preempted, so the watcher is off. Without a dashboard a helper of Ray Train warns
+    # each second, so all processes of Ray log errors only. The logging of this process is restored
+    # afterwards.
     os.environ.setdefault(_WATCH, "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     root = logging.getLogger()

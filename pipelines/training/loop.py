@@ -1,4 +1,4 @@
-"""The one training loop: build, resume, wrap, step, check, save, evaluate, report."""
+"""The training loop: build, resume, wrap, step, check, save, evaluate, report."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tally:
-    """One rank's running sums of the epoch's train metrics."""
+    """One rank's sums over an epoch, of which the train metrics are means."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
 
     def add(self, losses: dict[str, torch.Tensor], images: int, skipped: int) -> None:
-        """Adds the named losses of a batch of so many images, and how many it had to leave out."""
+        """Adds the mean losses of a batch of `images` images, and the number of images it left out."""
         for name, value in losses.items():
             value = value.detach().double() * images
             self.losses[name] = self.losses[name] + value if name in self.losses else value
@@ -65,7 +65,7 @@ class Tally:
         self.skipped += skipped
 
     def state(self) -> dict[str, Any]:
-        """The sums as plain numbers."""
+        """Returns the sums as plain numbers."""
         return {
             "losses": {k: float(v) for k, v in self.losses.items()},
             "counts": self.counts,
@@ -75,37 +75,34 @@ class Tally:
 
 @dataclass
 class Run:
-    """A run in progress: what is trained, and how far it is."""
+    """A run in progress."""
 
     job: Job
     context: Context
     method: Method
-    objective: (
-        nn.Module
-    )  # the method's losses: compiled where the params say so, in DDP where there are several workers
+    objective: nn.Module  # an `Objective`, compiled if the params say so, in DDP if there are several workers
     optimiser: torch.optim.Optimizer
     steps_per_epoch: int
     directions: Directions  # of the figures by which an epoch can be selected
     epoch: int = 0  # finished epochs
-    batches: int = 0  # steps done in the epoch at hand
-    earlier: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # those of other numbers of workers: (workers, steps)
-    step: int = 0  # optimiser steps
+    batches: int = 0  # steps done in the current epoch
+    # (workers, steps) for the steps of the current epoch that other numbers of workers have done
+    earlier: list[tuple[int, int]] = field(default_factory=list)
+    step: int = 0  # optimiser steps done in all
     history: list[EpochRecord] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
-    first_bad: torch.Tensor = field(
-        default_factory=lambda: torch.tensor(math.inf)
-    )  # step of the first bad loss
-    preempted: bool = False  # whether a node of the workers is about to be taken away
-    lease: Lease | None = None  # of rank 0, which alone writes
+    # The first step with a loss that is not finite. It stays on the device until a check reads it.
+    first_bad: torch.Tensor = field(default_factory=lambda: torch.tensor(math.inf))
+    preempted: bool = False  # True once Ray has announced the preemption of a node
+    lease: Lease | None = None  # None on other ranks than 0, which do not write
 
 
 def fit(context: Context, job: Job) -> list[EpochRecord]:
-    """Trains `job` to its end on this rank, from its newest checkpoint where there is one; returns the history.
+    """Trains `job` on this rank to its end, from its newest checkpoint if it has one; returns the history.
 
     Raises:
-        TrainingError: the loss or a weight is not finite, the disk is full, or the params do not fit together.
+        TrainingError: the loss or a weight is not finite, the disk is full, or the params do not fit
+            together.
         LeaseError: another driver has the run's directory.
     """
     with writer(job.directory, job.owner) if context.rank == 0 else nullcontext() as lease:
@@ -119,7 +116,7 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
 
 
 def set_up(context: Context, job: Job) -> Run:
-    """A new run, or the run as it was when its newest checkpoint was written."""
+    """Returns a new run, or the run in the state of its newest checkpoint."""
     seed_rank(job.seed, 0)  # the same initial weights on every rank
     method = build_method(job)
     for module in (method.module, *method.fixed):
@@ -133,7 +130,7 @@ def set_up(context: Context, job: Job) -> Run:
     groups = method.parameter_groups(job.optim.weight_decay)
     run = Run(job, context, method, objective, optimiser(groups, job.optim), steps_per_epoch, known)
     run.first_bad = run.first_bad.to(context.device)
-    seed_rank(job.seed, context.rank + 1)  # other random numbers (dropout) on every rank
+    seed_rank(job.seed, context.rank + 1)  # different random numbers (dropout) on each rank
     summary = broadcast(checkpoints.newest(job.directory) if context.rank == 0 else None, context)
     if summary is not None:
         resume(run, summary)
@@ -142,7 +139,11 @@ def set_up(context: Context, job: Job) -> Run:
 
 
 def build_method(job: Job) -> Method:
-    """The method of `job`; raises `ModelError` if its model, as `job.spec` describes it, takes no images of the data's size."""
+    """Builds the method of `job`.
+
+    Raises:
+        ModelError: the model that `job.spec` describes does not take images of the data's size.
+    """
     size = job.data.image_size
     with image_size_errors(job.spec, size) if job.spec else nullcontext():
         method = job.build()
@@ -152,14 +153,18 @@ def build_method(job: Job) -> Method:
 
 
 def check_selection(job: Job, method: Method) -> Directions:
-    """The directions of the method's figures; raises `TrainingError` if `job` cannot select epochs by them."""
+    """Returns the directions of the method's figures.
+
+    Raises:
+        TrainingError: `job` selects epochs by a figure that is missing or has no direction.
+    """
     known = directions(method)
     check_objectives(job.optim, known)
     return known
 
 
 def resume(run: Run, summary: dict[str, Any]) -> None:
-    """Puts `run` where the checkpoint left it."""
+    """Restores `run` from the checkpoint with this summary."""
     state = checkpoints.load(run.job.directory, summary["step"])
     run.method.module.load_state_dict(state["model"])
     run.optimiser.load_state_dict(state["optimiser"])
@@ -171,7 +176,7 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
     if len(ranks) == run.context.world_size:
         restore_rng_states(ranks[rank]["rng"], run.context.device)
         tallies = [ranks[rank]["tally"]]
-    else:  # another number of workers: each rank draws numbers of its own from here on, the first one takes over all sums
+    else:  # another number of workers: RNG states fit no rank, and rank 0 takes over the sums of all ranks
         seed_rank(run.job.seed, rank + 1, run.step)
         steps = run.batches - sum(steps for _, steps in run.earlier)
         run.earlier += [(len(ranks), steps)] if steps else []
@@ -184,11 +189,11 @@ def resume(run: Run, summary: dict[str, Any]) -> None:
 
 
 def train_epoch(run: Run) -> dict[str, float]:
-    """Trains the epoch at hand, or the rest of it; returns its train metrics, over all ranks."""
+    """Trains the rest of the current epoch; returns its train metrics, over all ranks."""
     job, context = run.job, run.context
     run.objective.train()
     batches = read(run, "train", epoch=run.epoch, start_batch=run.batches, earlier=run.earlier)
-    check_every = 1 if context.device.type == "cpu" else job.training.log_every  # a check waits for the GPU
+    check_every = 1 if context.device.type == "cpu" else job.training.log_every  # checks wait for the GPU
     rate, images, began = 0.0, 0, time.monotonic()
     title = f"epoch {run.epoch + 1}/{job.optim.epochs}"
     with bar(title, run.steps_per_epoch, done=run.batches, show=context.rank == 0) as progress:
@@ -220,14 +225,15 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 
 def read(run: Run, split: str, **start: Any) -> Any:
-    """This rank's batches of a split, with the fields that the method reads; `start`: `epoch`, `start_batch` and `earlier`."""
+    """Returns this rank's batches of a split; `start` has `epoch`, `start_batch` and `earlier`."""
     return run.job.batches(run.job, split, context=run.context, fields=run.method.fields, **start)
 
 
 def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Iterates `batches`, restoring the RNG state after each fetch.
 
-    A loader draws seeds when it starts, and a resumed epoch starts it once more often than an uninterrupted epoch.
+    A loader draws seeds when it starts, and a resumed epoch starts its loader once more than an uninterrupted
+    one.
     """
     cpu = torch.device("cpu")
     states = rng_states(cpu)
@@ -242,7 +248,10 @@ def rng_isolated(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def preemption_noticed(run: Run) -> bool:
-    """Whether the preemption of a node is noticed now, asked every `log_every` steps: then a checkpoint is due."""
+    """Returns True once, when a node is about to be preempted, so that a checkpoint is due.
+
+    Ray is asked every `log_every` steps.
+    """
     if run.context.preempted is None or run.preempted or run.step % run.job.training.log_every:
         return False
     run.preempted = run.context.preempted()
@@ -250,7 +259,7 @@ def preemption_noticed(run: Run) -> bool:
 
 
 def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """One optimiser step; returns the loss of this rank's images and the learning rate."""
+    """Does one optimiser step; returns the loss of this rank's images and the learning rate."""
     optim = run.job.optim
     run.method.set_progress(run.epoch + run.batches / run.steps_per_epoch)
     run.optimiser.zero_grad(set_to_none=True)
@@ -259,7 +268,7 @@ def train_step(run: Run, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
         clip_gradients(run.method.module.parameters(), optim)
         rate = set_learning_rate(run.optimiser, optim, run.step, optim.epochs * run.steps_per_epoch)
         run.optimiser.step()
-    loss = losses.get("loss", torch.zeros_like(run.first_bad))  # none if this rank has no image
+    loss = losses.get("loss", torch.zeros_like(run.first_bad))  # without images this rank has no losses
     run.step += 1
     run.batches += 1
     bad = torch.where(torch.isfinite(loss), math.inf, float(run.step))
@@ -276,14 +285,14 @@ def stop_if_not_finite(run: Run) -> None:
 
 
 def stop(run: Run, cause: str) -> None:
-    """Raises `TrainingError`: the cause, and what is kept."""
+    """Raises `TrainingError` with the cause and the checkpoint that is kept."""
     summary = checkpoints.newest(run.job.directory)
     kept = f"the checkpoint of step {summary['step']} is kept" if summary else "there is no checkpoint yet"
     raise TrainingError(f"{cause}; {kept} in {run.job.directory}")
 
 
 def merge(tallies: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int], int]:
-    """The sums of several tallies' losses, counts and skipped images."""
+    """Adds up the losses, counts and skipped images of several tallies."""
     losses: dict[str, float] = {}
     counts: dict[str, int] = {}
     for tally in tallies:
@@ -294,7 +303,7 @@ def merge(tallies: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, in
 
 
 def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
-    """Validates where it is due, writes the epoch's checkpoint and history, then reports."""
+    """Validates if it is due, writes the epoch's checkpoint and history, then reports."""
     job, context = run.job, run.context
     values: dict[str, float] = {}
     if run.epoch % job.optim.validate_every == 0 or run.epoch >= job.optim.epochs:
@@ -308,7 +317,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
             )
         values["skipped"] = float(sum(gather(getattr(batches, "skipped", 0), context)))
     metrics = train_metrics | {f"val/{name}": value for name, value in values.items()}
-    metrics = broadcast(metrics, context)  # rates differ between ranks
+    metrics = broadcast(metrics, context)  # ranks measure different images per second
     run.history = [*run.history, EpochRecord(epoch=run.epoch, step=run.step, metrics=metrics)]
     save(run)
     if context.rank == 0:
@@ -323,7 +332,7 @@ def finish_epoch(run: Run, train_metrics: dict[str, float]) -> None:
 
 
 def save(run: Run) -> None:
-    """Writes a checkpoint; a bad state never becomes one."""
+    """Writes a checkpoint; raises `TrainingError` if a loss so far or a weight is not finite."""
     stop_if_not_finite(run)
     model = run.method.module.state_dict()
     if not all(bool(torch.isfinite(value).all()) for value in model.values() if value.is_floating_point()):
@@ -348,7 +357,7 @@ def save(run: Run) -> None:
 
 @contextmanager
 def full_disk_in_one_line(run: Run) -> Iterator[None]:
-    """Turns the error of a full disk into one that says what is kept."""
+    """Turns the error of a full disk into a `TrainingError` that says what is kept."""
     try:
         yield
     except OSError as error:
@@ -358,7 +367,7 @@ def full_disk_in_one_line(run: Run) -> Iterator[None]:
 
 
 def report(job: Job, history: list[EpochRecord]) -> None:
-    """Offers `job.on_epoch` each record that it has not taken yet, in order."""
+    """Calls `job.on_epoch`, in order, with each record that it has not accepted yet."""
     if job.on_epoch is None:
         return
     before = files.read_record(f"{job.directory}/reported.json", dict) or {}
@@ -366,7 +375,7 @@ def report(job: Job, history: list[EpochRecord]) -> None:
     for record in history[taken:]:
         try:
             job.on_epoch(record)
-        except Exception as error:  # whatever the tracking does, training goes on
+        except Exception as error:  # an error of the tracking must not stop training
             print(
                 f"epoch {record['epoch']} was not reported ({type(error).__name__}: {error}); kept for later"
             )

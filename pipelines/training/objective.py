@@ -1,4 +1,4 @@
-"""The losses of a method as one module, and what is done to it from outside: memory format, compilation, checkpointing."""
+"""A method's losses as one module, with its memory format, compilation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from pipelines.training.job import TrainingError
 if TYPE_CHECKING:
     from pipelines.methods.method import Method
 
-# Code compiled for this run is this run's alone, where torch can do so (from 2.13 on).
+# From torch 2.13 on, a run does not share its compiled code with other runs in the process.
 ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
 )
-BATCH_SIZES = 64  # that are compiled, each on its own; `data.on_error: skip` makes batches shorter
+# Number of batch sizes that may be compiled: `data.on_error: skip` makes some batches shorter.
+BATCH_SIZES = 64
 
 
 class Objective(nn.Module):
-    """A prepared batch of tensors -> named losses; what DDP wraps and torch.compile compiles.
+    """Computes the named losses of a prepared batch.
 
-    So a method's `loss` always has the module itself, never a wrapped one.
+    DDP wraps and torch.compile compiles this module, so that a method's `loss` always gets `method.module`
+    itself.
     """
 
     def __init__(self, method: Method) -> None:
@@ -41,15 +43,16 @@ class Objective(nn.Module):
         self.method = method
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The named scalars of the method's `loss`."""
         return self.method.loss(self.module, batch)
 
 
 def build_objective(method: Method, training: TrainingParams) -> Objective:
-    """The objective of `method`, laid out, checkpointed and compiled as `training` says; its module keeps its parameters' names.
+    """Builds the objective of `method`, with memory format, checkpointing and compilation of `training`.
+
+    The names of the module's parameters stay the same.
 
     Raises:
-        TrainingError: `checkpoint_activations` of a module without blocks.
+        TrainingError: `checkpoint_activations` is set for a module without blocks.
     """
     objective = Objective(method)
     for module in (objective, *method.fixed):
@@ -64,15 +67,19 @@ def build_objective(method: Method, training: TrainingParams) -> Objective:
 
 
 def memory_format(training: TrainingParams) -> torch.memory_format:
-    """The memory format of images and convolutions. The compiler's convolutions have channels last, and copy other formats."""
+    """Returns the memory format of images and convolutions.
+
+    It is channels-last if `training.compile` is set, because compiled convolutions copy other formats to it.
+    """
     return torch.channels_last if training.channels_last or training.compile else torch.contiguous_format
 
 
 def compile_objective(objective: Objective) -> None:
-    """Compiles `objective` in place.
+    """Compiles `objective` in place, so that a resumed run computes the same as an uninterrupted one.
 
-    What is compiled is a function of the batch at hand (no symbolic shapes once a batch was shorter, no falling back to eager
-    code once many were) and, where torch can, of this run alone: so a resumed run computes what one never killed does.
+    The code that runs depends on the current batch only, not on earlier ones. After a shorter batch the
+    compiler does not change to symbolic shapes. It falls back to eager code only after BATCH_SIZES batch
+    sizes. See also `ISOLATED`.
     """
     set_up_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BATCH_SIZES)
@@ -80,9 +87,13 @@ def compile_objective(objective: Objective) -> None:
 
 
 def checkpoint_blocks(module: nn.Module) -> None:
-    """Makes the blocks of `module` keep only their inputs in training, and compute the rest again in the backward pass.
+    """Makes the blocks of `module` keep only their inputs and recompute the rest in the backward pass.
 
-    Blocks are the members of an `nn.Sequential` or `nn.ModuleList`, at any depth, that are neither one themselves nor a layer.
+    Blocks are members of an `nn.Sequential` or `nn.ModuleList`, at any depth, that have children and are not
+    an `nn.Sequential` or `nn.ModuleList` themselves.
+
+    Raises:
+        TrainingError: the module has no blocks.
     """
     found = list(blocks(module))
     if not found:
@@ -95,7 +106,7 @@ def checkpoint_blocks(module: nn.Module) -> None:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of `checkpoint_blocks`, none inside another."""
+    """Yields the blocks of `checkpoint_blocks`, the outermost if they are nested."""
     for child in module.children():
         listed = isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(
             child, nn.Sequential | nn.ModuleList
@@ -107,7 +118,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward` of `block`, its activations dropped where a backward pass will follow."""
+    """Calls `forward` of `block`, without keeping activations if a backward pass of training may follow."""
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     states = hold_states(block)
@@ -118,7 +129,10 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **k
 
 
 class _Reusable(AbstractContextManager[Any]):
-    """What `make` gives, made anew each time: W(x) in a loss takes two backward passes, and each computes again."""
+    """Context manager that enters a new context of `make` each time, so that it can be entered repeatedly.
+
+    A loss on W(x) takes two backward passes, and each recomputes the block.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make = make
@@ -134,9 +148,9 @@ class _Reusable(AbstractContextManager[Any]):
 
 @contextmanager
 def _second_pass(block: nn.Module, explanation: Explanation | None) -> Iterator[None]:
-    """In the block, what is computed is what the first pass computed, and what is written to buffers is lost.
+    """Lets `block` recompute its first pass, and discards what the recomputation writes to buffers.
 
-    `explanation` is the one of the first pass: a backward pass that computes again may come when its explanation mode has ended.
+    `explanation` is that of the first pass, whose explanation mode may have ended before the backward pass.
     """
     kept = [(module, dict(module._buffers)) for module in block.modules() if module._buffers]
     try:

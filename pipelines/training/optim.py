@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules and gradient clipping, each by its name in the params."""
+"""Optimisers, learning-rate schedules and gradient clipping, chosen by their names in the params."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pipelines.params import OptimiserParams
 
 
 def optimiser(groups: list[dict[str, Any]], params: OptimiserParams) -> torch.optim.Optimizer:
-    """The optimiser over a method's parameter groups; a group's own `lr` or `weight_decay` wins over the params'.
+    """Returns torch's fused optimiser over a method's parameter groups.
 
-    `sgd` has momentum 0.9; `adam` adds the weight decay to the gradient, `adamw` decouples it. All are torch's fused ones.
+    `lr` and `weight_decay` of a group override those of `params`. `sgd` has momentum 0.9. `adam` adds the
+    weight decay to the gradient, `adamw` decouples it.
     """
     settings: dict[str, Any] = {"lr": params.lr, "weight_decay": params.weight_decay, "fused": True}
     if params.optimiser == "sgd":
@@ -31,9 +32,10 @@ def optimiser(groups: list[dict[str, Any]], params: OptimiserParams) -> torch.op
 
 
 def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
-    """Gives moments the memory format of their parameters, which may be another one than where they were saved.
+    """Converts the optimiser's moments to the memory format of their parameters.
 
-    Fused steps on CPUs take both as they lie in memory.
+    They may have been saved in another format, and fused steps on CPUs read both in memory order, ignoring
+    strides.
     """
     for parameter, state in optimiser.state.items():
         for name, value in state.items():
@@ -44,10 +46,11 @@ def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
 def set_learning_rate(
     optimiser: torch.optim.Optimizer, params: OptimiserParams, step: int, total: int
 ) -> float:
-    """Sets what the schedule says for step `step` (from 0) of `total`; returns the first group's learning rate.
+    """Sets the learning rate of step `step` (from 0) of `total`; returns that of the first group.
 
-    The schedule is a function of the step alone, so there is no state to save. `onecycle` moves the momentum
-    (Adam's first beta) against the learning rate, between 0.85 and 0.95 (Smith and Topin, 2018; torch's defaults).
+    The schedule is a function of the step alone, so there is no state to save. `onecycle` also moves the
+    momentum (Adam's first beta) against the learning rate, between 0.85 and 0.95 (Smith and Topin, 2018;
+    torch's defaults).
     """
     factor, momentum = SCHEDULES[params.schedule](step, total, params.warmup_steps)
     for group in optimiser.param_groups:
@@ -60,26 +63,27 @@ def set_learning_rate(
 
 
 def _warm(step: int, warmup: int) -> float:
-    """The linear warm-up's factor: 1/warmup at step 0, 1 from step warmup - 1 on."""
+    """Returns the factor of a linear warm-up: 1/warmup at step 0, 1 from step warmup - 1 on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
 def constant(step: int, total: int, warmup: int) -> tuple[float, None]:
-    """Factor 1 after the warm-up."""
+    """Returns factor 1 after the warm-up."""
     return _warm(step, warmup), None
 
 
 def cosine(step: int, total: int, warmup: int) -> tuple[float, None]:
-    """Factor falling from 1 towards 0 along half a cosine, from the end of the warm-up to step `total`."""
+    """Returns a factor that falls from 1 after the warm-up to 0 at step `total`, along half a cosine."""
     if step < warmup:
         return _warm(step, warmup), None
     return _anneal(1.0, 0.0, (step - warmup) / max(1, total - warmup)), None
 
 
 def onecycle(step: int, total: int, warmup: int) -> tuple[float, float]:
-    """Factor and momentum of the one-cycle schedule: 1/25 up to 1 in the first 30 %, then down to 1/250,000.
+    """Returns factor and momentum of the one-cycle schedule.
 
-    A warm-up, where there is one, is the length of the rise.
+    The factor rises from 1/25 to 1 in the first 30 % of the steps, or during the warm-up if there is one.
+    Then it falls to 1/250,000.
     """
     peak = (warmup or 0.3 * total) - 1
     if step <= peak:
@@ -90,7 +94,7 @@ def onecycle(step: int, total: int, warmup: int) -> tuple[float, float]:
 
 
 def _anneal(start: float, end: float, done: float) -> float:
-    """`start` at 0, `end` at 1, half a cosine in between."""
+    """Interpolates from `start` at `done` = 0 to `end` at `done` = 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -102,12 +106,12 @@ SCHEDULES: dict[str, Callable[[int, int, int], tuple[float, float | None]]] = {
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], params: OptimiserParams) -> None:
-    """Clips gradients in place.
+    """Clips gradients in place, as `params.clip` says.
 
-    `agc`: adaptive clipping (Brock et al., 2021, eq. 3): each unit's gradient norm is at most `clip_value` times its
-    weight norm (at least 1e-3; a unit is a row of the weight, a bias or norm weight as a whole). All parameters are
-    clipped, the classifier too, but for single numbers: a learned B is no unit of weights. `norm`: the norm of all
-    gradients together is at most `clip_value`.
+    `agc` is adaptive clipping (Brock et al., 2021, eq. 3). It bounds the gradient norm of each unit by
+    `clip_value` times the unit's weight norm, taken as at least 1e-3. A unit is a row of a weight, or a whole
+    bias or norm weight. The classifier is clipped too. Scalars are not, because a learned B is not a unit of
+    weights. `norm` bounds the norm of all gradients together by `clip_value`.
     """
     if params.clip == "agc":
         units = [parameter for parameter in parameters if parameter.ndim > 0]

@@ -1,4 +1,4 @@
-"""The Pareto front of several figures, each the higher the better, and one point of it."""
+"""The Pareto front of points whose figures are all better when higher, and the knee of a front."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ Point = Sequence[float]
 
 
 def front(points: Sequence[Point], width: float = BIN) -> list[int]:
-    """Indices of the points that no other beats: is better in one figure and at least as good in all.
+    """Returns the indices of the Pareto-optimal points.
+
+    A point is Pareto-optimal if no other point is better in one figure and at least as good in all others.
 
     Args:
-        points: (n) of equally many figures in [0, 1]; what is not finite is worse than any number.
-        width: of the bins in which figures are compared; of points in the same bins the first one stands for all.
+        points: points with the same number of figures. A figure that is not finite is worse than any number.
+        width: width of the bins in which figures are compared. The first of several points with equal bins
+            stands for all of them.
     """
     binned = [tuple(_bin(value, width) for value in point) for point in points]
     return [
@@ -34,9 +37,9 @@ def _dominates(one: Point, other: Point) -> bool:
 
 
 def knee(points: Sequence[Point]) -> int:
-    """Index of the point nearest to the best value of every figure; first of equals.
+    """Returns the index of the point nearest to the best value of every figure, the first of equals.
 
-    Each figure is scaled to [0, 1] over the points. What is not finite is as far from the best value as the worst one.
+    Each figure is scaled to [0, 1] over the points. A figure that is not finite counts like the worst value.
     """
     scaled = [_shortfalls(column) for column in zip(*points, strict=True)]
     distances = [sum(missing**2 for missing in row) for row in zip(*scaled, strict=True)]
@@ -44,7 +47,7 @@ def knee(points: Sequence[Point]) -> int:
 
 
 def _shortfalls(values: Sequence[float]) -> list[float]:
-    """How far each value is from the best one, of the distance between the worst and the best."""
+    """Returns the distance of each value to the best one, divided by that of the worst to the best."""
     finite = [value for value in values if math.isfinite(value)]
     best, span = max(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
     return [((best - value) / span if span else 0.0) if math.isfinite(value) else 1.0 for value in values]

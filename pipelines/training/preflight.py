@@ -1,4 +1,4 @@
-"""What a training can be refused for, found out before it is launched."""
+"""Checks of a job that find, before it is launched, why its training would fail."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pipelines.training.loop import build_method, check_selection
 
 
 def check(job: Job) -> None:
-    """Raises the error with which `job`, launched as its params say, would end before its first step.
+    """Raises the error with which `job` would fail before its first step.
 
-    It launches and uploads nothing: it reads the manifest of `job.shards`, builds the method and passes images through the model.
+    Reads the manifest of `job.shards`, builds the method and passes images through the model. Launches and
+    uploads nothing.
 
     Raises:
-        UserError: one line that names the cause.
+        UserError: the message, one line, names the cause.
     """
     check_batch_size(job.optim.batch_size, job.training)
     method = build_method(job)
@@ -25,8 +26,9 @@ def check(job: Job) -> None:
 
 
 def check_batch_size(batch_size: int, training: TrainingParams) -> None:
-    """Raises `TrainingError` if the effective batch has fewer images than there may be workers."""
+    """Raises `TrainingError` if the effective batch has fewer images than the largest number of workers."""
     if batch_size < training.most_workers:
         raise TrainingError(
-            f"batch_size {batch_size} (over all workers) is less than one image for each of up to {training.most_workers} workers"
+            f"batch_size {batch_size} (over all workers) is less than one image "
+            f"for each of up to {training.most_workers} workers"
         )

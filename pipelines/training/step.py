@@ -1,4 +1,10 @@
-"""The gradients of one optimiser step: of a batch that ranks share, which each takes in parts, as of the whole batch at once."""
+"""The gradients of one optimiser step, as if one rank took the whole batch at once.
+
+Ranks share each batch, and a rank may take its share in parts (gradient accumulation). Losses are means over
+images, so ranks and parts are weighted by their numbers of images.
+
+Shapes: N images of this rank, M rows of all ranks, padding included.
+"""
 
 from __future__ import annotations
 
@@ -31,23 +37,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank has of the batch of one step."""
+    """A rank's share of the batch of one step."""
 
-    images: int  # of this rank
-    total: torch.Tensor  # images of all ranks: a float32 scalar on the device
-    weight: (
-        torch.Tensor | float
-    )  # of the rank's mean losses: DDP's mean of the weighted gradients is the gradient of the whole batch
-    idle: bool  # whether a rank has no image, because none of its images decodes
+    images: int  # images of this rank
+    total: torch.Tensor  # images of all ranks, a float32 scalar on the device
+    # Factor of this rank's mean losses, which makes DDP's mean over ranks the gradient of the whole batch.
+    weight: torch.Tensor | float
+    idle: bool  # True if some rank has no image, because none of its images decodes
 
 
 def share_of(images: int, context: Context, may_be_idle: bool) -> Share:
-    """The share of a rank that has so many images of a batch: known once all ranks have called this.
+    """Returns this rank's share of a batch. All ranks must call it, because they add up their images.
 
     Args:
-        images: of this rank.
-        context: of this rank.
-        may_be_idle: whether a rank may be without an image; to know whether one is waits for a GPU.
+        images: number of images of this rank.
+        context: context of this rank.
+        may_be_idle: True if a rank may be without an image. The call then waits for the GPU to learn if one
+            is.
     """
     total, idle_ranks = all_reduce_sum((images, images == 0), context)
     idle = may_be_idle and bool(idle_ranks > 0)
@@ -56,12 +62,12 @@ def share_of(images: int, context: Context, may_be_idle: bool) -> Share:
 
 
 def compute_gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Computes the gradients of a batch of the loader, the same on all ranks; returns the losses of this rank's images.
+    """Computes the gradients of a batch of the loader; returns the losses of this rank's images.
 
-    There are no losses if the rank has no image.
+    Gradients are the same on all ranks. A rank without images returns no losses.
 
     Raises:
-        TrainingError: no image of the batch decodes, on any rank.
+        TrainingError: no image of the batch decodes on any rank.
     """
     share = share_of(len(batch["key"]), run.context, may_be_idle=run.job.data.on_error == "skip")
     if share.idle and not share.total > 0:
@@ -77,7 +83,7 @@ def compute_gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor
 
 
 def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, torch.Tensor]:
-    """The batch of the loader as the method prepares it for its loss."""
+    """Returns the arguments of the method's loss for a batch of the loader, see `Method.prepare`."""
     device, precision = run.context.device, run.job.training.precision
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         more = {"step": run.step, "step_images": share.total, "parts": parts_of(run, share.images)}
@@ -85,19 +91,22 @@ def prepare_batch(run: Run, batch: dict[str, Any], share: Share) -> dict[str, to
 
 
 def exchange(run: Run, batch: dict[str, torch.Tensor], share: Share) -> dict[str, torch.Tensor]:
-    """The rows of all ranks of each tensor NAME that the method shares, as `all_NAME`; `batch` gets `row`: see `Method.loss`.
+    """Returns `all_NAME` (M, ...), the rows of all ranks, for each tensor NAME that the method shares.
 
-    All ranks take part, also a rank whose `batch` is empty. There is one gather a step, before any part of the batch is taken:
-    ranks may take different numbers of parts, the compiler sees no collective, and DDP's collectives come later. Each rank then
-    holds the rows of the whole batch. A ring would hold one rank's rows at a time, but it would go round once for each part,
-    inside the forward pass, and ranks with fewer parts or without images would have to join each round. The rows are small:
-    embeddings of 1,024 numbers from 300 ranks take as much memory as this rank's images (6, 224, 224).
+    Adds `row` (N,) to `batch`, see `Method.loss`. All ranks take part, also a rank whose `batch` is empty.
+    Rows are gathered once per step, before the first part of the batch. So ranks may take different numbers
+    of parts, the compiler sees no collective, and DDP's collectives come later.
+
+    Each rank then holds the rows of the whole batch. A ring would hold the rows of one rank at a time. But it
+    would go round once per part, inside the forward pass, and ranks with fewer parts or without images would
+    have to join each round. The rows are small: embeddings of 1,024 numbers from 300 ranks take as much
+    memory as the images (6, 224, 224) of this rank.
     """
     found: dict[str, torch.Tensor] = {}
     room = -(-run.job.optim.batch_size // run.context.world_size)
     for name in getattr(run.method, "shared", ()):
         rows = batch.get(name)
-        if share.idle:  # its rank does not know the shape of a row
+        if share.idle:  # a rank without images does not know the shape of a row
             empty = [
                 each
                 for each in gather(None if rows is None else rows[:0].cpu(), run.context)
@@ -117,16 +126,16 @@ def gradients(
     share: Share | None = None,
     all_rows: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Computes the gradients of a prepared batch, and returns its losses without their graph.
+    """Computes the gradients of a prepared batch; returns its losses without their graph.
 
-    The batch is taken in parts, each weighted by its share, so that the gradient is that of the whole batch, except for what a
-    module computes over a batch (BatchNorm normalises by the statistics of a part).
+    The batch is taken in parts, weighted by their numbers of images. The gradient is that of the whole batch,
+    unless a module computes statistics over a batch: BatchNorm normalises by the statistics of a part.
 
     Args:
-        run: whose objective it is.
-        batch: of this rank.
-        share: of the batch of all ranks; None: there is no other rank.
-        all_rows: what each part gets whole, see `exchange`.
+        run: the run, whose objective is used.
+        batch: prepared batch of this rank.
+        share: this rank's share of the step; `None` if there is no other rank.
+        all_rows: tensors that each part gets whole, see `exchange`.
     """
     training, device = run.job.training, run.context.device
     batch = {name: in_memory_format(value, memory_format(training)) for name, value in batch.items()}
@@ -136,7 +145,7 @@ def gradients(
         dict(zip(pieces, values, strict=True)) | (all_rows or {})
         for values in zip(*pieces.values(), strict=True)
     ]
-    # DDP waits in each step for all ranks: where one is idle, its gradients are averaged afterwards.
+    # DDP would wait for the idle rank, so `compute_gradients` averages the gradients afterwards instead.
     objective = unwrapped(run.objective) if share is not None and share.idle else run.objective
     weight = 1.0 if share is None else share.weight
     statistics = RunningStatistics(run.method.module) if len(parts) > 1 else None
@@ -158,15 +167,16 @@ def gradients(
 
 
 def parts_of(run: Run, images: int) -> int:
-    """The number of parts in which this rank takes a batch of so many images."""
+    """Returns the number of parts in which this rank takes its `images` images of a batch."""
     return min(images, parts_per_worker(run.job.training, run.job.optim.batch_size, run.context.world_size))
 
 
 def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int) -> int:
-    """The number of parts in which each of `world_size` workers takes its share of an effective batch.
+    """Returns the number of parts in which each of `world_size` workers takes its share of a batch.
 
-    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, none larger: equal ones, so
-    that compiled code sees one size, if these are less than twice as many.
+    The largest number of workers takes `training.accumulate` parts. Fewer workers take more parts, but no
+    larger ones. The parts have equal sizes, so that compiled code sees one size, unless that takes at
+    least twice as many parts.
     """
     if world_size >= training.most_workers:
         return training.accumulate
@@ -176,10 +186,11 @@ def parts_per_worker(training: TrainingParams, batch_size: int, world_size: int)
 
 
 class RunningStatistics:
-    """Moves a module's running statistics by the parts of a batch as far as the whole batch would move them.
+    """Updates a module's running statistics once per batch, although the batch is taken in parts.
 
-    Each part starts from the statistics as they were before the batch, and at the end they are the mean over the parts: of
-    BatchNorm (1 - momentum)·before + momentum·(mean of the parts' statistics). A batch is counted once.
+    Each part starts from the statistics before the batch. `settle` sets them to the mean over the parts,
+    weighted by images. For BatchNorm this is (1 - momentum)·before + momentum·(mean of the parts'
+    statistics). The batch counts once in `num_batches_tracked`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -191,7 +202,7 @@ class RunningStatistics:
 
     @contextmanager
     def part(self, share: float) -> Iterator[None]:
-        """A block in which a part of the batch is taken that has this share of the images."""
+        """Wraps the forward and backward pass of a part that has this share of the batch's images."""
         with torch.no_grad():
             for buffer, before in zip((*self._buffers, *self._counts), self._before, strict=True):
                 buffer.copy_(before)
@@ -202,23 +213,26 @@ class RunningStatistics:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Sets the statistics to those after the whole batch."""
+        """Sets the statistics to their values after the whole batch."""
         for buffer, before, moved in zip(self._buffers, self._before, self._moved, strict=False):
             buffer.copy_(before + moved)
 
 
 @contextmanager
 def errors_in_one_line(run: Run) -> Iterator[None]:
-    """Turns errors of the compiler, and too little GPU memory in the first step, into errors which no restart would cure."""
+    """Turns compiler errors, and too little GPU memory in the first step, into `TrainingError`."""
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         cause = one_line(str(error).partition("\n\n")[0])
         raise TrainingError(f"compile: {cause} (compile: false trains without the compiler)") from error
     except torch.OutOfMemoryError as error:
-        if run.step > 0:  # another process may have the memory for a while
+        if run.step > 0:  # the memory did suffice: another process may have taken some for a while
             raise
-        known = f"accumulate: {run.job.training.accumulate}, checkpoint_activations: {run.job.training.checkpoint_activations}"
+        known = (
+            f"accumulate: {run.job.training.accumulate}, "
+            f"checkpoint_activations: {run.job.training.checkpoint_activations}"
+        )
         cause = one_line(error).partition(". ")[0]
         raise TrainingError(
             f"the first step does not fit the GPU ({known}; both can spare memory): {cause}"
@@ -226,5 +240,5 @@ def errors_in_one_line(run: Run) -> Iterator[None]:
 
 
 def in_memory_format(value: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
-    """`value` in this memory format if it is a batch of images."""
+    """Returns `value`, in the memory format `layout` if it is a batch of images (4 dimensions)."""
     return value.contiguous(memory_format=layout) if value.ndim == 4 else value

@@ -1,4 +1,4 @@
-"""Metrics of a method over one pass of batches, on any number of workers."""
+"""A method's metrics over one pass of batches, on any number of workers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def evaluate_split(
     context: Context,
     precision: str = "float32",
 ) -> dict[str, float]:
-    """The method's metrics of `module` (not wrapped by DDP) in evaluation mode over all ranks' batches.
+    """Returns the method's metrics of `module` in evaluation mode, over the batches of all ranks.
 
-    Ranks may have different numbers of batches, none among them: nothing is exchanged before the end, when
-    torchmetrics gathers the states. The same values are returned on every rank. A metric that had no case (NaN) is left out.
-    `module` is left in its former mode.
+    `module` must not be wrapped by DDP, and returns to its former mode. Ranks may have different numbers of
+    batches, also 0, because torchmetrics gathers its states only at the end. The values are the same on every
+    rank. Metrics without any case (NaN) are left out.
     """
     training = module.training
     broadcast_buffers(module, context)

@@ -1,4 +1,4 @@
-"""The design choices of B-cosification in training: B's schedule and learning, decaying biases, mixup, what is kept."""
+"""B-cosification in training: B's schedule and learning, decaying biases, mixup, checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exponents(method: Bcosification) -> set[float]:
 def random_batches(
     job: Job, split: str, *, epoch: int = 0, start_batch: int = 0, **_: Any
 ) -> list[dict[str, Any]]:
-    """COUNT images that differ by class in their colour."""
+    """Returns batches of COUNT images, whose colour depends on their class."""
     labels = torch.arange(COUNT) % 3
     images = torch.rand(COUNT, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(epoch))
     images[torch.arange(COUNT), labels] *= 0.3
@@ -64,7 +64,7 @@ def job_of(directory: Path, optim: BcosificationParams, build: Any = None) -> Jo
 
 
 class Breaking(Bcosification):
-    """Breaks off in its fifth step, which is the second of the second epoch."""
+    """Raises an error in its fifth step, which is the second of the second epoch."""
 
     steps = 0
 
@@ -80,7 +80,7 @@ def breaking(optim: BcosificationParams) -> Breaking:
     return Breaking(method.module, method.task, method.num_classes, optim)
 
 
-# B --------------------------------------------------------------------------------------------------------------------
+# B ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_schedule_rises_in_equal_steps_reaches_b_and_stays_there() -> None:
@@ -130,7 +130,7 @@ def test_a_learned_b_that_would_fall_below_one_stays_there_and_can_leave_again()
 
 
 def step_without_gradients(method: Bcosification, optim: BcosificationParams) -> None:
-    """One optimiser step of which weight decay is all."""
+    """Does one optimiser step, in which only weight decay changes the weights."""
     made = optimiser(method.parameter_groups(optim.weight_decay), optim)
     for parameter in method.module.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -163,9 +163,8 @@ def test_decay_pulls_a_learned_b_towards_two_and_nothing_else_does(start: float)
 
 
 def test_adaptive_clipping_leaves_a_learned_b_alone() -> None:
-    method = method_of(
-        choices(b_mode="learned", b_start=2.0)
-    )  # an offset of 0: any bound by its size would hold it there
+    # The offset B - 2 is 0, so a bound relative to its size would clip its gradient to almost nothing.
+    method = method_of(choices(b_mode="learned", b_start=2.0))
     for parameter in method.module.parameters():
         parameter.grad = torch.ones_like(parameter)
     clip_gradients(method.module.parameters(), choices())
@@ -174,7 +173,7 @@ def test_adaptive_clipping_leaves_a_learned_b_alone() -> None:
         assert torch.equal(parameter.grad, torch.ones_like(parameter)) == name.endswith("b_offset")
 
 
-# Biases ---------------------------------------------------------------------------------------------------------------
+# Biases -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bias", "shrinks"), [("decay", True), ("keep", False)])
@@ -215,7 +214,7 @@ def test_every_parameter_is_in_one_group_and_weight_decay_is_that_of_weights() -
     }
 
 
-# Resuming, and what is kept -------------------------------------------------------------------------------------------
+# Resuming, and what is kept ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_the_best_model_is_saved_with_the_b_that_it_was_validated_with(tmp_path:
 def test_no_epoch_before_the_end_of_the_schedule_is_the_best(tmp_path: Path) -> None:
     optim = choices(b_mode="scheduled", b_epochs=3, select="train/loss", patience=None)
     history = train(job_of(tmp_path / "run", optim)).history
-    for record in history:  # B itself would be best at the end; its complement at the start
+    for record in history:  # as a loss, B is lowest at the start of its schedule
         record["metrics"]["loss of b"] = record["metrics"]["train/b_mean"]
     from pipelines.training import best_record
 
@@ -268,7 +267,7 @@ def test_no_epoch_before_the_end_of_the_schedule_is_the_best(tmp_path: Path) -> 
     assert best_record(history[:2], by_loss)["epoch"] == 1
 
 
-# Mixup ----------------------------------------------------------------------------------------------------------------
+# Mixup ------------------------------------------------------------------------------------------------------
 
 
 def test_mixup_mixes_images_and_targets_by_one_share_from_torchs_generator() -> None:
@@ -328,7 +327,7 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
     assert torch.equal(method.loss(method.module, {**made, "image": logits})["loss"], wanted)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

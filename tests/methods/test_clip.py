@@ -1,4 +1,4 @@
-"""B-cosification of an image tower, and two towers trained on captions: alone, in parts, on any number of ranks."""
+"""B-cosification of an image tower, and two towers trained on captions, in parts and on several ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def captioned(**values: Any) -> ImageTextParams:
     return ImageTextParams(**{"epochs": 3, "batch_size": COUNT, "lr": 0.1, **values})
 
 
-# Ranks ----------------------------------------------------------------------------------------------------------------
+# Ranks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.processes
@@ -139,7 +139,7 @@ def test_compiled_the_loss_and_its_gradient_stay(which: Any) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-# B-cosification of an image tower --------------------------------------------------------------------------------------
+# B-cosification of an image tower ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["siglip", "cosine", "info_nce"])
@@ -200,7 +200,7 @@ def test_validation_is_over_images_and_its_loss_falls() -> None:
 
 
 def tower_folder(folder: Path, vision: dict[str, Any], width: int = 16) -> models.ModelSpec:
-    """A teacher of open_clip's kind in `folder`; its spec."""
+    """Saves an image tower of open_clip in `folder` as a teacher; returns its spec."""
     options = {"embed_dim": width, "vision_cfg": vision}
     spec = models.ModelSpec(
         "open_clip:custom", (), vision["image_size"], "conventional", "embedding", options=options
@@ -221,7 +221,7 @@ def test_a_tower_is_bcosified_from_the_teachers_weights(tmp_path: Path, vision: 
     images = torch.rand(3, 3, original.image_size, original.image_size)
     with torch.no_grad():
         student, teacher = method.module.eval()(add_inverse(images)), method.teacher(add_inverse(images))
-    assert (student - teacher).norm() < 1e-4 * teacher.norm()  # where B is still 1
+    assert (student - teacher).norm() < 1e-4 * teacher.norm()  # B is still 1
     method.set_progress(1.0)
     assert set(layer_b(method.module).values()) == {1.5}
     assert method.epoch_metrics()["b_mean"] == 1.5
@@ -254,7 +254,7 @@ def test_params_that_cannot_be_are_refused(values: dict[str, Any], told: str) ->
         clip_params(**values)
 
 
-# Two towers -----------------------------------------------------------------------------------------------------------
+# Two towers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

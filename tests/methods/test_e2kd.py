@@ -1,4 +1,4 @@
-"""Distillation with explanations: the loss and its gradient, what the teacher is spared, what fits together."""
+"""e²KD: the loss, its gradient, passes of the teacher, and pairs that do not fit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(seed)
         spec = spec_of(kind)
         model = models.assemble(spec).train()
-        model(images(32))  # norms get statistics
+        model(images(32))  # sets the running statistics of the norms
         models.save(folder / kind, model, spec)
     return {kind: folder / kind for kind in ("bcos", "conventional")}
 
@@ -76,7 +76,7 @@ def gradients(method: E2KD, loss: Tensor) -> list[Tensor]:
     )
 
 
-# The loss -------------------------------------------------------------------------------------------------------------
+# The loss ---------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_the_papers(teachers: dict[str, Path]) -> None:
@@ -162,7 +162,7 @@ def test_several_labels_are_distilled_class_by_class(teachers: dict[str, Path], 
     torch.testing.assert_close(found, 4 * kl.sum(1).mean())
 
 
-# Gradients ------------------------------------------------------------------------------------------------------------
+# Gradients --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_explanation_comes_from_the_pass_that_gives_the_logits(teachers: dic
         assert len(passes) == 1
 
 
-# The teacher ----------------------------------------------------------------------------------------------------------
+# The teacher ------------------------------------------------------------------------------------------------
 
 
 def class_batches(
@@ -274,7 +274,7 @@ def test_agreement_is_measured_over_the_whole_split(teachers: dict[str, Path]) -
     assert metrics.compute()["agreement"].item() == pytest.approx(equal.float().mean().item())
 
 
-# When explanations are matched ----------------------------------------------------------------------------------------
+# When explanations are matched ------------------------------------------------------------------------------
 
 
 def test_explanations_are_matched_on_every_so_many_th_step(teachers: dict[str, Path]) -> None:
@@ -284,7 +284,7 @@ def test_explanations_are_matched_on_every_so_many_th_step(teachers: dict[str, P
 
 
 class Breaking(E2KD):
-    """Breaks off in its fifth step, the second of the second epoch."""
+    """Raises an error in its fifth step, which is the second of the second epoch."""
 
     steps = 0
 
@@ -314,7 +314,7 @@ def test_resumed_in_mid_epoch_explains_the_same_steps(teachers: dict[str, Path],
         assert one["metrics"]["train/explanation"] == other["metrics"]["train/explanation"]
 
 
-# Compiled, in parts, in half precision --------------------------------------------------------------------------------
+# Compiled, in parts, in half precision ----------------------------------------------------------------------
 
 
 @pytest.mark.compile
@@ -334,9 +334,8 @@ def test_compiled_it_has_the_eager_gradient(teachers: dict[str, Path], kind: str
         torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=1e-5)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
-    for one, other in zip(
-        eager.module.buffers(), compiled.module.buffers(), strict=True
-    ):  # statistics moved once
+    # Running statistics have moved once.
+    for one, other in zip(eager.module.buffers(), compiled.module.buffers(), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -367,7 +366,7 @@ def test_the_teacher_takes_no_more_images_at_once_than_the_student(
         torch.testing.assert_close(parted[name], value)
 
 
-# What fits together ---------------------------------------------------------------------------------------------------
+# What fits together -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

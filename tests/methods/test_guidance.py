@@ -1,4 +1,4 @@
-"""Guidance: what is drawn, what is guided, the gradient of the whole loss; every pair of image and class in batches."""
+"""Guidance: drawing of classes, the loss and its gradient, metrics of pairs of image and class."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def params(**changes):
 
 
 def batch(count=4):
-    """Images with two labels each; a box of each label, other ones of other images."""
+    """Returns images with two labels each and one box per label; neighbouring images have other labels."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.zeros(count, CLASSES)
     boxes = []
@@ -69,7 +69,7 @@ def method(kind="bcos", annotated=None, **changes):
     return Guidance(network(kind), "multilabel", CLASSES, params(**changes), annotated)
 
 
-# What is drawn --------------------------------------------------------------------------------------------------------
+# What is drawn ----------------------------------------------------------------------------------------------
 
 
 def test_each_label_of_an_image_is_drawn_equally_often_and_no_other_class():
@@ -113,9 +113,8 @@ def test_images_without_labels_and_without_annotation_are_not_guided_but_classif
 
 
 def test_prepare_never_asks_a_device_for_values():
-    there = to_device(
-        batch(), torch.device("meta")
-    )  # a tensor there has no values: whatever would wait for a GPU is an error
+    # Tensors on the meta device have no values, so code that would wait for a GPU raises an error.
+    there = to_device(batch(), torch.device("meta"))
     assert {name: value.device.type for name, value in there.items() if name != "key"} == {
         "image": "meta",
         "labels": "meta",
@@ -143,7 +142,7 @@ def test_boxes_move_out_by_whole_pixels_up_to_the_border():
     assert torch.equal(dilated(boxes, 0.0, (64, 100)), boxes)
 
 
-# The loss -------------------------------------------------------------------------------------------------------------
+# The loss ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOCALISATION)
@@ -184,9 +183,8 @@ def test_the_losses_by_which_an_epoch_can_be_selected_are_those_that_there_are(w
 def test_the_sum_is_over_the_images_of_the_step_whatever_the_batch_size_is(images):
     torch.manual_seed(0)
     guidance = method(batch_size=64)
-    prepared = guidance.prepare(
-        {**batch(), "step_images": torch.tensor(float(images))}
-    )  # 4 of them on this rank
+    # 4 of the images are on this rank.
+    prepared = guidance.prepare({**batch(), "step_images": torch.tensor(float(images))})
     losses = guidance.loss(guidance.module, prepared)
     torch.testing.assert_close(
         losses["loss"], losses["classification"] + 0.5 * images * losses["localisation"]
@@ -230,9 +228,8 @@ def test_the_gradient_of_the_whole_loss_is_that_of_finite_differences(kind, opti
 
     for layer in module.modules():
         if hasattr(layer, "momentum"):
-            layer.momentum = (
-                0  # running statistics, by which integrated gradients are taken, would move with the weights
-            )
+            # Integrated gradients use the running statistics, which must not change with the weights.
+            layer.momentum = 0
 
     def loss():
         return guidance.loss(module, prepared)["loss"]
@@ -292,7 +289,7 @@ def test_guidance_moves_the_explanation_into_the_boxes():
     assert inside() < before - 0.1
 
 
-# Pairs ----------------------------------------------------------------------------------------------------------------
+# Pairs ------------------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_explained_as_one_backward_pass_each_would():
@@ -324,7 +321,7 @@ def test_metrics_are_those_of_the_pairs_with_a_box():
     guidance = method()
     guidance.module.eval()
     some = batch()
-    some["boxes"] = torch.cat([some["boxes"][:3], some["boxes"][4:]])  # one box less in image 1
+    some["boxes"] = torch.cat([some["boxes"][:3], some["boxes"][4:]])  # image 1 loses a box
     metrics = guidance.metrics()
     guidance.update(metrics, guidance.module, some)
     assert metrics["epg"].count == metrics["iou"].count == 7
@@ -368,7 +365,7 @@ def test_one_label_an_image_is_classified_by_as_many_decisions_and_judged_by_acc
     assert metrics.compute()["accuracy"] == right
 
 
-# Building -------------------------------------------------------------------------------------------------------------
+# Building ---------------------------------------------------------------------------------------------------
 
 
 def saved(folder, kind="bcos", classes=("a", "b", "c")):

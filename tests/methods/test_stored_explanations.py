@@ -1,4 +1,4 @@
-"""Explanations stored once are those that the teacher gives live, on the view that does not change."""
+"""Stored explanations equal the teacher's live explanations on the fixed view."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_frozen_are_the_live_ones_on_the_fixed_view(
         taught, remembered = live.prepare(one), frozen.prepare(other)
         torch.testing.assert_close(remembered["teacher_logits"], taught["teacher_logits"])
         maps = [each["teacher_maps"].flatten(1) for each in (taught, remembered)]
-        blank = maps[0].abs().amax(1) == 0  # a GradCAM without positive part
+        blank = maps[0].abs().amax(1) == 0  # GradCAM maps without positive values
         assert torch.equal(blank, maps[1].abs().amax(1) == 0)
         assert (cosine_similarity(*maps)[~blank] > least).all()
         count += len(one["key"])
@@ -162,7 +162,7 @@ def test_a_stage_that_was_killed_goes_on_with_its_finished_shards(
         store(made, out, "bcos", FrozenParams())
     assert not (out / "explanations.json").exists()
     assert written == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
-    for harm in (b"", (out / "train-000001.index.jsonl.gz").read_bytes()[:-3]):  # a crash of the machine
+    for harm in (b"", (out / "train-000001.index.jsonl.gz").read_bytes()[:-3]):  # as after a crash
         (out / "train-000001.index.jsonl.gz").write_bytes(harm)
         assert set(finished_shards(str(out), written)) == {"train-000000.tar"}
     origin = origin_of(made["bcos"], made["shards"], DATA, FrozenParams(), "bcos")
@@ -170,7 +170,7 @@ def test_a_stage_that_was_killed_goes_on_with_its_finished_shards(
         stored_explanations, "gather", lambda value, context: gathered.append(value) or [*gathered]
     )
     gathered: list[Any] = []
-    for rank in reversed(range(world_size)):  # rank 0 comes last, as it does where ranks wait for each other
+    for rank in reversed(range(world_size)):  # rank 0, which writes the index, is last
         arguments = (made["bcos"], made["shards"], DATA, origin, str(out))
         count = store_explanations(Context(rank, world_size), *arguments, batch_size=7)
     assert sorted(written[3:]) == ["train-000001.tar", "train-000002.tar"]

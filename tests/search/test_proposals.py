@@ -1,4 +1,4 @@
-"""What Optuna is told of trials, and what it is asked for."""
+"""The exchange with Optuna: the values that it proposes, and the reports of trials to it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def suggestions(directory: Path, **changes: Any) -> Suggestions:
 def run_trial(
     searcher: Suggestions, name: str, metrics: dict[str, float] | None = None, history: tuple[float, ...] = ()
 ) -> dict[str, Any]:
-    """A trial with this accuracy after each epoch, finished with these metrics, or stopped where they are None; its values."""
+    """Runs a trial with the accuracies `history`, finished with `metrics` or stopped; returns its values."""
     values = searcher.suggest(name)
     place = trial_directory(searcher._directory, values)
     rows = [
@@ -90,7 +90,7 @@ def test_a_stopped_trial_is_told_as_pruned_with_what_it_measured(tmp_path: Path,
     assert stopped.state == TrialState.PRUNED
     told = stopped.user_attrs["val/accuracy"] if len(metrics) > 1 else stopped.intermediate_values
     assert told == {1: 0.2, 2: 0.25}
-    for name in "cdef":  # and TPE goes on with it
+    for name in "cdef":  # TPE accepts the pruned trial
         run_trial(searcher, name, {"val/accuracy": 0.6, "val/gridpg": 0.5})
     assert len([trial for trial in searcher.study.get_trials() if trial.state == TrialState.COMPLETE]) == 5
 

@@ -1,4 +1,4 @@
-"""A search: what is drawn, what outlives a kill, what is on the front."""
+"""A search: drawing of values, resuming after a kill, stopping of weak trials, and the front."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SPACE = [
 
 
 def toy_search(**changes: Any) -> SearchParams:
-    """A search of `toy.toy_trial`."""
+    """Returns the params of a search over `toy.toy_trial`."""
     params = {
         "stage": "guide",
         "metrics": ["val/accuracy", "val/gridpg"],
@@ -58,7 +58,7 @@ def toy_search(**changes: Any) -> SearchParams:
 
 
 def run(directory: Path, kill_at: int = 0, **changes: Any) -> list[Trial]:
-    """`toy_search` in `directory`."""
+    """Runs `toy_search` in `directory`; returns the records."""
     params, told = toy_search(**changes), []
     training = TrainingParams(workers=0, max_failures=0)
     found = search(
@@ -85,7 +85,7 @@ def test_a_condition_is_drawn_where_it_holds_and_ranges_are_kept() -> None:
         assert ("x.weight_decay" in values) == (values["x.clip"] == "norm")
         assert 0.001 <= values["x.lr"] <= 0.05
     below = sum(values["x.lr"] < (0.001 * 0.05) ** 0.5 for values in drawn)
-    assert 70 < below < 130  # as many below the middle of the logarithms as above
+    assert 70 < below < 130  # half lie below the geometric mean of the bounds
 
 
 def test_a_condition_on_what_was_not_drawn_does_not_hold() -> None:
@@ -149,11 +149,8 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(
 ) -> None:
     run_until_killed(f"from tests.search.test_tune import run\nrun(Path({str(tmp_path)!r}), kill_at=45)")
     before = read_trials(str(tmp_path))
-    assert [trial["status"] for trial in before] == [
-        "finished",
-        "finished",
-        "running",
-    ]  # 18 steps each; killed in the third
+    # Trials have 18 steps each, so the kill came in the third.
+    assert [trial["status"] for trial in before] == ["finished", "finished", "running"]
 
     after = run(tmp_path)
     assert after[:2] == before[:2]
@@ -165,10 +162,8 @@ def test_a_search_killed_at_half_keeps_what_is_finished_and_runs_nothing_twice(
     steps = Counter((tmp_path / "steps").read_text().splitlines())
     names = [Path(trial_directory("", trial["values"])).name for trial in after]
     assert set(steps) == {f"{name} {step}" for name in names for step in range(18)}
-    assert [step for step, times in steps.items() if times > 1] in (
-        [],
-        [f"{names[2]} 8"],
-    )  # the one that the kill cut
+    # At most the step that the kill interrupted is done twice.
+    assert [step for step, times in steps.items() if times > 1] in ([], [f"{names[2]} 8"])
     assert not list(tmp_path.glob("trials/*/checkpoints"))
 
     assert run(tmp_path) == after
@@ -204,4 +199,4 @@ def test_where_nothing_finishes_the_search_ends_with_the_cause(tmp_path: Path, r
     space = [SPACE[0], SPACE[1], SearchDimension(key="x.lr", choice=[0.2])]
     with pytest.raises(TrainingError, match=r"^no trial of the search was finished; too fast$"):
         run(tmp_path, space=space, trials=9)
-    assert len(read_trials(str(tmp_path))) == 6  # the space has no more
+    assert len(read_trials(str(tmp_path))) == 6  # the space has 6 points

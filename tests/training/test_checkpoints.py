@@ -12,7 +12,7 @@ from tests.support.broken import broken, outcome
 
 
 def two_checkpoints(directory: Path) -> str:
-    """A run with checkpoints of steps 1 and 2; returns the folder of the second one."""
+    """Writes checkpoints of steps 1 and 2; returns the folder of the second."""
     for step in (1, 2):
         state = {"weights": torch.arange(8.0) * step, "step": step}
         checkpoints.save(str(directory), step, state, {"epoch": step}, keep=set(), last=2)

@@ -1,4 +1,4 @@
-"""A run that crashes at any write, by a kill or a loss of power, goes on: nothing lost, no traceback, the same weights."""
+"""A run that crashes at any write, by a kill or loss of power, resumes and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEED = "train/images_per_second"
 
 
 class OneFigure(ToyMethod):
-    """With one metric, which costs less time."""
+    """Has only one metric, which saves time."""
 
     def metrics(self) -> torchmetrics.MetricCollection:
         accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=CLASSES, average="micro")
@@ -32,7 +32,7 @@ class OneFigure(ToyMethod):
 
 
 def execute(directory: Path) -> Result:
-    """What a stage does in its directory: a tracked training of 3 epochs of 2 steps, each with a checkpoint."""
+    """Trains and tracks in `directory` as a stage does: 3 epochs of 2 steps, with a checkpoint after each."""
     with (
         held(str(directory)),
         runs.stage_run("toy", experiment="demo", params={}, directory=directory) as run,
@@ -47,13 +47,13 @@ def execute(directory: Path) -> Result:
 
 
 def figures(rows: Any) -> list[tuple[str, int, float]]:
-    """Metric, step and value of each row, but for the speed, in order."""
+    """Returns metric, step and value of each row, sorted, without the speed."""
     return sorted((row["key"], row["step"], row["value"]) for row in rows if row["key"] != SPEED)
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No server, no git; nothing is synced, because no power is lost."""
+    """Turns off the server, git, and fsync, which matters only if power is lost."""
 
     def away(*_: Any) -> None:
         raise ConnectionError("[Errno 111] Connection refused")
@@ -66,7 +66,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def goes_on(tmp_path: Path, alone: None) -> Callable[[Place, Result, Journal], None]:
-    """Checks that a run goes on from a place of a crash, and ends like one that was never interrupted."""
+    """Returns a check that a run resumes from a crash and ends like an uninterrupted one."""
     directory = tmp_path / "again"
 
     def check(place: Place, whole: Result, journal: Journal) -> None:
@@ -100,11 +100,11 @@ def test_a_run_goes_on_from_a_crash_at_any_write(
     assert len(different) >= 100
     for place in different.values():
         goes_on(place, whole, Journal(tmp_path / "whole"))
-    assert "damaged" not in capsys.readouterr().out  # what is not whole has no marker
+    assert "damaged" not in capsys.readouterr().out  # an incomplete checkpoint has no marker
 
 
 def plain(name: str) -> str:
-    """The name of a place without the random part of a temporary file's."""
+    """Returns the name of a place without the random part of temporary names."""
     return ".".join(part for part in name.split(".") if part != "tmp" and len(part) != 32)
 
 

@@ -1,4 +1,4 @@
-"""What is found out before a launch, and which errors a launch does not try again."""
+"""Checks before a launch, errors that no restart follows, and the start of Ray."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipelines.training import Context, TrainingError, loop, train
 from pipelines.training.launch import _failure_policy, _ray_folder, check, is_final
 from tests.support.toy import toy_job
 
-LAUNCH = import_module("pipelines.training.launch")  # the package has a function of this name
-MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # name, options, a size that it does not take
+LAUNCH = import_module("pipelines.training.launch")  # `pipelines.training.launch` is the function
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # name, options, a size that the model refuses
     "timm's ViT": ("timm:vit_tiny_patch16_224", {"depth": 1}, 32),
     "timm's ViT, of another size": ("timm:vit_tiny_patch16_224", {"depth": 1, "img_size": 64}, 224),
     "a network that pools more than there is": ("torchvision:squeezenet1_1", {}, 8),
@@ -34,7 +34,7 @@ SAYS = {
 
 
 def model_job(directory: Path, kind: str, size: int | None = None, **params: Any) -> Any:
-    """A job of conventional training of one of MODELS."""
+    """Returns a job that trains one of MODELS conventionally."""
     name, options, wrong = MODELS[kind]
     size = size or wrong
     spec = ModelSpec(name, tuple("abc"), size, "conventional", options=options)
@@ -133,7 +133,7 @@ def test_errors_that_another_try_may_be_spared_are_not(error: Exception) -> None
     assert not is_final(error)
 
 
-# Failures between checkpoints -----------------------------------------------------------------------------------------
+# Failures between checkpoints -------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -147,17 +147,17 @@ def test_failures_are_counted_from_checkpoint_to_checkpoint(tmp_path: Path) -> N
         cloudpickle.dumps(_failure_policy(FailureConfig(max_failures=2), str(tmp_path)))
     )
     error, again = WorkerGroupError("lost", {0: OSError("lost")}), FailureDecision.RETRY
-    for step in range(1, 6):  # weeks of it
+    for step in range(1, 6):  # any number of times
         assert [policy.make_decision(error) for _ in range(2)] == [again, again]
         (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
-        (tmp_path / f"checkpoints/step-{step}/state.pt").touch()  # not whole yet
+        (tmp_path / f"checkpoints/step-{step}/state.pt").touch()  # incomplete without complete.json
         files.write_json(tmp_path / f"checkpoints/step-{step}/complete.json", {})
     assert [policy.make_decision(error) for _ in range(2)] == [again, again]
     (tmp_path / "checkpoints/step-9").mkdir()
     assert policy.make_decision(error) == FailureDecision.RAISE
 
 
-# Ray on this machine --------------------------------------------------------------------------------------------------
+# Ray on this machine ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
@@ -167,7 +167,7 @@ def test_ray_has_a_short_folder_if_its_own_would_be_too_long(
 ) -> None:
     for name in ("TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, "/" + "x" * (length - 5))  # and "/ray"
+    monkeypatch.setenv(variable, "/" + "x" * (length - 5))  # Ray appends "/ray"
     with _ray_folder() as folder:
         assert (folder is None) == (length <= 43)
         if folder is not None:
@@ -204,7 +204,7 @@ def test_a_workers_cpus_count_its_loaders_processes(cpus: float, processes: int,
     assert TrainingParams(cpus_per_worker=cpus).with_loader(processes).cpus_per_worker == expected
 
 
-# Another number of workers --------------------------------------------------------------------------------------------
+# Another number of workers ----------------------------------------------------------------------------------
 
 
 def test_after_a_change_of_workers_each_step_has_random_numbers_of_its_own(

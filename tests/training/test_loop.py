@@ -1,4 +1,4 @@
-"""What the loop keeps, stops at, and reports."""
+"""Selection, checkpoints, errors and reports of the training loop."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def test_a_notice_of_preemption_is_one_more_checkpoint_and_training_goes_on(
     context = Context(preempted=lambda: asked.append(1) or len(asked) == 2)
     history = loop.fit(context, job)
     assert [row["step"] for row in history] == [6, 12]
-    assert saved == [4, 6, 12]  # asked after steps 2 and 4, and not again; epochs end with one
+    assert saved == [4, 6, 12]  # asked after steps 2 and 4, then no more; 6 and 12 end an epoch
     assert len(asked) == 2
 
 
 def scripted(values: Any) -> Any:
-    """A method whose validation accuracy is the next of `values`."""
+    """Returns a method whose validation accuracies are `values`, one per epoch."""
 
     class Scripted(ToyMethod):
         def update(self, metrics: Any, model: Any, batch: Any) -> None:
@@ -88,7 +88,7 @@ def scripted(values: Any) -> Any:
             self.value = next(values)
             return super().metrics()
 
-    # the loop asks once for the names before the first epoch
+    # Before the first epoch the loop reads the names of the metrics once.
     values = iter([0.0, *values])
     return Scripted
 
@@ -146,7 +146,7 @@ def test_a_run_selects_by_the_direction_that_its_metric_has(tmp_path: Path) -> N
     found = [row["metrics"]["val/calibration"] for row in result.history]
     assert len(set(found)) == 3
     assert result.best["metrics"]["val/calibration"] == min(found)
-    again = train(toy_job(tmp_path / "run", select="val/calibration"))  # a finished run knows it too
+    again = train(toy_job(tmp_path / "run", select="val/calibration"))  # the checkpoint has the direction
     assert again.best == result.best
 
 
@@ -161,14 +161,14 @@ def test_what_has_no_direction_is_refused_before_any_step(tmp_path: Path, select
 
 
 class Unmeasured(ToyMethod):
-    """Its accuracy has no case in the first `epochs` epochs."""
+    """Measures no accuracy in the first `epochs` epochs."""
 
     epochs, asked = 1, 0
 
     def metrics(self) -> Any:
         self.asked += 1
         metrics = super().metrics()
-        if self.asked <= 1 + self.epochs:  # the loop asks once before the first epoch
+        if self.asked <= 1 + self.epochs:  # 1 for the names, before the first epoch
             metrics["accuracy"].compute = lambda: torch.tensor(torch.nan)
         return metrics
 
@@ -234,7 +234,7 @@ def test_images_that_validation_skips_are_counted(tmp_path: Path) -> None:
 
 
 def skipping_batches(job: Any, split: str, **place: Any) -> Any:
-    """`toy_batches`, as of a loader that skipped two images of the validation split."""
+    """Returns `toy_batches` as if the loader had skipped two images of the validation split."""
 
     class Skipping(list[Any]):
         skipped = 2 if split == "val" else 0
@@ -279,7 +279,7 @@ def test_what_was_never_reported_is_reported_when_the_stage_runs_again(
     seen: list[int] = []
     for key in ("one", "one", "two"):
         train(toy_job(tmp_path / "run", on_epoch=lambda record: seen.append(record["epoch"]), report_key=key))
-    assert seen == [1, 2, 3] * 2  # each key's own history, once
+    assert seen == [1, 2, 3] * 2  # each key gets the history once
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(

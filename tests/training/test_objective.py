@@ -1,4 +1,4 @@
-"""What is done to the objective from outside changes how it is computed, not what."""
+"""Memory format, compilation, parts and checkpointing do not change what the objective computes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.support.toy import (
     weights,
 )
 
-PLAIN = partial(SteadyMethod, norm=False)  # neither statistics of a batch nor dropout
-SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would blow rounding up
+PLAIN = partial(SteadyMethod, norm=False)  # no batch statistics, no dropout
+SGD: dict[str, Any] = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 0.0}  # Adam would amplify rounding
 
 
 def last_weights(tmp_path: Path, name: str, method: Any = PLAIN, **params: Any) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_checkpointed_blocks_train_bit_for_bit_as_others(tmp_path: Path) -> None
         last_weights(tmp_path, name, BlockMethod, checkpoint_activations=name == "again")
         for name in ("kept", "again")
     )
-    assert identical(kept, again)  # running statistics moved once a step, dropout drew the same
+    assert identical(kept, again)  # statistics moved once per step, and dropout drew the same
     assert not torch.equal(kept["stage.1.body.1.running_var"], torch.ones(8))
 
 
@@ -128,7 +128,7 @@ def test_checkpointed_blocks_carry_the_whole_gradient_of_a_loss_on_w() -> None:
 
 
 def saved_bytes(method: ToyMethod, **params: Any) -> int:
-    """Of all tensors that the forward pass keeps for the backward pass."""
+    """Returns the bytes of all tensors that the forward pass keeps for the backward pass."""
     objective = build_objective(method, toy_job("run", **params).training).train()
     total = 0
 
@@ -183,7 +183,7 @@ def test_batches_of_many_sizes_are_all_compiled() -> None:
 
     images = samples()[0]
     objective = build_objective(Tells(), toy_job("run", compile=True).training)
-    objective.compile(backend="eager", dynamic=False, **ISOLATED)  # tracing is what counts, and is quick
+    objective.compile(backend="eager", dynamic=False, **ISOLATED)  # tracing alone is enough, and quick
     assert [objective({"image": images[:size]})["compiled"].item() for size in range(2, 16)] == [1.0] * 14
 
 
@@ -191,7 +191,7 @@ def test_batches_of_many_sizes_are_all_compiled() -> None:
 def test_what_the_compiler_cannot_do_is_one_line(tmp_path: Path) -> None:
     import torch._inductor.config as compiler
 
-    torch.compiler.reset()  # before 2.13 torch would take the code that was compiled for another test
+    torch.compiler.reset()  # before 2.13 torch would reuse code compiled in another test
     with (
         compiler.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
         pytest.raises(TrainingError, match=r"^compile: [^\n]*no-such-compiler[^\n]* .compile: false [^\n]*$"),

@@ -84,14 +84,14 @@ def test_agc_bounds_each_row_by_its_own_weights_norm() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 4)
     with torch.no_grad():
-        layer.weight[0] = 0.0  # bounded by eps, not by zero
+        layer.weight[0] = 0.0  # eps, not this norm of 0, is the bound
     layer.weight.grad, layer.bias.grad = torch.randn(4, 5), torch.full((4,), 1e-6)
     direction = nn.functional.normalize(layer.weight.grad, dim=1)
     clip_gradients(layer.parameters(), params(clip="agc", clip_value=0.02))
     limit = 0.02 * layer.weight.detach().norm(dim=1).clamp(min=1e-3)
     assert torch.allclose(layer.weight.grad.norm(dim=1), limit)
     assert torch.allclose(nn.functional.normalize(layer.weight.grad, dim=1), direction, atol=1e-5)
-    assert torch.equal(layer.bias.grad, torch.full((4,), 1e-6))  # small enough already
+    assert torch.equal(layer.bias.grad, torch.full((4,), 1e-6))  # below its bound
 
 
 def test_norm_bounds_all_gradients_together_and_none_leaves_them() -> None:

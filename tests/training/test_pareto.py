@@ -1,4 +1,4 @@
-"""The Pareto front, its knee, and what a run keeps by them."""
+"""The Pareto front, its knee, and the checkpoints that a run keeps by them."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def test_the_knee_is_nearest_to_the_best_of_everything():
     assert knee([(1.0, 0.0), (0.9, 0.8), (0.0, 1.0)]) == 1
     assert knee([(0.3, 0.3)]) == 0
     assert knee([(0.5, 0.2), (0.5, 0.4), (0.5, math.nan)]) == 1
-    assert knee([(0.9, -0.2), (0.9, -0.4), (0.9, -math.inf)]) == 0  # of figures that fall 0 would be the best
+    assert knee([(0.9, -0.2), (0.9, -0.4), (0.9, -math.inf)]) == 0  # -inf is not taken as 0, the best
     assert knee([(0.5, -math.inf), (0.9, -math.inf)]) == 1
 
 
@@ -78,11 +78,11 @@ def test_training_stops_below_the_floor_and_such_an_epoch_is_not_on_the_front():
     floor = params(f1_floor=0.65, select="epg")
     assert [is_finished(HISTORY[:n], floor) for n in range(1, 5)] == [False, False, False, True]
     assert best_record(HISTORY[:4], floor)["epoch"] == 2
-    assert best_record(HISTORY[3:], floor)["epoch"] == 4  # there is no other
+    assert best_record(HISTORY[3:], floor)["epoch"] == 4  # every epoch is below the floor
 
 
 def test_the_checkpoints_of_the_front_stay(tmp_path: Path):
-    scripted = iter([HISTORY[0], *HISTORY])  # the loop asks once for the names before the first epoch
+    scripted = iter([HISTORY[0], *HISTORY])  # the first is for the names
 
     class Scripted(ToyMethod):
         def metrics(self):

@@ -1,4 +1,4 @@
-"""Several workers under Ray Train: the same weights whatever dies, the same metrics whatever their number."""
+"""Workers under Ray Train: weights do not depend on who dies, metrics not on the number of workers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ pytestmark = pytest.mark.usefixtures("ray_workers")
 
 
 def assert_evaluated_as_here(there: dict[str, Any], job: Job) -> None:
-    """Each key exactly once, and the metrics of one worker: counts and top-1 the same, the others to 1e-6."""
+    """Checks that each key came once, and that metrics equal those of one worker.
+
+    Counts and top-1 are exactly equal, other metrics to 1e-6.
+    """
     here = evaluate_toy(Context(), job)
     assert sorted(there["keys"]) == sorted(here["keys"]) == [f"{number:04d}" for number in range(COUNT)]
     for name in ("count", "accuracy"):
@@ -53,7 +56,7 @@ def assert_evaluated_as_here(there: dict[str, Any], job: Job) -> None:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory, ray_workers: None) -> Callable[[str], tuple[Any, Any]]:
-    """Jobs by the test that they are for, and what became of them, all on the same two workers."""
+    """Runs the jobs of several tests on the same two workers; returns name -> (jobs, results)."""
     folder = tmp_path_factory.mktemp("two")
     steady, drops = partial(SteadyMethod, norm=False), partial(SteadyMethod, dropout=0.3)
     broken = accident("raise", 9, rank=ALL_RANKS, method=SteadyMethod, dropout=0.3)
@@ -100,7 +103,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path: Path, on_two: An
     assert (tmp_path / "marker").exists()
     assert identical(checkpoints.load(whole.directory, 18)["model"], weights(killed))
     assert [record["epoch"] for record in killed.history] == [1, 2, 3]
-    assert not list((tmp_path / "killed/ray").iterdir())  # what Ray kept for itself is gone
+    assert not list((tmp_path / "killed/ray").iterdir())  # Ray's own state is deleted
 
 
 def test_three_workers_add_up_gradients_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
@@ -123,9 +126,8 @@ def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp
         shard_size=9,
         progress=False,
     )
-    job = toy_job(
-        tmp_path / "run", partial(SteadyMethod, norm=False), workers=3, batch_size=4
-    )  # shares of 1, 1 and 2
+    # Ranks have shares of 1, 1 and 2 images.
+    job = toy_job(tmp_path / "run", partial(SteadyMethod, norm=False), workers=3, batch_size=4)
     data = DataParams(image_size=toy.SIDE, on_error="skip")
     job = replace(job, shards=str(tmp_path / "shards"), batches=shard_batches, data=data)
     normed = replace(job, build=SteadyMethod, directory=str(tmp_path / "normed"))
@@ -133,14 +135,14 @@ def test_three_workers_share_a_batch_unequally_also_if_one_has_no_image_left(tmp
     there, evaluated, (found, own) = launch(call_each, jobs, training=job.training, storage=str(tmp_path))
     here = gradients_of_epoch(Context(), replace(job, data=data))
     assert sum(there["images"]) == sum(here["images"]) == 18
-    assert all(idle > 0 for idle in there["idle"][:2])  # the first rank among them
+    assert all(idle > 0 for idle in there["idle"][:2])  # rank 0 is among the idle ones
     assert there["gradient"] == pytest.approx(here["gradient"], rel=1e-4, abs=1e-6)
-    assert evaluated["values"]["count"] == COUNT  # ranks whose buffers DDP shares wait for each other
+    assert evaluated["values"]["count"] == COUNT  # ranks wait for each other to share buffers
     assert found == own
 
 
 def test_a_worker_that_no_node_has_cpus_for_is_refused() -> None:
-    _check_cpus(TrainingParams(workers=64))  # they come one after the other
+    _check_cpus(TrainingParams(workers=64))  # only one of them must fit the largest node
     with pytest.raises(
         TrainingError,
         match=r"^cpus_per_worker: a worker with its loader's processes needs a node of 4097 CPUs",
@@ -191,7 +193,7 @@ def test_an_error_that_a_restart_cannot_cure_ends_in_its_own_line(tmp_path: Path
         asked.append((split, place.get("start_batch"), list(place.get("earlier", []))))
         return toy_batches(job, split, **place)
 
-    # In this process: another number of workers may go on with it, with what those before left of the epoch.
+    # This process, another number of workers, resumes with the rest of the epoch.
     elsewhere = train(replace(toy_job(tmp_path / "run"), batches=batches))
     assert ("train", 2, [(2, 2)]) in asked
     assert [place for place in asked if place[2]] == [("train", 2, [(2, 2)])]

@@ -1,4 +1,4 @@
-"""A run killed anywhere and run again ends with the same weights, bit for bit, as one never killed."""
+"""A killed and resumed run ends with the same weights, bit for bit, as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pipelines.training import Result, checkpoints, train
 from tests.support.toy import accident, identical, toy_job, weights
 
 
-@pytest.mark.parametrize(
-    "at_step", [1, 3, 6, 7, 9, 18]
-)  # before any checkpoint, in mid-epoch, at an epoch's ends
+# Before any checkpoint, within an epoch, and at both ends of an epoch.
+@pytest.mark.parametrize("at_step", [1, 3, 6, 7, 9, 18])
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
 def test_killed_and_run_again_is_as_never_killed(tmp_path: Path, at_step: int, schedule: str) -> None:
     whole = train(toy_job(tmp_path / "whole", schedule=schedule))
@@ -40,7 +39,7 @@ def test_how_often_checkpoints_are_written_changes_nothing(
 
 def test_a_finished_run_is_not_trained_again_and_its_history_is_whole(tmp_path: Path) -> None:
     first = train(toy_job(tmp_path / "run"))
-    (tmp_path / "run/history.json").write_text("[]")  # a kill came before the last one was written
+    (tmp_path / "run/history.json").write_text("[]")  # as if killed before the history was written
     again = train(toy_job(tmp_path / "run", accident("bug", 1, tmp_path / "marker")))
     assert again == first
     assert json.loads((tmp_path / "run/history.json").read_text()) == first.history

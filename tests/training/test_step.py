@@ -1,4 +1,4 @@
-"""A step of ranks with unequal shares, in parts, with images missing, is the step of the whole batch."""
+"""A step with unequal shares, parts and missing images equals the step of the whole batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNT, BATCH, BROKEN = 192, 64, (3, 4, 5, 77, 130, 131)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """Shards of COUNT images, without and with BROKEN ones among them."""
+    """Returns roots of shards of COUNT images: intact (False), or with the BROKEN images damaged (True)."""
     roots = {}
     for damaged in (False, True):
         images = [plain(i, image=b"none") if damaged and i in BROKEN else plain(i) for i in range(COUNT)]
@@ -42,13 +42,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 
 def job_on(root: str, directory: Path, method: Any = PLAIN, **params: Any) -> Job:
-    """A toy job on shards; images that do not decode are left out."""
+    """Returns a toy job on shards that leaves out images that do not decode."""
     job = toy_job(directory, method, **{"batch_size": BATCH, "optimiser": "sgd", "lr": 0.1, **params})
     return replace(job, shards=root, batches=shard_batches, data=DataParams(image_size=SIDE, on_error="skip"))
 
 
 def gradients_of_steps(job: Job, world_size: int) -> tuple[list[int], list[torch.Tensor], list[torch.Tensor]]:
-    """Of each step of an epoch: images, gradient and loss, as ranks that come one after the other give them together."""
+    """Returns images, gradient and loss of each step of an epoch, with ranks computed one after the other."""
     images, found, losses = [], [], []
     run = set_up(Context(), job)
     run.objective.train()
@@ -86,7 +86,7 @@ def test_gradients_of_an_epoch_are_those_of_one_worker(
     assert sum(whole[0]) == sum(shared[0]) == kept
     if not damaged:
         assert shared[0] == [BATCH] * 3
-    # Steps of other numbers of workers have other images: the sum over all images is what must be the same.
+    # Steps of other numbers of workers have other images, so only the sums over all images must agree.
     for here, there in ((whole[1], shared[1]), (whole[2], shared[2])):
         one, other = (
             sum(count * each for count, each in zip(counts, values, strict=True)) / kept  # type: ignore[arg-type]
@@ -120,11 +120,11 @@ def test_a_batch_that_has_fewer_images_than_workers_is_refused(tmp_path: Path) -
         train(toy_job(tmp_path / "run", workers=(2, 9)))
 
 
-# Running statistics ---------------------------------------------------------------------------------------------------
+# Running statistics -----------------------------------------------------------------------------------------
 
 
 class Normalised(nn.Module):
-    """Running statistics of several kinds, and a buffer that is none."""
+    """Has running statistics of several kinds, and one other buffer."""
 
     def __init__(self, momentum: float | None) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Normalised(nn.Module):
 def test_the_parts_of_a_batch_move_running_statistics_as_far_as_the_whole(momentum: float | None) -> None:
     images = samples()[0][:7] * torch.arange(1, 8)[:, None, None, None]
     whole = Normalised(momentum)
-    whole(images[:5])  # so that they do not start at 0 and 1
+    whole(images[:5])  # statistics then differ from their initial 0 and 1
     parted = copy.deepcopy(whole)
     before = {name: buffer.clone() for name, buffer in whole.named_buffers()}
     whole(images)
@@ -155,20 +155,19 @@ def test_the_parts_of_a_batch_move_running_statistics_as_far_as_the_whole(moment
             parted(part)
     statistics.settle()
     found, expected = dict(parted.named_buffers()), dict(whole.named_buffers())
-    step = 1 / 2 if momentum is None else momentum  # the second batch of an average
+    step = 1 / 2 if momentum is None else momentum  # this is the second batch of a cumulative average
     for name, buffer in found.items():
         if name.endswith("running_mean"):
             torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-6)
-        elif name.endswith(
-            "running_var"
-        ):  # the mean of the parts' variances in the place of the whole batch's
+        elif name.endswith("running_var"):
+            # The mean of the parts' variances replaces the variance of the whole batch.
             unbiased = name.startswith("norms.0")
             inside = [
                 part.var((0, 2, 3), unbiased=unbiased) * len(part) / 7 for part in images.tensor_split(4)
             ]
             torch.testing.assert_close(buffer, before[name].lerp(sum(inside), step), rtol=1e-4, atol=1e-5)
         else:
-            assert torch.equal(buffer, expected[name])  # counted once; what is no statistic stays
+            assert torch.equal(buffer, expected[name])  # the batch counts once; other buffers stay
 
 
 def test_a_run_in_parts_counts_and_moves_once_a_step(tmp_path: Path) -> None:
@@ -186,14 +185,14 @@ def test_a_run_in_parts_counts_and_moves_once_a_step(tmp_path: Path) -> None:
     assert int(run.method.module.norm.num_batches_tracked) == 6
     other = set_up(Context(), toy_job(tmp_path / "other", SteadyMethod, epochs=1, lr=1e-9, accumulate=4))
     whole = set_up(Context(), toy_job(tmp_path / "whole", SteadyMethod, epochs=1, lr=1e-9))
-    for each in (other, whole):  # weights that stay: the same features
+    for each in (other, whole):  # the tiny learning rate keeps weights, and so features, the same
         loop.train_epoch(each)
     torch.testing.assert_close(
         other.method.module.norm.running_mean, whole.method.module.norm.running_mean, rtol=1e-4, atol=1e-5
     )
 
 
-# Validation -----------------------------------------------------------------------------------------------------------
+# Validation -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("accumulate", "largest"), [(1, 16), (3, 6), (8, 2)])
@@ -221,11 +220,11 @@ def test_validation_takes_no_more_images_at_once_than_training(
     assert not any(graphs)
 
 
-# Errors ---------------------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------
 
 
 class Hungry(ToyMethod):
-    """Runs out of GPU memory at a step."""
+    """Runs out of GPU memory at step `at_step`."""
 
     def loss(self, model: Any, batch: Any) -> Any:
         if self.steps == self.at_step:

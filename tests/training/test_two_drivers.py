@@ -1,4 +1,4 @@
-"""Two drivers of one run, and a worker group beside its successor: one goes on, and nothing of it is touched by the other."""
+"""Two drivers of one run, or an old worker group beside a new one: only one goes on, undisturbed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.toy import accident, identical, toy_batches, toy_job, weights
 
 
 def pausing(at: int, meanwhile: Callable[[], None]) -> Callable[..., Any]:
-    """`toy_batches`, which calls `meanwhile` before it gives the `at`-th batch of training, once."""
+    """Returns `toy_batches`, which calls `meanwhile` once, before the `at`-th training batch."""
     given = iter(range(1, 1000))
 
     class Pausing(list[Any]):
@@ -39,7 +39,7 @@ def pausing(at: int, meanwhile: Callable[[], None]) -> Callable[..., Any]:
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
-    """What the function returns or raises in a thread of its own, as another driver."""
+    """Calls the function in a thread of its own, as another driver; returns or raises what it does."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -59,7 +59,7 @@ def test_the_second_driver_is_refused_and_the_first_one_ends_as_if_alone(
     assert len(refused) == 1
     assert "\n" not in refused[0]
     assert identical(weights(result), weights(uninterrupted))
-    assert train(toy_job(directory)) == result  # it has let go
+    assert train(toy_job(directory)) == result  # the first driver has released its lease
 
 
 def test_a_driver_that_was_taken_for_dead_stops_and_its_successor_ends_as_if_alone(
@@ -78,7 +78,7 @@ def test_a_driver_that_was_taken_for_dead_stops_and_its_successor_ends_as_if_alo
 
 
 def test_a_worker_group_beside_its_successor_cannot_write(tmp_path: Path, uninterrupted: Result) -> None:
-    """What Ray may leave behind: the old group's rank 0 still trains while the new one does, under the same driver."""
+    """Ray may leave rank 0 of an old group training while the new group trains, under the same driver."""
     directory = str(tmp_path / "run")
     with held(directory) as driver:
         job = replace(toy_job(directory), owner=driver.owner)
@@ -109,7 +109,7 @@ STATE = {"model": {"a": torch.ones(3)}}
 
 
 def tokens_of(directory: str) -> set[tuple[int, int]]:
-    """(token, step) of each checkpoint."""
+    """Returns (number of the token, step) of each checkpoint."""
     return {(folder.number, folder.step) for folder in checkpoints._folders(directory)}
 
 
@@ -127,7 +127,7 @@ def test_no_writer_touches_the_checkpoints_of_a_later_one(
             for step in (2, 4):
                 with pytest.raises(StorageError, match="newer worker group"):
                     checkpoints.save(directory, step, STATE, {"epoch": -1}, set(), 1, old)
-            # even where it asked before the other one came, and writes after that
+            # The old writer may have checked its lease before the new one came, and write afterwards.
             monkeypatch.setattr(lease.Lease, "check_newest", lambda self: None)
             checkpoints.save(directory, 2, STATE, {"epoch": -1}, set(), 1, old)
             checkpoints.save(directory, 9, STATE, {"epoch": -1}, set(), 1, old)
@@ -136,10 +136,8 @@ def test_no_writer_touches_the_checkpoints_of_a_later_one(
             assert summary is not None
             assert (summary["step"], summary["epoch"]) == (2, 20)
             checkpoints.save(directory, 3, STATE, {"epoch": 30}, set(), 2, new)
-            assert tokens_of(directory) == {
-                (new.number, 2),
-                (new.number, 3),
-            }  # nothing is left of the old one's
+            # No checkpoint of the old writer is left.
+            assert tokens_of(directory) == {(new.number, 2), (new.number, 3)}
 
 
 def test_checkpoints_of_earlier_versions_are_gone_on_with(tmp_path: Path, uninterrupted: Result) -> None:
