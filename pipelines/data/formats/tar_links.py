@@ -20,9 +20,8 @@ class Link:
     from_root: bool = False
 
 
-Entry = (
-    Member | Link | str | None
-)  # a file, a link, the reason why the entry is unusable, or None for a folder
+# A file, a link, the reason why an entry is unusable, or None for a folder
+Entry = Member | Link | str | None
 
 
 def add_entries(entries: Mapping[str, Entry], found: Listing) -> None:

@@ -30,9 +30,8 @@ from pipelines.data.formats.packed import to_tar
 from pipelines.data.formats.tars import list_tar
 from pipelines.data.shards.sample import DataError
 
-Members = list[
-    tuple[str, bytes | str]
-]  # (name, content), or (name, tar type and link target, such as `2../a`)
+# (name, content) of a file; (name, tar type and target) of a link, such as `2../a`
+Members = list[tuple[str, bytes | str]]
 
 
 def tar_of(path: Path, members: Members) -> Path:

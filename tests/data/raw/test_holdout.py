@@ -11,9 +11,8 @@ from pipelines.data.shards.sample import DataError
 
 @pytest.mark.parametrize("count", [1, 5, 20, 46])
 def test_each_class_keeps_an_image_and_the_count_is_met(count):
-    labels = (
-        [0] * 30 + [1] * 10 + [2] * 8 + [3, 4, 4, 5] + [7]
-    )  # some classes have one image, class 6 has none
+    # Some classes have a single image, and class 6 has none.
+    labels = [0] * 30 + [1] * 10 + [2] * 8 + [3, 4, 4, 5] + [7]
     chosen = held_out(labels, count, seed=0)
     assert len(chosen) == count
     left = Counter(label for place, label in enumerate(labels) if place not in chosen)
