@@ -1,6 +1,7 @@
 """Settings and limits of this process: OpenMP threads, malloc, sockets, cores, worker processes.
 
-Importing this module applies the settings. It has to be imported before torch, which reads those of OpenMP.
+Importing this module applies the settings. Import it before torch, because torch reads OpenMP's settings as
+it loads.
 """
 
 import ctypes

@@ -206,7 +206,7 @@ def _numbers(directory: str) -> list[int]:
 def _read(directory: str, number: int) -> Lease | None:
     """The token with this number; `None` if it is deleted or unreadable.
 
-    The process of an unreadable token died while it wrote the token, so it has written nothing else.
+    A process writes its token first, so the process of an unreadable token has written nothing else.
     """
     content = files.read_record(_path(directory, number), dict) or {}
     with suppress(KeyError, TypeError):
@@ -226,7 +226,7 @@ def _take(directory: str, owner: str, own: bool = False, wait: bool = True) -> L
     """Takes the next token for the driver `owner`.
 
     Args:
-        directory: of the run.
+        directory: directory of the run.
         owner: name of the driver.
         own: the driver already holds the directory and takes a later token for a writer.
         wait: first waits until the present driver is dead, or raises `LeaseError` if it is alive.

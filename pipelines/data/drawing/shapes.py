@@ -54,7 +54,7 @@ def _crescent() -> Points:
 
 
 def _heart() -> Points:
-    """The curve x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, scaled into the unit disc."""
+    """The curve x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, upright, centred, over 16."""
     points = []
     for k in range(_ARC):
         cosines = [direction(m * k / _ARC)[0] for m in range(5)]

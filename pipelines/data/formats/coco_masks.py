@@ -54,7 +54,7 @@ def encode(segmentation: Any, height: int, width: int, where: str) -> str | None
 
 
 def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> str:
-    """Compresses plain or checks compressed run lengths; raises `ValueError` unless they fill the image."""
+    """Plain or compressed run lengths in compressed form; raises `ValueError` unless they fill the image."""
     from pycocotools import mask
 
     counts = segmentation["counts"]

@@ -22,10 +22,10 @@ ARCHIVES = {
 def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str, Corners], str]:
     """Corners of the boxes by image name (`species/file.jpg`), and one checksum of the data set's files.
 
-    CUB documents its boxes only as x, y, width and height in pixels. Boxes with x = 0 exist, and in none of
-    the 5,794 boxes of the test split does x + width exceed the image. So this function reads boxes as counted
-    from 0 and half-open, [x, x + width), like the code published with Waterbirds-100. It does not check them
-    against their images.
+    CUB documents its boxes only as x, y, width and height in pixels. Boxes with x = 0 exist, and none of the
+    5,794 boxes of the test split has x + width beyond the image's last pixel. So this function reads boxes as
+    counted from 0 and half-open, [x, x + width), like the code published with Waterbirds-100. It does not
+    check them against their images.
 
     Args:
         root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`. If

@@ -109,8 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DecodeError: the pixels are floating-point numbers.
     """
-    # Modes I have 16 bits per pixel, or 32 bits that hold 16. Pillow would clip the values to 8 bits, not
-    # scale them.
+    # Modes `I...` have 16 bits per pixel, or 32 that hold 16. Pillow would clip them to 255, not scale them.
     if image.mode.startswith("I"):
         return Image.fromarray((as_16_bits(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

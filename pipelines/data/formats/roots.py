@@ -43,7 +43,7 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
         progress: if True, shows progress bars.
 
     Raises:
-        DataError: nothing is there, its sha256 is not `sha256`, or a folder has a `sha256`.
+        DataError: nothing is there, its sha256 is not `sha256`, or `sha256` is given for a folder.
     """
     raw.mkdir(parents=True, exist_ok=True)
     path = Path(users_path(root))

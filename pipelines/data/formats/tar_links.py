@@ -1,4 +1,4 @@
-"""Resolves the links in a tar within the tar, as a file system would after unpacking."""
+"""Resolves links between the entries of a tar, as a file system would after unpacking."""
 
 from __future__ import annotations
 
