@@ -1,4 +1,8 @@
-"""This process: its threads and its memory (set before torch is imported), its sockets, its cores, processes beside it."""
+"""Settings and limits of this process: OpenMP threads, malloc, sockets, cores, worker processes.
+
+Importing this module applies the settings. Import it before torch, because torch reads OpenMP's settings as
+it loads.
+"""
 
 import ctypes
 import math
@@ -17,46 +21,48 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Threads that spin long while they wait make two busy processes several times slower, threads that never do make one process
-# slower by a third: let them spin for a moment, unless the user says how. Read when torch is first imported.
+# OpenMP threads that busy-wait for long make two busy processes several times slower. Threads that never
+# busy-wait make a single process slower by a third. So they spin briefly, unless the user has set one of
+# these variables.
 _OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 if not _OPENMP.keys() & os.environ.keys():
     os.environ.update(_OPENMP)
 OPENMP = {name: os.environ[name] for name in _OPENMP if name in os.environ}
 
-# A training step frees its tensors' memory and takes it again. By default glibc gives large pieces back to the system each time,
-# which clears them anew: a tenth of a step on CPUs. A gigabyte is kept instead. The user's own settings of malloc win.
+# Each training step frees its tensors and allocates them again. By default glibc returns large blocks to the
+# system, which has to zero them again: a tenth of the step's time on CPUs. With these settings glibc keeps up
+# to a gigabyte. The user's own malloc settings take precedence.
 if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-    _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None in other C libraries
     if _mallopt is not None:
         for _parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; bytes
             _mallopt(_parameter, 2**30)
 
 
-SOCKET_NAME = 103 if sys.platform == "darwin" else 107  # bytes that the path of a Unix socket may have
+SOCKET_NAME = 103 if sys.platform == "darwin" else 107  # longest path of a Unix socket, in bytes
 
 
 def short_folder() -> str | None:
-    """A folder for sockets whose path is short and in which this process may write; None if there is none."""
+    """A writable folder with a short path, for sockets; `None` if there is none."""
     return next(
         (folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)), None
     )
 
 
 def _shorten_socket_names() -> None:
-    """Lets processes of `multiprocessing` meet in a short folder if TMPDIR is too long for the names of their sockets.
+    """Moves the sockets of `multiprocessing` to a short folder if their paths in TMPDIR are too long.
 
-    Loader processes hand over their tensors through such sockets. Processes that this one starts inherit the folder.
+    Loader processes send their tensors through such sockets. Child processes inherit the folder.
     """
     try:
         folder = tempfile.gettempdir()
-    except FileNotFoundError:  # there is none to write to
+    except FileNotFoundError:  # no writable temporary folder
         return
     too_long = len(os.fsencode(f"{folder}/pymp-12345678/listener-12345678")) > SOCKET_NAME
     if hasattr(socket, "AF_UNIX") and too_long and short_folder() is not None:
         try:
             tempfile.tempdir = short_folder()
-            multiprocessing.util.get_temp_dir()  # makes it, once in a process, and removes it in the end
+            multiprocessing.util.get_temp_dir()  # created once per process, and deleted at its exit
         finally:
             tempfile.tempdir = folder
 
@@ -65,7 +71,10 @@ _shorten_socket_names()
 
 
 def cpu_count() -> int:
-    """The cores that this process may use: by its affinity, and by the CPU quotas of its control groups (containers, Slurm)."""
+    """Number of cores that this process may use.
+
+    The minimum of its CPU affinity and the CPU quotas of its control groups (containers, Slurm); at least 1.
+    """
     return max(1, min([_affinity(), *(math.ceil(quota) for quota in cpu_quotas())]))
 
 
@@ -74,12 +83,13 @@ def _affinity() -> int:
 
 
 def cpu_quotas(root: str | Path = "/") -> Iterator[float]:
-    """How many cores' time each control group around this process allows, if it sets a bound; v1 and v2 of control groups.
+    """Yields the CPU quotas, in cores, of the control groups (v1 or v2) around this process.
 
-    The path of a group may be that on the host while only the group itself is mounted: all of the path's folders are tried.
+    In a container, `/proc` may name a group by its path on the host although only the group itself is
+    mounted. So the group's path and all its parents are tried.
 
     Args:
-        root: where `proc` and `sys` are.
+        root: folder that holds `proc` and `sys`.
     """
     for line in _text(Path(root, "proc/self/cgroup")).splitlines():
         _, controllers, name = line.split(":", 2)
@@ -92,36 +102,39 @@ def cpu_quotas(root: str | Path = "/") -> Iterator[float]:
                     folder / "cpu.cfs_period_us"
                 )
                 quota, period = [*bound.split(), "", ""][:2]
-                if quota.isdecimal() and period.isdecimal():  # not `max` or -1: no bound
+                if quota.isdecimal() and period.isdecimal():  # without a quota, `max` (v2) or -1 (v1)
                     yield int(quota) / int(period)
 
 
 def _text(path: Path) -> str:
-    """The content of a file of the system; empty if it cannot be read."""
+    """The content of a system file; empty if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
         return ""
 
 
-if cpu_count() < _affinity():  # OpenMP knows the affinity alone
+if cpu_count() < _affinity():  # OpenMP knows the affinity, but no quotas
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
 
 
 def mapped(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
-    """`function` of each item in their order, in up to `processes` processes; after an error no further item is begun."""
+    """Yields `function(item)` for each item, in order, computed in up to `processes` processes.
+
+    After an error, no further item is started.
+    """
     processes = min(processes, len(items))
     if processes < 2:
         yield from map(function, items)
         return
-    # Spawned, not forked: the caller may have threads, and a fork would copy their locks as they are.
+    # Spawned, not forked: a fork would copy the locks that the caller's other threads hold at that moment.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, items)  # which cancels the items not yet begun when it ends early
+        yield from pool.map(function, items)  # if it ends early, `pool.map` cancels the items not yet started
 
 
 @contextmanager
 def environment(variable: str, value: str) -> Iterator[None]:
-    """Sets an environment variable meanwhile."""
+    """Sets an environment variable within the block."""
     before = os.environ.get(variable)
     os.environ[variable] = value
     try:

@@ -1,4 +1,4 @@
-"""What this process may use, and sockets whose names would be too long."""
+"""The cores that this process may use, and the paths of its sockets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def system(root: Path, **files: str) -> Path:
-    """A tree with these files, `__` standing for `/`."""
+    """Writes files below `root`; `__` in a name stands for `/`."""
     for name, content in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,18 +27,14 @@ def system(root: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (
-            {"proc__self__cgroup": "0::/a/b\n", "sys__fs__cgroup__a__cpu.max": "150000 100000\n"},
-            [1.5],
-        ),  # of a parent
+        # The quota of a parent group
+        ({"proc__self__cgroup": "0::/a/b\n", "sys__fs__cgroup__a__cpu.max": "150000 100000\n"}, [1.5]),
         ({"proc__self__cgroup": "0::/a\n", "sys__fs__cgroup__a__cpu.max": "max 100000\n"}, []),
-        (
-            {"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "400000 200000\n"},
-            [2.0],
-        ),  # a container's own view
+        # A container that sees its own group as the root
+        ({"proc__self__cgroup": "0::/\n", "sys__fs__cgroup__cpu.max": "400000 200000\n"}, [2.0]),
         (
             {
-                "proc__self__cgroup": "5:memory:/x\n4:cpu,cpuacct:/docker/1\n",  # named as on the host
+                "proc__self__cgroup": "5:memory:/x\n4:cpu,cpuacct:/docker/1\n",  # the path on the host
                 "sys__fs__cgroup__cpu,cpuacct__cpu.cfs_quota_us": "50000\n",
                 "sys__fs__cgroup__cpu,cpuacct__cpu.cfs_period_us": "100000\n",
             },
@@ -83,7 +79,7 @@ with Listener(family="AF_UNIX") as listener:
     ran = run_with(script, TMPDIR=str(long))
     assert ran.returncode == 0, ran.stderr
     folder, length = ran.stdout.split()
-    assert folder == str(long)  # everything but sockets stays where the user wants it
+    assert folder == str(long)  # only sockets move; TMPDIR is respected otherwise
     assert int(length) <= process.SOCKET_NAME
 
 

@@ -1,8 +1,8 @@
-"""Files at a path or any fsspec URL: written whole or not at all, read, hashed, as JSON.
+"""Files at a path or any fsspec URL: written atomically, read, hashed, parsed as JSON.
 
-A file on this machine is written under a temporary name beside its own, synced to the disk, and then renamed, so that neither a
-killed process nor a crash of the machine leaves a part of it; an object store gets it in one put.
-A remote storage that fails for a while is tried again; see `retry`.
+A local file is written under a temporary name beside the final one, synced to the disk, and then renamed. So
+neither a killed process nor a crash of the machine leaves a partial file. An object store gets each file in
+one put. Calls to a remote storage are retried on transient errors; see `retry`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUCKETS = {"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"}  # have no folders
-NO_LINKS = {
-    errno.EPERM,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EMLINK,
-    errno.EXDEV,
-}  # of hard links
+# Errors of os.link on file systems without hard links
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def file_system(place: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, which caches no listings, and the path on it."""
+    """The fsspec file system of a path or URL, without cached listings, and the path in it."""
     filesystem, path = fsspec.url_to_fs(str(place), use_listings_cache=False)
     return filesystem, path.rstrip("/")
 
 
 def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
-    """Makes a folder on a storage that has folders; never makes a bucket."""
+    """Creates a folder on a storage that has folders. Does nothing on object stores."""
     protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
     if BUCKETS & protocols:
         return
@@ -58,7 +52,7 @@ def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def rename(path: Path, target: str | Path) -> None:
-    """Gives a written file of this machine its final name; no crash leaves a part of it under that name."""
+    """Syncs a local file to the disk, then renames it to `target`: no crash leaves a partial `target`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,8 +63,8 @@ def rename(path: Path, target: str | Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns once the names of the files in a folder of this machine are on its disk."""
-    with suppress(OSError):  # some file systems sync files alone, and a folder may be one to write to only
+    """Syncs the entries of a local folder to the disk."""
+    with suppress(OSError):  # some file systems cannot sync folders, and some folders are not readable
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -80,10 +74,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def staged(place: str | Path) -> Iterator[Path]:
-    """Gives a temporary path, whose file becomes `place` when the block ends, and is deleted on an error.
+    """Yields a temporary path; the file written there becomes `place` when the block ends.
+
+    If the block raises an error, the temporary file is deleted.
 
     Raises:
-        StorageError: the file cannot be written, with the `errno` of the cause.
+        StorageError: the file cannot be written; its `errno` is that of the cause.
+        FileNotFoundError: the block raises it, or the bucket does not exist.
     """
     filesystem, target = file_system(place)
     folder = str(PurePosixPath(target).parent)
@@ -101,7 +98,7 @@ def staged(place: str | Path) -> Iterator[Path]:
             rename(path, target)
         finally:
             path.unlink(missing_ok=True)
-    except FileNotFoundError:  # of what is copied to `place`, or of a bucket
+    except FileNotFoundError:  # a source that the block copies from is missing, or the bucket
         raise
     except OSError as error:
         if error.errno in FULL:
@@ -113,10 +110,10 @@ def staged(place: str | Path) -> Iterator[Path]:
 
 @retried
 def write(place: str | Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all.
+    """Writes a file atomically.
 
     Raises:
-        OSError: the storage refuses; an older file is left as it was.
+        OSError: the storage refuses; an existing file is left unchanged.
     """
     if not is_remote(place):
         with staged(place) as path:
@@ -126,20 +123,22 @@ def write(place: str | Path, content: bytes) -> None:
     try:
         make_folder(filesystem, str(PurePosixPath(target).parent))
         filesystem.pipe_file(target, content)
-    except FileNotFoundError as error:  # of a missing bucket, which the storage does not name
+    except FileNotFoundError as error:  # the bucket is missing; the storage's own error does not name it
         raise FileNotFoundError(f"{place}: {one_line(error)}") from None
 
 
 @retried
 def create(place: str | Path, content: bytes) -> bool:
-    """Writes a file unless there is one of that name; returns whether the file is there with this very content.
+    """Writes a file unless it exists; returns True if the file then has exactly this content.
 
-    Of several processes that create the same file at the same time, one gets True, on this machine and on storages that can put
-    an object on the condition that there is none (S3, GCS). On others each may get True, the last one for good.
+    If several processes create the same file at the same time, only one gets True. This holds for local files
+    and for storages with a conditional put (S3, GCS). On other storages each of them may get True, and the
+    last one's file stays.
 
     Args:
-        place: of the file.
-        content: which nobody else would write: an answer that was lost is told from another's file by it.
+        place: path or URL of the file.
+        content: must be unique to this process. If the storage's answer was lost and the put is retried, the
+            content tells the file of this process from another's.
     """
     filesystem, target = file_system(place)
     make_folder(filesystem, str(PurePosixPath(target).parent))
@@ -154,9 +153,11 @@ def create(place: str | Path, content: bytes) -> bool:
 
 
 def _create_whole(target: Path, content: bytes) -> None:
-    """Creates a local file with its content at once, so that nobody reads a part; raises `FileExistsError` if there is one.
+    """Creates a local file atomically with its content; raises `FileExistsError` if the file exists.
 
-    A hard link is made only where there is no file. On filesystems without hard links, a reader may find the file still empty.
+    The content is written to a temporary file, to which `target` becomes a hard link: `os.link` fails if
+    `target` exists. On file systems without hard links, `target` is written directly, and a reader may find
+    it incomplete.
     """
     whole = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -179,34 +180,34 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def _put_new(filesystem: fsspec.AbstractFileSystem, target: str, content: bytes) -> None:
-    """Puts an object; raises `FileExistsError` if there is one."""
+    """Puts an object; raises `FileExistsError` if it exists."""
     try:
         filesystem.pipe_file(target, content, mode="create")
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        if filesystem.exists(target):  # a store without the condition, which answers "not implemented"
+        if filesystem.exists(target):  # ENOSYS: the store has no conditional put
             raise FileExistsError(target) from None
         filesystem.pipe_file(target, content)
 
 
 @retried
 def read(place: str | Path, start: int | None = None, end: int | None = None) -> bytes:
-    """The content of a file, or its bytes in [start, end)."""
+    """The content of a file, or its bytes [start, end)."""
     filesystem, path = file_system(place)
     return filesystem.cat_file(path, start=start, end=end)
 
 
 def write_json(place: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all; see `write`."""
+    """Writes `value` as indented JSON, atomically; see `write`."""
     write(place, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def read_json(place: str | Path) -> Any:
-    """The value of a JSON file; None if there is no such file.
+    """The value of a JSON file; `None` if the file does not exist.
 
     Raises:
-        DamagedFileError: it is not JSON; a `ValueError`.
+        DamagedFileError: the file is not JSON.
     """
     try:
         return json.loads(read(place))
@@ -217,7 +218,7 @@ def read_json(place: str | Path) -> Any:
 
 
 def required_json(place: str | Path) -> Any:
-    """The value of a JSON file, as `read_json`; raises `FileNotFoundError` if there is no such file."""
+    """The value of a JSON file, as `read_json`; raises `FileNotFoundError` if the file does not exist."""
     value = read_json(place)
     if value is None:
         raise FileNotFoundError(f"{place}: missing: run what writes it")
@@ -225,9 +226,10 @@ def required_json(place: str | Path) -> Any:
 
 
 def read_record(place: str | Path, kind: type[T]) -> T | None:
-    """The value of a JSON file that this project keeps for itself and can do without.
+    """The value of a JSON file that this project writes for itself and can do without.
 
-    None if there is no such file, and, with a line in the log, if a crash has left something else than a `kind` there.
+    Returns `None` if the file does not exist. If it is not JSON or not a `kind`, as after a crash, logs a
+    warning and returns `None` too.
     """
     try:
         value = read_json(place)
@@ -241,7 +243,7 @@ def read_record(place: str | Path, kind: type[T]) -> T | None:
 
 @retried
 def names_in(place: str | Path) -> list[str]:
-    """Names of the files and folders in a folder; none if that does not exist."""
+    """Names of the files and folders in a folder; empty if the folder does not exist."""
     filesystem, path = file_system(place)
     return (
         [PurePosixPath(inner).name for inner in filesystem.ls(path, detail=False)]
@@ -252,7 +254,7 @@ def names_in(place: str | Path) -> list[str]:
 
 @retried
 def remove(place: str | Path) -> None:
-    """Deletes a folder and all that is in it, or a file, if it is there."""
+    """Deletes a file, or a folder with its content, if it exists."""
     filesystem, path = file_system(place)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
@@ -265,6 +267,6 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 
 def combined_sha256(parts: Mapping[str, str]) -> str:
-    """One sha256 of named digests, whatever their order."""
+    """One sha256 over named digests; the order of `parts` does not matter."""
     lines = (f"{name}\0{value}\n" for name, value in sorted(parts.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Paths and URLs that mean the same on every worker and in every copy of the project."""
+"""Paths and URLs that name the same place on every worker and in every copy of the project."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import fsspec
 
 
 def project_root() -> Path:
-    """The project's folder; outside of DVC the working directory.
+    """The project's folder: `DVC_ROOT` if DVC runs the stage, else the working directory.
 
-    DVC names it to its stages, also to those that it runs in a copy of git's files (`dvc exp run --temp`, `--queue`).
+    If DVC runs the stage in a copy of the repository (`dvc exp run --temp`, `--queue`), `DVC_ROOT` still
+    names the original.
     """
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def absolute(path: str | Path) -> str:
-    """`path` as an absolute path or URL without a trailing slash, so that it means the same on every worker.
+    """`path` as an absolute path or URL without a trailing slash, valid on every worker.
 
-    A relative path that leaves the working directory (`../scratch`) starts in the project's folder instead.
+    A relative path is resolved against the working directory. If it begins with `..` (`../scratch`), it is
+    resolved against the project's folder.
     """
     text = str(path)
     if fsspec.utils.get_protocol(text) != "file":
@@ -34,10 +36,11 @@ def absolute(path: str | Path) -> str:
 
 
 def users_path(path: str | Path) -> str:
-    """The absolute path of what a user names in the params; a URL as it is, without a trailing slash.
+    """The absolute path of a path from the params; a URL is returned without its trailing slash.
 
-    A relative path is looked for in the working directory, where git's files and the stages' outputs are, and then in the
-    project's folder. The two differ in a copy that DVC makes for an experiment, which lacks the user's other files.
+    A path below the working directory where nothing lies is resolved against the project's folder instead.
+    The two folders differ if DVC runs an experiment in a copy of the repository: the copy has the tracked
+    files and the stages' outputs, but not the user's other files.
     """
     here = absolute(path)
     if (
@@ -50,19 +53,19 @@ def users_path(path: str | Path) -> str:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a path has anything of a user's: a folder with hidden files alone, such as git's `.gitignore`, has not."""
+    """True for a file, and for a folder unless it is readable and has hidden files only (`.gitignore`)."""
     if not os.path.isdir(path) or not os.access(path, os.R_OK):
         return os.path.exists(path)
     return any(name[0] != "." for name in os.listdir(path))
 
 
 def run_directory(storage: str | Path, stage: str, *inputs: Any) -> str:
-    """`<storage>/<stage>/<hash of inputs>`, absolute: the same inputs find the same run again, others never do.
+    """`<storage>/<stage>/<hash of inputs>`, absolute. Only equal inputs give the same directory.
 
     Args:
         storage: a folder (made absolute) or an fsspec URL.
         stage: the stage's name.
-        inputs: JSON values or pydantic models: all that the run's outcome depends on.
+        inputs: JSON values or pydantic models; everything that the run's outcome depends on.
     """
     values = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in inputs]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))

@@ -1,7 +1,7 @@
-"""Files copied between this machine and a storage that all machines see.
+"""Copies files between this machine and a storage that all machines share.
 
-Whoever may write to the storage may have changed what lies there. So names that come from it never lead out of a folder, and
-`fetch` takes a file only if it has the bytes and the sha256 that are known of it.
+The storage is not trusted, because others may write to it. So file names that come from it are checked not to
+lead out of their folder, and `fetch` accepts a file only if it has the expected size and sha256.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pipelines.storage.errors import StorageError, one_line
 from pipelines.storage.files import file_digest, file_system, make_folder, staged
 from pipelines.storage.retry import is_remote, retried, retry
 
-LONGEST_NAME, LONGEST_PART = 1024, 255  # bytes of a name, and of each of its parts
-BLOCK = 8 * 2**20  # bytes that are read at once
+LONGEST_NAME, LONGEST_PART = 1024, 255  # bytes in a name, and in each part between slashes
+BLOCK = 8 * 2**20  # bytes per read
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a folder. Raises `StorageError` if it has no valid name, size or digest.
+    """Description of a file in a folder. Raises `StorageError` if name, size or digest is invalid.
 
     Attributes:
-        name: its path in the folder, with `/` between the parts; see `check_name`.
-        bytes: its size.
-        sha256: of its content, in hexadecimal.
+        name: path of the file in the folder, with `/` between the parts; see `check_name`.
+        bytes: size of the file.
+        sha256: digest of its content, in hexadecimal.
     """
 
     name: str
@@ -49,12 +49,12 @@ class File:
 
 @dataclass(frozen=True)
 class Upload:
-    """Files of a local folder that belong at a place in the storage.
+    """Files of a local folder that are to be uploaded to a place in the storage.
 
     Attributes:
-        folder: of the files; they are not read if they are at `url` already.
-        url: a place that only ever has this content, such as one named by its digest.
-        names: of the files; the last one is written last and marks the others as complete.
+        folder: local folder of the files. It is not read if the files are at `url` already.
+        url: destination. Its content never changes, for example because its name has the content's digest.
+        names: names of the files. The last one is uploaded last, and marks the upload as complete.
         sizes: bytes of those files whose size is known.
     """
 
@@ -64,7 +64,7 @@ class Upload:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises `StorageError` unless all files are here, or at `url` already. Uploads nothing."""
+        """Raises `StorageError` unless all files are in `folder`, or at `url` already. Uploads nothing."""
         try:
             _check_here(self.folder, self.url, self.names, self.sizes)
         except StorageError:
@@ -77,10 +77,13 @@ class Upload:
 
 
 def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
-    """Copies the files `names` of a local folder to `url`, unless they are there, and returns `url`; see `Upload`.
+    """Copies the files `names` of a local folder to `url` unless they are there; returns `url`.
+
+    The last file is written last and marks the upload as complete; see `Upload`.
 
     Raises:
-        StorageError: a file is neither here nor there (then none is copied), or the storage does not exist.
+        StorageError: a file is missing and the files are not at `url` (then none is copied), or the storage
+            does not exist.
         OSError: the storage refuses the files.
     """
     filesystem, root = file_system(url)
@@ -104,7 +107,7 @@ def publish(folder: str | Path, url: str, names: Iterable[str]) -> str:
 def _check_here(
     folder: str | Path, url: str, names: Iterable[str], sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Raises `StorageError` unless the folder has all of the files, in these sizes."""
+    """Raises `StorageError` unless the folder has all files, with the given sizes."""
     for name in names:
         path = Path(folder, name)
         if not path.is_file():
@@ -118,22 +121,23 @@ def _check_here(
 
 @retried
 def exists(place: str | Path) -> bool:
-    """Whether there is a file or folder at a path or URL."""
+    """Returns True if there is a file or folder at a path or URL."""
     filesystem, path = file_system(place)
     return filesystem.exists(path)
 
 
 def describe(folder: str | Path, name: str) -> File:
-    """The file `name` of a local folder."""
+    """The description of the file `name` in a local folder."""
     path = Path(folder, name)
     return File(name, path.stat().st_size, file_digest(path))
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a file in a folder; raises `StorageError` if it may lead out of it or does not suit every system.
+    """Returns `name`; raises `StorageError` unless it is a safe and portable path of a file in a folder.
 
-    Its parts are separated by `/`. None is empty, `.`, `..` or hidden (git, DVC and shells take orders from hidden files),
-    all characters are printable, and no part is longer than 255 bytes.
+    The parts of the path are separated by `/`. No part may be empty, `.` or `..`, hidden, or longer than 255
+    bytes. Hidden files are refused because git, DVC and shells obey some of them. All characters must be
+    printable, without backslashes, and the path may have at most 1024 bytes.
     """
     parts = name.split("/")
     if not name.isprintable() or "\\" in name:
@@ -142,13 +146,14 @@ def check_name(name: str) -> str:
         raise StorageError(f"the name {_shown(name)} is absolute, hidden or leads out of its folder")
     if len(name.encode()) > LONGEST_NAME or max(len(part.encode()) for part in parts) > LONGEST_PART:
         raise StorageError(
-            f"the name {_shown(name)} is too long: {LONGEST_NAME} bytes are allowed, {LONGEST_PART} in each part"
+            f"the name {_shown(name)} is too long: "
+            f"{LONGEST_NAME} bytes are allowed, {LONGEST_PART} in each part"
         )
     return name
 
 
 def check_names(names: Collection[str]) -> None:
-    """Raises `StorageError` unless all names suit (see `check_name`) and can lie in one folder together."""
+    """Raises `StorageError` unless all names are valid (see `check_name`) and can coexist in one folder."""
     taken: set[str] = set()
     for name in names:
         if check_name(name) in taken:
@@ -161,15 +166,17 @@ def check_names(names: Collection[str]) -> None:
 
 
 def _shown(name: str) -> str:
-    """A name in quotes, cut to 80 characters."""
+    """A name in ASCII and quotes, cut to 80 characters."""
     return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 
 def pull(url: str, folder: Path, names: Iterable[str]) -> None:
-    """Copies the files `names` at `url` to a local folder, each whole or not at all. See `fetch` if their content is known.
+    """Copies the files `names` at `url` to a local folder, each atomically.
+
+    If their sizes and digests are known, use `fetch`.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         StorageError: a name leads out of the folder.
     """
     filesystem, root = file_system(url)
@@ -179,17 +186,17 @@ def pull(url: str, folder: Path, names: Iterable[str]) -> None:
 
 
 def fetch(url: str, folder: Path, files: Collection[File], below: str = "") -> None:
-    """Copies `files` at `url` to a local folder, which it makes; each is exactly what its description says.
+    """Copies `files` at `url` to a local folder, and checks their sizes and digests.
 
     Args:
-        url: of a folder. There may be links on the way to it, but none in it.
-        folder: gets the files by their names.
-        files: what is known of them.
-        below: where in `url` their names begin; empty, or a path that ends with `/`.
+        url: folder in the storage. The path to it may have links; the path below it must not.
+        folder: local destination, created if needed.
+        files: descriptions of the files.
+        below: prefix of the files' names in `url`: empty, or a path that ends with `/`.
 
     Raises:
-        StorageError: two names do not go together, there is no room for all files, or a file is missing, not an ordinary file,
-            or of other bytes.
+        StorageError: two names conflict, the disk has no room for all files, or a file is missing, not an
+            ordinary file, or has another size or content.
     """
     check_names([file.name for file in files])
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +210,7 @@ def fetch(url: str, folder: Path, files: Collection[File], below: str = "") -> N
 
 
 def _fetch(url: str, name: str, file: File, target: Path) -> None:
-    """Copies the file `name` at `url`, no more of it than `file.bytes`; raises `StorageError` if it is not `file`."""
+    """Copies the file `name` at `url`, reading at most `file.bytes`; raises `StorageError` if it differs."""
     size = size_of(url, name)
     if size != file.bytes:
         raise StorageError(f"{url}/{name}: has {size} bytes, not {file.bytes}")
@@ -219,13 +226,17 @@ def _fetch(url: str, name: str, file: File, target: Path) -> None:
 
 
 def size_of(url: str, name: str) -> int:
-    """Bytes of the file `name` at `url`; raises `StorageError` if it is missing, no ordinary file, or behind a link."""
+    """Size in bytes of the file `name` at `url`.
+
+    Raises:
+        StorageError: the file is missing, not an ordinary file, or behind a link below `url`.
+    """
     filesystem, root = file_system(url)
     try:
         found = filesystem.info(f"{root}/{name}")
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(f"{url}/{name}: there is no such file") from None
-    own = f"{os.path.realpath(root)}/{name}"  # where it is, unless there is a link below `root`
+    own = f"{os.path.realpath(root)}/{name}"  # the file's real path if there is no link below `root`
     behind_link = isinstance(filesystem, LocalFileSystem) and os.path.realpath(f"{root}/{name}") != own
     if found["type"] != "file" or behind_link:
         raise StorageError(f"{url}/{name}: is a link, a folder or a special file, not an ordinary one")
@@ -234,7 +245,11 @@ def size_of(url: str, name: str) -> int:
 
 @retried
 def read_at_most(url: str, name: str, limit: int) -> bytes:
-    """The content of the file `name` at `url`; raises `StorageError` as `size_of`, and if it has more than `limit` bytes."""
+    """The content of the file `name` at `url`.
+
+    Raises:
+        StorageError: as `size_of`, and if the file has more than `limit` bytes.
+    """
     size = size_of(url, name)
     if size > limit:
         raise StorageError(f"{url}/{name}: has {size} bytes; at most {limit} are read")

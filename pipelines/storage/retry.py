@@ -1,4 +1,4 @@
-"""Retries of calls to remote storage at any fsspec URL, ever later, while the error is transient."""
+"""Retries calls to a remote storage (any fsspec URL) on transient errors, with exponential backoff."""
 
 from __future__ import annotations
 
@@ -22,18 +22,10 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Place = TypeVar("Place", str, Path, str | Path)
 
-RETRY_SECONDS = 300.0  # for which a storage may fail without a break
-FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries; they double
-CLIENTS = {
-    "aiobotocore",
-    "aiohttp",
-    "azure",
-    "botocore",
-    "gcsfs",
-    "google",
-    "requests",
-    "urllib3",
-}  # raise errors of their own
+RETRY_SECONDS = 300.0  # how long after its first try a call is still retried
+FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0  # seconds between tries; doubled after each try
+# Packages of storage clients, which raise exceptions of their own types
+CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
 FINAL = (
     FileNotFoundError,
     FileExistsError,
@@ -47,12 +39,12 @@ _retrying = ContextVar("_retrying", default=False)
 
 
 def is_remote(place: str | Path) -> bool:
-    """Whether `place` (a path or fsspec URL) is anywhere but in this machine's file system."""
+    """Returns True if `place` (a path or fsspec URL) is not in this machine's file system."""
     return fsspec.utils.get_protocol(str(place)) not in ("file", "local")
 
 
 def retried(function: Callable[Concatenate[Place, P], T]) -> Callable[Concatenate[Place, P], T]:
-    """`function`, whose first argument is a path or URL, with `retry` around each call."""
+    """Decorator: calls a function, whose first argument is a path or URL, through `retry`."""
 
     @wraps(function)
     def with_retries(place: Place, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -68,20 +60,21 @@ def retry(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Returns `call()`, called again, ever later, while the storage raises transient errors.
+    """Returns `call()`; repeats the call, with growing pauses, while the storage raises transient errors.
 
-    A local place is tried once. So is a call within a call that is being retried: the outer one is called again.
+    A call for a local place is never repeated. A call inside another retried call is not repeated either,
+    because the outer call is.
 
     Args:
-        call: must do the same when it is called again.
+        call: must be idempotent.
         place: the path or URL that the call is about.
-        seconds: after which no call begins; by default `RETRY_SECONDS`.
+        seconds: how long after the first call an error is still retried; by default `RETRY_SECONDS`.
         clock: returns the time in seconds.
-        sleep: waits for seconds.
+        sleep: waits for a number of seconds.
 
     Raises:
         StorageError: the storage does not answer, or there are no credentials for it.
-        OSError: the place does not exist or is not allowed; at once.
+        OSError: the place does not exist or access is denied; raised without a retry.
     """
     if not is_remote(place) or _retrying.get():
         return call()
@@ -98,27 +91,29 @@ def retry(
                 log.warning("%s: %s; trying again for up to %.0f s", *told)
         finally:
             _retrying.reset(token)
-        sleep(wait * random.SystemRandom().uniform(0.5, 1.0))  # not the generators that training draws from
+        sleep(wait * random.SystemRandom().uniform(0.5, 1.0))  # leaves the RNG state of the training alone
         wait = min(2 * wait, LONGEST_WAIT)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later."""
+    """Returns True if the same call may succeed later."""
     if isinstance(error, OSError):
         return not isinstance(error, FINAL) and error.errno not in FULL
-    status = getattr(error, "status", 0)  # of aiohttp: an HTTP server that refuses would refuse again
+    # aiohttp's errors have the HTTP status. Client errors (4xx) would recur, except for timeout and rate
+    # limit.
+    status = getattr(error, "status", 0)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
         return False
     return of_a_client(error) and "Credentials" not in type(error).__name__
 
 
 def of_a_client(error: Exception) -> bool:
-    """Whether a storage's client raised an error of its own kind."""
+    """Returns True if the type of `error` belongs to a storage client."""
     return type(error).__module__.partition(".")[0] in CLIENTS
 
 
 def as_os_error(error: Exception, place: str | Path) -> Exception:
-    """`error` itself, or a `StorageError` in the place of one of a storage's client."""
+    """Converts an error of a storage client to a `StorageError`; returns other errors unchanged."""
     if not of_a_client(error) or isinstance(error, OSError):
         return error
     hint = (

@@ -1,6 +1,7 @@
-"""Broken data sets: each ends accounted for, or with one line that names it; nothing else is written to.
+"""Each item of a broken data set is used, counted, or refused in one line that names it.
 
-760 images, archives, annotation files and shards, drawn by seeds.
+The tests draw 760 broken images, archives, annotation files and shards by seeds. They may only write to one
+folder.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from tests.support.toy_source import rich
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The folder to which alone a test may write; images above a million pixels are bombs."""
+    """The only folder that a test may write to; Pillow refuses images above a million pixels."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
     with own_project(tmp_path, monkeypatch) as folder:
         yield folder
 
 
-# Images ---------------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------
 
 
 def images(draw: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
@@ -92,7 +93,7 @@ def test_images(project):
         list(loader(str(project / "shards"), "test", DataParams(image_size=8), 16))
 
 
-# Archives -------------------------------------------------------------------------------------------------------------
+# Archives ---------------------------------------------------------------------------------------------------
 
 
 def packed(root: Path, kind: str) -> bytes:
@@ -160,7 +161,7 @@ def test_hostile_tars(project):
 
 
 def everything(params: Any, project: Path) -> None:
-    """Fetches a data set and reads each of its samples; a sample may be none, in one line."""
+    """Fetches a data set and reads each of its samples; a sample may fail, with an error of one line."""
     source = get(params)
     shutil.rmtree(project / "raw", ignore_errors=True)
     source.fetch(project / "raw", project / "cache", progress=False)
@@ -174,7 +175,7 @@ def everything(params: Any, project: Path) -> None:
             )
 
 
-# Annotations ----------------------------------------------------------------------------------------------------------
+# Annotations ------------------------------------------------------------------------------------------------
 
 
 def coco() -> dict[str, Any]:
@@ -272,7 +273,7 @@ def as_bytes(content: Any) -> bytes:
     return content if isinstance(content, bytes) else json.dumps(content).encode()
 
 
-# Shards ---------------------------------------------------------------------------------------------------------------
+# Shards -----------------------------------------------------------------------------------------------------
 
 
 def test_shards(project):

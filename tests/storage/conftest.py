@@ -16,7 +16,7 @@ def store() -> Iterator[servers.Storage]:
         for name, value in {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # moto keeps it for the whole process
+        s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # may exist: moto keeps buckets in the process
         yield storage
         s3fs.S3FileSystem.clear_instance_cache()
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, at a path or any fsspec URL; errors are one line."""
+"""Files are written atomically at a path or any fsspec URL; errors are one line."""
 
 from __future__ import annotations
 
@@ -130,13 +130,12 @@ def test_no_crash_leaves_a_part_of_a_file_under_its_name(tmp_path: Path) -> None
 
 def test_one_of_many_creates_a_file(folder: str) -> None:
     contents = [str(number).encode() for number in range(6)]
-    with ThreadPoolExecutor(
-        1 if folder.startswith("memory") else len(contents)
-    ) as pool:  # memory is of one thread
+    # fsspec's memory file system is not thread-safe.
+    with ThreadPoolExecutor(1 if folder.startswith("memory") else len(contents)) as pool:
         got = list(pool.map(lambda content: files.create(f"{folder}/lock", content), contents))
     assert got.count(True) == 1
     assert files.read(f"{folder}/lock") == contents[got.index(True)]
-    assert files.create(f"{folder}/lock", contents[got.index(True)])  # again: the answer was lost
+    assert files.create(f"{folder}/lock", contents[got.index(True)])  # as a retry after a lost answer
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b'{"a": 1', b"\xff\xfe", b"nonsense"])

@@ -1,4 +1,4 @@
-"""A run's directory has one driver at a time, and of its writers the newest; whoever comes second says who has it."""
+"""A run's directory has one driver and one writer at a time; a second driver's error names the first."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tests.support import servers
 
 
 def elsewhere(function: Any, *arguments: Any) -> Any:
-    """What the function returns, or raises, in a thread of its own, as another driver in this process."""
+    """Calls the function in a thread of its own, which acts as another driver in this process."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def take(directory: str) -> lease.Lease:
-    """Holds a directory for a moment."""
+    """Holds a directory and releases it at once; returns the lease."""
     with held(directory) as mine:
         return mine
 
 
 def take_and_leave(directory: str) -> int:
-    """The number of the token that `take` takes."""
+    """Holds a directory and releases it at once; returns the token's number."""
     return take(directory).number
 
 
 @contextmanager
 def left_by(directory: str, alive: float, **of_holder: Any) -> Iterator[None]:
-    """A lease whose driver is a process with `of_holder`, last alive at `alive`."""
+    """Writes the lease of a driver that differs from this process in `of_holder`; last heartbeat `alive`."""
     holder = replace(this_process(), **of_holder)
     token = {"number": 1, "nonce": "ab12cd34", "owner": "other", "holder": asdict(holder)}
     files.write_json(f"{directory}/lease/00000001.json", token)
@@ -51,13 +51,13 @@ def left_by(directory: str, alive: float, **of_holder: Any) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bucket(store: servers.Storage) -> str:
-    """A bucket of a server that answers."""
+    """A bucket of a server that answers every request."""
     return "s3://bucket"
 
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited, in which nothing passes."""
+    """Replaces `sleep` in `lease`; returns the list of seconds that it was called with."""
     seconds: list[float] = []
     monkeypatch.setattr(lease, "sleep", seconds.append)
     return seconds
@@ -69,12 +69,15 @@ def test_the_second_driver_says_who_has_it_and_since_when(
     job = {"metadata": {"job_submission_id": "raysubmit_1234"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     with held(folder) as mine:
-        who = rf"in use by \S+, pid {mine.holder.pid}, submission raysubmit_1234, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC;"
+        who = (
+            rf"in use by \S+, pid {mine.holder.pid}, submission raysubmit_1234, "
+            r"since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC;"
+        )
         with pytest.raises(LeaseError, match=rf"^{re.escape(folder)}: {who}[^\n]*$"):
             elsewhere(take_and_leave, folder)
         mine.check()
         mine.check_newest()
-        with held(folder) as again:  # the stage, then its training
+        with held(folder) as again:  # as a stage does, and then its training
             assert again == mine
         mine.check_newest()
     assert elsewhere(take_and_leave, folder) == 2
@@ -105,7 +108,7 @@ def test_a_driver_that_fails_leaves_the_directory_free(folder: str) -> None:
     with pytest.raises(ZeroDivisionError), held(folder):
         raise ZeroDivisionError
     assert take_and_leave(folder) == 2
-    assert len(files.names_in(f"{folder}/lease")) == 1  # the last token, for those to come
+    assert len(files.names_in(f"{folder}/lease")) == 1  # the last token stays, so that numbers only grow
 
 
 def test_a_driver_killed_on_this_machine_is_succeeded_at_once(tmp_path: Path, waited: list[float]) -> None:
@@ -172,7 +175,7 @@ def test_a_driver_that_was_taken_for_dead_learns_who_succeeded_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with held(str(tmp_path)) as mine:
-        monkeypatch.setattr(lease, "_alive", set())  # as seen from elsewhere after a long silence
+        monkeypatch.setattr(lease, "_alive", set())  # the driver counts as dead
         assert elsewhere(take_and_leave, str(tmp_path)) == 2
         for check in (mine.check, mine.check_newest, lambda: check_held(f"{tmp_path}/trials/1")):
             with pytest.raises(LeaseError, match=r"^[^\n]*: taken over by [^\n]*, since [^\n]*$"):
@@ -186,7 +189,7 @@ def test_a_driver_that_was_taken_for_dead_learns_who_succeeded_it(
 def test_of_a_drivers_writers_the_newest_may_write(folder: str) -> None:
     with held(folder) as driver, writer(folder, driver.owner) as first:
         first.check_newest()
-        with writer(folder, driver.owner) as second:  # the worker group that Ray starts in its place
+        with writer(folder, driver.owner) as second:  # the worker group that replaces the first
             second.check_newest()
             assert second.token > first.token
             with pytest.raises(StorageError, match="newer worker group"):
@@ -200,20 +203,19 @@ def test_of_a_drivers_writers_the_newest_may_write(folder: str) -> None:
 def test_a_trial_is_its_searchs_whoever_had_it_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: list[float]
 ) -> None:
-    """A worker of a search that was killed may live on for a while: the next search does not wait for it."""
+    """A search takes over its trials without waiting for workers that outlive an earlier, killed search."""
     search, trial = str(tmp_path), f"{tmp_path}/trials/1"
     with held(search) as first, held(trial, under=first) as old:
         monkeypatch.setattr(lease, "_alive", set())  # the first search's driver was killed
         with monkeypatch.context() as alive:
             second = elsewhere(take, search)
-            alive.setattr(lease, "_lives", lambda *_: True)  # and its worker was not
+            alive.setattr(lease, "_lives", lambda *_: True)  # its worker was not killed
             new = elsewhere(lambda: held(trial, under=second).__enter__())
         new.check_newest()
         with pytest.raises(LeaseError, match="taken over by"):
             old.check_newest()
-        with pytest.raises(
-            LeaseError, match="taken over by"
-        ):  # the first one's worker, which is started again
+        # A restarted worker of the first search
+        with pytest.raises(LeaseError, match="taken over by"):
             elsewhere(lambda: held(trial, under=first).__enter__())
         new.check_newest()
     assert waited == []
@@ -221,7 +223,7 @@ def test_a_trial_is_its_searchs_whoever_had_it_before(
 
 def test_a_worker_that_is_dead_is_not_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(str(tmp_path)) as driver:
-        with monkeypatch.context() as worker:  # a process on another node, which a new one follows
+        with monkeypatch.context() as worker:  # the writer is a process on another node
             worker.setattr(lease, "this_process", lambda: replace(this_process(), pid=2**31 - 1, host="node"))
             with writer(str(tmp_path), driver.owner) as group:
                 assert group.holder == driver.holder
@@ -244,7 +246,7 @@ def test_a_token_that_a_crash_left_unreadable_is_nobodys(tmp_path: Path, content
     files.write(tmp_path / "lease/00000004.json", content)
     assert take_and_leave(str(tmp_path)) == 5
     with held(str(tmp_path)) as mine:
-        files.write(tmp_path / "lease/00000007.json", content)  # of one that died while it began to take over
+        files.write(tmp_path / "lease/00000007.json", content)  # of a process that died during its takeover
         mine.check_newest()
         with pytest.raises(LeaseError, match="in use by"):
             elsewhere(take_and_leave, str(tmp_path))
@@ -253,7 +255,7 @@ def test_a_token_that_a_crash_left_unreadable_is_nobodys(tmp_path: Path, content
 def test_where_a_storage_overwrites_what_is_there_the_last_to_come_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A storage that ignores the condition: both find the number free, and one overwrites the other's token."""
+    """Without a conditional put, two drivers may create the same number; the later token stays."""
     place = "memory://careless/run"
     with held(place) as first:
         monkeypatch.setattr(lease, "newest_token", lambda directory: None)

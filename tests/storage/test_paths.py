@@ -1,4 +1,4 @@
-"""Paths of a user mean the same in the project's folder and in a copy of it, in which DVC runs an experiment."""
+"""Paths in params name the same files in the project's folder and in a copy for an experiment."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipelines.storage.paths import absolute, run_directory, users_path
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a project as DVC makes it: it has the files that git knows, and is the working directory."""
+    """A copy of the project as DVC makes it, with tracked files only; it is the working directory."""
     project = tmp_path / "project"
     for name in ("images.zip", "weights/a.pth", "images/cat/1.png", "models/teacher/model.json", "scratch/x"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files that go to a storage and come back."""
+"""Files copied to a storage and back."""
 
 import os
 import random
@@ -41,7 +41,7 @@ def test_where_the_marker_is_after_a_crash_all_files_are_whole(tmp_path: Path, u
 
 
 def unlucky_at_first(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, but the first two times it raises an error of a storage that is away."""
+    """Wraps `call`: its first two calls raise errors of an unreachable storage."""
     troubles = iter([TimeoutError("away"), ConnectionError("away")])
 
     def troubled(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ def test_no_more_is_written_of_a_file_than_it_is_said_to_have(
     (tmp_path / "a").write_text("seven 7")
     known = describe(tmp_path, "a")
     fsspec.filesystem("memory").pipe_file("/bucket/grown/a", b"seven 7" * 1000)
-    monkeypatch.setattr("pipelines.storage.publish.size_of", lambda url, name: 7)  # it grew since
+    monkeypatch.setattr("pipelines.storage.publish.size_of", lambda url, name: 7)  # the file grew afterwards
     fetch("memory://bucket/grown", tmp_path / "back", [known])
     assert (tmp_path / "back/a").read_text() == "seven 7"
     with pytest.raises(StorageError, match="its content is not what was written there"):

@@ -1,4 +1,4 @@
-"""Transient errors of remote storage cost time and nothing else; all other errors are raised at once."""
+"""Transient errors of a remote storage are retried; all other errors are raised at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNREACHABLE = botocore.exceptions.EndpointConnectionError(endpoint_url="http://s
 
 
 class Clock:
-    """Time that passes when somebody waits."""
+    """A clock that advances only through `sleep`."""
 
     now = 0.0
 

@@ -1,6 +1,8 @@
-"""The ten textures behind the objects of `scenes`: pixel coordinates -> the mix of two colours.
+"""The ten background textures of `scenes`: the mix of two colours as a function of the pixel.
 
-Elementwise IEEE arithmetic alone, for the same bits on every machine.
+S is the image's side in pixels. A texture takes the turned and shifted coordinates u and v, each (S, S) in
+pixels, and `unit` = S / 64, and returns the share (S, S) of the second colour, in [0, 1]. All arithmetic is
+elementwise IEEE, so that the bits are the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ Plane = NDArray[np.float64]  # (S, S)
 
 
 def _zigzag(x: Plane) -> Plane:
-    """The triangle wave of period 1 in [0, 1], 0 at the integers."""
+    """The triangle wave with period 1 and values in [0, 1], 0 at the integers."""
     return 2.0 * np.abs(x - np.floor(x + 0.5))
 
 
 def _swing(x: Plane) -> Plane:
-    """A smooth wave of period 1 in [-1, 1]: two parabolas, close to a sine."""
+    """A smooth wave with period 1 and values in [-1, 1], made of two parabolas, close to a sine."""
     t = 2.0 * (x - np.floor(x)) - 1.0
     return 4.0 * t * (1.0 - np.abs(t))
 
 
 def _bands(x: Plane, period: float) -> Plane:
-    """Bands of equal width across x (pixels), with antialiased edges; in [0, 1]."""
+    """Antialiased bands of equal width across x; x and `period` in pixels, values in [0, 1]."""
     return np.clip((_zigzag(x / period) - 0.5) * period / 2.0 + 0.5, 0.0, 1.0)
 
 
@@ -112,7 +114,7 @@ BACKGROUNDS: dict[str, Callable[[Plane, Plane, float, Generator], Plane]] = {
 
 
 def texture(group: int, size: int, rng: Generator) -> Plane:
-    """The mix in [0, 1] of two colours, (size, size), of background `group`, freely turned and scaled."""
+    """The texture number `group`, (size, size) in [0, 1], at a random angle, scale and offset."""
     centred = np.arange(size) + 0.5 - size / 2.0
     x, y = centred[None, :], centred[:, None]
     cos, sin = direction(rng.random())

@@ -1,4 +1,4 @@
-"""Sentences about an image of `scenes`: each names every object, some its colour or the background."""
+"""Captions for images of `scenes`: each names every shape, some also the colours or the background."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from numpy.random import Generator
 
-SURFACES = {  # background -> how a sentence calls it
+SURFACES = {  # background -> its name in a sentence
     "bricks": "a brick background",
     "checks": "a checked background",
     "chevrons": "a chevron background",
@@ -20,19 +20,19 @@ SURFACES = {  # background -> how a sentence calls it
 }
 SENTENCES = ("{}", "a picture of {}", "a drawing of {}", "there is {}", "one can see {}")
 PLACES = ("{} on {}", "{} in front of {}", "{} and {} behind")
-SHARE = 0.5  # of the sentences that name colours, and of those that name the background
+SHARE = 0.5  # share of sentences that name the colours; also of those that name the background
 
 
 def sentences(objects: Sequence[tuple[str, str]], background: str, rng: Generator) -> tuple[str, ...]:
-    """One to three different sentences about an image, such as "a red circle on a striped background" or "there is a circle".
+    """One to three different sentences about an image, such as "a red circle on a striped background".
 
-    Each sentence names every shape. People leave things out, so half of the sentences name no colours, and half no background:
-    what tells images apart is then the shape more often.
+    Each sentence names every shape. As people leave things out, half of the sentences name no colours, and
+    half no background. So the shape more often has to tell the images apart.
 
     Args:
-        objects: colour and shape of each object.
+        objects: (colour, shape) of each object.
         background: a key of `SURFACES`.
-        rng: draws how many sentences there are, which ones, what they name, and the order of the objects in each.
+        rng: draws the number and choice of sentences, what each one names, and the order of its objects.
     """
     found = []
     for number in rng.permutation(len(SENTENCES))[: int(rng.integers(1, 4))]:
@@ -46,5 +46,5 @@ def sentences(objects: Sequence[tuple[str, str]], background: str, rng: Generato
 
 
 def listed(nouns: Sequence[str]) -> str:
-    """Nouns with their articles: "a red circle and an orange star"."""
+    """The nouns with their articles, such as "a red circle and an orange star"."""
     return " and ".join(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)

@@ -1,7 +1,8 @@
-"""Draws one image of `scenes`: a pure function of the params, the split and the index.
+"""Draws one image of `scenes`, as a pure function of the params, the split and the index.
 
-Shape alone decides the class. Colours, sizes, angles, places and textures are drawn without looking at it; only the
-background follows the class, as often as `correlation` says.
+Only the shape of an object determines its class. Colours, sizes, angles, places and textures are independent
+of it, except that with probability `correlation` the background is the one of the first (largest) object's
+class.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-_JITTER = 22.0  # of a named colour, levels a channel
-_TEXTURE = (0.3, 0.7)  # how far the background's second colour goes from the first towards another one
-_CONTRAST = 90.0  # least distance of an object's colour from both of the background's, levels
-_TURN = 0.11  # most that an object is turned either way, turns
+# Colours are in levels of 0 to 255
+_JITTER = 22.0  # largest deviation from a named colour, per channel
+_TEXTURE = (0.3, 0.7)  # the background's second colour lies this far from the first towards a third colour
+_CONTRAST = 90.0  # least Euclidean distance of an object's colour from both colours of the background
+_TURN = 0.11  # largest rotation of an object in either direction, in turns
 _SQUEEZE = 0.8  # least ratio of a squeezed object's short side to its long side
-_LEAST_VISIBLE = 0.4  # share of an object that must not be hidden
-_NOISE = 7.0  # half width of the sensor noise, levels
-_SENTENCES = 1  # numbers the generator that draws an image's captions, so that they change no pixel
+_LEAST_VISIBLE = 0.4  # least share of an object's pixels that no other object hides
+_NOISE = 7.0  # half width of the uniform sensor noise
+_SENTENCES = 1  # number of the separate generator for captions, so that captions do not change the pixels
 
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """Where one object lies, before it is coloured."""
+    """Class, place and outline of one object, without its colour; in pixels."""
 
     label: int
     centre: tuple[float, float]
@@ -58,7 +60,7 @@ class _Object:
 
 
 def draw(params: ScenesParams, split: Split, index: int) -> Sample:
-    """The image number `index` of `split` with its boxes, mask, captions and background group."""
+    """Image number `index` of `split`, with its boxes, mask, captions and group (its background)."""
     rng = _generator(params.seed, split, index)
     size = params.image_size
     labels = _labels(params, split, index, rng)
@@ -103,12 +105,12 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
 
 
 def _generator(seed: int, split: Split, *rest: int) -> Generator:
-    """The random numbers of one image (or, with more numbers, of one block of images)."""
+    """The generator of one image (`rest` is its index), or, with more numbers, of a block or the captions."""
     return Generator(Philox(SeedSequence([seed, SPLITS.index(split), *rest])))
 
 
 def _labels(params: ScenesParams, split: Split, index: int, rng: Generator) -> list[int]:
-    """A class per object. Ten images in a row have ten different first classes, so splits are balanced."""
+    """A class per object. In each block of ten images every class comes first once, which balances splits."""
     block, position = divmod(index, len(CLASSES))
     shuffled = _generator(params.seed, split, block, len(CLASSES)).permutation(len(CLASSES))
     least, most = params.objects_per_image
@@ -117,9 +119,9 @@ def _labels(params: ScenesParams, split: Split, index: int, rng: Generator) -> l
 
 
 def _layout(labels: list[int], size: int, rng: Generator) -> list[_Object]:
-    """One object a label, the largest first, so that a smaller one lies on top.
+    """One object per label, the largest first, so that smaller objects lie on top.
 
-    Drawn anew, a little smaller each time, until enough of every object is visible.
+    The layout is drawn again, a little smaller each time, until enough of every object is visible.
     """
     largest = size * (0.38 if len(labels) == 1 else 0.28)
     while True:
@@ -135,11 +137,11 @@ def _layout(labels: list[int], size: int, rng: Generator) -> list[_Object]:
 
 
 def _pose(radius: float, rng: Generator) -> NDArray[np.float64]:
-    """The linear map of a shape onto the image: a squeeze along any direction, a turn, and the size."""
+    """The linear map (2, 2) of a shape: a squeeze along a random direction, a turn, and the size."""
     axis, turn = rng.random(), rng.uniform(-_TURN, _TURN)
     (a, b), (c, d) = direction(turn + axis), direction(axis)
     long, short = radius, radius * rng.uniform(_SQUEEZE, 1.0)
-    # Rotation, diagonal, rotation back; written out, since BLAS may fuse operations and so round differently.
+    # Rotation · diagonal · rotation, written out, because BLAS may fuse operations and so round differently
     return np.array(
         [
             [a * long * c + b * short * d, a * long * d - b * short * c],
@@ -149,7 +151,7 @@ def _pose(radius: float, rng: Generator) -> NDArray[np.float64]:
 
 
 def _visible(outlines: list[Contours], size: int) -> bool:
-    """Whether each object keeps enough of its pixels inside the image and under the objects on top of it."""
+    """True if later objects leave `_LEAST_VISIBLE` of each object's pixels in the image uncovered."""
     top = np.zeros((size, size), np.uint8)
     areas = []
     for instance, outline in enumerate(outlines, start=1):
@@ -161,7 +163,7 @@ def _visible(outlines: list[Contours], size: int) -> bool:
 
 
 def _colour(rng: Generator, *unlike: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
-    """A colour's name and jittered RGB levels, well apart from those in `unlike`."""
+    """Name and jittered RGB levels of a random colour, at least `_CONTRAST` away from those in `unlike`."""
     names = list(COLOURS)
     while True:
         name = names[int(rng.integers(len(names)))]
@@ -171,7 +173,7 @@ def _colour(rng: Generator, *unlike: NDArray[np.float64]) -> tuple[str, NDArray[
 
 
 def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
-    """Paints small lines and specks that belong to no class."""
+    """Paints `count` small quadrilaterals that belong to no class."""
     size = len(canvas)
     for _ in range(count):
         centre = tuple(rng.uniform(0.0, size, 2).tolist())
@@ -187,12 +189,12 @@ def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
 
 
 def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], rgb: NDArray[np.float64]) -> None:
-    """Lays a colour ((3,) or (H, W, 3)) over the canvas, as opaque as `opacity` says."""
+    """Blends a colour, (3,) or (H, W, 3), into the canvas (H, W, 3) with `opacity` (H, W)."""
     canvas += opacity[..., None] * (rgb - canvas)
 
 
 def _shading(item: _Object, size: int, rng: Generator) -> NDArray[np.float64]:
-    """Light that falls across the object from one side, (H, W, 1), around 1."""
+    """Brightness (H, W, 1) of light that falls on the object from a random side, in [0.78, 1.22]."""
     cos, sin = direction(rng.random())
     steps = np.arange(size) + 0.5
     across = (cos * (steps - item.centre[0])[None, :] + sin * (steps - item.centre[1])[:, None]) / item.radius
@@ -200,7 +202,7 @@ def _shading(item: _Object, size: int, rng: Generator) -> NDArray[np.float64]:
 
 
 def _photograph(canvas: NDArray[np.float64], rng: Generator) -> NDArray[np.uint8]:
-    """The canvas with exposure and sensor noise, as 8-bit pixels."""
+    """The canvas with random exposure and sensor noise, as 8-bit pixels."""
     grain = rng.integers(0, 256, canvas.shape, np.uint8).astype(np.float64) / 127.5 - 1.0
     return np.clip(np.rint(canvas * rng.uniform(0.8, 1.1) + _NOISE * grain), 0, 255).astype(np.uint8)
 

@@ -1,7 +1,7 @@
-"""Shapes of `scenes` as contours, and the exact antialiased fill of a contour.
+"""The shapes of `scenes` as contours, and their antialiased fill.
 
-Everything here is elementwise IEEE arithmetic, so that a fill has the same bits on every machine; what comes out of
-trigonometry is rounded first.
+All arithmetic is elementwise IEEE, and results of trigonometric functions are rounded. So a fill has the same
+bits on every machine.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]  # (P, 2): x, y
-Contours = tuple[Points, ...]  # closed; a hole runs the other way round
+Contours = tuple[Points, ...]  # closed polygons; a hole has the opposite orientation
 
-_SUBROWS = 8  # scan lines a pixel row; along x the coverage is exact
-_ARC = 40  # points of a full circle
+_SUBROWS = 8  # scan lines per pixel row; along each scan line the coverage is exact
+_ARC = 40  # points on a full circle
 
 
 def direction(angle: float) -> tuple[float, float]:
-    """(cos, sin) of an angle in turns, rounded so that it does not depend on the mathematics library."""
+    """(cos, sin) of an angle in turns, rounded so that the result does not depend on the C library."""
     return round(math.cos(math.tau * angle), 12), round(math.sin(math.tau * angle), 12)
 
 
 def _polar(radius_and_turn: Sequence[tuple[float, float]]) -> Points:
-    """Points at (radius, angle in turns) each."""
+    """Points from polar coordinates (radius, angle in turns)."""
     return np.array([[radius * axis for axis in direction(turn)] for radius, turn in radius_and_turn])
 
 
 def _regular(corners: int, radius: float = 1.0) -> Points:
-    """A regular polygon, one corner pointing up."""
+    """A regular polygon with one corner at the top."""
     return _polar([(radius, k / corners - 0.25) for k in range(corners)])
 
 
@@ -40,7 +40,7 @@ def _star(points: int, inner: float) -> Points:
 
 
 def _crescent() -> Points:
-    """A disc of radius 1 without a disc of radius 0.85, 0.5 to its right."""
+    """A disc of radius 1 minus a disc of radius 0.85 with its centre 0.5 to the right, shifted by 0.15."""
     shift, inner = 0.5, 0.85
     crossing = (1 + shift**2 - inner**2) / (2 * shift)  # x where the two circles meet
     outer_half = math.acos(crossing) / math.tau
@@ -54,7 +54,7 @@ def _crescent() -> Points:
 
 
 def _heart() -> Points:
-    """The curve x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, scaled into the unit disc."""
+    """The curve x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, upright, centred, over 16."""
     points = []
     for k in range(_ARC):
         cosines = [direction(m * k / _ARC)[0] for m in range(5)]
@@ -64,7 +64,7 @@ def _heart() -> Points:
 
 
 def _cross(arm: float) -> Points:
-    """A plus sign with arms of half width `arm`."""
+    """A plus sign whose arms have half width `arm`."""
     quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
     points = []
     for cos, sin in ((1, 0), (0, 1), (-1, 0), (0, -1)):
@@ -92,7 +92,7 @@ SHAPES: dict[str, Contours] = {
 
 
 def place(contours: Contours, centre: tuple[float, float], matrix: NDArray[np.float64]) -> Contours:
-    """The contours after the linear map `matrix` (2, 2) and the shift to `centre` (x, y), pixels."""
+    """The contours after the linear map `matrix` (2, 2) and the shift to `centre` (x, y) in pixels."""
     (a, b), (c, d) = matrix.tolist()
     x, y = centre
     return tuple(
@@ -102,10 +102,11 @@ def place(contours: Contours, centre: tuple[float, float], matrix: NDArray[np.fl
 
 
 def coverage(contours: Contours, size: int) -> NDArray[np.float64]:
-    """The share of each pixel of a (size, size) image that lies inside the contours, in [0, 1].
+    """The share in [0, 1] of each pixel of a (size, size) image that lies inside the contours.
 
-    Each scan line adds, where it crosses an edge, the step from outside to inside (or back) to the pixel of the
-    crossing and the one after it; the running sum along a row is the covered share.
+    Where a scan line crosses an edge, the coverage of everything to the right changes by ±1 / _SUBROWS. This
+    step is split between the pixel of the crossing, in proportion to its part right of the crossing, and the
+    next pixel. The cumulative sum along a row is then the covered share.
     """
     start = np.concatenate(contours)
     end = np.concatenate([np.roll(contour, -1, axis=0) for contour in contours])

@@ -1,7 +1,7 @@
-"""The files of a data set, whatever holds them: listed by path, referred to, and read.
+"""Lists and reads the files of a data set, in a folder or an archive, by their path in it.
 
-A `Contents` has every entry of its folder or archive: as a file, as a folder, or as unusable, with the reason. So whoever takes
-samples from it can count what it leaves out.
+`Contents` lists each entry of the folder or archive as a file, as a folder, or as unusable with a reason. So
+a source that takes samples from it can count the entries that it leaves out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipelines.errors import UserError
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 
-WHOLE_FILE = -1  # the offset of a member that is a file of its own
-UNKNOWN = -1  # the size of a member whose storage does not tell it
+WHOLE_FILE = -1  # as `offset`: the member is a whole file, not a part of an archive
+UNKNOWN = -1  # as `size`: the storage does not tell the member's size
 
-# Why an entry is not usable
+# Reasons why an entry is unusable
 HIDDEN = "hidden files and by-products of operating systems"
 REPLACED = "entries that a later one of the same name replaces"
 NOTHING = "links to nothing"
@@ -35,17 +35,13 @@ UNREADABLE = "files that may not be read"
 LINKS = (NOTHING, CIRCLE, OUTSIDE)
 
 _BY_PRODUCTS = ("__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN")
-_NOT_TEXT = (
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # Unicode categories: control characters, surrogates (undecoded bytes), line separators
+# Unicode categories: control characters, surrogates (undecoded bytes), line and paragraph separators
+_NOT_TEXT = ("Cc", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file of an archive: `size` bytes at `offset` of the file `place`, or the file `place` itself."""
+    """A file of a data set: `size` bytes at `offset` of the file `place`, or the file `place` itself."""
 
     place: str
     offset: int
@@ -53,9 +49,10 @@ class Member:
 
 
 class Ref(NamedTuple):
-    """Where one sample lies: `size` bytes at `offset` of the file `name`.
+    """Location of one sample: `size` bytes at `offset` of the file `name`.
 
-    The sample is the whole file if `offset` is `WHOLE_FILE`. `path` is the name of an image in its data set, if it has one.
+    The sample is the whole file if `offset` is `WHOLE_FILE`. `path` is the path of an image in its data set,
+    or empty.
     """
 
     key: str
@@ -71,9 +68,9 @@ class Contents:
     """The entries of a folder or archive, by their path in it: printable text with `/` between parts.
 
     Attributes:
-        files: where each file lies.
-        folders: all folders that are listed as such.
-        unusable: (path, reason) of each entry that is neither, such as a link to nothing.
+        files: location of each file.
+        folders: folders with an entry of their own. (An archive need not list the folders of its files.)
+        unusable: (path, reason) of each other entry, for example a link to nothing.
     """
 
     files: dict[str, Member]
@@ -81,7 +78,7 @@ class Contents:
     unusable: tuple[tuple[str, str], ...] = ()
 
     def left_out(self) -> LeftOut:
-        """A new count of what is left out, with the unusable entries in it."""
+        """A new `LeftOut` that counts the unusable entries."""
         left_out = LeftOut()
         for path, reason in self.unusable:
             left_out.add(reason, path)
@@ -98,7 +95,7 @@ class Listing:
         self._hidden: set[str] = set()
 
     def file(self, name: str, member: Member) -> None:
-        """Adds the file `name`, a path in the archive."""
+        """Adds a file by its path; it replaces an earlier file of the same path."""
         path = self._visible(name)
         if path is not None:
             if path in self._files:
@@ -106,24 +103,27 @@ class Listing:
             self._files[path] = member
 
     def folder(self, name: str) -> None:
-        """Adds the folder `name`."""
+        """Adds a folder by its path."""
         path = self._visible(name)
         if path is not None:
             self._folders.add(path)
 
     def unusable(self, name: str, reason: str) -> None:
-        """Adds the entry `name`, which is not usable for `reason`."""
+        """Adds an unusable entry by its path, with the reason."""
         path = self._visible(name)
         if path is not None:
             self._unusable.append((path, reason))
 
     def contents(self) -> Contents:
-        """The entries so far."""
+        """The entries that were added so far."""
         hidden = [(path, HIDDEN) for path in sorted(self._hidden)]
         return Contents(self._files, frozenset(self._folders), (*sorted(self._unusable), *hidden))
 
     def _visible(self, name: str) -> str | None:
-        """The path of the entry `name`; None if it is hidden or the root. A hidden folder counts as one entry."""
+        """The normalised path of an entry; `None` if it is the root or hidden.
+
+        Hidden entries are noted in `_hidden`; a hidden folder counts as one entry, whatever it contains.
+        """
         path = as_text(in_archive(name))
         parts = path.split("/")
         hidden = next((number for number, part in enumerate(parts, 1) if is_hidden(part)), None)
@@ -134,10 +134,10 @@ class Listing:
 
 @contextmanager
 def damage_named(source: str, fault: str) -> Iterator[None]:
-    """Raises `DataError`, which names `source` and its `fault`, for an error of whatever reads an archive.
+    """Turns errors of an archive reader within the block into a `DataError`.
 
-    Readers of archives meet damaged bytes with errors of any type, also of an invalid seek. Errors of the disk are raised as they
-    are.
+    The `DataError` names `source` and `fault`. Readers of archives raise errors of any type on damaged bytes,
+    also `OSError` for an invalid seek. Other errors of the operating system pass unchanged.
     """
     try:
         yield
@@ -150,18 +150,18 @@ def damage_named(source: str, fault: str) -> Iterator[None]:
 
 
 def in_archive(name: str) -> str:
-    """The name of an entry as a path in its archive; empty for the root."""
+    """The name of an entry as a normalised path in its archive; empty for the root."""
     path = posixpath.normpath(name).lstrip("/")
     return "" if path == "." else path
 
 
 def is_hidden(part: str) -> bool:
-    """Whether one part of a path is a hidden file's, or a by-product of an operating system."""
+    """Returns True if one part of a path is hidden or a by-product of an operating system."""
     return part.startswith((".", *_BY_PRODUCTS)) and part != ".."
 
 
 def as_text(name: str) -> str:
-    """`name` as text in one line: bytes that are not UTF-8, control characters and line ends become escapes."""
+    """`name` as one line of text, with undecoded bytes, control characters and line ends escaped."""
     if name.isprintable():
         return name
     return "".join(
@@ -170,16 +170,16 @@ def as_text(name: str) -> str:
 
 
 def _escaped(letter: str) -> str:
-    """A control character as Python writes it, the byte that a surrogate stands for as `\\xNN`."""
-    byte = ord(letter) - 0xDC00  # see `surrogateescape` of the module codecs
+    """The escape of a character: `\\xNN` for a surrogate that stands for byte NN, else Python's own."""
+    byte = ord(letter) - 0xDC00  # as codecs' error handler `surrogateescape` encodes an undecodable byte
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
 
 
 def read(raw: Path, ref: Ref) -> bytes:
-    """The bytes of one member; its place is relative to `raw`, absolute, or an fsspec URL.
+    """The bytes at `ref`, whose file is relative to `raw`, absolute, or an fsspec URL.
 
     Raises:
-        DataError: the file is gone, or the member no longer has the size that was listed.
+        DataError: the file cannot be read, or the content no longer has the size that was listed.
     """
     try:
         content = _read_remote(ref) if "://" in ref.name else _read_local(raw / ref.name, ref)
@@ -190,19 +190,18 @@ def read(raw: Path, ref: Ref) -> bytes:
         ) from None
     if ref.size not in (UNKNOWN, len(content)):
         raise DataError(
-            f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: it changed; run fetch again"
+            f"{as_text(ref.name)}: {len(content)} bytes for {ref.key}, not {ref.size}: "
+            "it changed; run fetch again"
         )
     return content
 
 
 def _read_remote(ref: Ref) -> bytes:
-    """The bytes of a member of a file at a URL, or of all of that file."""
     whole = ref.offset == WHOLE_FILE
     return files.read(ref.name) if whole else files.read(ref.name, ref.offset, ref.offset + ref.size)
 
 
 def _read_local(path: Path, ref: Ref) -> bytes:
-    """The bytes of a member of the file at `path`."""
     with path.open("rb") as file:
         if ref.offset == WHOLE_FILE:
             return file.read()
@@ -211,12 +210,12 @@ def _read_local(path: Path, ref: Ref) -> bytes:
 
 
 def read_file(raw: Path, contents: Contents, path: str, source: str) -> bytes:
-    """The bytes of the file `path` of `contents`; raises `DataError`, which names `source`, if it is missing."""
+    """The bytes of the file `path`; raises a `DataError` that names `source` if the file is missing."""
     return read(raw, reference_to(contents, path, path, source))
 
 
 def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
-    """A reference, called `key`, to the file `path` of `contents`; raises `DataError` if it is missing."""
+    """A reference to the file `path`, with the key `key`; raises `DataError` if the file is missing."""
     member = contents.files.get(path)
     if member is None:
         reasons = [f" ({reason})" for name, reason in contents.unusable if f"{path}/".startswith(f"{name}/")]
@@ -225,10 +224,12 @@ def reference_to(contents: Contents, path: str, key: str, source: str) -> Ref:
 
 
 def folder_with(contents: Contents, marker: str, source: str) -> str:
-    """The folder of the file `marker`, `""` or ending in `/`: the highest one, then the first by name.
+    """The folder that contains the file `marker`, as `""` or with a trailing `/`.
+
+    If several folders contain it, the one with the fewest parents is returned, then the first by name.
 
     Raises:
-        DataError: there is no such file; the error names the top folders.
+        DataError: no folder contains it; the error names the top folders.
     """
     names = [name for name in contents.files if f"/{name}".endswith(f"/{marker}")]
     if not names:
@@ -237,5 +238,5 @@ def folder_with(contents: Contents, marker: str, source: str) -> str:
 
 
 def top_names(paths: Iterable[str]) -> str:
-    """The first parts of these paths, at most ten of them, for a message."""
+    """The first parts of these paths, sorted, at most ten, for a message."""
     return ", ".join(sorted({path.partition("/")[0] for path in paths})[:10]) or "nothing"

@@ -1,4 +1,4 @@
-"""Annotations of images, and their boxes checked against the images: kept, dropped and counted, or refused."""
+"""Annotations of images, and a check of their boxes: kept, clipped, dropped or refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pipelines.data.formats.left_out import LeftOut
 from pipelines.data.shards.sample import Box, DataError
 
-OVERHANG = 1.0  # pixels by which a box may pass the border and is clipped: annotation tools round
-LEAST = 1.0  # pixels that a side must have: what is smaller holds no pixel
+OVERHANG = 1.0  # pixels by which a box may exceed the image and is clipped, because annotation tools round
+LEAST = 1.0  # pixels that each side must have at least
 
 Corners = tuple[float, float, float, float]
 Fault = Literal["inverted", "outside", "empty"]
@@ -25,7 +25,10 @@ _DESCRIBED: dict[Fault, str] = {
 
 @dataclass(frozen=True)
 class Annotation:
-    """What an annotation file says of one image: size, labels and boxes; the source draws the mask from the JSON value `mask`."""
+    """The annotation of one image: size, labels and boxes.
+
+    `mask` is a JSON value from which the source draws the instance mask; see `AnnotatedImages.draw_mask`.
+    """
 
     width: int  # stored pixels
     height: int
@@ -37,16 +40,17 @@ class Annotation:
 
 
 class BoxCheck:
-    """Checks boxes against their images: clips a small overhang, drops or refuses boxes with a fault.
+    """Checks boxes against their images: clips a small overhang, and drops or refuses faulty boxes.
 
     Args:
-        on_bad_box: `raise` ends with an error, `skip` drops the box; its class stays a label of the image.
-        left_out: counts the boxes that are dropped, by fault.
-        expected: faults that the data set is known for; boxes with one are dropped in any case.
+        on_bad_box: for a faulty box, `raise` an error or `skip` the box. Its class stays a label of the
+            image.
+        left_out: counts the dropped boxes by fault.
+        expected: known faults of the data set; boxes with one of these are always dropped.
 
     Attributes:
         left_out: as given.
-        clipped: boxes clipped so far, of an overhang of at most `OVERHANG`.
+        clipped: number of boxes that were clipped so far, by at most `OVERHANG` pixels per side.
     """
 
     def __init__(
@@ -57,10 +61,11 @@ class BoxCheck:
         self.clipped = 0
 
     def __call__(self, corners: Sequence[float], width: int, height: int, where: str) -> Corners | None:
-        """The half-open corners within the image of width x height pixels; None if the box is dropped.
+        """The half-open corners, clipped to the image of width x height pixels; `None` if the box is dropped.
 
         Raises:
-            DataError: the box has a fault that is not to be skipped, or a number that is not finite; the error names `where`.
+            DataError: the box has a fault that is not skipped, or a number that is not finite. The error
+                names `where`.
         """
         if not all(math.isfinite(value) for value in corners):
             raise DataError(f"{where}: box {list(corners)} has a number that is not finite")
@@ -80,7 +85,6 @@ class BoxCheck:
 
 
 def _fault(corners: Sequence[float], clipped: Corners) -> Fault | None:
-    """The fault of a box, None if it has none."""
     xmin, ymin, xmax, ymax = corners
     if xmax < xmin or ymax < ymin:
         return "inverted"

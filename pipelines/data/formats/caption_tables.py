@@ -1,4 +1,4 @@
-"""Tables of captions: CSV and TSV with a header, and the lists that Flickr8k has instead (Hodosh et al. 2013)."""
+"""Tables of captions: CSV and TSV with a header, and Flickr8k's own lists (Hodosh et al. 2013)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLICKR8K_TOKENS = "Flickr8k.token.txt"
 
 
 class Row(NamedTuple):
-    """One caption: `where` names its line; `image`, `text` and `split` are empty if the line lacks them."""
+    """One caption. `where` names its file and line; a field that the line lacks is empty."""
 
     where: str
     image: str
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Names of a table's columns; a table need not have `split`."""
+    """Names of a table's columns. The column `split` is optional."""
 
     image: str
     caption: str
@@ -36,13 +36,14 @@ class Columns(NamedTuple):
 
 
 def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Iterator[Row]:
-    """The rows of the table at `path`, one by one: `Flickr8k.token.txt`, or a table with a header.
+    """Yields the rows of the table `path`: a CSV or TSV with a header, or `Flickr8k.token.txt`.
 
-    Cells of a table are separated by tabs in a `.tsv` and in other files whose header has a tab, and by commas otherwise. Texts
-    may be in quotes, as `csv` and pandas write them. White space in a text becomes single blanks.
+    The separator is a tab if the file is a `.tsv` or its header has a tab, and a comma otherwise. Texts may
+    be quoted, as `csv` and pandas write them. White space in a caption becomes single blanks.
 
     Raises:
-        DataError: a column is missing, a quoted text has no end, or a row has more cells than the header. Names the line.
+        DataError: a column is missing, a quoted text has no end, or a row has more cells than the header. The
+            error names the line.
     """
     text = content.decode("utf-8-sig", errors="replace")
     where = f"{source}: {path}"
@@ -51,13 +52,14 @@ def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Itera
         return
     delimiter = "\t" if path.endswith(".tsv") or "\t" in text.partition("\n")[0] else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    done = 0  # lines
+    done = 0  # lines read
     try:
         names = reader.fieldnames or ()
         missing = [column for column in (columns.image, columns.caption) if column not in names]
         if missing:
             raise DataError(
-                f"{where}: has no column {', '.join(missing)} (it has {', '.join(map(as_text, names)) or 'none'})"
+                f"{where}: has no column {', '.join(missing)} "
+                f"(it has {', '.join(map(as_text, names)) or 'none'})"
             )
         for cells in reader:
             done = reader.line_num
@@ -75,7 +77,7 @@ def read_rows(content: bytes, path: str, columns: Columns, source: str) -> Itera
 
 
 def _tokens(text: str, where: str) -> Iterator[Row]:
-    """The rows of Flickr8k's own list: `NAME.jpg#NUMBER`, a tab, the caption."""
+    """Yields the rows of Flickr8k's own list, whose lines are `NAME.jpg#NUMBER`, a tab, the caption."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             name, _, caption = line.partition("\t")
@@ -88,7 +90,7 @@ def _tokens(text: str, where: str) -> Iterator[Row]:
 
 
 def read_names(content: bytes) -> list[str]:
-    """The names of images in a list of one name a line."""
+    """The image names in a list with one name per line."""
     return [
         as_text(line.strip())
         for line in content.decode("utf-8-sig", errors="replace").splitlines()

@@ -18,18 +18,21 @@ _LISTS = ("images", "annotations", "categories")
 
 
 class Instances:
-    """The annotations of one file.
+    """The annotations of one `instances_*.json`.
 
     Attributes:
-        classes: names of the categories by ascending id; the ids, which have gaps, become labels 0, 1, ...
-        images: the entries of the images, by ascending id.
+        classes: names of the categories by ascending id. COCO's ids have gaps; the labels are 0, 1, ...
+            without gaps.
+        images: entries of the images by ascending id, with the fields `id`, `file_name`, `width` and
+            `height`.
     """
 
     def __init__(self, content: bytes, path: str) -> None:
-        """Reads `content`, the file at `path`.
+        """Reads `content`, the content of the file `path`.
 
         Raises:
-            DataError: the content is not whole JSON, a field is missing, or an annotation is of no image or no category.
+            DataError: the content is not valid JSON, a field is missing, ids or file names repeat, or an
+                annotation refers to an unknown image or category.
         """
         from pycocotools.coco import COCO
 
@@ -37,7 +40,7 @@ class Instances:
         coco = COCO()
         coco.dataset = self._read(content)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints
                 coco.createIndex()
             self.classes = tuple(str(coco.cats[number]["name"]) for number in sorted(coco.cats))
             self.images = [_image(coco.imgs[number]) for number in sorted(coco.imgs)]
@@ -58,20 +61,24 @@ class Instances:
         for entry in coco.anns.values():
             if entry["image_id"] not in coco.imgs:
                 raise DataError(
-                    f"{path}: annotation {entry['id']} is of image {entry['image_id']}, which is not in images"
+                    f"{path}: annotation {entry['id']} is of image {entry['image_id']}, "
+                    "which is not in images"
                 )
             if entry["category_id"] not in self._labels:
                 raise DataError(
-                    f"{path}: annotation {entry['id']} is of category {entry['category_id']}, which is not in categories"
+                    f"{path}: annotation {entry['id']} is of category {entry['category_id']}, "
+                    "which is not in categories"
                 )
 
     def annotation(
         self, image: dict[str, Any], check: BoxCheck, crowd: Literal["label", "ignore", "box"]
     ) -> Annotation:
-        """The annotation of one of `images`; adds to the counts of `check.left_out`. See `Coco2014` for crowds.
+        """The annotation of one entry of `images`; counts what it leaves out in `check.left_out`.
+
+        `Coco2014` describes the choices for `crowd`.
 
         Raises:
-            DataError: a box or a segmentation makes no sense; the error names the annotation.
+            DataError: a box or a segmentation is invalid; the error names the annotation.
         """
         width, height = image["width"], image["height"]
         labels: set[int] = set()
@@ -97,7 +104,7 @@ class Instances:
         )
 
     def _read(self, content: bytes) -> dict[str, Any]:
-        """The file's content, with its three lists."""
+        """Parses the file and checks that it has its three lists."""
         try:
             dataset = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -109,7 +116,7 @@ class Instances:
 
 
 def _image(entry: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an image's entry that are used."""
+    """The fields of an image's entry that this project uses."""
     return {
         "id": entry["id"],
         "file_name": as_text(str(entry["file_name"])),
@@ -119,7 +126,7 @@ def _image(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _corners(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    """Half-open corners, counted from 0, of COCO's box [x, y, width, height]."""
+    """The half-open corners (xmin, ymin, xmax, ymax), counted from 0, of COCO's [x, y, width, height]."""
     try:
         x, y, width, height = (float(value) for value in entry["bbox"])
     except (KeyError, TypeError, ValueError):

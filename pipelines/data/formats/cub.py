@@ -20,20 +20,22 @@ ARCHIVES = {
 
 
 def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str, Corners], str]:
-    """Corners of boxes by image name, such as `species/file.jpg`, and the checksum of their files.
+    """Corners of the boxes by image name (`species/file.jpg`), and one checksum of the data set's files.
 
-    CUB gives x, y, width and height "in pixels" and no more. Boxes at x = 0 exist, and of the 5,794 boxes of its test split none
-    has x + width above the image's last pixel: they are read as counted from 0 and half-open, [x, x + width), as the code
-    published with Waterbirds-100 does. They are not yet checked against their images.
+    CUB documents its boxes only as x, y, width and height in pixels. Boxes with x = 0 exist, and none of the
+    5,794 boxes of the test split has x + width beyond the image's last pixel. So this function reads boxes as
+    counted from 0 and half-open, [x, x + width), like the code published with Waterbirds-100. It does not
+    check them against their images.
 
     Args:
-        root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`; if None, the
-            official archive is downloaded to `cache`.
-        cache: where archives are kept and unpacked; only the boxes are used.
-        progress: whether to show progress bars.
+        root: a folder or archive, local or at any fsspec URL, with `images.txt` and `bounding_boxes.txt`. If
+            `None`, the official archive is downloaded to `cache`.
+        cache: folder where archives are kept and unpacked. Nothing is written elsewhere, as only the boxes
+            are used.
+        progress: if True, shows progress bars.
 
     Raises:
-        DataError: a file is missing, or a line is not what it should be.
+        DataError: a file is missing, or a line is malformed.
     """
     source = f"CUB-200-2011: {root or ARCHIVES['cub'].url}"
     if root is None:
@@ -49,13 +51,14 @@ def read_boxes(root: str | None, cache: Path, progress: bool) -> tuple[dict[str,
             boxes[names[key]] = (x, y, x + width, y + height)
         except (KeyError, ValueError):
             raise DataError(
-                f"{source}: {top}bounding_boxes.txt: {' '.join((key, *numbers))!r} is not an id of images.txt and four numbers"
+                f"{source}: {top}bounding_boxes.txt: {' '.join((key, *numbers))!r} "
+                "is not an id of images.txt and four numbers"
             ) from None
     return boxes, checksum
 
 
 def _cells(contents: Contents, path: str, count: int, folder: Path, source: str) -> Iterator[list[str]]:
-    """The `count` cells of each line of a text file; raises `DataError` if a line has more or fewer."""
+    """Yields the cells of each line of a text file; raises `DataError` if a line has not `count` cells."""
     for line in archive.read_file(folder, contents, path, source).decode(errors="replace").splitlines():
         cells = line.split()
         if len(cells) != count:

@@ -1,7 +1,7 @@
-"""Downloads that resume where they were cut off.
+"""Downloads that resume after an interruption.
 
-The bytes that have arrived lie in `<destination>.part`; beside them `<destination>.part.json` names the version of the remote
-file. The final name appears by rename, after length and digest are right.
+`<destination>.part` holds the bytes received so far, and `<destination>.part.json` the URL and version of the
+remote file. Once length and digest are right, the file is renamed to `<destination>`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipelines.storage.files import file_digest, file_system, read_record, renam
 from pipelines.storage.retry import retry
 
 _BLOCK = 1 << 18  # bytes
-_TIMEOUT = 60.0  # seconds without a byte
+_TIMEOUT = 60.0  # seconds that the connection may be silent
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
-_MAGIC = (b"\x1f\x8b", b"PK\x03\x04", b"PK\x05\x06")  # of gzip and zip
+_MAGIC = (b"\x1f\x8b", b"PK\x03\x04", b"PK\x05\x06")  # first bytes of gzip and zip
 _MAGIC_OF_TAR = slice(257, 262), b"ustar"
 
 
@@ -35,8 +35,8 @@ class _Stream:
 
     reader: Any
     offset: int
-    total: int | None
-    version: str | None  # changes when the remote file does
+    total: int | None  # `None` if the server does not tell
+    version: str | None  # changes if the remote file changes; `None` if the server gives none
 
 
 def download(
@@ -48,19 +48,19 @@ def download(
     attempts: int = 5,
     pause: float = 1.0,
 ) -> None:
-    """Downloads the file at `url` (http, https or any fsspec URL); resumes an earlier call.
+    """Downloads the file at `url` (http, https or any fsspec URL); resumes an interrupted download.
 
     Args:
-        url: what to download.
-        destination: where to; if it exists and `digest` agrees with it, nothing is done.
-        digest: `sha256:<hex>` or `md5:<hex>` that the content must have.
-        progress: whether to show a progress bar.
-        attempts: how often in a row the connection may fail without a byte.
-        pause: seconds before trying again, doubled each time.
+        url: address of the file.
+        destination: local path. If it exists and has the digest, or no digest is given, nothing is done.
+        digest: `sha256:<hex>` or `md5:<hex>` of the expected content.
+        progress: if True, shows a progress bar.
+        attempts: number of failed attempts in a row, without a new byte, after which the download fails.
+        pause: seconds before the next attempt; doubled after each further failure.
 
     Raises:
-        DataError: the file cannot be read, ends early, or has another digest. The bytes of a file that ended early are kept
-            for the next call.
+        DataError: the file cannot be read, ends early, or has another digest. If it ended early, the bytes
+            received are kept for the next call.
     """
     if destination.exists() and (digest is None or _digest_of(destination, digest) == digest):
         return
@@ -84,18 +84,18 @@ def download(
 
 
 def is_http(url: str) -> bool:
-    """Whether `url` is an http or https address."""
+    """Returns True if `url` is an http or https address."""
     return url.startswith(("http://", "https://"))
 
 
 def is_file(url: str, *, attempts: int = 5, pause: float = 1.0) -> bool:
-    """Whether there is a file at `url` (http, https or any fsspec URL), rather than a folder.
+    """Returns True if there is a file at `url` (http, https or any fsspec URL), False for a folder.
 
-    An http server answers with a web page where it lists a folder; what begins as an archive does is a file whatever the server
-    says. Other storages are asked.
+    An http server lists a folder as a web page. So a response that is a web page counts as a folder, unless
+    it begins with the magic bytes of an archive. Other storages tell files from folders themselves.
 
     Raises:
-        DataError: there is nothing, or the storage cannot be reached.
+        DataError: nothing is there, or the storage cannot be reached.
     """
     if not is_http(url):
         try:
@@ -103,11 +103,7 @@ def is_file(url: str, *, attempts: int = 5, pause: float = 1.0) -> bool:
             info = retry(lambda: filesystem.info(path), url)
         except FileNotFoundError:
             raise DataError(f"{url}: no such file or folder") from None
-        except (
-            OSError,
-            ValueError,
-            ImportError,
-        ) as error:  # a storage without a library, or none that is known
+        except (OSError, ValueError, ImportError) as error:  # unknown protocol, or its library is missing
             raise DataError(
                 f"{url}: cannot be read ({one_line(error)}): check the address and the right to read it"
             ) from None
@@ -124,7 +120,7 @@ def is_file(url: str, *, attempts: int = 5, pause: float = 1.0) -> bool:
 
 
 def _is_web_page(start: bytes, content_type: str) -> bool:
-    """Whether a response is a web page, by its first 512 bytes and its type."""
+    """Returns True if a response is a web page, judged by its first 512 bytes and its content type."""
     place, magic = _MAGIC_OF_TAR
     if start.startswith(_MAGIC) or start[place] == magic:
         return False
@@ -132,7 +128,7 @@ def _is_web_page(start: bytes, content_type: str) -> bool:
 
 
 def _transient(error: Exception, url: str) -> str:
-    """The text of an error after which another attempt may succeed; raises `DataError` for any other one."""
+    """The text of an error after which another attempt may succeed; raises `DataError` for a final error."""
     if isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429):
         raise DataError(
             f"{url}: {error.code} {error.reason}: check the address and the right to read it"
@@ -141,10 +137,10 @@ def _transient(error: Exception, url: str) -> str:
 
 
 def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
-    """Appends the bytes of the connection to `partial`; returns whether the file is then complete.
+    """Appends the bytes of one connection to `partial`; returns True if the file is then complete.
 
-    Without a version from the server or a digest (`trusted`) to check the whole, the bytes in `partial` could belong to
-    another file: the download then starts anew.
+    Resuming needs a version from the server, or a digest (`trusted`) that will be checked in the end. Without
+    either, the bytes in `partial` could belong to another version of the file, so the download starts over.
     """
     note = partial.with_name(partial.name + ".json")
     known = (read_record(note, dict) if partial.exists() else None) or {}
@@ -168,7 +164,7 @@ def _receive(url: str, partial: Path, *, trusted: bool, progress: bool) -> bool:
 
 
 def _read(reader: Any) -> bytes:
-    """The next bytes; empty at the end or if the connection broke, which the file's length tells apart."""
+    """The next bytes; empty at the end and after a broken connection (the caller compares the length)."""
     try:
         content: bytes = reader.read(_BLOCK)
     except http.client.IncompleteRead as error:
@@ -179,7 +175,10 @@ def _read(reader: Any) -> bytes:
 
 
 def _open(url: str, offset: int, version: str | None) -> _Stream:
-    """The remote file from byte `offset` on if it still has the known `version`, else from its start."""
+    """Opens the remote file at byte `offset` if it still has this `version`, else at its start.
+
+    Without a `version`, an http server is asked for the bytes from `offset` on.
+    """
     if is_http(url):
         return _open_http(url, offset, version)
     filesystem, path = file_system(url)
@@ -197,7 +196,7 @@ def _open(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _open_http(url: str, offset: int, version: str | None) -> _Stream:
-    """An HTTP response, of a range request (RFC 9110, section 14) if `offset` is not 0."""
+    """Opens an HTTP response, through a range request (RFC 9110, section 14) if `offset` is not 0."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "bcos-pipelines"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -207,10 +206,8 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
         quoted = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
         response = urllib.request.urlopen(urllib.request.Request(quoted, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if (
-            error.code == 416 and offset
-        ):  # nothing lies beyond `offset`: what is there is all of the file, or not part of it
-            if error.headers.get("Content-Range") == f"bytes */{offset}":
+        if error.code == 416 and offset:  # the remote file has at most `offset` bytes
+            if error.headers.get("Content-Range") == f"bytes */{offset}":  # exactly `offset`: it is complete
                 return _Stream(io.BytesIO(), offset, offset, version)
             return _open_http(url, 0, None)
         raise
@@ -226,7 +223,7 @@ def _open_http(url: str, offset: int, version: str | None) -> _Stream:
 
 
 def _count(text: str) -> int | None:
-    """The number in a header; None if there is none."""
+    """The number in a header; `None` if there is none."""
     return int(text) if text.isdigit() else None
 
 
@@ -241,11 +238,11 @@ def _accept(url: str, partial: Path, destination: Path, digest: str | None) -> N
 
 
 def _digest_of(path: Path, like: str) -> str:
-    """The digest of a file, by the algorithm that `like` names before its colon."""
+    """The digest of a file, `<algorithm>:<hex>`, by the algorithm of the digest `like`."""
     algorithm = like.partition(":")[0]
     return f"{algorithm}:{file_digest(path, algorithm)}"
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, 0 if it is not there."""
+    """Size of a file in bytes; 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0

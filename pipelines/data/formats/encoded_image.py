@@ -1,6 +1,7 @@
-"""Encoded images as Pillow reads them, without torch: their pixels and size, and the instance ids of masks.
+"""Decodes images with Pillow, without torch: pixels, sizes, and the instance ids of masks.
 
-Damaged metadata is no damage: an image that does not decode is tried again without its metadata, see `metadata`.
+Damaged metadata does not make an image unusable. If an image does not decode, it is decoded again without its
+metadata (see `metadata`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pipelines.storage.errors import one_line
 MASK_MODES = ("1", "L", "P", "I;16", "I")
 WHITE = (255, 255, 255, 255)
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-_UPRIGHT = {  # orientation -> what turns the image upright
+_ORIENTATION = 0x0112  # tag in EXIF and TIFF
+_UPRIGHT = {  # orientation -> transposition that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,14 +36,14 @@ T = TypeVar("T")
 
 
 class DecodeError(DataError):
-    """An image that does not decode: the one error that `on_error: skip` ignores."""
+    """An image does not decode. This is the only error that `on_error: skip` ignores."""
 
 
 def decoded(encoded: bytes, decode: Callable[[bytes], T]) -> T:
-    """`decode(encoded)`, or where that fails, `decode` of the file without its metadata.
+    """Returns `decode(encoded)`; if that fails, applies `decode` to the file without its metadata.
 
     Raises:
-        DecodeError: the image does not decode without metadata either.
+        DecodeError: the image does not decode without metadata either, or has too many pixels for Pillow.
     """
     try:
         return decode(encoded)
@@ -50,7 +51,7 @@ def decoded(encoded: bytes, decode: Callable[[bytes], T]) -> T:
         raise
     except Image.DecompressionBombError as error:
         raise _decode_error(error) from None
-    except Exception as error:  # decoders meet corrupt bytes with errors of any type
+    except Exception as error:  # decoders raise errors of any type on corrupt bytes
         for keep_exif in (True, False):
             without = bare(encoded, keep_exif=keep_exif)
             if without is not None:
@@ -63,7 +64,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     """(height, width) in stored pixels, from the header alone.
 
     Raises:
-        DecodeError: the header is not an image's.
+        DecodeError: the file does not begin with the header of an image.
     """
     width, height = decoded(encoded, lambda content: Image.open(io.BytesIO(content)).size)
     return height, width
@@ -73,7 +74,7 @@ def mask_ids(encoded: bytes) -> np.ndarray:
     """The instance ids of a grey (8 or 16 bit) or palette PNG: int64 (H, W), 0 is background.
 
     Raises:
-        DecodeError: not an image, truncated, or an image in colours.
+        DecodeError: the mask is not an image, is truncated, or has a colour mode such as RGB.
     """
     try:
         image = decoded(encoded, open_image)
@@ -85,7 +86,7 @@ def mask_ids(encoded: bytes) -> np.ndarray:
 
 
 def open_image(encoded: bytes, *, apply_exif: bool = False) -> Image.Image:
-    """The first frame of a file, decoded by Pillow; with `apply_exif` turned as its orientation says."""
+    """The first frame of a file, decoded by Pillow; with `apply_exif`, turned upright."""
     image: Image.Image = Image.open(io.BytesIO(encoded))
     image.load()
     transpose = _UPRIGHT.get(_orientation(image)) if apply_exif else None
@@ -93,22 +94,23 @@ def open_image(encoded: bytes, *, apply_exif: bool = False) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation that a decoded image's metadata gives; 1, upright, if they give none or are damaged."""
+    """The orientation in an image's metadata; 1 (upright) if it is missing or damaged."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the parser of EXIF meets corrupt bytes with errors of any type
+    except Exception:  # Pillow's EXIF parser raises errors of any type on corrupt bytes
         return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB, 8 bits a channel: 16 bits are cut to the upper 8, and what is transparent is laid on white.
+    """Converts `image` to mode RGB with 8 bits per channel.
+
+    Of 16-bit values the upper 8 bits are kept. Transparent images are composited over white.
 
     Raises:
-        DecodeError: its pixels are floating-point numbers.
+        DecodeError: the pixels are floating-point numbers.
     """
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits a pixel, or 32 that hold 16: Pillow would clip them, not scale them
+    # Modes `I...` have 16 bits per pixel, or 32 that hold 16. Pillow would clip them to 255, not scale them.
+    if image.mode.startswith("I"):
         return Image.fromarray((as_16_bits(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range; store 8 or 16 bits")
@@ -120,7 +122,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_16_bits(image: Image.Image) -> np.ndarray:
-    """The pixels, uint16 (H, W), of an image whose mode begins with `I`; the one that is transparent becomes white."""
+    """The pixels, uint16 (H, W), of an image in a mode `I...`; its transparent value becomes white."""
     pixels = np.array(image)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -129,6 +131,7 @@ def as_16_bits(image: Image.Image) -> np.ndarray:
 
 
 def _decode_error(error: Exception) -> DecodeError:
-    """An error of a decoder as a `DecodeError` of one line, without the addresses of objects."""
+    """Converts an error of a decoder to a `DecodeError` with one line of text."""
+    # Pillow's own message for an unknown format shows the memory address of the file object.
     unknown = isinstance(error, Image.UnidentifiedImageError)
     return DecodeError("not an image in a known format" if unknown else one_line(error))

@@ -1,4 +1,4 @@
-"""Folders, on this machine or at any URL, as lists of files."""
+"""Lists the files of a folder, on this machine or at any URL."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pipelines.storage.retry import retry
 
 _LINK_FAULTS = {errno.ENOENT: NOTHING, errno.ENOTDIR: NOTHING, errno.ELOOP: CIRCLE}
 
-Entry = tuple[str, str, Member]  # path in the data set; `file`, `directory` or another kind; place
+Entry = tuple[str, str, Member]  # path in the data set; kind (`file`, `directory` or another); location
 
 
 def list_folder(root: str) -> Contents:
-    """The entries of a folder, local or at any fsspec URL. Local links are followed, wherever they lead.
+    """The entries of a folder, local or at any fsspec URL. Local links are followed wherever they lead.
 
     Raises:
         DataError: a folder cannot be listed, or the server of an http address does not list its files.
@@ -65,11 +65,9 @@ def list_folder(root: str) -> Contents:
 
 
 def _list_local(root: str) -> Contents:
-    """The entries of a local folder."""
     found = Listing()
-    folders: list[tuple[str, str, tuple[str, ...]]] = [
-        (root, "", ())
-    ]  # place, path in the data set, real paths above it
+    # Folders still to list: place, path in the data set, real paths of the folders above
+    folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
     while folders:
         folder, inside, above = folders.pop()
         try:
@@ -93,7 +91,10 @@ def _list_local(root: str) -> Contents:
 
 
 def _kind_of(entry: os.DirEntry[str], above: tuple[str, ...]) -> str:
-    """`folder`, `file`, or why a local entry is not usable; `above` are the real paths of the folders that it is in."""
+    """`folder`, `file`, or the reason why a local entry is unusable.
+
+    `above` has the real paths of the folders that contain the entry, to detect links in a circle.
+    """
     try:
         mode = entry.stat().st_mode
     except OSError as error:
@@ -108,22 +109,22 @@ def _kind_of(entry: os.DirEntry[str], above: tuple[str, ...]) -> str:
 
 
 def _contains_any(folder: str, places: tuple[str, ...]) -> bool:
-    """Whether one of these real paths is that of `folder` or in it."""
+    """Returns True if one of these real paths is `folder` or lies in it."""
     return any(os.path.commonpath((folder, place)) == folder for place in places)
 
 
 def _listed(root: str) -> Iterator[Entry]:
-    """The entries below a URL whose storage can list them. It need not tell their kinds and sizes."""
+    """Yields the entries below a URL on a storage that lists folders. It may leave out kinds and sizes."""
     filesystem, base = files.file_system(root)
     protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
-    whole = bool(files.BUCKETS & protocols)  # one listing has all that is below
+    whole = bool(files.BUCKETS & protocols)  # one call lists all levels
     folders, seen = [base], {""}
     while folders:
         call = partial(filesystem.find, withdirs=True) if whole else filesystem.ls
         infos = retry(partial(call, folders.pop(), detail=True), root)
         for info in infos.values() if isinstance(infos, dict) else infos:
             name = info["name"].strip("/").removeprefix(base.strip("/")).strip("/")
-            if name in seen:  # the folder itself, or an object that stands for a folder beside the folder
+            if name in seen:  # the root, or a folder listed both as a prefix and as an object of its name
                 continue
             seen.add(name)
             is_folder = info["name"].endswith("/") or info.get("type") == "directory"
@@ -135,7 +136,7 @@ def _listed(root: str) -> Iterator[Entry]:
 
 
 def _linked(root: str) -> Iterator[Entry]:
-    """The entries below an http address, whose server lists a folder as a page of links."""
+    """Yields the entries below an http address whose server lists a folder as a page of links."""
     top = f"{root.rstrip('/')}/"
     pages, seen = [top], {top}
     while pages:
@@ -149,18 +150,22 @@ def _linked(root: str) -> Iterator[Entry]:
                 yield name.strip("/"), "directory" if is_folder else "file", Member(url, WHOLE_FILE, UNKNOWN)
     if len(seen) == 1:
         raise DataError(
-            f"{root}: the page there lists no files: give an archive, or a folder whose server lists its files"
+            f"{root}: the page there lists no files: "
+            "give an archive, or a folder whose server lists its files"
         )
 
 
 def _links(page: str) -> Iterator[str]:
-    """The addresses below the folder `page` that its listing links to; links that sort the listing have a query."""
+    """Yields the addresses below the folder `page` that its listing links to.
+
+    Links with a query are skipped, because servers use them to sort the same listing by another column.
+    """
     filesystem, _ = files.file_system(page)
     content: bytes = retry(partial(filesystem.cat_file, page), page)
     parser = _Anchors()
     parser.feed(content.decode(errors="replace"))
     for reference in parser.references:
-        with suppress(ValueError):  # of what is no address
+        with suppress(ValueError):  # the reference is not a valid address
             url = urljoin(page, reference)
             parts = urlsplit(url)
             if unquote(url).startswith(unquote(page)) and not (parts.query or parts.fragment):
@@ -168,12 +173,11 @@ def _links(page: str) -> Iterator[str]:
 
 
 class _Anchors(HTMLParser):
-    """Collects the addresses of a page's links."""
+    """Collects the targets of a page's links in `references`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.references: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        """Keeps the address of a link."""
         self.references += [value for name, value in attributes if tag == "a" and name == "href" and value]

@@ -1,4 +1,8 @@
-"""Tars as img2dataset writes them: `<key>.jpg`, `<key>.txt` with the caption, `<key>.json`; beside them `<tar>_stats.json`."""
+"""Image-text tars in the format of img2dataset (https://github.com/rom1504/img2dataset).
+
+A sample is `<key>.jpg` (or another image), `<key>.txt` with the caption, and `<key>.json`. Beside `<tar>.tar`
+lies `<tar>_stats.json`.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +21,24 @@ from pipelines.data.shards.tar import members
 
 CAPTION = "txt"  # suffix
 
-# Why a sample or tar is left out
+# Reasons why a sample or tar is left out
 NO_IMAGE = "samples without an image"
 NO_CAPTION = "samples without a caption"
 BROKEN = "images that do not decode"
 EMPTY = "tars without a sample"
 FEWER = "images that are not in their tars although the statistics count them"
 
-IMAGES = {
-    "jpg": "jpg",
-    "jpeg": "jpg",
-    "png": "png",
-    "webp": "webp",
-}  # suffix in a tar -> the project's own name of the format
+# Suffix in a tar -> this project's suffix of the format
+IMAGES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An image with its caption, and (offset, bytes) of both files in their tar; `name` is their name without suffix."""
+    """An image-text pair in a tar.
+
+    `name` is the name of both files without suffix, `image` and `text` are (offset, bytes) of the files in
+    the tar.
+    """
 
     name: str
     extension: str
@@ -44,12 +48,16 @@ class Pair:
 
 
 def read_pairs(path: Path, name: str) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """The image-text pairs of the tar at `path`, called `name`; and (reason, name) of whatever is left out.
+    """The image-text pairs of the tar at `path`, and (reason, name) of each sample left out.
 
-    A pair needs an image with a readable header and a caption with words. Images are not decoded.
+    A pair needs an image with a readable header and a caption that is not blank. Images are not decoded.
+
+    Args:
+        path: the tar.
+        name: the tar's name, for messages and the names of samples left out.
 
     Raises:
-        DataError: the file is not a whole tar.
+        DataError: the file is not a complete tar.
     """
     files: dict[str, dict[str, tuple[int, int]]] = {}
     for inside, suffix, place in _files(path, name):
@@ -77,7 +85,7 @@ def read_pairs(path: Path, name: str) -> tuple[list[Pair], list[tuple[str, str]]
 
 
 def _files(path: Path, name: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Name without suffix, suffix, and place of each file in a tar that belongs to a sample; none of an empty file."""
+    """Yields (name without suffix, suffix, (offset, bytes)) of each file in a tar, which may be empty."""
     if path.stat().st_size == 0:
         return
     try:
@@ -95,7 +103,7 @@ def _files(path: Path, name: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
 
 
 def _has_header(encoded: bytes) -> bool:
-    """Whether a file begins as an image does."""
+    """Returns True if the file has an image header with a size."""
     try:
         return min(image_size(encoded)) > 0
     except DecodeError:
@@ -103,17 +111,23 @@ def _has_header(encoded: bytes) -> bool:
 
 
 def caption_of(content: bytes) -> str:
-    """The caption in a `.txt`, its white space made single blanks; empty if it has no words."""
+    """The caption in a `.txt`, with white space reduced to single blanks; empty if the file is blank."""
     return " ".join(content.decode("utf-8", errors="replace").split())
 
 
 def annotation_of(content: bytes) -> bytes:
-    """The `.txt` of a sample as the json that the project's own shards have instead."""
+    """Converts the `.txt` of a sample to the `.json` that this project's own shards have instead."""
     return json.dumps(caption_entry((caption_of(content),)), ensure_ascii=False).encode()
 
 
 def missing_images(stats: Any, pairs: Sequence[Pair], left_out: Sequence[tuple[str, str]]) -> int:
-    """How many more images the content of a stats file counts than its tar has, by what `read_pairs` returned."""
+    """Number of images that the stats file counts beyond those in the tar; 0 if it gives no count.
+
+    Args:
+        stats: content of the stats file.
+        pairs: as `read_pairs` returned.
+        left_out: as `read_pairs` returned.
+    """
     count = stats.get("successes", 0) if isinstance(stats, dict) else 0
     there = len(pairs) + sum(reason in (NO_CAPTION, BROKEN) for reason, _ in left_out)
     return max(0, count - there) if isinstance(count, int) else 0

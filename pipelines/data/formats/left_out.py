@@ -1,4 +1,4 @@
-"""What a data set has and its samples lack: counted by reason, and named."""
+"""Counts the items of a data set that do not become samples, by reason."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 
 class LeftOut:
-    """Counts what is left out of a data set, by reason, and keeps the name of the first thing of each reason.
+    """Counts the items that a source leaves out, by reason, and keeps one name per reason.
 
     Attributes:
-        counts: numbers of things left out, by reason: a plural, such as `empty boxes`.
+        counts: number of items left out, by reason. A reason is a plural noun, such as `empty boxes`.
     """
 
     def __init__(self) -> None:
@@ -20,11 +20,11 @@ class LeftOut:
         self._first: dict[str, str] = {}
 
     def add(self, reason: str, name: str) -> None:
-        """Counts the thing called `name`."""
+        """Counts the item `name` under `reason`."""
         self.counts[reason] += 1
         self._first.setdefault(reason, name)
 
     def log(self, source: str) -> None:
-        """Logs one line for each reason: how many things of `source` were left out, and which was the first."""
+        """Logs one line per reason: the number of items of `source` left out, and the first one's name."""
         for reason, count in sorted(self.counts.items()):
             log.warning("%s: left out: %d %s, such as %s", source, count, reason, self._first[reason])

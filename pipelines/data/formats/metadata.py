@@ -1,4 +1,7 @@
-"""Encoded images without their metadata: what is left decodes though EXIF, colour profile, text or thumbnail are damaged."""
+"""Removes the metadata from encoded images.
+
+The result decodes even if EXIF, colour profile, texts or thumbnail of the original are damaged.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +11,29 @@ from collections.abc import Callable, Iterator
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG_METADATA = {*range(0xE0, 0xF0), 0xFE}  # APP0 to APP15 and comments
-_JPEG_COLOURS, _LEAST_COLOURS = (
-    0xEE,
-    16,
-)  # APP14 of Adobe says how colours are stored; its bytes if it is whole
+# Adobe's APP14 segment says how colours are stored; the least bytes of a complete one
+_JPEG_COLOURS, _LEAST_COLOURS = 0xEE, 16
 _JPEG_SCAN = 0xDA
 _WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # chunk -> its flag in VP8X
+# fmt: off
 _TIFF_PIXELS = {  # tags that say how pixels are stored and which way is up
-    *(
-        254,
-        256,
-        257,
-        258,
-        259,
-        262,
-        263,
-        266,
-        273,
-        274,
-        277,
-        278,
-        279,
-        284,
-        290,
-        291,
-        292,
-        293,
-        301,
-        317,
-        318,
-        319,
-        320,
-        321,
-    ),
-    *(
-        322,
-        323,
-        324,
-        325,
-        332,
-        333,
-        334,
-        336,
-        338,
-        339,
-        340,
-        341,
-        347,
-        512,
-        513,
-        514,
-        515,
-        517,
-        518,
-        519,
-        520,
-        521,
-    ),
+    *(254, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 284, 290, 291, 292, 293, 301, 317, 318,
+      319, 320, 321),
+    *(322, 323, 324, 325, 332, 333, 334, 336, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520,
+      521),
     *(529, 530, 531, 532, 32995, 32996, 32997, 34016),
 }
+# fmt: on
 
 
 def bare(encoded: bytes, *, keep_exif: bool) -> bytes | None:
-    """A JPEG, PNG, WebP or TIFF file without its metadata and further images; None for other formats and broken structures.
+    """A JPEG, PNG, WebP or TIFF file without its metadata.
+
+    Returns `None` for other formats, and if the file's structure is broken.
 
     Args:
-        encoded: the file.
-        keep_exif: keep EXIF, which says which way is up.
+        encoded: content of the file.
+        keep_exif: keep EXIF, which says which way is up. A TIFF always keeps its orientation tag.
     """
     formats: dict[bytes, Callable[[bytes, bool], bytes]] = {
         b"\xff\xd8": _bare_jpeg,
@@ -91,7 +50,7 @@ def bare(encoded: bytes, *, keep_exif: bool) -> bytes | None:
 
 
 def _bare_jpeg(encoded: bytes, keep_exif: bool) -> bytes:
-    """Start, tables and frame header of a JPEG, and all from its first scan on."""
+    """Start, tables and frame header of a JPEG, and everything from its first scan on."""
     kept, place = [encoded[:2]], 2
     while encoded[place + 1] != _JPEG_SCAN:
         if encoded[place] != 0xFF:
@@ -109,7 +68,7 @@ def _bare_jpeg(encoded: bytes, keep_exif: bool) -> bytes:
 
 
 def _bare_png(encoded: bytes, keep_exif: bool) -> bytes:
-    """The chunks of a PNG that are needed to decode it, and its transparency."""
+    """The critical chunks of a PNG, and those of its transparency and EXIF (`keep_exif`) that are intact."""
     wanted = (b"tRNS", b"eXIf") if keep_exif else (b"tRNS",)
     kept = [_PNG]
     for kind, chunk in _chunks(encoded, len(_PNG), ">I4s", ahead=8, behind=4):
@@ -121,7 +80,7 @@ def _bare_png(encoded: bytes, keep_exif: bool) -> bytes:
 
 
 def _bare_webp(encoded: bytes, keep_exif: bool) -> bytes:
-    """The chunks of a WebP file that hold pixels, with flags that promise no others."""
+    """A WebP file without its metadata chunks and without the flags that announce them."""
     dropped = {kind: flag for kind, flag in _WEBP_METADATA.items() if kind != b"EXIF" or not keep_exif}
     kept = []
     for kind, chunk in _chunks(encoded, 12, "<4sI", ahead=8, behind=0):
@@ -136,7 +95,15 @@ def _bare_webp(encoded: bytes, keep_exif: bool) -> bytes:
 def _chunks(
     encoded: bytes, place: int, header: str, *, ahead: int, behind: int
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk from `place` on; with `ahead` bytes of header and `behind` bytes after its content."""
+    """Yields (kind, bytes) of each chunk from `place` on.
+
+    Args:
+        encoded: content of the file.
+        place: offset of the first chunk.
+        header: struct format of a chunk's kind and size, in either order.
+        ahead: bytes before a chunk's content.
+        behind: bytes after a chunk's content.
+    """
     while place + ahead <= len(encoded):
         first, second = struct.unpack_from(header, encoded, place)
         kind, size = (second, first) if isinstance(second, bytes) else (first, second)
@@ -146,7 +113,7 @@ def _chunks(
 
 
 def _bare_tiff(encoded: bytes, keep_exif: bool) -> bytes:
-    """A TIFF file whose first directory has the tags of pixels alone, and which has no other directory."""
+    """A TIFF file with its first directory alone, reduced to the tags in `_TIFF_PIXELS`."""
     order = "<" if encoded[:1] == b"I" else ">"
     is_big = struct.unpack_from(f"{order}H", encoded, 2)[0] == 43  # BigTIFF
     offset, number, size, start = ("Q", "Q", 20, 8) if is_big else ("I", "H", 12, 4)

@@ -1,4 +1,4 @@
-"""Packed archives, tar.gz and zip, as uncompressed tars."""
+"""Converts packed archives (tar.gz, zip) to uncompressed tars."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipelines.storage.files import staged
 
 _BLOCK = 1 << 20  # bytes
 _GZIP = b"\x1f\x8b"
-_UNIX = 3  # the system that made a zip's entry, as `zipfile` numbers them
+_UNIX = 3  # `ZipInfo.create_system` of entries made on Unix
 
 
 def kind_of(path: Path) -> Literal["tar", "gzip", "zip"]:
-    """The kind of an archive, by its content; raises `DataError` if it is none."""
+    """The kind of an archive, by its content; raises `DataError` if the file is not an archive."""
     with path.open("rb") as file:
         if file.read(2) == _GZIP:
             return "gzip"
     try:
         tarfile.open(path, "r:").close()
-    except Exception:  # tarfile meets what is no tar with errors of any type
+    except Exception:  # tarfile raises errors of any type on other files
         if zipfile.is_zipfile(path):
             return "zip"
         raise DataError(f"{path}: not a tar, tar.gz or zip") from None
@@ -34,7 +34,7 @@ def kind_of(path: Path) -> Literal["tar", "gzip", "zip"]:
 
 
 def to_tar(path: Path, destination: Path, progress: bool) -> None:
-    """Unpacks a tar.gz, or turns a zip, into one uncompressed tar, atomically.
+    """Converts a tar.gz or zip to one uncompressed tar, atomically.
 
     Raises:
         DataError: the archive is damaged, cut short or encrypted.
@@ -46,7 +46,6 @@ def to_tar(path: Path, destination: Path, progress: bool) -> None:
 
 
 def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes the content of a gzip file."""
     done, size = 0, path.stat().st_size
     with (
         path.open("rb") as packed,
@@ -60,7 +59,7 @@ def _gunzip(path: Path, output: BinaryIO, progress: bool) -> None:
 
 
 def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
-    """Writes the entries of a zip as a tar, in their order."""
+    """Writes the entries of a zip as a tar, in the same order."""
     with (
         zipfile.ZipFile(path) as archive,
         tarfile.open(fileobj=output, mode="w:", format=tarfile.PAX_FORMAT) as tar,
@@ -73,7 +72,6 @@ def _zip_to_tar(path: Path, output: BinaryIO, progress: bool) -> None:
 
 
 def _add_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, tar: tarfile.TarFile) -> None:
-    """Writes one entry of a zip to a tar."""
     on_unix = entry.create_system == _UNIX
     member = tarfile.TarInfo(entry.filename if on_unix else entry.filename.replace("\\", "/"))
     if member.name.endswith("/"):

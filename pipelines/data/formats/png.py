@@ -1,8 +1,8 @@
-"""A PNG writer whose bytes depend on the pixels alone.
+"""A PNG writer whose output bytes depend only on the pixels.
 
-Compressors differ between zlib, zlib-ng and processors; stored (uncompressed) deflate blocks do not, and are the
-fastest to write and to read. Where they would be too large, `deflate` gives that up: the same pixels everywhere, the same
-bytes only where zlib is the same.
+Compressed bytes differ between zlib, zlib-ng and processors. So by default the pixels lie in stored
+(uncompressed) deflate blocks, which are also the fastest to write and to read. With `deflate` the file is
+smaller, but its bytes are the same only under the same zlib.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ _COLOUR_TYPE = {1: 0, 3: 2}  # channels -> PNG colour type (grey, RGB)
 
 
 def encode_png(pixels: NDArray[np.uint8] | NDArray[np.uint16], *, deflate: bool = False) -> bytes:
-    """The PNG of (H, W) grey or (H, W, 3) RGB pixels of 8 or 16 bits, stored or deflated."""
+    """The PNG of (H, W) grey or (H, W, 3) RGB pixels of 8 or 16 bits, stored or compressed (`deflate`)."""
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    size = pixels.dtype.itemsize  # bytes a value
-    rows = np.zeros(
-        (height, 1 + width * channels * size), np.uint8
-    )  # each row starts with its filter: 0, none
+    size = pixels.dtype.itemsize  # bytes per value
+    # Each row starts with the number of its filter: 0, no filter
+    rows = np.zeros((height, 1 + width * channels * size), np.uint8)
     rows[:, 1:] = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
     header = struct.pack(">IIBBBBB", width, height, 8 * size, _COLOUR_TYPE[channels], 0, 0, 0)
     data = zlib.compress(rows.tobytes(), 6) if deflate else _stored(rows.tobytes())
@@ -32,7 +31,6 @@ def encode_png(pixels: NDArray[np.uint8] | NDArray[np.uint16], *, deflate: bool 
 
 
 def _chunk(kind: bytes, content: bytes = b"") -> bytes:
-    """A PNG chunk: length, kind, content, CRC."""
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 

@@ -1,4 +1,4 @@
-"""The files of a data set, below the user's root or in its official archives."""
+"""Opens a data set: a folder or archive of the user (`root`), or its official archives."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ _UNPACKED = "images.tar"
 
 
 class Official(NamedTuple):
-    """A published archive; `digest` is `sha256:<hex>`, `md5:<hex>`, or None if none is published."""
+    """A published archive; `digest` is `sha256:<hex>`, `md5:<hex>`, or `None` if none is published."""
 
     url: str
     digest: str | None
 
 
 def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: bool) -> tuple[Contents, str]:
-    """The files at `root`, and the sha256 of an archive's bytes or of a folder's sorted paths and sizes.
+    """The files at `root`, and a checksum: sha256 of an archive's bytes, or of a folder's paths and sizes.
 
-    Whether `root` is a folder or an archive, and of which kind, is decided by its content, not by its name.
+    The content of `root`, not its name, decides if it is a folder or an archive, and of which kind.
+
+    Args:
+        root: path or URL of a folder or archive.
+        sha256: expected digest of the archive, or `None`.
+        raw: folder to which archives are unpacked. Folders and local tars are read in place.
+        cache: folder to which archives at a URL are downloaded.
+        progress: if True, shows progress bars.
 
     Raises:
-        DataError: nothing is there, or its sha256 is not `sha256`.
+        DataError: nothing is there, its sha256 is not `sha256`, or `sha256` is given for a folder.
     """
     raw.mkdir(parents=True, exist_ok=True)
     path = Path(users_path(root))
@@ -67,7 +74,7 @@ def open_root(root: str, sha256: str | None, raw: Path, cache: Path, progress: b
 def download_archives(
     archives: Mapping[str, Official], raw: Path, cache: Path, progress: bool
 ) -> tuple[Contents, str]:
-    """The files of official archives, which become plain tars in `raw`, and one sha256 of all archives.
+    """The files of official archives, which become plain tars in `raw`, and one sha256 over all archives.
 
     Raises:
         DataError: an archive cannot be downloaded, has another digest, or is damaged.
@@ -89,7 +96,7 @@ def download_archives(
 
 
 def _unpacked(path: Path, raw: Path, name: str, progress: bool) -> Contents:
-    """Turns an archive into the plain tar `name` in `raw`; returns its contents."""
+    """Writes an archive as the plain tar `name` to `raw`; returns its contents."""
     if kind_of(path) == "tar":
         with staged(raw / name) as copy:
             shutil.copyfile(path, copy)

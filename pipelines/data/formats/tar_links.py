@@ -1,4 +1,4 @@
-"""Links in an archive, followed within the archive as a file system follows them."""
+"""Resolves links between the entries of a tar, as a file system would after unpacking."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ _MOST_HOPS = 40  # links on the way to one file, as in Linux
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link to `target`, a path from the folder of the link (a symbolic link) or from the root (a hard link)."""
+    """A link to `target`, a path from the link's folder (symbolic link) or from the root (hard link)."""
 
     target: str
     from_root: bool = False
 
 
-Entry = Member | Link | str | None  # why it is not usable, or None for a folder
+# A file, a link, the reason why an entry is unusable, or None for a folder
+Entry = Member | Link | str | None
 
 
 def add_entries(entries: Mapping[str, Entry], found: Listing) -> None:
-    """Adds the entries of an archive, by path, to `found`; links as the files and folders that they lead to."""
+    """Adds the entries of an archive to `found`; a link is added as the file or folder that it leads to."""
     links = _Links(entries, found)
     for path, entry in entries.items():
         links.add(path, path, entry, ())
 
 
 class _Links:
-    """The entries of an archive, which are added to `found` one by one."""
+    """Adds the entries of an archive, one by one, to `found`."""
 
     def __init__(self, entries: Mapping[str, Entry], found: Listing) -> None:
         self._entries, self._found = entries, found
         self._paths = sorted(entries) if any(isinstance(entry, Link) for entry in entries.values()) else []
 
     def add(self, shown: str, path: str, entry: Entry, through: tuple[str, ...]) -> None:
-        """Adds the entry at `path` as `shown`; `through` are the paths of the links that led to it."""
+        """Adds the entry at `path` under the path `shown`; `through` are the links that led to it."""
         if isinstance(entry, Member):
             self._found.file(shown, entry)
         elif entry is None:
@@ -52,7 +53,11 @@ class _Links:
                 self._found.unusable(shown, str(error))
 
     def _follow(self, shown: str, links: tuple[str, ...]) -> None:
-        """Adds what the last one of `links`, each of which is in the folder that the one before led to, leads to."""
+        """Adds the target of the last of `links` as `shown`, with the entries below it if it is a folder.
+
+        `links` are the paths of the links followed so far: each one lies in the folder that the link before
+        leads to.
+        """
         target = self._resolved(links[-1])
         if any(f"{link}/".startswith(f"{target}/") for link in links) or not target:
             raise _BrokenError(CIRCLE)
@@ -65,14 +70,14 @@ class _Links:
             self.add(shown + path.removeprefix(target), path, self._entries[path], links)
 
     def _below(self, folder: str) -> Iterator[str]:
-        """The paths of the entries in `folder`, at any depth."""
+        """Yields the paths of the entries in `folder`, at any depth."""
         for number in range(bisect_left(self._paths, f"{folder}/"), len(self._paths)):
             if not self._paths[number].startswith(f"{folder}/"):
                 return
             yield self._paths[number]
 
     def _resolved(self, path: str) -> str:
-        """`path` without links in it; raises `_BrokenError` if it leads out of the archive or in a circle."""
+        """`path` with all links resolved; raises `_BrokenError` if it leaves the archive or is circular."""
         left, done, hops = deque(path.split("/")), list[str](), 0
         while left:
             part = left.popleft()
@@ -96,4 +101,4 @@ class _Links:
 
 
 class _BrokenError(Exception):
-    """A link that leads to no file and no folder of the archive; its text is the reason."""
+    """A link leads to no file or folder of the archive; the error's text is the reason."""

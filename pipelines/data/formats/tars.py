@@ -1,4 +1,4 @@
-"""Tars as lists of files with random access."""
+"""Lists the files of uncompressed tars with their offsets, for random access."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ from pipelines.data.formats.tar_links import Entry, Link, add_entries
 from pipelines.data.shards.sample import DataError
 from pipelines.storage.files import staged
 
-_LARGEST = 1 << 30  # bytes of a sparse member: a small tar could fill the disk otherwise
+_LARGEST = 1 << 30  # most bytes of a sparse member: otherwise a small tar could fill the disk
 _END = bytes(tarfile.BLOCKSIZE)
 
 
 def list_tar(path: Path, place: str, source: str, raw: Path) -> Contents:
-    """The entries of the uncompressed tar at `path`, whose members get `place` as their file.
+    """The entries of the uncompressed tar at `path`.
 
-    Links become the files and folders that they lead to. Sparse members, whose holes are not in the tar, are written to a file
-    of their own in `raw`.
+    Links become the files and folders that they lead to. Sparse members are not contiguous in the tar, as it
+    omits their holes. So they are written, with their holes, to the file `<stem of place>.expanded` in `raw`.
+
+    Args:
+        path: the tar.
+        place: name of the tar in the listed members.
+        source: name of the tar in errors.
+        raw: folder for sparse members.
 
     Raises:
-        DataError: the file is not a tar or was cut short; the error names `source`.
+        DataError: the file is not a tar or was cut short.
     """
     found = Listing()
     entries: dict[str, Entry] = {}
@@ -46,9 +52,8 @@ def list_tar(path: Path, place: str, source: str, raw: Path) -> Contents:
                 entry = Member(holes, end, member.size)
                 end += member.size
                 sparse.append(member)
-            if (
-                name in entries and entry is not entries[name]
-            ):  # GNU tar stores what it meets twice as a link to itself
+            # GNU tar stores a file that it is given twice as a hard link to itself, which replaces nothing.
+            if name in entries and entry is not entries[name]:
                 found.unusable(name, REPLACED)
             entries[name] = entry
         _expand(file, sparse, raw / holes)
@@ -57,7 +62,7 @@ def list_tar(path: Path, place: str, source: str, raw: Path) -> Contents:
 
 
 def _entry(member: tarfile.TarInfo, place: str, entries: Mapping[str, Entry]) -> Entry:
-    """What a member is; a hard link is what it leads to among the `entries` before it."""
+    """The entry of a tar member; a hard link to one of the earlier `entries` becomes that entry."""
     if member.isreg() and not member.issparse():
         return Member(place, member.offset_data, member.size)
     if member.islnk():
@@ -69,7 +74,11 @@ def _entry(member: tarfile.TarInfo, place: str, entries: Mapping[str, Entry]) ->
 
 
 def _members(file: BinaryIO, source: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, and of the tars that were joined to it (`cat a.tar b.tar`); raises `DataError` if it has no end."""
+    """Yields the members of a tar and of the tars appended to it (`cat a.tar b.tar`).
+
+    Raises:
+        DataError: a tar has no end-of-archive block, or a member of negative size.
+    """
     start = 0
     while True:
         file.seek(start)
@@ -79,7 +88,7 @@ def _members(file: BinaryIO, source: str) -> Iterator[tarfile.TarInfo]:
                 if tar.offset <= member.offset:
                     raise DataError(f"{source}: not a whole tar (a member of negative size): get it again")
                 yield member
-        if start and member is None:  # what follows the end is no tar
+        if start and member is None:  # the bytes after the end are not a tar
             return
         file.seek(tar.offset)
         while (block := file.read(tarfile.BLOCKSIZE)) == _END:
@@ -91,7 +100,7 @@ def _members(file: BinaryIO, source: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _expand(file: BinaryIO, members: Sequence[tarfile.TarInfo], destination: Path) -> None:
-    """Writes sparse members of a tar to `destination`, one after the other and with their holes."""
+    """Writes sparse members of a tar to `destination`, one after the other, with zeros in their holes."""
     if not members:
         return
     file.seek(0)
@@ -102,5 +111,5 @@ def _expand(file: BinaryIO, members: Sequence[tarfile.TarInfo], destination: Pat
     ):
         for member in members:
             content = tar.extractfile(member)
-            assert content is not None  # as for every regular file
+            assert content is not None  # sparse members are regular files
             shutil.copyfileobj(content, output)

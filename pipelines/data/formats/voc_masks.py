@@ -1,8 +1,10 @@
-"""PASCAL VOC's segmentations as masks whose instance i is the box i - 1.
+"""PASCAL VOC's segmentations as masks of instance ids: id i is `boxes[i - 1]`.
 
-In `SegmentationObject` a pixel has the number of its object, counted from 1 in the order of the annotation file. In
-`SegmentationClass` it has the number of its class, counted from 1 in the order of `voc_xml.CLASSES`. In both, 0 is background,
-and 255 (void) marks borders of objects and what is not labelled.
+In `SegmentationObject` each pixel has the number of its object, counted from 1 in the order of the annotation
+file. In `SegmentationClass` each pixel has the number of its class, counted from 1 in the order of
+`voc_xml.CLASSES`. In both, 0 is background, and 255 (void) marks borders of objects and unlabelled pixels.
+Masks are made in two steps: a plan (JSON) when the data set is fetched, and its drawing when a sample is
+read.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ VOID = 255
 
 
 def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -> dict[str, object] | None:
-    """The JSON value from which `draw` draws the mask; None if ids are not those of the objects.
+    """The JSON value from which `draw` draws an instance mask; `None` if it does not fit the annotation.
 
-    The segmentation's ids are those of the annotated objects if the sizes agree, no id is above the number of objects, and every
-    object that is seen has most of its pixels in its box.
+    The segmentation fits if its size is the annotation's, no id exceeds the number of objects, and each
+    object in it has at least half of its pixels in its box.
 
     Args:
         raw: the folder that `ref` is relative to.
         ref: the segmentation.
-        annotation: of the same image.
-        kept: for each object, whether it is a box of the sample.
+        annotation: annotation of the same image.
+        kept: for each object, True if it is a box of the sample.
 
     Raises:
-        DataError: the segmentation is gone or does not decode.
+        DataError: the segmentation is missing or does not decode.
     """
     ids = _read(raw, ref)
     if ids.shape != (annotation.height, annotation.width) or len(annotation.objects) >= VOID:
@@ -54,22 +56,23 @@ def plan(raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]) -
 def plan_classes(
     raw: Path, ref: Ref, annotation: VocAnnotation, kept: Sequence[bool]
 ) -> dict[str, object] | None:
-    """The JSON value from which `draw` draws the mask of a class segmentation; None if it does not fit the annotation.
+    """As `plan`, for a class segmentation.
 
-    A class segmentation does not separate the objects of one class. So each pixel of a class is given to the object with the
-    smallest box among that class's boxes that contain the pixel (the first object if two boxes have the same area). A pixel in
-    no box of its class is background.
+    A class segmentation does not separate the objects of one class. So each pixel of class c goes to the
+    smallest box of class c that contains the pixel (of boxes with equal area, to the first). A pixel in no
+    box of its class is background.
 
-    The segmentation fits if the sizes agree and every number is a class's, 0 or void.
+    The segmentation fits if its size is the annotation's, and every number in it is a class's, 0 or void.
 
     Args:
         raw: the folder that `ref` is relative to.
         ref: the class segmentation.
-        annotation: of the same image.
-        kept: for each object, whether it is a box of the sample. The pixels of the other objects are background.
+        annotation: annotation of the same image.
+        kept: for each object, True if it is a box of the sample. Pixels of the other objects become
+            background.
 
     Raises:
-        DataError: the segmentation is gone or does not decode.
+        DataError: the segmentation is missing or does not decode.
     """
     classes = _read(raw, ref)
     if classes.shape != (annotation.height, annotation.width) or len(annotation.objects) >= VOID:
@@ -84,7 +87,7 @@ def plan_classes(
 
 
 def draw(raw: Path, annotation: Annotation) -> bytes:
-    """The PNG of instance ids; objects without a box and void are background. See `plan` and `plan_classes`."""
+    """The PNG of instance ids from a plan; void and objects without a box are background."""
     mask = annotation.mask
     if "classes" in mask:
         ids = _draw_objects(_read(raw, Ref(*mask["classes"])), mask["objects"])
@@ -96,9 +99,9 @@ def draw(raw: Path, annotation: Annotation) -> bytes:
 
 
 def _draw_objects(classes: np.ndarray, objects: Sequence[Sequence[int]]) -> np.ndarray:
-    """Instance ids, (H, W) uint8, of a class segmentation (H, W).
+    """Instance ids (H, W), uint8, from a class segmentation (H, W).
 
-    Each object is (its id, number of its class, xmin, ymin, xmax, ymax); later objects are drawn over earlier ones.
+    Each object is (id, number of its class, xmin, ymin, xmax, ymax). Later objects overwrite earlier ones.
     """
     ids = np.zeros(classes.shape, np.uint8)
     for number, value, xmin, ymin, xmax, ymax in objects:
@@ -108,23 +111,22 @@ def _draw_objects(classes: np.ndarray, objects: Sequence[Sequence[int]]) -> np.n
 
 
 def _numbers(kept: Sequence[bool]) -> list[int]:
-    """For each object, the id of its instance: 1 for the first one that is kept, 0 for those that are not kept."""
+    """The instance id of each object: 1, 2, ... for the objects that are kept, 0 for the others."""
     return (np.cumsum(kept) * np.asarray(kept, bool)).tolist()
 
 
 def _pixels(corners: Corners) -> tuple[int, int, int, int]:
-    """The half-open box in whole pixels, from pixel 0 on."""
+    """The half-open box, rounded to whole pixels, with negative corners set to 0."""
     xmin, ymin, xmax, ymax = (max(0, round(corner)) for corner in corners)
     return xmin, ymin, xmax, ymax
 
 
 def _area(xmin: int, ymin: int, xmax: int, ymax: int) -> int:
-    """Pixels in a half-open box."""
     return (xmax - xmin) * (ymax - ymin)
 
 
 def _read(raw: Path, ref: Ref) -> np.ndarray:
-    """The ids of a segmentation, (H, W)."""
+    """The numbers (H, W) of a segmentation."""
     try:
         return mask_ids(archive.read(raw, ref))
     except DecodeError as error:

@@ -1,4 +1,4 @@
-"""PASCAL VOC's annotation files: one XML an image."""
+"""PASCAL VOC's annotation files: one XML per image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class VocObject:
-    """One object; `corners` are 0-based and half-open, and not yet checked against the image."""
+    """One object. Its `corners` count from 0, are half-open, and are not yet checked against the image."""
 
     label: int
     corners: Corners
@@ -53,12 +53,14 @@ class VocAnnotation:
 
 
 def parse(content: bytes, path: str) -> VocAnnotation:
-    """The content of an annotation file.
+    """Parses the content of an annotation file.
 
-    VOC counts pixels from 1 and names the last one within the box: `xmin - 1` and `xmax` are the half-open box.
+    VOC counts pixels from 1, and its xmax is the last pixel inside the box. So the half-open interval is
+    [xmin - 1, xmax), likewise for y.
 
     Raises:
-        DataError: the XML is cut short, a field is missing, or the class is not one of VOC's; the error names `path`.
+        DataError: the XML is not well-formed, a field is missing, or the class is not one of VOC's. The error
+            names `path`.
     """
     try:
         root = ElementTree.fromstring(content)
@@ -69,7 +71,7 @@ def parse(content: bytes, path: str) -> VocAnnotation:
 
 
 def _object(element: ElementTree.Element, path: str) -> VocObject:
-    """One `<object>`. Its parts, such as hands, have boxes of their own, which are ignored."""
+    """Parses one `<object>`. The boxes of its parts, such as hands, are ignored."""
     name = _text(element, "name", path)
     if name not in CLASSES:
         raise DataError(f"{path}: class {name!r} is not one of VOC's: {', '.join(CLASSES)}")
@@ -81,7 +83,7 @@ def _object(element: ElementTree.Element, path: str) -> VocObject:
 
 
 def _text(element: ElementTree.Element, tag: str, path: str) -> str:
-    """The text of a child."""
+    """The text of the child `tag`, stripped; raises `DataError` if it is missing or blank."""
     text = element.findtext(tag)
     if text is None or not text.strip():
         raise DataError(f"{path}: <{element.tag}> has no {tag}")
@@ -89,7 +91,7 @@ def _text(element: ElementTree.Element, tag: str, path: str) -> str:
 
 
 def _number(element: ElementTree.Element, tag: str, path: str) -> float:
-    """The number in a child."""
+    """The number in the child `tag`; raises `DataError` if it is not finite."""
     text = _text(element, tag, path)
     with suppress(ValueError):
         if math.isfinite(number := float(text)):

@@ -1,7 +1,8 @@
-"""Images with boxes: how sources that read annotation files write them to `raw`, and read them again.
+"""Images with boxes in the folder `raw`: written by sources with annotation files, and read again.
 
-`<split>.annotations.jsonl` has one line an image, checked and in the project's own pixels; the index says where each line
-and each image lies, so that no process that writes shards parses the original annotations again.
+`<split>.annotations.jsonl` has one checked annotation per line, with half-open boxes. The index has the
+location of each line and each image. So the processes that write shards do not parse the original annotation
+files again.
 """
 
 from __future__ import annotations
@@ -29,17 +30,16 @@ _LINE = TypeAdapter(Annotation)
 
 
 class AnnotatedRef(NamedTuple):
-    """References to an image and its annotation."""
+    """References to an image and to its line in `<split>.annotations.jsonl`."""
 
     image: Ref
     annotation: Ref
 
 
 class AnnotatedImages(ListedImages):
-    """Reads the images with boxes that `write_split` has written."""
+    """Base of sources whose images with boxes were written by `write_split`."""
 
     def references(self, raw: Path, split: str) -> list[AnnotatedRef]:
-        """References in the source's order; raises `DataError` if the split or the fetch is missing."""
         return [
             AnnotatedRef(Ref(*image), Ref(*annotation))
             for image, annotation in listing.read_lines(raw, split)
@@ -49,14 +49,14 @@ class AnnotatedImages(ListedImages):
         """The sample at `reference`.
 
         Raises:
-            DataError: a file is gone or changed, or an image with boxes has not the size that they were drawn on.
+            DataError: a file is missing or has changed, or an image with boxes has another size than its
+                annotation.
         """
         annotation = _LINE.validate_python(json.loads(archive.read(raw, reference.annotation)))
         sample = images.load_image(raw, reference.image)
         if annotation.boxes:
-            with suppress(
-                DecodeError
-            ):  # training raises or skips what does not decode, as `data.on_error` says
+            # An image that does not decode is kept: training raises an error or skips it (`data.on_error`).
+            with suppress(DecodeError):
                 _check_size(image_size(sample.image), annotation, reference.image.path)
         return replace(
             sample,
@@ -68,12 +68,12 @@ class AnnotatedImages(ListedImages):
         )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids; None if the source has no mask of this image."""
+        """The PNG of instance ids; `None` if the source has no mask of this image."""
         return None
 
 
 def _check_size(found: tuple[int, int], annotation: Annotation, path: str) -> None:
-    """Raises `DataError` unless the size `found` of an image, (height, width), is the one that its boxes were drawn on."""
+    """Raises `DataError` unless the image size `found` (height, width) is that of the annotation."""
     height, width = found
     if (width, height) != (annotation.width, annotation.height):
         drawn = f"{annotation.width} x {annotation.height}"
@@ -81,7 +81,7 @@ def _check_size(found: tuple[int, int], annotation: Annotation, path: str) -> No
 
 
 def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]) -> int:
-    """Writes the index and annotations of one split to `raw`, in their order; returns their number."""
+    """Writes the index and annotations of one split to `raw`, in the given order; returns their number."""
     path = annotations_path(raw, split)
     refs = []
     with staged(path) as unfinished, unfinished.open("wb") as file:
@@ -94,12 +94,12 @@ def write_split(raw: Path, split: str, samples: Iterable[tuple[Ref, Annotation]]
 
 
 def write_description(raw: Path, description: Description, check: BoxCheck) -> None:
-    """Writes the manifest of the splits to `raw`, with the numbers of things left out, and logs these.
+    """Writes the manifest to `raw`, with the counts of clipped boxes and items left out; logs the latter.
 
     Args:
-        raw: has every split, as `write_split` wrote it.
-        description: of the data set; the manifest's checksum covers the annotations as well.
-        check: the one that all boxes went through.
+        raw: folder in which `write_split` has written every split.
+        description: description of the data set. In the manifest, its checksum also covers the annotations.
+        check: the check that all boxes went through.
 
     Raises:
         DataError: a split has no image.
@@ -115,5 +115,5 @@ def write_description(raw: Path, description: Description, check: BoxCheck) -> N
 
 
 def annotations_path(raw: Path, split: str) -> Path:
-    """The file of a split's annotations."""
+    """Path of a split's annotations."""
     return raw / f"{split}.annotations.jsonl"

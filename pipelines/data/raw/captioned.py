@@ -1,4 +1,4 @@
-"""Images with captions: how sources list them in `raw`, and read them again."""
+"""Images with captions in the folder `raw`: listed by sources, and read again."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ class CaptionedRef(NamedTuple):
 
 
 class CaptionedImages(ListedImages):
-    """Reads the images with captions that `write_captioned` has listed."""
+    """Base of sources whose images with captions were listed by `write_captioned`."""
 
     def references(self, raw: Path, split: str) -> list[CaptionedRef]:
-        """References in the source's order; raises `DataError` if the split or the fetch is missing."""
         return [
             CaptionedRef(Ref(*image), tuple(captions)) for image, captions in listing.read_lines(raw, split)
         ]
 
     def load(self, raw: Path, reference: CaptionedRef) -> Sample:
-        """The sample at `reference`; raises `DataError` if its file is gone or changed."""
         return replace(images.load_image(raw, reference.image), captions=reference.captions)
 
 
@@ -52,12 +50,12 @@ def write_captioned(
     """Writes the indexes and the manifest of captioned images to `raw`.
 
     Args:
-        found: references by split. If there are none for `val`, `params.val_count` images are held out of `train`.
-        raw: where to write.
-        params: of the data set.
-        source: its name, for messages and the manifest.
-        checksum: sha256 of its files; the manifest's covers the captions as well.
-        left_out: what its samples lack.
+        found: references by split. If `val` has none, `params.val_count` images are held out of `train`.
+        raw: destination folder.
+        params: params of the data set.
+        source: name of the data set, for messages and the manifest.
+        checksum: sha256 of the data set's files. In the manifest, the checksum also covers the captions.
+        left_out: counts of the items left out.
 
     Raises:
         DataError: `train` has no image, or `val` has none and `params.val_count` is not set.

@@ -1,4 +1,4 @@
-"""The validation split held out of a training set, and the order of the rest, both drawn by a seed."""
+"""Draws, by a seed, the validation split that is held out of a training set, and the order of samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ T = TypeVar("T")
 
 
 def shuffled(items: Sequence[T], seed: int) -> list[T]:
-    """`items` in an order drawn by `seed`."""
+    """`items` in a random order that depends on `seed` and their number only."""
     order = Generator(Philox(SeedSequence([seed, len(items)]))).permutation(len(items))
     return [items[position] for position in order]
 
 
 def held_out(labels: Sequence[int], count: int, seed: int) -> set[int]:
-    """Positions of `count` samples drawn by `seed`, stratified: each class has its share of `labels`.
+    """Positions of `count` samples drawn by `seed`, stratified by class.
 
-    Samples left over by rounding go to the classes with the largest remainders, the lower label first. Each class keeps at least
-    one training sample; what a class of one or two samples cannot give is drawn from the larger ones.
+    Each class contributes in proportion to its size. Samples left over by rounding come from the classes with
+    the largest remainders, lower labels first. Each class keeps at least one training sample; what a small
+    class cannot contribute comes from the larger ones.
 
     Raises:
-        DataError: a class would have no training sample left.
+        DataError: with `count` samples held out, a class would have no training sample left.
     """
     values = np.asarray(labels, dtype=np.int64)
     sizes = np.bincount(values)

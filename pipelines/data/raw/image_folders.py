@@ -1,4 +1,4 @@
-"""Images in class folders: how sources list them in `raw`, and read them again."""
+"""Images in class folders, or unlabelled: listed in the folder `raw` by sources, and read again."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class StoredImages(ListedImages):
-    """Reads the image folders that `write_labelled` or `write_unlabelled` has listed."""
+    """Base of sources whose images were listed by `write_labelled` or `write_unlabelled`."""
 
     def load(self, raw: Path, reference: Ref) -> Sample:
-        """The sample at `reference`; raises `DataError` where its file is gone, changed or does not decode."""
         return images.load_image(raw, reference)
 
 
@@ -39,12 +38,22 @@ def write_labelled(
     checksum: str,
     train_optional: bool = False,
 ) -> None:
-    """Writes the indexes and the manifest of images in class folders below the folders of their splits.
+    """Writes the indexes and the manifest of images in `<folder of the split>/<class>/` to `raw`.
 
-    `folders` is split -> folder. If there is no folder for `val`, `params.val_count` images are held out of `train`.
+    If `val` has no images, `params.val_count` images are held out of `train`.
+
+    Args:
+        contents: files of the data set.
+        folders: split -> folder.
+        raw: destination folder.
+        params: params of the data set.
+        source: name of the data set, for messages and the manifest.
+        checksum: sha256 of the data set's files.
+        train_optional: allow a data set without training images.
 
     Raises:
-        DataError: a split is missing or empty, a class is empty, or a class is missing from `train`.
+        DataError: `train` or `test` is missing or empty, a class is empty or missing from `train`, or `val`
+            is empty and `params.val_count` is not set.
     """
     left_out = _outside(contents, folders)
     found = {
@@ -71,12 +80,13 @@ def write_unlabelled(
     source: str,
     checksum: str,
 ) -> None:
-    """Writes the indexes and the manifest of images anywhere below the folders of their splits.
+    """Writes the indexes and the manifest of images at any depth below the folders of their splits.
 
-    `test` may be missing.
+    Arguments are those of `write_labelled`. `val` is held out likewise if it is missing; `test` may be
+    missing.
 
     Raises:
-        DataError: `train` is missing or empty.
+        DataError: `train` is missing or empty, or `val` is and `params.val_count` is not set.
     """
     left_out = _outside(contents, folders)
     refs = {
@@ -91,7 +101,7 @@ def write_unlabelled(
 
 
 def _outside(contents: Contents, folders: Mapping[str, str]) -> LeftOut:
-    """What is left out so far: unusable entries, and files that are in the folder of no split."""
+    """Counts the unusable entries, and the files outside of all splits' folders."""
     left_out = contents.left_out()
     prefixes = tuple(f"{posixpath.normpath(folder)}/" for folder in folders.values())
     reason = f"files outside of {', '.join(prefixes)}"
@@ -104,11 +114,12 @@ def _outside(contents: Contents, folders: Mapping[str, str]) -> LeftOut:
 def _write(
     refs: dict[str, list[Ref]], raw: Path, params: DatasetParams, description: Description, left_out: LeftOut
 ) -> None:
-    """Holds validation images out of `train` if there are none, and writes the indexes and the manifest."""
+    """Holds validation images out of `train` if `val` is empty; writes the indexes and the manifest."""
     if refs["train"] and not refs["val"]:
         if params.val_count is None:
             raise DataError(
-                f"{description.source}: has no validation images: set val_count, how many to hold out of train"
+                f"{description.source}: has no validation images: "
+                "set val_count, how many to hold out of train"
             )
         refs["train"], refs["val"] = images.split_off(refs["train"], params.val_count, params.split_seed)
     for split, listed in refs.items():
@@ -118,7 +129,7 @@ def _write(
 
 
 def _class_names(found: Mapping[str, Classes], source: str, folders: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of all classes, sorted; each must be in `train`, if that has images."""
+    """The sorted names of all classes; raises `DataError` if `train` has images but lacks a class."""
     names = sorted(set().union(*found.values()))
     for split in found:
         missing = sorted(set(found[split]) - set(found["train"])) if found["train"] else []

@@ -1,4 +1,4 @@
-"""The images of an archive: by class, as references with unique keys, and read as samples."""
+"""Finds the images of a folder or archive, refers to them by unique keys, and reads them as samples."""
 
 from __future__ import annotations
 
@@ -20,30 +20,25 @@ from pipelines.data.raw.holdout import held_out
 from pipelines.data.raw.keys import keys_of
 from pipelines.data.shards.sample import DataError, Sample
 
-_KEPT = {
-    ".jpg": "jpg",
-    ".jpeg": "jpg",
-    ".jpe": "jpg",
-    ".jfif": "jpg",
-    ".png": "png",
-    ".webp": "webp",
-}  # stored as they are
+# Suffix -> extension in shards, of the formats whose bytes are stored unchanged
+_KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".png": "png", ".webp": "webp"}
 _ENCODED_ANEW = {".bmp", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}  # stored as PNG
-_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # what PNG holds without loss
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # Pillow modes that PNG stores without loss
 _NO_IMAGES = "files that are not images by their names"
 
 Classes = dict[str, list[str]]  # class -> paths of its images in the archive
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its name."""
+    """Returns True if the suffix of a path is that of an image."""
     return posixpath.splitext(path)[1].lower() in {*_KEPT, *_ENCODED_ANEW}
 
 
 def classes_of(contents: Contents, folder: str, where: str, left_out: LeftOut) -> Classes:
-    """The images below `folder/<class>/`, by class, sorted; empty if there is no such folder. Other files go to `left_out`.
+    """The images below `folder/<class>/`, sorted, by class; empty if `folder` is missing.
 
-    The names of classes are in Unicode's composed form (NFC), so that a class has one name whatever system packed a split.
+    Other files are counted in `left_out`. Class names are normalised to Unicode's composed form (NFC),
+    because systems differ in the form of file names, and splits may have been packed on different systems.
 
     Raises:
         DataError: a class folder is empty, images lie outside of class folders, or an entry cannot be read.
@@ -66,7 +61,8 @@ def classes_of(contents: Contents, folder: str, where: str, left_out: LeftOut) -
                 left_out.add(_NO_IMAGES, path)
     if loose:
         raise DataError(
-            f"{where}: {len(loose)} images lie in {folder}/ itself, such as {loose[0]}: sort by {folder}/<class>/"
+            f"{where}: {len(loose)} images lie in {folder}/ itself, such as {loose[0]}: "
+            f"sort by {folder}/<class>/"
         )
     for class_name, images in classes.items():
         if not images:
@@ -81,9 +77,9 @@ def _composed(name: str) -> str:
 
 
 def _check_entries(contents: Contents, folder: str, where: str) -> None:
-    """Raises `DataError` if `folder`, a class folder or an image in it is there and cannot be read.
+    """Raises `DataError` if `folder` or a class folder is a broken link, or an image may not be read.
 
-    Other links that are broken are left out; but a class that vanishes would make other labels.
+    Other broken links are merely left out. A missing class, however, would change the labels of the others.
     """
     top = posixpath.normpath(folder)
     for path, reason in contents.unusable:
@@ -99,7 +95,7 @@ def _check_entries(contents: Contents, folder: str, where: str) -> None:
 def references(
     contents: Contents, folder: str, images: Mapping[str, Iterable[str]], classes: tuple[str, ...]
 ) -> list[Ref]:
-    """A reference for each image below `folder/<class>/`, class by class in label order, with unique keys."""
+    """References, with unique keys, to the images below `folder/<class>/`, class by class in label order."""
     prefix = posixpath.normpath(folder) + "/"
     listed = [(path, name, label) for label, name in enumerate(classes) for path in images.get(name, ())]
     keys = keys_of(
@@ -109,7 +105,9 @@ def references(
 
 
 def unlabelled(contents: Contents, folder: str, where: str, left_out: LeftOut) -> list[Ref]:
-    """A reference for each image anywhere below `folder`, in the order of their paths. Other files go to `left_out`.
+    """References to the images at any depth below `folder`, sorted by path.
+
+    Other files are counted in `left_out`.
 
     Raises:
         DataError: an image or the folder cannot be read.
@@ -126,7 +124,6 @@ def unlabelled(contents: Contents, folder: str, where: str, left_out: LeftOut) -
 
 
 def _stem(path: str) -> str:
-    """A path without its suffix."""
     return posixpath.splitext(path)[0]
 
 
@@ -136,7 +133,7 @@ def _reference(contents: Contents, path: str, key: str, label: int | None) -> Re
 
 
 def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[Ref]]:
-    """(training references, `count` held-out ones), stratified by label, both in their order."""
+    """(training references, `count` held-out references), stratified by label, each in the original order."""
     chosen = held_out([ref.label or 0 for ref in refs], count, seed)
     return [ref for i, ref in enumerate(refs) if i not in chosen], [
         ref for i, ref in enumerate(refs) if i in chosen
@@ -144,12 +141,13 @@ def split_off(refs: list[Ref], count: int, seed: int) -> tuple[list[Ref], list[R
 
 
 def load_image(raw: Path, ref: Ref) -> Sample:
-    """The sample at `ref`: the bytes of JPEG, PNG and WebP, the PNG of the pixels of other formats.
+    """The sample at `ref`. JPEG, PNG and WebP keep their bytes; other formats are converted to PNG.
 
-    The bytes of a file that does not decode are kept in any format: training raises or skips it, as `data.on_error` says.
+    A file that does not decode keeps its bytes in any format: training raises an error or skips it
+    (`data.on_error`).
 
     Raises:
-        DataError: the file is gone or changed.
+        DataError: the file is missing or has changed.
     """
     content = archive.read(raw, ref)
     suffix = posixpath.splitext(ref.path)[1].lower()
@@ -160,12 +158,12 @@ def load_image(raw: Path, ref: Ref) -> Sample:
 
 
 def _as_png(encoded: bytes, name: str) -> bytes:
-    """The PNG of the first frame of the image called `name`, turned upright; it decodes to what the image decodes to.
+    """The PNG of an image's first frame, turned upright.
 
-    Pixels stay as they are where PNG can hold them, and become 8-bit RGB otherwise.
+    Pixels in a mode that PNG can store are unchanged; others are converted to 8-bit RGB.
 
     Raises:
-        DecodeError: it does not decode; the error names it.
+        DecodeError: the image does not decode; the error names `name`.
     """
     try:
         image = decoded(encoded, partial(open_image, apply_exif=True))

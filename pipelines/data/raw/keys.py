@@ -1,4 +1,4 @@
-"""The names that samples have in shards."""
+"""Keys: the names of samples in shards."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LIKE_HASHED = re.compile(rf".*-[0-9a-f]{{{_HASH}}}")
 
 
 def keys_of(names: Mapping[str, str]) -> dict[str, str]:
-    """The key of each sample of a split: its name, made safe in file names, if that is short enough and no other has it.
+    """The key of each sample of a split: its name with unsafe characters replaced.
 
-    Otherwise the key ends in a hash of the sample's path. Keys that differ in upper and lower case alone count as equal, because
-    they would be one file where shards are unpacked on macOS or Windows.
+    If that is too long or not unique, the key ends in a hash of the sample's path. Keys that differ only in
+    case count as equal, because they would be the same file if shards are unpacked on macOS or Windows.
 
     Args:
-        names: path of each sample in its data set, which no other sample has -> a name that people recognise.
+        names: path of each sample in its data set (unique) -> a name that people recognise.
 
     Returns:
-        Path -> key. Keys are valid (`shards.sample.KEY`) and differ.
+        Path -> key. The keys are valid (`shards.sample.KEY`) and unique.
     """
     safe = {path: re.sub(r"[^A-Za-z0-9_-]", "_", name) for path, name in names.items()}
     taken = Counter(key.lower() for key in safe.values())
@@ -31,16 +31,16 @@ def keys_of(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def in_part(number: int, key: str) -> str:
-    """A key for the sample `key` of data set `number` of several: keys of different data sets, or of one, differ."""
+    """The key, in a mixture, of the sample `key` of data set number `number`; unique in the mixture."""
     longer = f"{number}_{key}"
     return longer if len(longer) <= LONGEST_KEY else _hashed(longer, longer)
 
 
 def _is_free(key: str, taken: Counter[str]) -> bool:
-    """Whether a safe name can be a key as it is; one that looks like a hashed key could meet one."""
+    """True if a safe name can be a key unchanged. One that looks like a hashed key could collide with one."""
     return 0 < len(key) <= LONGEST_KEY and taken[key.lower()] == 1 and not _LIKE_HASHED.fullmatch(key.lower())
 
 
 def _hashed(key: str, path: str) -> str:
-    """A key that is this sample's alone."""
+    """`key`, shortened, with a hash of the sample's unique path."""
     return f"{key[: LONGEST_KEY - _HASH - 1]}-{hashlib.sha256(path.encode()).hexdigest()[:_HASH]}"

@@ -1,4 +1,7 @@
-"""Files that `fetch` writes beside the data: one index per split, and `manifest.json`, written last."""
+"""The files that `fetch` writes beside the data.
+
+`<split>.index.jsonl` has one reference per line, as a JSON list. `manifest.json` is written last.
+"""
 
 from __future__ import annotations
 
@@ -24,34 +27,32 @@ _DESCRIPTION = TypeAdapter(Description)
 
 
 class ListedImages:
-    """Reads what `write_references` and `write_raw_manifest` have written: a source without `fetch` and `load`."""
+    """Base of sources: reads the index and the manifest. Subclasses add `fetch` and `load`."""
 
     params: DatasetParams
 
     def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
         return read_description(raw)
 
     def index(self, raw: Path, split: str) -> list[Any]:
-        """References as `fetch` listed them; those of `train` shuffled, so that every shard has all classes."""
+        """References in the order of `fetch`; for `train` shuffled, so that every shard has all classes."""
         refs = self.references(raw, split)
         return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
     def references(self, raw: Path, split: str) -> list[Any]:
-        """References as `fetch` listed them; raises `DataError` if the split or the fetch is missing."""
+        """References in the order of `fetch`; raises `DataError` if the split or the manifest is missing."""
         return [Ref(*line) for line in read_lines(raw, split)]
 
 
 def write_references(raw: Path, split: str, refs: Iterable[tuple[Any, ...]]) -> None:
-    """Writes the references of one split to `raw`, in their order."""
+    """Writes the references of one split to `raw`, in the given order."""
     lines = "".join(json.dumps(ref, ensure_ascii=False) + "\n" for ref in refs)
-    files.write(
-        raw / f"{split}.index.jsonl", lines.encode(errors="backslashreplace")
-    )  # names of files need not be text
+    # File names may have surrogates (undecodable bytes), which UTF-8 cannot encode.
+    files.write(raw / f"{split}.index.jsonl", lines.encode(errors="backslashreplace"))
 
 
 def read_lines(raw: Path, split: str) -> list[list[Any]]:
-    """The lines that `write_references` wrote; raises `DataError` if the split or the fetch is missing."""
+    """The lines that `write_references` wrote; raises `DataError` if the split or the manifest is missing."""
     read_raw_manifest(raw)
     path = raw / f"{split}.index.jsonl"
     if not path.is_file():
@@ -66,9 +67,10 @@ def read_lines(raw: Path, split: str) -> list[list[Any]]:
 def write_raw_manifest(
     raw: Path, description: Description, left_out: LeftOut | None = None, **details: Any
 ) -> None:
-    """Writes `manifest.json`: the description, what was left out, bytes and sha256 of each file in `raw`, and `details`.
+    """Writes `manifest.json`, and logs the items left out.
 
-    What was left out is logged as well.
+    The manifest has the description, the counts of items left out, bytes and sha256 of each file in `raw`,
+    and `details`.
     """
     left_out = left_out or LeftOut()
     left_out.log(description.source)
@@ -86,7 +88,7 @@ def write_raw_manifest(
 
 
 def read_description(raw: Path) -> Description:
-    """The data set that the manifest in `raw` describes; raises `DataError` if there is none or it is damaged."""
+    """The description in the manifest of `raw`; raises `DataError` if it is missing or damaged."""
     try:
         return _DESCRIPTION.validate_python(read_raw_manifest(raw))
     except ValidationError as error:
@@ -94,7 +96,7 @@ def read_description(raw: Path) -> Description:
 
 
 def read_raw_manifest(raw: Path) -> dict[str, Any]:
-    """The manifest in `raw`; raises `DataError` if there is none or it is damaged."""
+    """The manifest of `raw`; raises `DataError` if it is missing or damaged."""
     path = raw / _MANIFEST
     try:
         content: dict[str, Any] | None = files.read_json(path)

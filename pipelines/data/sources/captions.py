@@ -1,4 +1,7 @@
-"""`captions`: images with captions in a CSV or TSV, or in Flickr8k's own layout; a folder or archive, local or at a URL."""
+"""`captions`: images with captions in a CSV or TSV, or in the layout of Flickr8k.
+
+The data set is a folder or archive, local or at any fsspec URL.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +40,21 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Captions(CaptionedImages):
-    """Any data set of images with one or several captions each. The rows of an image are its captions, in their order.
+    """Any data set of images with one or several captions each.
 
-    Without `table` and `tables` the files are found by name: Flickr8k's lists; or `train.csv`, `val.csv`, `test.csv`; or the only
-    CSV or TSV; or `captions.csv`. A TSV does as well as a CSV.
+    Each row of a table has one caption of an image. Without `table` and `tables`, these files are looked for,
+    in this order: Flickr8k's lists; `train.csv`, `val.csv` and `test.csv`; the only table; `captions.csv`. A
+    table may also be a TSV.
     """
 
     params: CaptionsParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Reads every row, and looks for its image.
+        """Reads the tables, and checks that each row has a caption and an existing image.
 
         Raises:
-            DataError: a table, a column or a split is missing, an image is in two splits, or a row has no image or no caption and
-                `on_bad_row` does not leave it out.
+            DataError: a table, a column or a split is missing, an image is in two splits, or a row lacks its
+                image or caption and `on_bad_row` is `raise`.
         """
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
@@ -61,7 +65,7 @@ SOURCE = Captions
 
 
 class _Reader:
-    """Reads the tables and finds the images of `contents`."""
+    """Reads the tables in `contents` and finds their images."""
 
     def __init__(self, raw: Path, contents: Contents, checksum: str, params: CaptionsParams) -> None:
         self._raw, self._contents, self._checksum, self._params = raw, contents, checksum, params
@@ -70,7 +74,7 @@ class _Reader:
         self._top = ""  # folder of the tables
 
     def write(self) -> None:
-        """Writes the references to `raw`."""
+        """Writes the indexes and the manifest to `raw`."""
         rows = list(self._rows())
         folder = self._image_folder([row for _, row in rows])
         captions = self._captions(rows, folder)
@@ -86,7 +90,7 @@ class _Reader:
         )
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
-        """(split, row) of each row of a split."""
+        """Yields (split, row) for each row of the tables."""
         params, files = self._params, self._contents.files
         has_lists = any(posixpath.basename(path) == FLICKR8K_LISTS["train"] for path in files)
         if has_lists and not params.table and not params.tables:
@@ -97,7 +101,7 @@ class _Reader:
                 yield split or self._split_of(row), row
 
     def _flickr8k(self) -> Iterator[tuple[str, Row]]:
-        """The rows of Flickr8k, by its lists; images that no list names are left out."""
+        """Yields (split, row) by Flickr8k's lists of splits; captions of images on no list are left out."""
         self._top = archive.folder_with(self._contents, FLICKR8K_LISTS["train"], self._source)
         split_of: dict[str, str] = {}
         for split, name in FLICKR8K_LISTS.items():
@@ -131,7 +135,7 @@ class _Reader:
             self._bad(f"{self._source}: {image}", "has no caption", "images without a caption")
 
     def _tables(self) -> dict[str, str]:
-        """Path of each table -> its split, empty if its rows are of several."""
+        """Path of each table -> its split; empty if its rows name their splits themselves."""
         given: dict[str, str] = {path: split for split, path in self._params.tables.items()}
         if self._params.table is not None:
             given = {self._params.table: ""}
@@ -171,7 +175,6 @@ class _Reader:
         return own
 
     def _read(self, path: str) -> Iterator[Row]:
-        """The rows of one table."""
         params = self._params
         columns = Columns(params.image_column, params.caption_column, params.split_column)
         return read_rows(
@@ -179,15 +182,16 @@ class _Reader:
         )
 
     def _split_of(self, row: Row) -> str:
-        """The split that the row names; `train` if it names none."""
+        """The split that a row names; `train` if it names none."""
         if row.split and row.split.lower() not in SPLIT_NAMES:
             raise DataError(
-                f"{row.where}: {self._params.split_column} is {row.split!r}, which is none of {', '.join(SPLIT_NAMES)}"
+                f"{row.where}: {self._params.split_column} is {row.split!r}, "
+                f"which is none of {', '.join(SPLIT_NAMES)}"
             )
         return SPLIT_NAMES[row.split.lower()] if row.split else "train"
 
     def _image_folder(self, rows: Sequence[Row]) -> str:
-        """The folder that the names of images begin in: of those that come into question, the one with the most of them."""
+        """The folder to which the rows' image names are relative: the one with the most of these images."""
         names = {row.image for row in rows}
         candidates = [self._top + folder for folder in IMAGE_FOLDERS]
         if self._params.images is not None:
@@ -210,14 +214,15 @@ class _Reader:
                 self._bad(row.where, f"there is no image {folder}{row.image}", "rows whose image is missing")
             elif split_of.setdefault(row.image, split) != split:
                 raise DataError(
-                    f"{row.where}: {row.image} is in {split_of[row.image]} and in {split}: an image is in one split"
+                    f"{row.where}: {row.image} is in {split_of[row.image]} and in {split}: "
+                    "an image is in one split"
                 )
             else:
                 captions[split].setdefault(row.image, []).append(row.text)
         return captions
 
     def _bad(self, where: str, fault: str, plural: str) -> None:
-        """Raises `DataError` for a row without image or text, or counts it, as `on_bad_row` says."""
+        """Raises `DataError` for a bad row, or counts it under `plural`, as `on_bad_row` says."""
         if self._params.on_bad_row == "raise":
             raise DataError(f"{where}: {fault}; on_bad_row: skip leaves such rows out")
         self._left_out.add(plural, where.removeprefix(f"{self._source}: "))
@@ -233,7 +238,7 @@ class _Reader:
         ]
 
     def _count_unnamed(self, captions: Mapping[str, Mapping[str, Sequence[str]]], folder: str) -> None:
-        """Counts the images that have no captions."""
+        """Counts the images without captions."""
         named = {folder + image for of_split in captions.values() for image in of_split}
         for path in sorted(self._contents.files.keys() - named):
             if is_image(path):

@@ -1,4 +1,4 @@
-"""`cc3m`: image-text tars as img2dataset writes them (Conceptual Captions 3M and its like), read where they are."""
+"""`cc3m`: image-text tars in the format of img2dataset, such as Conceptual Captions 3M, read in place."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from pipelines.storage.paths import users_path
 from pipelines.storage.publish import check_name
 from pipelines.storage.retry import is_remote
 
-WORTH_A_PROCESS = 100 * 2**20  # bytes: reading fewer takes less time than a new interpreter does to start
+WORTH_A_PROCESS = 100 * 2**20  # bytes: reading fewer takes less time than starting a new interpreter
 
 
 class TarRef(NamedTuple):
-    """A reference to an image in its tar, its caption, and (offset, bytes) of the `.txt`."""
+    """A reference to an image in its tar, with its caption, and (offset, bytes) of the `.txt`."""
 
     image: Ref
     captions: tuple[str, ...]
@@ -46,7 +46,7 @@ class TarRef(NamedTuple):
 
 
 class Tar(NamedTuple):
-    """A tar: its name below the root, its place and bytes, and the place of its stats file, empty if there is none."""
+    """A tar: its name below the root, its path or URL, its bytes, and the path or URL of its stats file."""
 
     name: str
     place: str
@@ -56,10 +56,10 @@ class Tar(NamedTuple):
 
 @dataclass(frozen=True)
 class Cc3m(CaptionedImages):
-    """Image-text pairs in tars, which `shard` neither copies nor packs anew: the index beside the manifest points to them.
+    """Image-text pairs in tars that `shard` does not copy: the index beside the manifest points into them.
 
-    Every tar is read once by `fetch`: for its sha256, for the places of its samples, and for what is wrong with them. A tar at a
-    URL is downloaded for that and deleted again.
+    `fetch` reads every tar once, for its sha256, the locations of its samples, and their faults. A tar at a
+    URL is downloaded for that, and deleted afterwards.
     """
 
     params: Cc3mParams
@@ -67,10 +67,12 @@ class Cc3m(CaptionedImages):
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
         """Lists the samples of every tar. Tars that an interrupted call has read are not read again.
 
-        Pairs without image, caption or readable header, and tars without a pair, are left out and counted.
+        Samples without an image, a readable image header or a caption are left out and counted, like empty
+        tars.
 
         Raises:
-            DataError: there is no tar, a tar is cut short, or no validation images are named or held out.
+            DataError: there is no tar, a tar is cut short, or neither `splits` nor `val_count` gives
+                validation images.
         """
         params = self.params
         root = users_path(params.root)
@@ -78,7 +80,8 @@ class Cc3m(CaptionedImages):
             raise DataError(f"{params.root}: no such folder: cc3m reads a folder of tars")
         if is_remote(root) and redacted(root) != root:
             raise DataError(
-                f"{params.root}: contains a secret, which the manifest would show: use the environment instead"
+                f"{params.root}: contains a secret, which the manifest would show: "
+                "use the environment instead"
             )
         source = f"cc3m: {params.root}"
         contents = list_folder(root)
@@ -100,7 +103,8 @@ class Cc3m(CaptionedImages):
         if not refs["val"]:
             if params.val_count is None:
                 raise DataError(
-                    f"{source}: has no validation images: set val_count, how many to hold out of train, or name splits"
+                    f"{source}: has no validation images: "
+                    "set val_count, how many to hold out of train, or name splits"
                 )
             refs["train"], refs["val"] = _split_off(refs["train"], params.val_count, params.split_seed)
         if not refs["train"]:
@@ -116,18 +120,18 @@ class Cc3m(CaptionedImages):
         shutil.rmtree(records, ignore_errors=True)
 
     def references(self, raw: Path, split: str) -> list[CaptionedRef]:
-        """References in the order of the tars; raises `DataError` if the split or the fetch is missing."""
+        """References in the order of the tars; raises `DataError` if the split or the manifest is missing."""
         return [CaptionedRef(ref.image, ref.captions) for ref in self._in_tars(raw, split)]
 
     def tars(self, raw: Path) -> str:
-        """The absolute path or URL of the folder of all tars."""
+        """The absolute path or URL of the folder that contains all tars."""
         root: str = listing.read_raw_manifest(raw)["tars"]["root"]
         return root
 
     def parts(
         self, raw: Path, split: str
     ) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
-        """Each tar of `split` with its samples, see `shards.in_place.InPlace`."""
+        """Yields each tar of `split` with its samples; see `shards.in_place.InPlace`."""
         shards = listing.read_raw_manifest(raw)["tars"]["shards"]
         for place, group in groupby(self._in_tars(raw, split), key=lambda ref: ref.image.name):
             refs = list(group)
@@ -144,12 +148,15 @@ SOURCE = Cc3m
 
 
 def _place(image: Ref) -> tuple[str, int, int]:
-    """Suffix, offset and bytes of an image."""
+    """(suffix, offset, bytes) of an image."""
     return image.path.rpartition(".")[2], image.offset, image.size
 
 
 def _tars(contents: Contents, left_out: LeftOut, source: str) -> list[Tar]:
-    """The tars of a folder by name. Files that are neither tars nor written beside them by img2dataset go to `left_out`."""
+    """The tars of a folder, sorted by name.
+
+    Counts in `left_out` the files that are neither tars nor written by img2dataset beside them.
+    """
     names = [name for name in sorted(contents.files) if name.endswith(".tar")]
     if not names:
         raise DataError(f"{source}: has no tar; there is: {top_names(contents.files)}")
@@ -162,7 +169,10 @@ def _tars(contents: Contents, left_out: LeftOut, source: str) -> list[Tar]:
 
 
 def _splits(tars: Sequence[Tar], params: Cc3mParams, left_out: LeftOut, source: str) -> dict[str, str]:
-    """Name of each tar that is read -> its split. Tars that no pattern fits belong to `train` if that has no pattern."""
+    """Name of each tar to be read -> its split, by the patterns in `params.splits`.
+
+    Tars that match no pattern belong to `train` if `train` has no pattern; otherwise they are left out.
+    """
     split_of: dict[str, str] = {}
     patterns = params.splits
     for tar in tars:
@@ -184,7 +194,7 @@ def _splits(tars: Sequence[Tar], params: Cc3mParams, left_out: LeftOut, source: 
 
 
 def _read(records: Path, tar: Tar) -> dict[str, Any]:
-    """What a tar holds: its bytes and sha256, its pairs and what is left out; also kept in the folder `records`."""
+    """The record of a tar: its bytes, sha256, pairs and items left out. Stored in the folder `records`."""
     stored = records / f"{hashlib.sha256(tar.place.encode()).hexdigest()[:24]}.json"
     record = files.read_record(stored, dict)
     if record is None:
@@ -208,14 +218,14 @@ def _read(records: Path, tar: Tar) -> dict[str, Any]:
 
 
 def _shard(name: str, record: Mapping[str, Any]) -> Shard:
-    """A tar as a line of a manifest."""
+    """The entry of a tar in a manifest of shards."""
     return Shard(name, record["bytes"], record["sha256"], len(record["pairs"]))
 
 
 def _references(
     tars: Sequence[Tar], found: Mapping[str, Mapping[str, Any]], split_of: Mapping[str, str]
 ) -> dict[str, list[TarRef]]:
-    """References by split, in the order of the tars, with keys that are unique among all splits."""
+    """References by split, in the order of the tars, with keys that are unique across all splits."""
     keys = keys_of({f"{tar.name}/{pair[0]}": pair[0] for tar in tars for pair in found[tar.name]["pairs"]})
     refs: dict[str, list[TarRef]] = {split: [] for split in SPLITS}
     for tar in tars:
@@ -227,7 +237,10 @@ def _references(
 
 
 def _split_off(refs: Sequence[TarRef], count: int, seed: int) -> tuple[list[TarRef], list[TarRef]]:
-    """(training references, `count` held-out ones) in their order; whole tars are drawn, so that validation reads few of them."""
+    """(training references, `count` held-out references), each in the original order.
+
+    The held-out references are drawn tar by tar, so that validation reads few tars.
+    """
     if count >= len(refs):
         raise DataError(f"val_count: {count} images cannot be held out of {len(refs)} training images")
     of_tar = [list(group) for _, group in groupby(refs, key=lambda ref: ref.image.name)]

@@ -1,4 +1,4 @@
-"""`cifar10`: torchvision's own download, its pixels kept as PNG; or an image folder in any form."""
+"""`cifar10`: the official archive, read by torchvision and stored as PNG, or a folder of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Cifar10(StoredImages):
     params: Cifar10Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Reads the image folder at `root`, or downloads the data set if `root` is None."""
+        """Lists the image folder or archive at `root`; downloads the data set if `root` is `None`."""
         params = self.params
         if params.root is not None:
             contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
@@ -55,7 +55,10 @@ SOURCE = Cifar10
 
 
 def _write_images(cache: Path, destination: Path, progress: bool) -> None:
-    """Writes the tar `split/class/number.png` of the download in `cache`, which torchvision checks."""
+    """Writes the downloaded images in `cache` as a tar of `<split>/<class>/<number>.png`.
+
+    torchvision unpacks the archive and checks its files.
+    """
     from torchvision.datasets import CIFAR10
 
     with staged(destination) as path, tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:

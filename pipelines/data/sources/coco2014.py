@@ -1,4 +1,4 @@
-"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label; train and val of `train2014`, test of `val2014`."""
+"""`coco2014`: COCO 2014 (Lin et al. 2014), multi-label; train and val are `train2014`, test `val2014`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.params import Coco2014Params
 from pipelines.progress import bar
 from pipelines.storage.files import combined_sha256
 
-# COCO publishes no sums; these are torchvision's (its prototype data sets), which others found as well.
+# COCO publishes no checksums. These are from torchvision's prototype data sets, and confirmed by others.
 IMAGES = {
     "train2014": Official(
         "http://images.cocodataset.org/zips/train2014.zip",
@@ -43,27 +43,27 @@ ANNOTATIONS = {
 
 @dataclass(frozen=True)
 class Coco2014(AnnotatedImages):
-    """The 80 categories by ascending id; an image's labels are the classes of its annotations.
+    """COCO's 80 categories by ascending id. An image's labels are the classes of its annotations.
 
-    A crowd region (`iscrowd`) covers a group of objects that are not annotated one by one. COCO's evaluation neither expects it
-    to be found nor counts detections in it as errors. It gives no box and no instance of the mask, but its class stays a label
-    of the image. `crowd: ignore` removes the label too, and `crowd: box` takes the region for an object, as the code published
-    with model guidance does.
+    A crowd region (`iscrowd`) covers a group of objects that are not annotated one by one. COCO's evaluation
+    neither expects detectors to find it nor counts detections in it as errors. By default (`crowd: label`) it
+    gives no box and no mask instance, but its class is a label of the image. With `crowd: ignore` it gives no
+    label either. With `crowd: box` it counts as an object, as in the code published with model guidance.
 
-    Boxes with a side below one pixel are known in COCO; they are left out and counted. An image has a mask if every one of its
-    boxes has a segmentation, because a mask without an object would call it background.
+    COCO has boxes with a side below one pixel, which are left out and counted. An image has a mask only if
+    each of its boxes has a segmentation; otherwise the mask would declare an object background.
 
-    The test split is `val2014`, the one that papers report. `val_count` images are held out of `train2014`, drawn by
-    `split_seed` uniformly: with several of 80 classes in an image, there are no strata to draw from.
+    The test split is `val2014`, on which papers report. The validation split is `val_count` images of
+    `train2014`, drawn uniformly by `split_seed`. It is not stratified, because an image has several classes.
     """
 
     params: Coco2014Params
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Reads both files of instances at `root`, or in the official archives.
+        """Reads both files `instances_*2014.json` at `root`, or in the official archives.
 
         Raises:
-            DataError: a file is missing or not whole, an annotation has no image, or a box makes no sense.
+            DataError: a file is missing or incomplete, an annotation has no image, or a box is invalid.
         """
         params = self.params
         source = f"coco2014: {params.root or IMAGES['train2014'].url}"
@@ -91,7 +91,7 @@ class Coco2014(AnnotatedImages):
         rest = [place for place in range(count) if place not in chosen]
         sizes = {"train": annotated.write_split(raw, "train", read(train, "train2014", rest))}
         sizes["val"] = annotated.write_split(raw, "val", read(train, "train2014", sorted(chosen)))
-        del train  # gigabytes
+        del train  # frees gigabytes
         test = files.instances("val2014", check.left_out)
         if test.classes != classes:
             raise DataError(
@@ -103,7 +103,7 @@ class Coco2014(AnnotatedImages):
         )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids; None if a box of the image has no segmentation."""
+        """The PNG of instance ids; `None` if the image has no box, or a box without a segmentation."""
         return (
             None
             if annotation.mask is None
@@ -116,19 +116,19 @@ SOURCE = Coco2014
 
 @dataclass(frozen=True)
 class _Files:
-    """The images and annotations of the data set, in archives of their own if they were downloaded."""
+    """The images and annotations (`notes`) of the data set; in separate archives if they were downloaded."""
 
     raw: Path
     images: Contents
-    notes_at: Path  # what the places in `notes` are relative to
+    notes_at: Path  # folder that the places in `notes` are relative to
     notes: Contents
-    top: str
+    top: str  # folder of the data set in its archive
     source: str
     checksum: str
 
     @classmethod
     def of(cls, root: str | None, raw: Path, cache: Path, progress: bool, source: str) -> _Files:
-        """The files at `root`, or those of the official archives."""
+        """The files at `root`, or in the official archives if `root` is `None`."""
         if root is None:
             notes, of_notes = download_archives(ANNOTATIONS, cache, cache, progress)
             contents, of_images = download_archives(IMAGES, raw, cache, progress)
@@ -146,11 +146,11 @@ class _Files:
         return cls(raw, contents, raw, contents, top, source, checksum)
 
     def left_out(self) -> LeftOut:
-        """A new count of what is left out, with the unusable entries of all files in it."""
+        """A new `LeftOut` that counts the unusable entries of all files."""
         return replace(self.images, unusable=tuple({*self.images.unusable, *self.notes.unusable})).left_out()
 
     def instances(self, year: str, left_out: LeftOut) -> Instances:
-        """The annotations of `train2014` or `val2014`; counts in `left_out` the images that they do not list."""
+        """The annotations of `train2014` or `val2014`; counts in `left_out` the images without an entry."""
         path = f"{self.top}annotations/instances_{year}.json"
         found = Instances(archive.read_file(self.notes_at, self.notes, path, self.source), path)
         listed = {f"{self.top}{year}/{entry['file_name']}" for entry in found.images}

@@ -1,4 +1,4 @@
-"""`imagefolder`: `split/class/file` or unlabelled images, in a folder or archive, local or at a URL."""
+"""`imagefolder`: `<split>/<class>/<file>` or unlabelled images, in a folder or archive, also at a URL."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipelines.params import ImageFolderParams
 
 @dataclass(frozen=True)
 class ImageFolder(StoredImages):
-    """Any data set of images in class folders."""
+    """Any data set of images in class folders, or of images without labels (`labelled: false`)."""
 
     params: ImageFolderParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Verifies the files at `root`; unpacks archives to `raw`, leaves folders and plain tars in place."""
+        """Lists the files at `root`. Archives are unpacked to `raw`; folders and local tars stay in place."""
         params = self.params
         contents, checksum = open_root(params.root, params.sha256, raw, cache, progress)
-        named = params.splits.values()  # a folder that one split names is not another split's by default
+        named = params.splits.values()  # folders named for one split are not the default of another
         folders = {"train": params.splits.get("train", "train")}
         folders |= {
             split: params.splits.get(split, split)

@@ -1,4 +1,4 @@
-"""`mixture`: the images of several data sets as one, without labels, for training on images alone."""
+"""`mixture`: the images of several data sets as one unlabelled data set."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Mixture:
-    """Each split is the data sets' splits of that name, one after the other; `train` is shuffled, so that shards mix them.
+    """The concatenation, split by split, of the data sets in `of`.
 
-    A sample is an image alone. Its key is the number of its data set in `of`, and its key there.
+    `train` is shuffled, so that each shard mixes the data sets. A sample has an image only. Its key is made
+    of the number of its data set in `of` and its key there.
     """
 
     params: MixtureParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Fetches every data set into a folder of its own in `raw`, named by its number.
+        """Fetches each data set into the subfolder of `raw` that is named by its number.
 
         Raises:
-            DataError: a data set cannot be fetched, or no split `train` or `val` has an image.
+            DataError: a data set cannot be fetched, or `train` or `val` has no image in any data set.
         """
         counts: Counter[str] = Counter()
         checksums: dict[str, str] = {}
@@ -57,11 +58,10 @@ class Mixture:
         listing.write_raw_manifest(raw, description)
 
     def describe(self, raw: Path) -> Description:
-        """The data set fetched into `raw`."""
         return listing.read_description(raw)
 
     def index(self, raw: Path, split: str) -> list[tuple[int, Any]]:
-        """(number of the data set, its own reference) of each sample."""
+        """(number of the data set, its own reference) for each sample."""
         refs = [
             (number, ref)
             for number, params in enumerate(self.params.of)
@@ -70,7 +70,6 @@ class Mixture:
         return shuffled(refs, self.params.split_seed) if split == "train" else refs
 
     def load(self, raw: Path, reference: tuple[int, Any]) -> Sample:
-        """The image of one reference."""
         number, ref = reference
         sample = sources.get(self.params.of[number]).load(raw / str(number), ref)
         return Sample(in_part(number, sample.key), sample.image, sample.extension)

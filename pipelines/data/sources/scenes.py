@@ -1,4 +1,4 @@
-"""`scenes`: drawn coloured shapes on textured backgrounds, with boxes, masks and captions."""
+"""`scenes`: drawn images of coloured shapes on textured backgrounds, with boxes, masks and captions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from pipelines.process import cpu_count, mapped
 from pipelines.progress import bar
 from pipelines.storage.files import combined_sha256, file_digest, staged
 
-_CHUNK = 500  # images drawn, kept and resumed together
-_END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
+_CHUNK = 500  # images per chunk; an interrupted `fetch` resumes at a chunk
+_END = bytes(2 * tarfile.BLOCKSIZE)  # end of a tar
 _SAMPLE = TypeAdapter(Sample)
 
 
 @dataclass(frozen=True)
 class Scenes(ListedImages):
-    """Drawn scenes as a source: one tar per split of `<key>.png`, `<key>.json` and `<key>.mask.png`."""
+    """Draws scenes into one tar per split, with `<key>.png`, `<key>.json` and `<key>.mask.png` per image."""
 
     params: ScenesParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True, processes: int | None = None) -> None:
-        """Draws every split. Chunks that an interrupted call drew are taken from `cache`.
+        """Draws every split. Chunks that an interrupted call has drawn are taken from `cache`.
 
-        `processes` (by default one a core of this machine) changes the speed alone.
+        `processes` (by default one per core) affects the speed only.
         """
         chunks = cache / f"scenes-{self._identity()[:16]}"
         chunks.mkdir(parents=True, exist_ok=True)
@@ -55,11 +55,11 @@ class Scenes(ListedImages):
         shutil.rmtree(chunks)
 
     def index(self, raw: Path, split: str) -> list[Ref]:
-        """References in the order of drawing; classes come in shuffled tens."""
+        """References in the order of drawing, which balances the classes already (see `drawing.scene`)."""
         return self.references(raw, split)
 
     def load(self, raw: Path, reference: Ref) -> Sample:
-        """The sample at `reference`; raises `DataError` if its tar was changed or cut."""
+        """The sample at `reference`; raises `DataError` if its tar has changed or was cut short."""
         content = archive.read(raw, reference)
         with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
             parts = {
@@ -74,7 +74,7 @@ class Scenes(ListedImages):
         return _SAMPLE.validate_python({**known, **files, "key": reference.key, "captions": captions})
 
     def _description(self, checksum: str) -> Description:
-        """The data set of these params."""
+        """The description of the data set with these params."""
         params = self.params
         return Description(
             classes=CLASSES,
@@ -86,7 +86,7 @@ class Scenes(ListedImages):
         )
 
     def _identity(self) -> str:
-        """A hash of the params and of all code of `pipelines.data`: chunks of other code are never taken."""
+        """A hash of the params and the code of `pipelines.data`; chunks of other code are not reused."""
         digest = hashlib.sha256(self.params.model_dump_json(exclude={"counts", "shard_size"}).encode())
         for path in sorted(Path(__file__).parents[1].rglob("*.py")):
             digest.update(path.read_bytes())
@@ -97,7 +97,7 @@ SOURCE = Scenes
 
 
 def _chunk_path(chunks: Path, split: Split, start: int, count: int) -> Path:
-    """The file of the images `start` to `start + count` of a split."""
+    """Path of the chunk with the images [start, start + count) of a split."""
     return chunks / f"{split}-{start:07d}-{count}.tar"
 
 
@@ -107,7 +107,7 @@ def _spans(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: bool) -> None:
-    """Draws the chunks that are not in the folder `chunks` yet."""
+    """Draws the chunks that are missing in the folder `chunks`."""
     wanted = [(split, *span) for split, count in params.counts.items() for span in _spans(count)]
     missing = [item for item in wanted if not _chunk_path(chunks, *item).exists()]
     total, to_do = (sum(count for *_, count in items) for items in (wanted, missing))
@@ -117,7 +117,7 @@ def _draw_chunks(params: ScenesParams, chunks: Path, processes: int, progress: b
 
 
 def _draw_chunk(params: ScenesParams, chunks: Path, chunk: tuple[Split, int, int]) -> int:
-    """Draws one chunk into its file, whole or not at all, and returns its number of images."""
+    """Draws one chunk into its file, atomically; returns its number of images."""
     split, start, count = chunk
     with staged(_chunk_path(chunks, *chunk)) as unfinished, unfinished.open("wb") as file:
         for index in range(start, start + count):
@@ -126,7 +126,7 @@ def _draw_chunk(params: ScenesParams, chunks: Path, chunk: tuple[Split, int, int
 
 
 def _members(sample: Sample) -> bytes:
-    """The tar members of one sample, without the end of a tar."""
+    """The tar members of one sample as bytes, without the end of a tar."""
     details: dict[str, Any] = {"boxes": sample.boxes, "group": sample.group, **caption_entry(sample.captions)}
     details |= {"label": sample.label} if sample.labels is None else {"labels": sample.labels}
     assert sample.mask is not None
@@ -145,7 +145,7 @@ def _members(sample: Sample) -> bytes:
 
 
 def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
-    """Joins the chunks of a split as `raw/<split>.tar`, atomically; returns where each sample lies in it."""
+    """Joins the chunks of a split to `raw/<split>.tar`, atomically; returns references to its samples."""
     name = f"{split}.tar"
     refs: list[Ref] = []
     with staged(raw / name) as path, path.open("wb") as file:
@@ -162,7 +162,7 @@ def _join(chunks: Path, raw: Path, split: Split, count: int) -> list[Ref]:
 
 
 def _locate(content: bytes, name: str, offset: int) -> list[Ref]:
-    """References to the samples of one chunk that starts at byte `offset` of the tar `name`."""
+    """References to the samples of the chunk `content` that starts at byte `offset` of the tar `name`."""
     starts: dict[str, int] = {}
     with tarfile.open(fileobj=io.BytesIO(content + _END)) as tar:
         for member in tar:

@@ -1,4 +1,4 @@
-"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010), or VOC 2012, which has the same layout; multi-label."""
+"""`voc2007`: PASCAL VOC 2007 (Everingham et al. 2010) or VOC 2012 in the same layout; multi-label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pipelines.data.shards.sample import Box, DataError, Description
 from pipelines.params import Voc2007Params
 from pipelines.progress import bar
 
-# The publisher's address since 2025, to which the old one, host.robots.ox.ac.uk, redirects; MD5 sums as torchvision has them.
+# The publisher's address since 2025; the old one, host.robots.ox.ac.uk, redirects to it. MD5 sums are
+# torchvision's.
 ARCHIVES = {
     "trainval": Official(
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar",
@@ -31,7 +32,8 @@ ARCHIVES = {
         "md5:b6e924de25625d8de591ea690078ad9f",
     ),
 }
-# Folders of segmentations, and how each is read: the first that has the image is taken.
+# Value of the param `masks` -> folders of segmentations and the function that reads each. The first folder
+# that has the image is used.
 INSTANCES = {"SegmentationObject": voc_masks.plan}
 MASKS = {
     "instances": INSTANCES,
@@ -42,17 +44,18 @@ MASKS = {
 
 @dataclass(frozen=True)
 class Voc2007(AnnotatedImages):
-    """The 20 classes in alphabetical order; an image's labels are the classes of its objects.
+    """VOC's 20 classes in alphabetical order. An image's labels are the classes of its objects.
 
-    Objects marked difficult are kept, as the published work on model guidance does, unless `difficult` is false: then they
-    give neither box nor label.
+    Objects marked as difficult are kept, as in the published work on model guidance. If `difficult` is false,
+    they give neither box nor label.
 
-    An image's instance segmentation becomes its mask; void borders are background. If `masks` is `classes`, an image without
-    one gets its mask from its class segmentation (`SegmentationClassAug`, else `SegmentationClass`): a pixel of class c becomes
-    the instance of the smallest box of class c that contains it. Void pixels, pixels of a class that are in no box of that
-    class, and pixels of objects left out are background.
+    The mask of an image is its instance segmentation; void borders become background. If `masks` is
+    `classes`, an image without an instance segmentation gets its mask from its class segmentation
+    (`SegmentationClassAug`, else `SegmentationClass`): a pixel of class c belongs to the smallest box of
+    class c that contains it. Void pixels, pixels in no box of their class, and pixels of objects left out
+    become background.
 
-    VOC 2012 is read from its root with `splits`, as the labels of its test images are not public.
+    VOC 2012 is read from its root with `splits`, because the labels of its test images are not public.
     """
 
     params: Voc2007Params
@@ -61,8 +64,8 @@ class Voc2007(AnnotatedImages):
         """Reads every annotation of the three splits at `root`, or in the official archives.
 
         Raises:
-            DataError: a split, an annotation or an image is missing, two splits list an image, an annotation is not whole, or
-                a box makes no sense.
+            DataError: a split, an annotation or an image is missing, two splits list the same image, an
+                annotation is incomplete, or a box is invalid.
         """
         root = self.params.root
         if root is None:
@@ -85,7 +88,7 @@ class Voc2007(AnnotatedImages):
         )
 
     def draw_mask(self, raw: Path, annotation: Annotation) -> bytes | None:
-        """The PNG of instance ids; None if VOC does not segment the image."""
+        """The PNG of instance ids; `None` if the image has no box, or no segmentation that fits."""
         return None if annotation.mask is None else voc_masks.draw(raw, annotation)
 
 
@@ -103,7 +106,7 @@ class _Reader:
         self._listed: set[str] = set()
 
     def read(self, split_list: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
-        """The images that the file `split_list` names, in its order."""
+        """Yields the images that the file `split_list` names, in its order, with their annotations."""
         path = f"{self._top}{split_list}"
         lines = (
             archive.read_file(self._raw, self._contents, path, self._source)
@@ -130,7 +133,7 @@ class _Reader:
                 shown.update(1)
 
     def count_unlisted(self) -> None:
-        """Counts the images and annotations of images that none of the splits read has."""
+        """Counts the images and annotations that no split read so far lists."""
         for folder, kind in (("JPEGImages", "images"), ("Annotations", "annotations of images")):
             prefix = f"{self._top}{folder}/"
             for path in sorted(self._contents.files):
@@ -141,7 +144,6 @@ class _Reader:
                     self.left_out.add(f"{kind} that no split lists", path)
 
     def _annotation(self, name: str) -> Annotation:
-        """The annotation of one image."""
         path = f"{self._top}Annotations/{name}.xml"
         read = parse(archive.read_file(self._raw, self._contents, path, self._source), path)
         labels: set[int] = set()
@@ -161,7 +163,7 @@ class _Reader:
         return Annotation(read.width, read.height, tuple(boxes), labels=tuple(sorted(labels)), mask=mask)
 
     def _mask(self, name: str, read: VocAnnotation, kept: list[bool]) -> dict[str, object] | None:
-        """The JSON value from which `voc_masks.draw` draws the mask; None if there is no segmentation or it does not fit."""
+        """The plan from which `voc_masks.draw` draws the mask; `None` if no segmentation fits."""
         for folder, plan in MASKS[self._params.masks].items():
             path = f"{self._top}{folder}/{name}.png"
             if path in self._contents.files:

@@ -24,12 +24,12 @@ from pipelines.progress import bar
 from pipelines.storage.files import combined_sha256
 
 CLASSES = ("landbird", "waterbird")
-_RANGES = {"y": 2, "split": 3, "place": 2}  # columns of metadata.csv, and how many values each has
+_RANGES = {"y": 2, "split": 3, "place": 2}  # column of metadata.csv -> number of its values (0, 1, ...)
 URL = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"
 
 
 class Row(NamedTuple):
-    """A line of `metadata.csv`: `y` is the class, `place` 0 for land and 1 for water."""
+    """A line of `metadata.csv`: `y` is the class, `place` is 0 for land and 1 for water."""
 
     name: str
     y: int
@@ -38,31 +38,33 @@ class Row(NamedTuple):
 
     @property
     def is_unusual(self) -> bool:
-        """Whether this is a training image of a bird on the other background."""
+        """True for a training image of a bird on the background of the other class."""
         return self.split == "train" and self.y != self.place
 
 
 @dataclass(frozen=True)
 class Waterbirds(AnnotatedImages):
-    """Landbirds and waterbirds, in groups 2·y + place.
+    """Landbirds and waterbirds. The group of an image is 2·y + place.
 
-    Groups are land on land, land on water, water on land, and water on water.
+    Groups 0 to 3 are landbirds on land, landbirds on water, waterbirds on land, and waterbirds on water.
 
-    Variant 95 is the official data set, in whose training split 95 % of the birds are on their usual background. Variant 100
-    leaves the others of the training split out; val and test, where places are drawn evenly, stay as they are. The Waterbirds-100
-    of Petryk et al. (2022), `waterbird_1.0_forest2water2`, which model guidance was published on, was composed anew with other
-    places and splits, and has no address that a program can download from: give its folder as `root`.
+    Variant 95 is the official data set, where 95 % of the training birds are on their usual background.
+    Variant 100 leaves out the other training images; val and test, where places are drawn evenly, are
+    unchanged. The results of model guidance were published on the Waterbirds-100 of Petryk et al. (2022),
+    `waterbird_1.0_forest2water2`. That data set was composed anew, with other places and splits, and cannot
+    be downloaded by a program: give its folder as `root`.
 
-    No digest of the official archive is published. Its length and the CRC of gzip are checked, and `sha256` if it is given.
+    No digest of the official archive is published. Its length and gzip's CRC are checked, and `sha256` if it
+    is given.
     """
 
     params: WaterbirdsParams
 
     def fetch(self, raw: Path, cache: Path, progress: bool = True) -> None:
-        """Gives every image of `root` or the official archive the box of its bird in CUB-200-2011.
+        """Lists the images at `root` or in the official archive, each with its bird's box from CUB-200-2011.
 
         Raises:
-            DataError: a file, a column or an image is missing, an image has no box, or its box makes no sense.
+            DataError: a file, a column or an image is missing, an image has no box, or its box is invalid.
         """
         params = self.params
         if params.root is None:
@@ -99,7 +101,7 @@ SOURCE = Waterbirds
 
 @dataclass(frozen=True)
 class _Reader:
-    """Gives the images below the folder `top` of `contents` the boxes of the same names."""
+    """Pairs the images below the folder `top` of `contents` with the boxes of the same names."""
 
     raw: Path
     contents: Contents
@@ -109,7 +111,7 @@ class _Reader:
     check: BoxCheck
 
     def read(self, rows: list[Row], split: str, progress: bool) -> Iterator[tuple[Ref, Annotation]]:
-        """The images of `rows`, which are of one split."""
+        """Yields the images of `rows`, which all belong to `split`, with their annotations."""
         keys = keys_of({row.name: row.name.rpartition("/")[2].rpartition(".")[0] for row in rows})
         with bar(f"boxes of {split}", len(rows), show=progress) as shown:
             for row in rows:
@@ -118,9 +120,9 @@ class _Reader:
                 shown.update(1)
 
     def _annotation(self, image: Ref, row: Row) -> Annotation:
-        """The annotation of one image. Its size, which neither list has, is read from the image.
+        """The annotation of one image, with the size from the image's header.
 
-        An image that does not decode has no box; training raises or skips it, as `data.on_error` says.
+        An image that does not decode gets no box; training raises an error or skips it (`data.on_error`).
         """
         if row.name not in self.boxes:
             raise DataError(f"{self.source}: {row.name} has no box in CUB-200-2011")
@@ -137,7 +139,7 @@ class _Reader:
 def _count_unlisted(
     contents: Contents, top: str, rows: Sequence[Row], boxes: Mapping[str, Corners], left_out: LeftOut
 ) -> None:
-    """Counts the images and boxes that `rows`, all lines of `metadata.csv`, do not name."""
+    """Counts the images and boxes that no line of `metadata.csv` (`rows`) names."""
     names = {row.name for row in rows}
     for path in sorted(contents.files):
         if path.startswith(top) and images.is_image(path) and path.removeprefix(top) not in names:
@@ -147,12 +149,13 @@ def _count_unlisted(
 
 
 def _read_rows(content: bytes, where: str) -> list[Row]:
-    """The lines of `metadata.csv`; raises `DataError` if a column is missing or a value is not allowed."""
+    """Parses `metadata.csv`; raises `DataError` for missing columns, invalid values and repeated names."""
     reader = csv.DictReader(content.decode(errors="replace").splitlines())
     missing = [column for column in ("img_filename", *_RANGES) if column not in (reader.fieldnames or ())]
     if missing:
         raise DataError(
-            f"{where}: has no column {', '.join(missing)} (it has {', '.join(reader.fieldnames or ()) or 'none'})"
+            f"{where}: has no column {', '.join(missing)} "
+            f"(it has {', '.join(reader.fieldnames or ()) or 'none'})"
         )
     rows = []
     for line in reader:
@@ -168,7 +171,7 @@ def _read_rows(content: bytes, where: str) -> list[Row]:
 
 
 def _number(text: str, column: str, choices: int, where: str) -> int:
-    """The number in a cell, below `choices`."""
+    """The number in a cell; raises `DataError` unless it is in [0, choices)."""
     if text not in map(str, range(choices)):
         raise DataError(f"{where}: {column} is {text!r}, where 0 to {choices - 1} are allowed")
     return int(text)

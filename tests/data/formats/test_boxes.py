@@ -1,4 +1,4 @@
-"""What becomes of boxes that make no sense."""
+"""Invalid boxes are clipped, dropped or refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Downloads: resumed, verified, never taken for whole too early."""
+"""Downloads are resumed and verified, and never taken for complete too early."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
 class Server:
-    """Serves `content`, cutting each connection after `cut` bytes; keeps the ranges it was asked for."""
+    """Serves `content`, cuts each connection after `cut` bytes, and records the requested ranges."""
 
     def __init__(self):
         self.content, self.cut, self.etag, self.ranges, self.tell_length = CONTENT, 1 << 40, '"one"', [], True

@@ -1,4 +1,4 @@
-"""Files whose pixels are whole: damaged metadata is no damage, and PNG of other formats is the same image."""
+"""Images with damaged metadata decode, and images converted to PNG keep their pixels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_chunk(png: bytes, kind: bytes, content: bytes, damage: int = 0) -> byte
 
 
 def damaged() -> Iterator[tuple[str, bytes, bytes]]:
-    """Name, whole file, and the same one with damaged metadata."""
+    """Yields (name, intact file, the same file with damaged metadata)."""
     exif = TURNED_JPEG.index(b"Exif\0\0") + 6
     yield "trailing bytes", JPEG, JPEG + b"junk" * 99
     yield "exif", JPEG, TURNED_JPEG[:exif] + b"\xff" * 40 + TURNED_JPEG[exif + 40 :]

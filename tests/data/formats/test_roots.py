@@ -1,4 +1,4 @@
-"""Roots at addresses: folder or archive by what is there, not by how the address is spelled."""
+"""Roots at URLs: the content, not the name, decides between folder and archive."""
 
 import functools
 import gzip
@@ -42,12 +42,15 @@ def folder(tmp_path) -> Path:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder. Listings are like nginx's and Apache's: with links that sort, to the parent, and elsewhere."""
+    """Serves a folder. Its listings also link to other sort orders, the parent and other sites."""
 
     def list_directory(self, path):
         names = sorted(entry.name + "/" * entry.is_dir() for entry in Path(path).iterdir())
         links = "".join(f'<A class="x" href="{quote(name)}">{name[:5]}..&gt;</A>\n' for name in names)
-        page = f'<html><a href="?C=N;O=D">Name</a><a href="../">up</a><a href="https://nginx.org/">nginx</a>\n{links}</html>'
+        page = (
+            '<html><a href="?C=N;O=D">Name</a><a href="../">up</a>'
+            f'<a href="https://nginx.org/">nginx</a>\n{links}</html>'
+        )
         self.send_response(200)
         self.send_header("Content-Type", "text/html;charset=utf-8")
         self.end_headers()
@@ -60,9 +63,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
     def guess_type(self, path):
-        return (
-            "text/html" if path.endswith("download") else super().guess_type(path)
-        )  # whatever the server says
+        # A wrong type for the archive at `download`
+        return "text/html" if path.endswith("download") else super().guess_type(path)
 
     def log_message(self, *_):
         return
@@ -139,7 +141,7 @@ def test_a_root_that_no_storage_has_is_one_line(tmp_path, root):
 
 
 class Terse(MemoryFileSystem):
-    """A storage that tells names, and of kinds and sizes what it must: folders end in a slash."""
+    """A storage that gives no kinds and no sizes; only a slash at the end of a name tells a folder."""
 
     protocol = "terse"
     store: ClassVar = {}
@@ -177,6 +179,6 @@ def test_a_storage_need_not_tell_sizes_and_kinds(tmp_path):
 @pytest.mark.parametrize(("kind", "is_it"), [("file", True), ("directory", False)])
 def test_other_storages_are_asked_what_is_there(tmp_path, kind, is_it):
     memory = fsspec.filesystem("memory")
-    address = f"memory://{tmp_path.name}/archive.tar.gz"  # a folder may be called so, too
+    address = f"memory://{tmp_path.name}/archive.tar.gz"  # may also be the name of a folder
     memory.pipe_file(address if is_it else f"{address}/x.jpg", gzip.compress(b""))
     assert is_file(address) == is_it

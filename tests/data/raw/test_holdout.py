@@ -11,13 +11,14 @@ from pipelines.data.shards.sample import DataError
 
 @pytest.mark.parametrize("count", [1, 5, 20, 46])
 def test_each_class_keeps_an_image_and_the_count_is_met(count):
-    labels = [0] * 30 + [1] * 10 + [2] * 8 + [3, 4, 4, 5] + [7]  # classes of one, and one of none
+    # Some classes have a single image, and class 6 has none.
+    labels = [0] * 30 + [1] * 10 + [2] * 8 + [3, 4, 4, 5] + [7]
     chosen = held_out(labels, count, seed=0)
     assert len(chosen) == count
     left = Counter(label for place, label in enumerate(labels) if place not in chosen)
     assert left.keys() == set(labels)
     sizes = Counter(labels)
-    for label, size in sizes.items():  # near its share, as far as it can give
+    for label, size in sizes.items():  # at least its share rounded down, unless the class is too small
         assert sizes[label] - left[label] >= min(size - 1, int(size * count / len(labels)))
 
 
@@ -30,7 +31,7 @@ def test_more_than_can_be_held_out_is_refused_with_the_most_that_can():
 
 
 def test_shares_of_large_classes_do_not_change_with_a_tail():
-    """What rare classes cannot give is drawn evenly: no class gives two more than its share."""
+    """Images that rare classes cannot contribute are drawn evenly from the large classes."""
     labels = np.repeat(np.arange(40), [*[100] * 10, *[1] * 30])
     given = Counter(labels[place] for place in held_out(labels.tolist(), 103, seed=1))
     assert set(given) == set(range(10))

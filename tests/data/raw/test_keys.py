@@ -1,4 +1,4 @@
-"""Keys: valid whatever the names are, and told apart."""
+"""Keys are valid and unique, whatever the names are."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_a_name_that_can_be_a_key_is_one():
 
 
 def test_no_name_is_another_ones_hashed_key():
-    """Whoever names a file like the key that another file would get does not take it away."""
+    """A file named like the hashed key of another file gets another key."""
     first = keys_of({"a": "x y", "b": "x_y"})
     names = {"a": "x y", "b": "x_y", "c": first["a"], "d": first["b"].upper()}
     assert len({key.lower() for key in keys_of(names).values()}) == 4

@@ -1,4 +1,4 @@
-"""What `fetch` leaves, damaged, is one line that says to run it again."""
+"""If the files that `fetch` wrote are damaged, one line says to run it again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from pipelines.data.raw.listing import ListedImages, write_raw_manifest, write_references
 from pipelines.data.shards.sample import DataError, Description
 
-NAME = "a\u2028b.png"  # a line break in Unicode, not in a list of lines
+NAME = "a\u2028b.png"  # U+2028 is a line break for str.splitlines, but not in JSON lines
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A folder as `fetch` leaves it."""
+    """A folder with an index and a manifest, as `fetch` writes them."""
     write_references(tmp_path, "train", [("k0", NAME, 0, 5), ("k1", "c.png", 5, 5)])
     write_raw_manifest(tmp_path, Description(("a", "b"), "multiclass", "test", "00", {"train": 2}))
     return tmp_path

@@ -1,4 +1,4 @@
-"""Images with captions in tables, and Flickr8k: each image with all its captions in its split, bad rows counted and named."""
+"""Images with captions in tables, and Flickr8k: each image has all its captions; bad rows are counted."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_checksum_changes_with_a_caption(tmp_path: Path) -> None:
     root = folder(tmp_path, {"captions.csv": table(ROWS)})
     source, raw = fetched(captions(root), tmp_path)
     before = source.describe(raw).checksum
-    write_files(root, {"captions.csv": table(ROWS).replace("a cat", "a rat")})  # of the same size
+    write_files(root, {"captions.csv": table(ROWS).replace("a cat", "a rat")})  # same size
     source, raw = fetched(captions(root), tmp_path)
     assert source.describe(raw).checksum != before
 
@@ -132,7 +132,7 @@ def test_shards_have_all_captions_of_an_image(tmp_path: Path) -> None:
     )
 
 
-# Bad rows ---------------------------------------------------------------------------------------------------------------
+# Bad rows ---------------------------------------------------------------------------------------------------
 
 BAD = {
     "names no image": ("", "a dog", "rows without the name of an image"),
@@ -212,7 +212,7 @@ def test_a_table_that_cannot_be_read_is_one_line(
         fetched(captions(folder(tmp_path, files), **changes), tmp_path)
 
 
-# Flickr8k ---------------------------------------------------------------------------------------------------------------
+# Flickr8k ---------------------------------------------------------------------------------------------------
 
 LISTS = {
     "Flickr_8k.trainImages.txt": "a.png\n",

@@ -1,4 +1,4 @@
-"""Image-text tars as img2dataset writes them, read where they are: each image once, the bad ones counted and named."""
+"""Image-text tars of img2dataset, read in place: each image once, bad ones counted and named."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ BAD = {
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Two tars of nine and eight good samples, with all that can be wrong beside them; 17 good ones, one of which is cut."""
+    """Tars with nine and eight good samples, one of them truncated, and with every kind of fault."""
     root = tmp_path / "cc3m"
-    half = jpeg(40, 40)[:-300]  # the header is whole
+    half = jpeg(40, 40)[:-300]  # counts as good: its header is intact
     bad = {
         "n2": sample(2, txt=None),
         "n4": sample(4, txt=b" \n"),
@@ -97,9 +97,8 @@ def test_training_resumes_within_an_epoch_with_other_numbers_of_ranks(
     root = sharded(params(tars), tmp_path)
     whole = [list(read(root, "train", rank, 3, workers, train=True, batch_size=6)) for rank in range(3)]
     everything = keys(itertools.chain(*whole))
-    assert (
-        len(set(everything)) == len(everything) >= 11
-    )  # of 14, of which the last two are no whole batch, one may be cut
+    # Of 14 samples, the last two make no full batch, and the truncated one is skipped
+    assert len(set(everything)) == len(everything) >= 11
     for rank in range(3):
         assert_same(
             whole[rank][1:], read(root, "train", rank, 3, workers, train=True, batch_size=6, start_batch=1)
@@ -136,7 +135,7 @@ def test_a_tar_of_two_splits_gives_each_its_own_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "cc3m/00000.tar", numbered(0, 8))
     root = sharded(params(tmp_path / "cc3m", val_count=4), tmp_path)
     manifest = read_manifest(root)
-    assert manifest.shards("train") == manifest.shards("val")  # the same tar, and four samples in each
+    assert manifest.shards("train") == manifest.shards("val")  # one tar, with four samples of each split
     found = {split: keys(read(root, split)) for split in ("train", "val")}
     assert sorted(found["train"] + found["val"]) == [f"00000{n:04d}" for n in range(8)]
 

@@ -36,7 +36,7 @@ PHOTOS = SHARED / "data/coco2014-sample"
 WIDTH, HEIGHT = 40, 30
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]
 YEARS = {"train2014": (1, 2, 3), "val2014": (4,)}  # ids of the images
-IMAGE = 1  # the one that tests annotate
+IMAGE = 1  # id of the image that the tests annotate
 KEY = "COCO_train2014_000000000001"
 
 
@@ -69,7 +69,7 @@ def params(root: Path, **changes) -> Coco2014Params:
 
 
 def annotate(coco: Path, *annotations: dict, **changes) -> None:
-    """Gives the training split these annotations, all of one image where they do not say of which."""
+    """Gives the training split these annotations; without an `image_id` they belong to `IMAGE`."""
     entries = [
         {"id": 100 + number, "image_id": IMAGE, "iscrowd": 0, **entry}
         for number, entry in enumerate(annotations)
@@ -97,7 +97,7 @@ def thing(category: int, left: int, top: int, right: int, bottom: int, **more) -
 
 
 def runs(left: int, top: int, right: int, bottom: int) -> dict:
-    """The uncompressed run lengths of a rectangle, as crowds have them."""
+    """The uncompressed run lengths of a rectangle, the form that COCO has for crowds."""
     shape = np.zeros((HEIGHT, WIDTH), np.uint8)
     shape[top:bottom, left:right] = 1
     flat = shape.ravel(order="F")
@@ -362,7 +362,7 @@ def test_other_categories_in_the_test_split_are_refused(coco, tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Shards of the real images, the samples by key, and pycocotools' own reading of both files."""
+    """Root of the shards of the real images, samples by key, and both files as pycocotools reads them."""
     if not PHOTOS.is_dir():
         pytest.skip("needs the photographs")
     tmp_path = tmp_path_factory.mktemp("photographs")
@@ -374,7 +374,7 @@ def photographs(tmp_path_factory):
 
 
 def known(photographs):
-    """(sample, pycocotools' file, its entry of the image, its annotations) of each real image."""
+    """Yields (sample, `COCO` of the file, entry of the image, its annotations) for each real image."""
     _, loaded, read = photographs
     count = 0
     for coco in read:

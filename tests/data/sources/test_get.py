@@ -1,4 +1,4 @@
-"""`get` imports the module of the data set that it is asked for, and no code of another one."""
+"""`get` imports the module of the requested data set, and no code of other data sets."""
 
 import json
 import subprocess
@@ -25,19 +25,22 @@ OWN = {  # modules that belong to one data set -> that data set
     },
     **{f"sources.{name}": name for name in ("mixture", "scenes", "voc2007", "waterbirds")},
 }
-IMPORTED = """
+IMPORTED = (
+    """
 import json, sys
 from types import SimpleNamespace
 from pipelines.data import sources
 
 found = {}
 for name in json.loads(sys.argv[1]):
-    for module in [module for module in sys.modules if module.startswith("pipelines.data.") and module != sources.__name__]:
+    for module in [module for module in sys.modules """
+    """if module.startswith("pipelines.data.") and module != sources.__name__]:
         del sys.modules[module]
     sources.get(SimpleNamespace(source=name))
     found[name] = sorted(module for module in sys.modules if module.startswith("pipelines.data."))
 print(json.dumps(found))
 """
+)
 
 
 def test_getting_one_data_set_imports_no_code_of_another() -> None:

@@ -29,9 +29,8 @@ def folder(tmp_path) -> Path:
 
 def pack(folder: Path, kind: str) -> Path:
     path = folder.with_name(f"photos.{kind}")
-    members = sorted(
-        folder.rglob("*"), key=lambda path: hashlib.md5(path.name.encode()).digest()
-    )  # not in order
+    # In an arbitrary but fixed order
+    members = sorted(folder.rglob("*"), key=lambda path: hashlib.md5(path.name.encode()).digest())
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for member in members:
@@ -112,11 +111,8 @@ def test_a_folder_that_one_split_names_is_no_other_splits_by_default(folder, tmp
 def test_held_out_shares_follow_class_sizes_and_the_seed():
     labels = [0] * 50 + [1] * 30 + [2] * 20
     chosen = held_out(labels, 11, seed=3)
-    assert Counter(labels[i] for i in chosen) == {
-        0: 6,
-        1: 3,
-        2: 2,
-    }  # 5.5, 3.3, 2.2: the rest to the largest remainder
+    # Exact shares are 5.5, 3.3 and 2.2; the remaining image comes from the class with the largest remainder.
+    assert Counter(labels[i] for i in chosen) == {0: 6, 1: 3, 2: 2}
     assert chosen == held_out(labels, 11, seed=3)
     assert chosen != held_out(labels, 11, seed=4)
 
@@ -187,7 +183,7 @@ def test_sha256_is_checked(folder, tmp_path):
 def test_a_cut_archive_is_never_taken_for_whole(folder, tmp_path, kind, share):
     path = pack(folder, kind)
     content = path.read_bytes()
-    # Half of a tar's end is padding: cut what holds members.
+    # Cut the part of the tar that holds members, not the zeros at its end.
     end = content.rstrip(b"\0") if kind == "tar" else content
     path.write_bytes(end[: int(share * len(end))])
     with pytest.raises(DataError, match="photos"):
@@ -289,7 +285,7 @@ def test_cifar10_takes_an_image_folder(folder, tmp_path):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch) -> np.ndarray:
-    """A CIFAR-10 of 20 training and 10 test images in the published format, at an address of its own."""
+    """A CIFAR-10 of 20 training and 10 test images in the published format, with a URL of its own."""
     from torchvision.datasets import CIFAR10
 
     data = np.random.default_rng(0).integers(0, 256, (30, 3072), np.uint8)

@@ -1,4 +1,4 @@
-"""Image folders as people have them: each entry is taken, or counted and named; names are no obstacle."""
+"""Image folders as found in practice: each entry is used, or counted and named, whatever its name."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Several data sets as one: every image once, in the split that it had, with nothing but its pixels."""
+"""A mixture has every image once, in its original split, without labels, boxes and captions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.image_text_tars import numbered, write_tar
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-    """An image folder twice, captioned images, tars in place and drawn scenes."""
+    """A mixture of the same image folder twice, captioned images, tars in place and drawn scenes."""
     monkeypatch.setattr("pipelines.data.sources.scenes.cpu_count", lambda: 1)
     photos = image_folder(photo_folder(tmp_path / "photos"))
     pairs = write_files(tmp_path / "pairs", {f"{n}.png": encoded(n + 100) for n in range(4)})

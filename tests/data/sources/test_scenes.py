@@ -85,7 +85,7 @@ def test_an_interrupted_fetch_goes_on_with_what_it_has_drawn(tmp_path, monkeypat
     drawings.clear()
     monkeypatch.setattr(scenes_module, "draw", counted)
     assert content(fetched(objects(), tmp_path, processes=1)) == whole
-    assert len(drawings) == 45 - 10  # two chunks of five were whole
+    assert len(drawings) == 45 - 10  # two chunks of five images were complete
 
 
 def test_what_is_read_is_what_was_drawn(tmp_path):
@@ -166,7 +166,8 @@ def test_without_correlation_every_background_occurs_with_every_class():
 
 
 def test_colour_does_not_tell_the_class():
-    # The nearest class by mean colour of the object's own pixels, learnt on one half, is right on the other by chance.
+    # A nearest-mean classifier on the object's mean colour, fitted on one half, performs at chance on the
+    # other.
     samples = drawn(objects(), 800)
     colours = np.stack([pixels(s.image)[pixels(s.mask) > 0].mean(axis=0) for s in samples])
     labels = np.array([sample.label for sample in samples])

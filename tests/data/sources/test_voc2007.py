@@ -40,16 +40,22 @@ WIDTH, HEIGHT = 40, 30
 
 
 def xml(*objects: str, width=WIDTH, height=HEIGHT) -> str:
-    return f"<annotation><size><width>{width}</width><height>{height}</height></size>{''.join(objects)}</annotation>"
+    return (
+        f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+        f"{''.join(objects)}</annotation>"
+    )
 
 
 def thing(name: str, xmin, ymin, xmax, ymax, difficult: int = 0, more: str = "") -> str:
     corners = f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>"
-    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox>{more}</object>"
+    return (
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+        f"<bndbox>{corners}</bndbox>{more}</object>"
+    )
 
 
 def segmentation(*regions: tuple[int, int, int, int, int], shape=(HEIGHT, WIDTH)) -> bytes:
-    """A palette PNG of regions (id, top, left, bottom, right), where id is an object's or a class's."""
+    """A palette PNG of regions (id, top, left, bottom, right), where id is that of an object or class."""
     ids = np.zeros(shape, np.uint8)
     for number, top, left, bottom, right in regions:
         ids[top:bottom, left:right] = number
@@ -62,7 +68,7 @@ def segmentation(*regions: tuple[int, int, int, int, int], shape=(HEIGHT, WIDTH)
 
 @pytest.fixture
 def voc(tmp_path) -> Path:
-    """The folder VOC2007 of three images, one a split."""
+    """The folder VOC2007 with three images, one per split."""
     top = tmp_path / "voc/VOCdevkit/VOC2007"
     names = {"train": "000001", "val": "000002", "test": "000003"}
     for number, (split, name) in enumerate(names.items()):
@@ -108,7 +114,10 @@ def test_an_image_without_objects_stays_with_no_label(voc, tmp_path):
 
 
 def test_boxes_of_parts_are_no_objects(voc, tmp_path):
-    part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    part = (
+        "<part><name>head</name>"
+        "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    )
     annotate(voc, thing("person", 1, 1, 9, 9, more=part))
     assert first(voc, tmp_path).boxes == ((14, 0, 0, 9, 9),)
 
@@ -128,7 +137,7 @@ def test_every_form_of_the_root_gives_the_same_samples(voc, tmp_path, form):
 
 @pytest.fixture
 def published(voc, tmp_path, monkeypatch) -> None:
-    """The official archives at addresses of their own."""
+    """Small archives in the official format, each with its own URL."""
     archives = {}
     for name in ("trainval", "test"):
         path = tmp_path / f"{name}-official.tar"
@@ -210,7 +219,7 @@ def test_a_segmentation_that_does_not_decode_is_named(voc, tmp_path):
         fetched(params(voc), tmp_path)
 
 
-CAT, DOG = 8, 12  # numbers of classes in class masks: from 1 on
+CAT, DOG = 8, 12  # numbers of the classes in class masks, counted from 1
 
 
 def class_mask(voc: Path, *regions, name="000001", folder="SegmentationClassAug", **shape) -> None:
@@ -401,7 +410,7 @@ def test_boxes_drawn_on_an_image_of_another_size_are_refused(voc, tmp_path):
 def test_the_checksum_covers_the_annotations(voc, tmp_path):
     source, raw = fetched(params(voc), tmp_path)
     before = source.describe(raw).checksum
-    annotate(voc, thing("cat", 1, 1, WIDTH, HEIGHT - 1))  # as many bytes
+    annotate(voc, thing("cat", 1, 1, WIDTH, HEIGHT - 1))  # the file keeps its size
     source, raw = fetched(params(voc), tmp_path)
     assert source.describe(raw).checksum != before
 

@@ -17,7 +17,7 @@ from pipelines.params import DataParams, WaterbirdsParams
 from tests.support.fetching import SPLITS, by_key, fetched, jpeg, left_out, samples, sharded, write_files
 
 WIDTH, HEIGHT = 40, 30
-# species, class, split, place: all four groups in train, two of them in val and test
+# (species, class, split, place): train has all four groups, val and test have two each
 BIRDS = [
     ("001.Albatross", 1, 0, 1),
     ("001.Albatross", 1, 0, 0),
@@ -28,7 +28,7 @@ BIRDS = [
     ("002.Wren", 0, 1, 1),
     ("002.Wren", 0, 2, 0),
 ]
-CROW = {"boxes of images that metadata.csv does not name": 1}  # in CUB alone
+CROW = {"boxes of images that metadata.csv does not name": 1}  # an image in CUB only
 HEADER = "img_id,img_filename,y,split,place,place_filename"
 
 
