@@ -37,7 +37,7 @@ class Context:
 
 
 def use_threads(local_world_size: int) -> None:
-    """Sets torch's threads to an equal share of the cores, so that sums are the same after a restart."""
+    """Sets torch's threads to a worker's equal share of the cores; sums are then the same after a restart."""
     torch.set_num_threads(max(1, cpu_count() // local_world_size))
 
 

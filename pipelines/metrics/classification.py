@@ -117,8 +117,8 @@ class UnexplainedShare(Metric):
     """Share of the logits that no pixel's contribution explains; 0 if every map sums to its logit.
 
     Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|; NaN without images.
-    `update(logits, logit_bias, contributions)` takes the explained class's logits (N,), and its maps (N, H,
-    W) or their sums over the pixels (N,).
+    `update(logits, logit_bias, contributions)` takes the logits (N,) of the explained classes, and their maps
+    (N, H, W) or the sums of these over the pixels (N,).
     """
 
     higher_is_better = False
