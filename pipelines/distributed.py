@@ -75,8 +75,7 @@ def wrap(objective: nn.Module, context: Context) -> nn.Module:
 
     On the CPU, `find_unused_parameters` is on, because it keeps DDP from rebuilding its gradient buckets
     after a process's first step. With rebuilt buckets, the first step of a resumed run would sum gradients in
-    another order than a run that was never killed. With three or more workers, the last bits would then
-    differ.
+    another order than a run that was never killed, and with three or more workers the last bits would differ.
     """
     if context.world_size == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective

@@ -43,7 +43,7 @@ def evaluate(
     """Evaluates models on `split`; returns their metrics and predictions, the same on every worker.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of each model.
         shards: root of the labelled data.
         data: how shards are read.

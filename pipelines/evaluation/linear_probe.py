@@ -38,7 +38,7 @@ def evaluate_linear_probe(
     all heads and losses. Every worker trains the same heads, which are small, so no gradients are exchanged.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of an image tower, or of a classifier, whose own head is removed.
         shards: root of the labelled data.
         data: how shards are read.

@@ -81,7 +81,7 @@ class Predictions:
         found: dict[str, float] = {}
         for kind, each in (("group", groups), ("class_group", labels * (int(groups.max()) + 1) + groups)):
             counts = each.bincount()
-            accuracies = (each.bincount(hits) / counts)[counts > 0]  # of the groups with images
+            accuracies = (each.bincount(hits) / counts)[counts > 0]  # of groups with images
             found |= {
                 f"worst_{kind}_accuracy": float(accuracies.min()),
                 f"mean_{kind}_accuracy": float(accuracies.mean()),

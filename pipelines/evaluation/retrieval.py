@@ -33,7 +33,7 @@ def evaluate_retrieval(
     embeddings of the captions, too.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of each image tower.
         shards: root of the data.
         data: how shards are read.

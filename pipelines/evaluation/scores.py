@@ -92,7 +92,7 @@ class Scores:
         `pairs_with_empty_boxes` pairs whose boxes cover no pixel's centre.
 
         Args:
-            context: of this worker.
+            context: rank and device of this worker.
             thresholds: thresholds of `iou` from `choose_thresholds`. An explanation without a threshold gets
                 no `iou`. `None` for validation images, on which the thresholds are chosen here. `iou_at_0.5`
                 is independent of them.

@@ -58,7 +58,7 @@ def evaluate_text2concept(
     """Zero-shot accuracy and text localisation of B-cos classifiers that are mapped into CLIP's space.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of each B-cos classifier.
         original: folder of the original image tower.
         shards: root of the data.
@@ -139,7 +139,7 @@ def fit_map(
     sums of the normal equations are kept, in float64, over all workers.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         features: a backbone (N, 6, H, W) -> (N, C), and C.
         tower: an image tower (N, 6, H, W) -> (N, D), and D.
         shards, data, batch_size, split: the images, as `loader` takes them.

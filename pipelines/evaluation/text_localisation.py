@@ -37,7 +37,7 @@ def evaluate_text_localisation(
     GradCAM is left out, with a printed note, if a tower has no convolutional features.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of each image tower.
         shards: root of labelled data with boxes and optional masks.
         data: how shards are read.

@@ -33,7 +33,7 @@ def evaluate_zero_shot(
     """Zero-shot accuracy of image towers on `split`, all on the same images; the same on every worker.
 
     Args:
-        context: of this worker.
+        context: rank and device of this worker.
         directories: name -> folder of each image tower.
         shards: root of the labelled data.
         data: how shards are read.

@@ -85,8 +85,7 @@ def ranks_of_best(
 ) -> Tensor:
     """Rank (from 0) of each query's nearest own candidate among all candidates: (Q,) int64.
 
-    This is the number of candidates of other owners that are at least as near as the nearest of the query's
-    owner.
+    This is the number of candidates of other owners that are at least as near as the nearest own one.
 
     Args:
         queries: (Q, D), rows of norm 1.

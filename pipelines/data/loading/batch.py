@@ -19,8 +19,8 @@ If at least one sample of the split has them, it also holds
              (seed, epoch, key), and evaluation takes the first
     captions list of N lists of str, all captions; only if this field is requested by name
 
-With stored explanations it also holds `teacher_logits` float32 (N, K) and `teacher_maps` float32 (N, C, H,
-W). A batch without a decoded image holds `key` and `skipped` alone.
+With stored explanations it also holds `teacher_logits` (N, K) and `teacher_maps` (N, C, H, W), both float32.
+A batch without a decoded image holds `key` and `skipped` alone.
 """
 
 from __future__ import annotations

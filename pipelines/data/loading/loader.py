@@ -1,4 +1,4 @@
-"""The data loader: reads each sample of an epoch once, over any number of ranks and loader processes.
+"""The data loader: reads an epoch's samples once each, over any number of ranks and loader processes.
 
 A batch is a function of (seed, epoch, rank). `sampling` fixes its samples before anything is read, and each
 sample is augmented by a generator seeded by (seed, epoch, key). Therefore the number of loader processes
@@ -66,14 +66,12 @@ def loader(
 
     Args:
         root: folder or fsspec URL of the shards.
-        split: its name in the manifest.
+        split: name of the split in the manifest.
         data: the transform, and how shards are read. `loader_workers` processes decode (0: this process).
-            They are started by Python's default method, use no GPU, and end with the pass, also in a Ray
-            worker.
+            They start by Python's default method, use no GPU, and end with the pass, also in a Ray worker.
         batch_size: samples per batch, summed over all ranks in training, of this rank in evaluation.
-        context: rank, number of ranks, and the device for `image`; by default one rank on the CPU. Other
-            tensors stay on the CPU. Images are moved as uint8, from pinned memory if loader processes decode
-            for a GPU.
+        context: rank, number of ranks, and device of `image`; by default one rank on the CPU. Other tensors
+            stay on the CPU. Images are moved to a GPU as uint8, from pinned memory with loader processes.
         train: shuffle, augment, and drop incomplete batches.
         seed: seed of the run.
         epoch: counted from 0; shuffling and augmentation differ by epoch.
@@ -81,8 +79,8 @@ def loader(
         earlier: (world size, batches read per rank) of each part of the epoch that was read with another
             number of ranks, in order, with the same `batch_size`. This pass splits the remaining samples.
         subset: numbers of the samples to read, counted through the split's shards, ascending; by default all.
-        explanations: root of stored explanations to read with training images, whose crops and flips they
-            follow.
+        explanations: root of stored explanations, read with training images and cropped and flipped with
+            them.
         fields: which of `boxes`, `mask`, `group`, `caption` and `captions` to read, if the split has them; by
             default all but `captions`. Other fields are not decoded, and damage in them goes unnoticed.
         as_bytes: keep `image` as uint8; otherwise it is divided by 255 to float32.

@@ -90,9 +90,8 @@ def share_of_batch(samples: int, sampling: Sampling) -> range:
 def rank_share(count: int, sampling: Sampling) -> range:
     """The rank's places in the epoch's order of `count` samples.
 
-    In training each rank has its share of every full batch, and the rest of the epoch is dropped. If `count`
-    is below the batch size, there is one batch of `count` samples. In evaluation every place belongs to a
-    rank.
+    In training each rank has its share of every full batch, and the rest of the epoch is dropped. A `count`
+    below the batch size makes one batch of `count` samples. In evaluation every place belongs to a rank.
 
     Raises:
         ValueError: in training, a batch or the epoch has fewer samples than there are ranks.
@@ -132,7 +131,7 @@ def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: S
         order: see `epoch_order`.
         earlier: (world size, batches read per rank) of each part of the epoch so far, in order. All parts had
             the batch size of `sampling`.
-        sampling: of any rank that reads the rest.
+        sampling: the sampling of any rank that reads the rest.
     """
     for world_size, count in earlier:
         ranks = [

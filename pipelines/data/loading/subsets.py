@@ -1,7 +1,6 @@
 """Seeded subsets of the training images: some per class (few-shot), or a share whose boxes are used.
 
-Also the keys of the validation images. All of it is read from the index beside the shards, and no shard is
-read.
+Also the keys of the validation images. Everything comes from the index beside the shards, not from shards.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
 
     Args:
         root: folder or fsspec URL of the shards.
-        split: its name in the manifest.
+        split: name of the split in the manifest.
         shots: images per class.
         seed: seed of the draw.
 
@@ -96,7 +95,7 @@ def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[st
 
     Args:
         root: folder or fsspec URL of the shards.
-        split: its name in the manifest.
+        split: name of the split in the manifest.
         share: in (0, 1].
         seed: seed of the draw.
 

@@ -3,7 +3,7 @@
 A sample's *views* are a dict of tensors of one height and width: `image` uint8 (3, H, W) and, if the sample
 has them, `boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and `stored_map` (C, H, W). A
 *step* takes views and a random generator and returns new views. Torchvision dispatches on the kind of each
-view. All random numbers come from that generator, so that a sample's augmentation depends on its own seed
+view. All random numbers come from that generator, so that the augmentation depends on the sample's seed
 alone.
 """
 
@@ -130,8 +130,7 @@ def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
 def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views:
     """Crops a random area (`SCALE`) of random aspect ratio (`RATIO`) and resizes it to size x size.
 
-    If none of `CROP_DRAWS` draws fits into the image, the crop is the largest one with an allowed aspect
-    ratio.
+    If none of `CROP_DRAWS` draws fits into the image, the crop is the largest of an allowed aspect ratio.
 
     Source: Szegedy et al. 2015, section 6.
     """
