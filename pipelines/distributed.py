@@ -1,4 +1,7 @@
-"""What several workers do together, each function also right for a single one without a process group."""
+"""Operations of several workers: seeds, gathers, reductions, DistributedDataParallel.
+
+All of them also work for a single worker without a process group.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,27 @@ from pipelines.process import cpu_count
 
 @dataclass(frozen=True)
 class Context:
-    """Where a function runs: its rank among `world_size` workers, and its device."""
+    """Where a function runs: its rank among `world_size` workers, and its device.
+
+    Attributes:
+        report: passes metrics to Ray Train or Tune; called on all ranks.
+        preempted: returns True if a node of the workers is about to be taken away; called on all ranks.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[dict[str, Any]], None] | None = (
-        None  # hands metrics to Ray Train and Tune; on all ranks
-    )
-    preempted: Callable[[], bool] | None = (
-        None  # whether a node of the workers is about to be taken away; on all ranks
-    )
+    report: Callable[[dict[str, Any]], None] | None = None
+    preempted: Callable[[], bool] | None = None
 
 
 def use_threads(local_world_size: int) -> None:
-    """Gives each of a machine's workers its equal share of the cores: the same after a restart, for equal sums."""
+    """Sets torch's threads to a worker's equal share of the cores; sums are then the same after a restart."""
     torch.set_num_threads(max(1, cpu_count() // local_world_size))
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
-    """Seeds this process's generators (python, numpy, torch, CUDA), differently on each rank and at each step."""
+    """Seeds this process's generators (python, numpy, torch, CUDA), differently per rank and step."""
     value = int(numpy.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
     random.seed(value)
     numpy.random.seed(value)
@@ -46,7 +50,7 @@ def seed_rank(seed: int, rank: int, step: int = 0) -> None:
 
 
 def rng_states(device: torch.device) -> dict[str, Any]:
-    """The states of this process's generators, as `torch.load(weights_only=True)` can read them back."""
+    """States of this process's generators, in types that `torch.load(weights_only=True)` accepts."""
     kind, keys, position, has_gauss, gauss = numpy.random.get_state()
     return {
         "python": random.getstate(),
@@ -57,7 +61,7 @@ def rng_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
-    """Sets this process's generators to what `rng_states` returned."""
+    """Restores the states that `rng_states` returned."""
     kind, keys, position, has_gauss, gauss = states["numpy"]
     random.setstate(states["python"])
     numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), position, has_gauss, gauss))
@@ -67,11 +71,11 @@ def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def wrap(objective: nn.Module, context: Context) -> nn.Module:
-    """`objective`, in DistributedDataParallel where there are several workers.
+    """Wraps `objective` in DistributedDataParallel if there are several workers.
 
-    On the CPU the search for unused parameters is on, because it keeps the gradient buckets as they are: otherwise
-    they are rebuilt after a process's first step, a resumed run would add up gradients in another order at its first
-    step than one never killed, and with three or more workers the last bits differ.
+    On the CPU, `find_unused_parameters` is on, because it keeps DDP from rebuilding its gradient buckets
+    after a process's first step. With rebuilt buckets, the first step of a resumed run would sum gradients in
+    another order than a run that was never killed, and with three or more workers the last bits would differ.
     """
     if context.world_size == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
@@ -86,14 +90,14 @@ def unwrapped(objective: nn.Module) -> nn.Module:
 
 
 def gradient_sync(objective: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    """A block in which backward passes average gradients over the workers if `wanted`, and otherwise add to each one's own."""
+    """Context in which backward passes average gradients over the workers only if `wanted`."""
     return (
         nullcontext() if wanted or not isinstance(objective, DistributedDataParallel) else objective.no_sync()
     )
 
 
 def gather(value: Any, context: Context) -> list[Any]:
-    """Each rank's `value`, in order of rank, on every rank."""
+    """Returns every rank's `value`, ordered by rank, on every rank."""
     if context.world_size == 1:
         return [value]
     values: list[Any] = [None] * context.world_size
@@ -102,10 +106,11 @@ def gather(value: Any, context: Context) -> list[Any]:
 
 
 def gather_rows(tensor: torch.Tensor, context: Context, room: int) -> tuple[torch.Tensor, int]:
-    """The rows of all ranks' `tensor` (n, ...), without gradient, and the number of this rank's first row.
+    """Concatenates all ranks' rows (n, ...), without gradient; returns them and this rank's first row.
 
-    Each rank has `room` rows of the result (world_size·room, ...): its n <= `room` rows, which may be none, then zeros. So the
-    shape is the same in every step, which compiled code needs, and no rank waits for its GPU to learn how many rows others have.
+    Each rank fills `room` rows of the result (world_size·room, ...): its n <= `room` rows (n may be 0), then
+    zeros. The shape is therefore the same in every step, as compiled code needs, and no rank waits for its
+    GPU to learn how many rows the others have.
     """
     own = tensor.detach().new_zeros(room, *tensor.shape[1:])
     own[: len(tensor)] = tensor.detach()
@@ -117,7 +122,7 @@ def gather_rows(tensor: torch.Tensor, context: Context, room: int) -> tuple[torc
 
 
 def broadcast(value: Any, context: Context) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Returns rank 0's `value` on every rank."""
     if context.world_size == 1:
         return value
     values = [value]
@@ -133,14 +138,14 @@ def broadcast_buffers(module: nn.Module, context: Context) -> None:
 
 
 def all_reduce_min(value: torch.Tensor, context: Context) -> float:
-    """The least of all ranks' `value` (a scalar)."""
+    """Minimum of all ranks' `value` (a scalar tensor, reduced in place)."""
     if context.world_size > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return float(value)
 
 
 def all_reduce_sum(values: Sequence[float], context: Context) -> torch.Tensor:
-    """The sums of all ranks' `values`, float32 on the device of `context`; does not wait for a GPU."""
+    """Sums of all ranks' `values`: float32, on the device of `context`; does not wait for a GPU."""
     sums = torch.stack(
         [torch.full((), value, dtype=torch.float32, device=context.device) for value in values]
     )
@@ -150,9 +155,9 @@ def all_reduce_sum(values: Sequence[float], context: Context) -> torch.Tensor:
 
 
 def average_gradients(module: nn.Module, context: Context) -> None:
-    """Sets gradients to their mean over the ranks, as DDP does, where DDP cannot because a rank has computed none.
+    """Averages gradients over the ranks, for steps in which DDP cannot because a rank has no gradients.
 
-    Parameters without a gradient on any rank keep none.
+    A missing gradient counts as 0. Parameters without a gradient on every rank keep `None`.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if context.world_size == 1 or not parameters:
@@ -171,7 +176,7 @@ def average_gradients(module: nn.Module, context: Context) -> None:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """`batch` with its tensors on `device`, except `boxes`: to select some of them there would wait for a GPU."""
+    """Moves tensors of `batch` to `device`, except `boxes`: selecting rows on a GPU would wait for it."""
     tensors = {
         name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "boxes"
     }

@@ -1,4 +1,4 @@
-"""Evaluation of trained models beside each other: accuracy, localisation, completeness, on the same images and the same grids."""
+"""Evaluation of trained models on the same images and grids: accuracy, localisation, completeness."""
 
 from pipelines.evaluation.batches import examples_by_key
 from pipelines.evaluation.comparison import evaluate, evaluate_with_correctness

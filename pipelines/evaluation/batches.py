@@ -1,4 +1,4 @@
-"""Labels of a batch, and examples picked from an evaluation pass."""
+"""Labels of a batch, and examples picked by key. N images, K classes, n boxes, H x W pixels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipelines.data.loading.batch import Batch
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Labels (N,), or multi-hot (N, K), as int64."""
+    """Labels of a batch as int64: (N,), or multi-hot (N, K)."""
     return batch["label"] if "label" in batch else batch["labels"].long()
 
 
 def present(batch: Batch, classes: int) -> Tensor:
-    """Classes that are in each image: (N, K) of bool."""
+    """(N, K) of bool, True for the classes in each image."""
     return F.one_hot(batch["label"], classes).bool() if "label" in batch else batch["labels"].bool()
 
 
@@ -26,13 +26,16 @@ def present(batch: Batch, classes: int) -> Tensor:
 class Example:
     """An image of a split, picked by its key."""
 
-    image: Tensor  # uint8 (3, H, W): many of them are held at once
+    image: Tensor  # (3, H, W), uint8 to save memory
     classes: list[int]
     boxes: Tensor  # (n, 4): xmin, ymin, xmax, ymax, in pixels, half-open
 
 
 def examples_by_key(read: Callable[..., Iterable[Batch]], wanted: set[str]) -> dict[str, Example]:
-    """Examples of the keys in `wanted`, from one pass; `read` is `loader` with shards, split, params and batch size bound."""
+    """Key -> example for the keys in `wanted`, from one pass over the split.
+
+    `read` is `loader` with the shards, split, params and batch size bound.
+    """
     found: dict[str, Example] = {}
     for batch in read(as_bytes=True, fields=("boxes",)) if wanted else ():
         boxes = batch.get("boxes", torch.zeros(0, 6))

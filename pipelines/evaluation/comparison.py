@@ -1,6 +1,7 @@
-"""Evaluation of trained models beside each other on a split: the same images and the same grids.
+"""Evaluation of several trained models on the same images and grids.
 
-Runs on any number of workers: each takes its part of the split and of the grids, and what they find is added up.
+Runs on any number of workers. Each evaluates its part of the split and of the grids, and the results are
+combined.
 """
 
 from __future__ import annotations
@@ -39,23 +40,33 @@ def evaluate(
     teacher: str | None = None,
     guided: Attribution | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
-    """Metrics of the models in `directories` (name -> folder) on `split`, and their predictions; the same on every worker.
+    """Evaluates models on `split`; returns their metrics and predictions, the same on every worker.
 
-    Where `teacher` names one of the models, the others are its students: `agreement` and `explanation_similarity` with it, the
-    latter of the class that the teacher predicts. `guided` is one more explanation of all models; these were trained to decide on
-    each class for itself, and F1, precision, recall and mean average precision are measured where images have one label, too.
-    `iou` is at the threshold that is best on the validation split, for each model and explanation, `iou_at_0.5` at 0.5.
+    Args:
+        context: rank and device of this worker.
+        directories: name -> folder of each model.
+        shards: root of the labelled data.
+        data: how shards are read.
+        params: batch size, post-hoc methods, grids.
+        split: evaluated split.
+        teacher: name of one of the models. The others are its students and also get `agreement` and
+            `explanation_similarity`, the latter for the class that the teacher predicts.
+        guided: the attribution used in guidance, evaluated for all models. Guided models decide on each class
+            separately, so single-label data gets F1, precision, recall and mean average precision, too.
 
     Returns:
-        `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...}, "images": N,
-        "skipped": n}`, fractions in [0, 1]; and the predictions. What was not measured is left out.
+        `{"models": {name: {"accuracy", ..., "explanations": {name: {"gridpg", "epg", ...}}}}, "grids": {...},
+        "images": N, "skipped": n}` with fractions in [0, 1], and the predictions. Metrics that could not be
+        measured are absent. `iou` is at the best threshold on the validation split per model and explanation,
+        `iou_at_0.5` at 0.5.
 
     Raises:
-        DataError: nothing to evaluate, or images without labels.
+        DataError: no image to evaluate, or images without labels.
     """
     if not read_manifest(shards).labelled:
         raise DataError(
-            f"{shards}: images without labels cannot be evaluated; students' agreement on val is in their reports"
+            f"{shards}: images without labels cannot be evaluated; "
+            "students' agreement on val is in their reports"
         )
     models = {
         name: load_explained_model(path, params.posthoc, context.device, guided)
@@ -118,6 +129,6 @@ def evaluate(
 def evaluate_with_correctness(
     context: Context, directories: Mapping[str, str], *arguments: Any
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Metrics of `evaluate`, and key -> whether the last model's prediction is correct, as plain values for `launch`."""
+    """Metrics of `evaluate`, and key -> True if the last model is correct; plain values for `launch`."""
     found, predictions = evaluate(context, directories, *arguments)
     return found, predictions.correct(list(directories)[-1])

@@ -1,4 +1,4 @@
-"""A trained model under evaluation, and the attributions that explain it."""
+"""Loads a trained model together with the attributions that explain it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.models import ModelError, ModelSpec
 
 @dataclass(frozen=True)
 class ExplainedModel:
-    """A model under evaluation, and the attributions that explain it, by name."""
+    """A model under evaluation, its spec, and name -> attribution of its explanations."""
 
     model: nn.Module
     spec: ModelSpec
@@ -27,9 +27,10 @@ class ExplainedModel:
 def load_explained_model(
     directory: str | Path, posthoc: Iterable[str], device: torch.device, guided: Attribution | None = None
 ) -> ExplainedModel:
-    """The model in `directory` with its own explanation (B-cos) or those of `posthoc` that it has (conventional), and `guided`.
+    """Loads the frozen model in `directory` with its explanations and, if given, `guided`.
 
-    A network without convolutional features has no GradCAM.
+    A B-cos model has its own explanation, a conventional one those of `posthoc` that it supports: a network
+    without convolutional features has no GradCAM.
     """
     model, spec = models.load(directory)
     return with_explanations(str(directory), model.to(device), spec, posthoc, guided)
@@ -38,12 +39,15 @@ def load_explained_model(
 def with_explanations(
     name: str, model: nn.Module, spec: ModelSpec, posthoc: Iterable[str], guided: Attribution | None = None
 ) -> ExplainedModel:
-    """As `load_explained_model`, of a model in memory, which is frozen; `name` is said where an explanation is left out."""
+    """Freezes a model in memory and adds explanations as `load_explained_model` does.
+
+    An unsupported explanation is left out with a printed line that begins with `name`.
+    """
     model.requires_grad_(False)
     wanted = {method: Attribution(method) for method in (["bcos"] if spec.kind == "bcos" else posthoc)}
     if guided is not None and guided not in wanted.values():
         wanted["guided"] = guided
-    device = next(model.buffers()).device  # every model of this project has its `mean`
+    device = next(model.buffers()).device  # every model of this project has the buffer `mean`
     probe = torch.zeros(1, 6, spec.image_size, spec.image_size, device=device)
     explanations: dict[str, Attribution] = {}
     for key, attribution in wanted.items():
@@ -55,6 +59,6 @@ def with_explanations(
 
 
 def knows_positions(model: nn.Module) -> bool:
-    """Whether the network has embeddings of absolute positions, and so one image size that it is made for, as ViTs have."""
+    """Returns True if the model has absolute position embeddings (ViTs), and so takes one image size only."""
     names = (name for named in (model.named_modules(), model.named_parameters()) for name, _ in named)
     return any(re.search(r"(^|\.)pos(itional|ition)?_embed", name) for name in names)

@@ -1,4 +1,4 @@
-"""Pictures of a fixed, seeded set of images, some that the model gets right and some wrong, with every explanation."""
+"""Pictures of a seeded sample of correctly and wrongly classified images with all explanations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.evaluation import ExplainedModel, examples_by_key, load_explained
 from pipelines.evaluation.pictures import choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
-ROWS = 4  # images a file
+ROWS = 4  # images per file
 
 
 def draw_gallery(
@@ -29,14 +29,14 @@ def draw_gallery(
     split: str = "test",
     guided: Attribution | None = None,
 ) -> list[Path]:
-    """Writes panels of `params.pictures` images to `folder` and returns their paths.
+    """Writes panels of `params.pictures` images to `folder`; returns their paths.
 
     Args:
-        folder: of the panels; it is made.
-        directories: of the models, by name. Each one's explanations are those of the class that it predicts.
-        correct: key -> whether the model's prediction is correct, see `Predictions.correct`. `params.seed` draws half of the
-            images from those where it is not, or as many as there are.
-        shards, data, params, split, guided: as `evaluate` takes them.
+        folder: folder of the panels; created if missing.
+        directories: name -> folder of each model. Each model explains the class that it predicts.
+        correct: key -> True if the prediction is correct, see `Predictions.correct`. Half of the images, or
+            as many as there are, are drawn (`params.seed`) from the wrong ones.
+        shards, data, params, split, guided: as in `evaluate`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     models = {
@@ -70,7 +70,7 @@ def draw_gallery(
 def _explain_predicted(
     explained: ExplainedModel, images: Tensor, smooth: int
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """The class that the model predicts for each image, with its confidence, and the explanations of this class."""
+    """Predicted class and confidence per image, as text, and the explanations of the predicted classes."""
     with torch.no_grad():
         logits = explained.model(images)
     targets = logits.argmax(1)

@@ -1,4 +1,4 @@
-"""The grid pointing game of several models."""
+"""The grid pointing game for several models, see `metrics.grid`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def play_grid_pointing_game(
     batches: Any,
     params: EvaluateParams,
 ) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
-    """Plays the grid pointing game; returns what the grids were, and the scores: model -> explanation -> score -> mean.
+    """Plays the game; returns side and number of the grids, and model -> explanation -> score -> mean.
 
-    `gridpg` is on the same grids for all models, of images that all of them classify correctly with sigmoid(logit) > 0.5;
-    `gridpg_own_grids` on each model's own, as published. If there is no grid, there is no score.
+    `gridpg` is measured on the same grids for all models, whose images all models classify correctly with
+    sigmoid(logit) > 0.5. `gridpg_own_grids` is measured on each model's own grids, as published. A score
+    without grids is absent.
     """
     draw = partial(_draw, predictions, params)
     common = draw(list(models))
@@ -73,12 +74,15 @@ def play_grid_pointing_game(
 
 
 def grid_windows(explained: ExplainedModel, params: EvaluateParams) -> int:
-    """How many windows a grid is explained in."""
+    """Number of windows in which a grid is explained."""
     return (2 * params.grid_size + 1) ** 2 if knows_positions(explained.model) else 1
 
 
 def grid_explainer(explained: ExplainedModel, attribution: Attribution) -> Any:
-    """A function of grids (G, 6, H, W) and classes (G, T) that gives maps; of ViTs in windows of their own image size."""
+    """Returns a function (grids (G, 6, H, W), classes (G, T)) -> maps (G, T, H, W).
+
+    Models with absolute position embeddings are explained in windows of their own image size.
+    """
     explain_many = partial(attribute, explained.model, method=attribution.method, layer=attribution.layer)
     return (
         in_windows(explain_many, explained.spec.image_size)
@@ -88,7 +92,7 @@ def grid_explainer(explained: ExplainedModel, attribution: Attribution) -> Any:
 
 
 def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) -> list[Grid]:
-    """Grids of images that the models called `names` all get right."""
+    """Draws grids of images that all of the models `names` classify correctly."""
     logits = [predictions.logits[name] for name in names]
     return draw_grids(
         confidence(predictions.labels, *logits),
@@ -102,5 +106,5 @@ def _draw(predictions: Predictions, params: EvaluateParams, names: list[str]) ->
 
 
 def _share(context: Context, grids: list[Grid]) -> list[Grid]:
-    """The grids of this worker."""
+    """Grids that this worker evaluates."""
     return grids[context.rank :: context.world_size]

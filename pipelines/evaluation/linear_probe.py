@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear or B-cos head classifies the frozen features of a backbone."""
+"""Linear probes: linear and B-cos heads on frozen features. N images, D features, K classes."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def evaluate_linear_probe(
     split: str = "test",
     train_split: str = "train",
 ) -> dict[str, Any]:
-    """Accuracy on `split` of heads trained on the features of `train_split`; the same on every worker.
+    """Accuracy on `split` of heads trained on features of `train_split`; the same on every worker.
 
-    Features are divided by their norm. They are computed once, in the fixed view, and shared by all heads and losses. Each worker
-    then trains the same heads: they are small, and nothing has to be exchanged.
+    Features are divided by their norm. They are computed once, on the fixed view of evaluation, and used for
+    all heads and losses. Every worker trains the same heads, which are small, so no gradients are exchanged.
 
     Args:
-        context: of this worker.
-        directories: name -> folder of an image tower, or of a classifier, whose head is left out.
+        context: rank and device of this worker.
+        directories: name -> folder of an image tower, or of a classifier, whose own head is removed.
         shards: root of the labelled data.
         data: how shards are read.
-        params: `probe` says which heads and losses, and how they are trained.
-        split: that the heads are evaluated on.
-        train_split: that they are trained on.
+        params: `params.probe` has the heads, the losses and how the heads are trained.
+        split: the split that heads are evaluated on.
+        train_split: the split that heads are trained on.
 
     Returns:
-        `{"models": {name: {head: {loss: {"accuracy", "accuracy_top5", "calibration_error"}}}}, "train_images": M, "images": N,
-        "skipped": n}`.
+        `{"models": {name: {head: {loss: {"accuracy", "accuracy_top5", "calibration_error"}}}},
+        "train_images": M, "images": N, "skipped": n}`.
 
     Raises:
-        DataError: images without a label or with several.
+        DataError: images without a label or with several, or no image.
         ModelError: a classifier without a linear head.
     """
     classes = len(check_labels(shards).classes)
@@ -82,14 +82,15 @@ def evaluate_linear_probe(
 def train_head(
     features: Tensor, labels: Tensor, classes: int, head: str, loss: str, params: LinearProbeParams
 ) -> nn.Module:
-    """A head (N, D) -> logits (N, `classes`), trained by AdamW with a cosine schedule; the same each time.
+    """Trains a head (N, D) -> logits (N, K) by AdamW with a cosine schedule. Deterministic.
 
     Args:
         features: (N, D).
         labels: (N,).
         classes: K.
-        head: `linear`, with a bias, or `bcos`, without.
-        loss: `cross_entropy`, or `bce` with off-targets of 1/K. Logits of a B-cos head then have the bias -log(K - 1).
+        head: `linear` (with a bias) or `bcos` (without).
+        loss: `cross_entropy`, or `bce` with off-targets of 1/K. With `bce`, a B-cos head has the logit bias
+            -log(K - 1).
         params: epochs, batch size, learning rate, weight decay, seed.
     """
     generator = torch.Generator().manual_seed(params.seed)
@@ -117,7 +118,7 @@ def train_head(
 
 
 class _BcosHead(BcosLinear):
-    """A B-cos linear layer whose outputs have a constant added."""
+    """A B-cos linear layer with a constant added to its outputs."""
 
     def __init__(self, features: int, classes: int, b: float, logit_bias: float) -> None:
         super().__init__(features, classes, b=b)

@@ -1,4 +1,4 @@
-"""Pictures for the person who decides: the image, its explanation in colour, contribution heat maps."""
+"""Pictures for reviewers: images, colour explanations, heat maps. N images, T texts, H x W pixels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from pipelines.storage.files import staged
 
-INCHES = 1.6  # side of a panel
+INCHES = 1.6  # side of a panel, inches
 
 
 def choose(correct: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` images, half of them right and half wrong as far as there are, drawn by `seed`; rising, int64.
+    """Draws indices of `count` images, half right and half wrong if there are enough; ascending, int64.
 
     Args:
         correct: (N,) of bool.
-        count: images wanted; all, where there are fewer.
-        seed: of the draw.
+        count: number of images; all images are taken if there are fewer.
+        seed: seed of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
     right, wrong = (torch.nonzero(which)[:, 0] for which in (correct, ~correct))
@@ -43,18 +43,18 @@ def save_panels(
     titles: Sequence[str],
     boxes: Sequence[Tensor] | None = None,
 ) -> None:
-    """Writes a PNG: for each image a row of the image itself and its explanations. The same input gives the same bytes.
+    """Writes a PNG with a row per image: the image and its explanations. Equal input gives equal bytes.
 
     Args:
-        path: of the PNG; its folder is made.
-        images: (N, 3 or more, H, W) in [0, 1], of which the first three channels are shown.
-        explanations: by column title: (N, H, W, 4) in [0, 1] is shown as colours on white, (N, H, W) as a heat map, red for
-            and blue against the class, white at 0, with limits symmetric about it.
-        titles: N, written above the images.
+        path: path of the PNG; its folder is created.
+        images: (N, 3 or more, H, W) in [0, 1]; the first three channels are shown.
+        explanations: column title -> maps. (N, H, W, 4) in [0, 1] are shown as colours on white, (N, H, W) as
+            heat maps: red for and blue against the class, white at 0, limits symmetric about 0.
+        titles: N titles, written above the images.
         boxes: N tensors (n_i, 4) of xmin, ymin, xmax, ymax in pixels, half-open, drawn on the images.
 
     Raises:
-        ValueError: numbers of images, maps and titles differ, or an explanation has another shape.
+        ValueError: the numbers of images, maps and titles differ, or an explanation has another shape.
     """
     for name, number in {
         "titles": len(titles),
@@ -75,9 +75,8 @@ def save_panels(
         for row, title in enumerate(titles):
             for column, (name, panels) in enumerate(columns.items()):
                 axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
-                axes[row, column].set_title(
-                    title if column == 0 else name, parse_math=False
-                )  # names may have a $
+                # parse_math=False because names may contain a $.
+                axes[row, column].set_title(title if column == 0 else name, parse_math=False)
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(
@@ -89,19 +88,19 @@ def save_panels(
 def save_texts(
     path: str | Path, image: Tensor, texts: Sequence[str], colours: Tensor, contributions: Tensor
 ) -> None:
-    """Writes a PNG: an image, and for each text a column of its colour explanation over its heat map, these on one scale.
+    """Writes a PNG with an image and a column per text: colour explanation above heat map.
 
-    The scale stands below the image. The same input gives the same bytes.
+    All heat maps have one scale, which is drawn below the image. Equal input gives equal bytes.
 
     Args:
-        path: of the PNG; its folder is made.
-        image: (3 or more, H, W) in [0, 1], of which the first three channels are shown.
+        path: path of the PNG; its folder is created.
+        image: (3 or more, H, W) in [0, 1]; the first three channels are shown.
         texts: T titles of the columns; long ones are wrapped.
         colours: (T, H, W, 4) in [0, 1], shown on white.
-        contributions: (T, H, W), shown as `heat_map` shows them, with the largest of the limits that it would choose for each.
+        contributions: (T, H, W), shown by `heat_map` with the largest of their `limits`.
 
     Raises:
-        ValueError: numbers of texts and explanations differ.
+        ValueError: the numbers of texts and explanations differ.
     """
     if not len(texts) == len(colours) == len(contributions):
         raise ValueError(
@@ -142,14 +141,15 @@ def draw_front(
     names: Sequence[str],
     note: str = "",
 ) -> None:
-    """Writes a PNG of the first figure over each other one: all points, those of the Pareto front joined and numbered.
+    """Writes a PNG of the first metric over each other metric, with the Pareto front joined and numbered.
 
     Args:
-        path: of the PNG; its folder is made.
-        points: number -> its figures, None for one that was not measured: the point is in no plot of this figure.
-        front: the numbers on the front.
-        names: of the figures; a single one is shown over the numbers.
-        note: written below the plots.
+        path: path of the PNG; its folder is created.
+        points: number of a trial -> its metrics. A metric that was not measured is `None`, and plots of this
+            metric leave the trial out.
+        front: numbers of the trials on the front.
+        names: names of the metrics; a single metric is plotted over the numbers.
+        note: text below the plots.
     """
     others = range(1, len(names)) or (None,)
     figure = Figure(figsize=(4 * len(others), 3.5), layout="constrained")
@@ -173,15 +173,16 @@ def draw_front(
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as a PNG, whole or not at all; makes its folder."""
+    """Writes the figure as a PNG atomically and creates its folder."""
     with staged(path) as unfinished:
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
 
 
 def heat_map(attributions: Tensor, percentile: float = 99.5, limit: float | None = None) -> Tensor:
-    """Signed maps (N, H, W) as colours (N, H, W, 3) in [0, 1]: blue, white at 0, red.
+    """Colours signed maps (N, H, W) blue (negative), white (0) and red (positive): (N, H, W, 3) in [0, 1].
 
-    The limits of a map are symmetric: plus and minus `limit`, by default the given percentile of its absolute values.
+    The colours of a map end at plus and minus `limit`, by default the percentile of its absolute values, see
+    `limits`.
     """
     maps = attributions.detach().float().cpu()
     most = limits(maps, percentile) if limit is None else torch.full((len(maps),), limit)
@@ -191,20 +192,20 @@ def heat_map(attributions: Tensor, percentile: float = 99.5, limit: float | None
 
 
 def limits(attributions: Tensor, percentile: float = 99.5) -> Tensor:
-    """The percentile of the absolute values of each map (N, H, W), their maximum where that is 0: (N,), positive."""
+    """Percentile of each map's absolute values, or their maximum if it is 0: (N, H, W) -> (N,), positive."""
     magnitude = attributions.detach().float().cpu().flatten(1).abs()
     limit = torch.quantile(magnitude, percentile / 100, dim=1)
     return torch.where(limit > 0, limit, magnitude.amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def on_white(rgba: Tensor) -> Tensor:
-    """Colours with opacity (N, H, W, 4) in [0, 1] laid on white: (N, H, W, 3)."""
+    """Lays RGBA (N, H, W, 4) in [0, 1] on white: (N, H, W, 3)."""
     colours, alpha = rgba[..., :3], rgba[..., 3:]
     return colours * alpha + (1 - alpha)
 
 
 def _panels(name: str, values: Tensor) -> Tensor:
-    """One explanation of all images as colours (N, H, W, 3)."""
+    """Colours one explanation of all images: maps or RGBA -> (N, H, W, 3)."""
     if values.ndim == 3:
         return heat_map(values)
     if values.ndim == 4 and values.shape[-1] == 4:
@@ -213,5 +214,5 @@ def _panels(name: str, values: Tensor) -> Tensor:
 
 
 def _pixels(colours: Tensor) -> np.ndarray:
-    """(H, W, 3) in [0, 1] as bytes."""
+    """Converts (H, W, 3) in [0, 1] to uint8."""
     return (colours.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()

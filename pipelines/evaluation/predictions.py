@@ -1,4 +1,4 @@
-"""The predictions of models for every image, and their scores."""
+"""Predictions of models for every image, and their scores. N images, K classes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pipelines.metrics import measured, multilabel_metrics
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and the logits of each model, of the images of a batch or of the split (then sorted by key)."""
+    """Labels, and the logits of each model, for a batch or for the whole split (then sorted by key)."""
 
     keys: list[str]
     labels: Tensor  # (N,), or multi-hot (N, K)
-    logits: dict[str, Tensor]  # (N, K) of each model
-    groups: Tensor  # (N,), -1 for images without
+    logits: dict[str, Tensor]  # model -> (N, K)
+    groups: Tensor  # (N,), -1 for images without a group
 
     @classmethod
     def joined(cls, parts: list[Predictions]) -> Predictions:
-        """All workers' predictions in one order, whatever their number.
+        """Joins all workers' predictions and sorts them by key, so that the number of workers has no effect.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no predictions.
         """
         if not parts:
             raise DataError("no image to evaluate: the split is empty, or none of its images decodes")
@@ -41,7 +41,7 @@ class Predictions:
         return cls([keys[index] for index in order], labels, logits, groups)
 
     def correct(self, name: str) -> dict[str, bool]:
-        """Key -> whether the prediction of the model called `name` is correct, in all classes."""
+        """Key -> True if the model `name` predicts correctly (for multi-label data in every class)."""
         logits = self.logits[name]
         hits = (
             logits.argmax(1) == self.labels
@@ -51,10 +51,10 @@ class Predictions:
         return dict(zip(self.keys, hits.tolist(), strict=True))
 
     def decisions(self, name: str) -> dict[str, float]:
-        """`f1`, `precision`, `recall` and `mean_average_precision` of the model called `name`, each class a decision of its own.
+        """`f1`, `precision`, `recall` (micro) and `mean_average_precision` of the model `name`.
 
-        The last is the mean over the classes that are in any image. What cannot be measured, such as the precision of a model
-        that decides for no class at all, is left out.
+        Each class is a binary decision. The mean average precision is over the classes that occur in an
+        image. Scores that are undefined, such as the precision of a model that predicts no class, are absent.
         """
         logits = self.logits[name]
         labels = self.labels if self.labels.ndim == 2 else F.one_hot(self.labels, logits.shape[1])
@@ -69,9 +69,9 @@ class Predictions:
         return found | measured({"mean_average_precision": mean})
 
     def group_accuracies(self, name: str) -> dict[str, float]:
-        """Worst and mean accuracy over groups of the model called `name`; empty unless images have one label and a group.
+        """Worst and mean accuracy of the model `name` over groups; empty without groups or single labels.
 
-        `_class_group_` counts each pair of class and group as a group of its own (Sagawa et al., ICLR 2020).
+        The `class_group` scores take each pair of class and group as one group (Sagawa et al., ICLR 2020).
         """
         known = self.groups != NO_GROUP
         if self.labels.ndim > 1 or not known.any():
@@ -81,7 +81,7 @@ class Predictions:
         found: dict[str, float] = {}
         for kind, each in (("group", groups), ("class_group", labels * (int(groups.max()) + 1) + groups)):
             counts = each.bincount()
-            accuracies = (each.bincount(hits) / counts)[counts > 0]  # of the groups that have images
+            accuracies = (each.bincount(hits) / counts)[counts > 0]  # of groups with images
             found |= {
                 f"worst_{kind}_accuracy": float(accuracies.min()),
                 f"mean_{kind}_accuracy": float(accuracies.mean()),

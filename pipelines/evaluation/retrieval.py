@@ -1,4 +1,4 @@
-"""Retrieval: recall@k of captions by images and of images by captions."""
+"""Image-text retrieval: recall@k of captions by images and of images by captions."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ def evaluate_retrieval(
     split: str = "test",
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Recall@1, @5 and @10 both ways of image towers on a split with captions; the same on every worker.
+    """Recall@1, @5 and @10 of image towers in both directions, see `Recall`; the same on every worker.
 
-    All captions of an image are its own, see `Recall`. Where towers share a text tower, each caption is encoded once.
+    Every caption of an image is a correct answer for it. Image towers that share a text tower share the
+    embeddings of the captions, too.
 
     Args:
-        context: of this worker.
-        directories: of the image towers, by name.
+        context: rank and device of this worker.
+        directories: name -> folder of each image tower.
         shards: root of the data.
         data: how shards are read.
         params: batch sizes.
-        split: of whose images and captions each is searched for among all.
+        split: the split whose images and captions are queries and candidates.
         texts: name of a tower -> folder of its text tower; by default the tower's own folder.
 
     Returns:
-        `{"models": {name: {"image_to_text_recall_at_1", ..., "text_to_image_recall_at_10"}}, "images": N, "captions": T,
-        "without_caption": n, "skipped": n}`, fractions in [0, 1]. An image without a caption is no query, but texts search it.
+        `{"models": {name: {"image_to_text_recall_at_1", ..., "text_to_image_recall_at_10"}}, "images": N,
+        "captions": T, "without_caption": n, "skipped": n}`, fractions in [0, 1]. An image without a caption
+        is no query, but it is a candidate for captions.
 
     Raises:
         DataError: no image of the split has a caption.
-        ModelError: no image tower or text tower in a folder; towers of two widths.
+        ModelError: a folder without image tower or text tower, or towers of different widths.
     """
     if "caption" not in read_manifest(shards).fields.get(split, ()):
         raise DataError(f"{shards}: no image of {split} has a caption: retrieval needs some")

@@ -1,4 +1,7 @@
-"""Scores of a model's explanations, image by image: by boxes and masks, by its logits, by a teacher's explanations."""
+"""Scores of a model's explanations against boxes and masks, its logits, and a teacher's explanations.
+
+N images, K classes, P (image, class) pairs of a batch, T targets per image, C channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,12 @@ from pipelines.metrics import (
 )
 from pipelines.models import ModelError
 
-BOX_SIZES = dict(
-    zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True)
-)  # share of the image: above, up to
+# Share of the image that the boxes cover: lower bound (exclusive), upper bound (inclusive).
+BOX_SIZES = dict(zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True))
 
 
 class Scores:
-    """Localisation and completeness of one model's explanations, for the classes that are in each image."""
+    """Localisation and completeness of one model's explanations, over all classes in each image."""
 
     def __init__(self, explained: ExplainedModel, device: torch.device) -> None:
         self.explained = explained
@@ -52,7 +54,7 @@ class Scores:
         self.device = device
 
     def update(self, batch: Batch) -> Tensor:
-        """Adds every (image, class) pair of a batch; returns the model's logits (N, K)."""
+        """Adds all (image, class) pairs of a batch; returns the model's logits (N, K)."""
         images, in_image = add_inverse(batch["image"]), present(batch, len(self.explained.spec.classes))
         rows, targets = in_image.nonzero(as_tuple=True)
         size = (images.shape[-2], images.shape[-1])
@@ -84,19 +86,20 @@ class Scores:
         return logits
 
     def compute(self, context: Context, thresholds: Thresholds | None = None) -> dict[str, dict[str, float]]:
-        """For each explanation the means over all workers, and how many pairs were undefined; by size of the boxes too.
+        """Explanation -> means over all workers and numbers of undefined pairs, also by size of the boxes.
 
-        A mean over nothing is left out. `pairs_without_box` counts pairs of an image and a class that has no box there,
-        `pairs_with_empty_boxes` those of which no box covers a pixel.
+        A mean over nothing is absent. `pairs_without_box` counts pairs whose class has no box in the image,
+        `pairs_with_empty_boxes` pairs whose boxes cover no pixel's centre.
 
         Args:
-            context: of this worker.
-            thresholds: of `iou`, as `choose_thresholds` gives them. An explanation that is not in it has no `iou`. None: these
-                are the validation images, and the threshold is chosen here. `iou_at_0.5` does not depend on it.
+            context: rank and device of this worker.
+            thresholds: thresholds of `iou` from `choose_thresholds`. An explanation without a threshold gets
+                no `iou`. `None` for validation images, on which the thresholds are chosen here. `iou_at_0.5`
+                is independent of them.
         """
         found: dict[str, dict[str, float]] = {}
         for name, metrics in self.metrics.items():
-            keys = sorted(set().union(*gather(list(metrics), context)))  # a worker may have had no image
+            keys = sorted(set().union(*gather(list(metrics), context)))  # a worker may have had no images
             values = {key: self._metric(name, key).compute() for key in keys}
             place = self._threshold(name, values, thresholds)
             found[name] = {} if place is None else {"iou_threshold": THRESHOLDS[place]}
@@ -105,7 +108,7 @@ class Scores:
         return found
 
     def _threshold(self, name: str, values: Mapping[str, Any], thresholds: Thresholds | None) -> int | None:
-        """The place in THRESHOLDS of the explanation's threshold; None without a threshold or any IoU."""
+        """Index in `THRESHOLDS` of the explanation's threshold; `None` without a threshold or without IoU."""
         if "iou" not in values or values["iou"]["mean"].isnan().any():
             return None
         if thresholds is None:
@@ -114,7 +117,7 @@ class Scores:
 
     @staticmethod
     def _figures(key: str, value: Any, threshold: int | None) -> dict[str, float]:
-        """What `compute` reports of the metric `key`; `threshold` is the place in THRESHOLDS of the one for IoU."""
+        """Entries of the metric `key` in `compute`'s result; `threshold` is an index into `THRESHOLDS`."""
         if not isinstance(value, dict):
             return measured({key: value})
         count, undefined, mean = int(value["count"]), int(value["undefined"]), value["mean"]
@@ -129,7 +132,7 @@ class Scores:
         return found | at_half | ({} if threshold is None else measured({key: mean[threshold]}))
 
     def _explain(self, attribution: Attribution, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Logits (n, K), maps (n, T, H, W), and for each of `_completeness` the sum over its map's pixels (n, T)."""
+        """Logits (N, K), maps (N, T, H, W), and total contributions (N, T) per score of `_completeness`."""
         model = self.explained.model
         if attribution.of_dynamic_weights:
             logits, weights_NTCHW = dynamic_weights(model, images, targets)
@@ -141,7 +144,10 @@ class Scores:
         return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(attribution))
 
     def _completeness(self, attribution: Attribution) -> tuple[str, ...]:
-        """Scores of how the map sums to the logit; none for GradCAM, which has another unit, and for layers."""
+        """Names of the scores for how well the map sums to the logit.
+
+        There are none for GradCAM, whose maps are not in the unit of a logit, and for maps of inner layers.
+        """
         if attribution.of_dynamic_weights:
             return ("unexplained_share_as_published", "unexplained_share")
         return (
@@ -149,7 +155,10 @@ class Scores:
         )
 
     def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
-        """Scores of maps (P, H, W) against the boxes of the pairs that are `boxed` (P,): of those that cover a pixel."""
+        """Adds the scores of maps (P, H, W) against the boxes of their pairs, as masks (P, H, W).
+
+        `boxed` (P,) marks pairs with a box. Only pairs whose boxes cover a pixel are scored.
+        """
         shares = area_share(masks)
         located = shares > 0
         self._add(name, "pairs_without_box", boxed.float(), ~boxed)
@@ -170,7 +179,7 @@ class Scores:
         )
 
     def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
-        """For subclasses: scores of maps (P, H, W) against the boxes of all classes of their images `rows` (P,)."""
+        """Hook for scores between classes of an image: maps, masks (P, H, W), image indices `rows` (P,)."""
 
     def _add_by_size(
         self,
@@ -182,7 +191,7 @@ class Scores:
         chosen: Tensor,
         missing: Tensor | None = None,
     ) -> None:
-        """Adds a score (P,), or (P, T) for IoU, of the `chosen` pairs, and of those with each of BOX_SIZES."""
+        """Adds a score, (P,) or for IoU (P, thresholds), of the `chosen` pairs, in all and per box size."""
         some = {key: chosen}
         some |= {
             f"{key}_{size}": chosen & (shares > least) & (shares <= most)
@@ -210,19 +219,19 @@ class Scores:
 
 
 class StudentScores:
-    """Agreement of a student with its teacher, and the similarity of their explanations where these compare."""
+    """Agreement of a student with its teacher, and similarity of their explanations if comparable."""
 
     def __init__(self, student: ExplainedModel, teacher: ExplainedModel, device: torch.device) -> None:
         size, held = student.spec.image_size, student.spec.kind == teacher.spec.kind == "bcos"
         probe = torch.full((1, 6, size, size), 0.5, device=device)
         self.models = (student.model, teacher.model)
         self.explain: tuple[Explainer, Explainer] | None = None
-        with suppress(ModelError):  # no GradCAM of one of the two
+        with suppress(ModelError):  # one of the two has no GradCAM
             self.explain = comparable_explainers(*self.models, probe, held=held)
         self.agreement, self.similarity = Agreement().to(device), LocalisationMetric().to(device)
 
     def update(self, images: Tensor, logits: Tensor, teacher_logits: Tensor) -> None:
-        """Takes a batch of images (N, 3, H, W) and both models' logits of it."""
+        """Adds a batch of images (N, 3, H, W) with both models' logits (N, K)."""
         self.agreement.update(logits, teacher_logits)
         if self.explain is None:
             return
@@ -235,7 +244,7 @@ class StudentScores:
         self.similarity.update(explanation_similarity(one, other), empty)
 
     def compute(self) -> dict[str, float]:
-        """The means over all workers; in how many pairs of maps one is zero."""
+        """Means over all workers, and the number of pairs of maps of which one is zero."""
         found = measured({"agreement": self.agreement.compute()})
         if self.explain is None:
             return found

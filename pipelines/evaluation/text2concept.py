@@ -1,7 +1,9 @@
-"""Text2Concept: a B-cos classifier's features mapped linearly into the space of a CLIP, as a baseline of a B-cosified CLIP.
+"""Text2Concept: a linear map from the features of a B-cos classifier to the space of CLIP embeddings.
 
-Source: Moayeri et al., Text-To-Concept (and Back) via Cross-Model Alignment, ICML 2023, section 3; without a bias, so that the
-contributions of a bias-free B-cos network still sum to the cosine.
+It is a baseline for B-cosified CLIP models. The map has no bias, so that the contributions of a bias-free
+B-cos network still sum to the cosine. N images, C features, D dimensions of the embeddings.
+
+Source: Moayeri et al., Text-To-Concept (and Back) via Cross-Model Alignment, ICML 2023, section 3.
 """
 
 from __future__ import annotations
@@ -53,35 +55,36 @@ def evaluate_text2concept(
     train_split: str = "train",
     cache: str | None = None,
 ) -> dict[str, Any]:
-    """Zero-shot accuracy and text localisation of B-cos classifiers whose features are mapped into a CLIP's space.
+    """Zero-shot accuracy and text localisation of B-cos classifiers that are mapped into CLIP's space.
 
     Args:
-        context: of this worker.
-        directories: of the B-cos classifiers, by name.
+        context: rank and device of this worker.
+        directories: name -> folder of each B-cos classifier.
         original: folder of the original image tower.
         shards: root of the data.
         data: how shards are read.
-        params: as `evaluate_zero_shot` and `evaluate_text_localisation` take them.
-        split: that is classified and explained.
+        params: as in `evaluate_zero_shot` and `evaluate_text_localisation`.
+        split: the split to classify and explain.
         text: folder of the text tower; by default `original`.
-        train_split: whose images the map is fitted on; labels are not used.
-        cache: folder in which embeddings of the texts are kept.
+        train_split: the split on whose images the maps are fitted; labels are not used.
+        cache: folder for embeddings of the texts.
 
     Returns:
-        `{"alignment": {name: share}, "zero_shot": ..., "text_localisation": ...}`: how much of the training images' embeddings
-        the map explains, see `fit_map`; what the functions of these names give, left out where the data have no single labels
-        or no boxes.
+        `{"alignment": {name: share}, "zero_shot": ..., "text_localisation": ...}`. `alignment` is the share
+        that `fit_map` returns. The others are the results of `evaluate_zero_shot` (absent without single
+        labels) and of `evaluate_text_localisation` (absent without boxes).
 
     Raises:
-        DataError: data with neither single labels nor boxes.
-        ModelError: a model that is not a B-cos classifier.
+        DataError: the data has neither single labels nor boxes.
+        ModelError: a model is not a B-cos classifier.
     """
     manifest = read_manifest(shards)
     classified = manifest.task == "multiclass"
     boxed = manifest.labelled and "boxes" in manifest.fields.get(split, ())
     if not classified and not boxed:
         raise DataError(
-            f"{shards}: {split} has neither single labels nor boxes: there is nothing to evaluate Text2Concept on"
+            f"{shards}: {split} has neither single labels nor boxes: "
+            "there is nothing to evaluate Text2Concept on"
         )
     names, text_tower = (
         class_names(params.names, manifest),
@@ -130,16 +133,16 @@ def fit_map(
     batch_size: int,
     split: str,
 ) -> tuple[Tensor, float]:
-    """The matrix (C, D) that maps features (N, C) to a tower's embeddings of norm 1 with the least squared error, and its share.
+    """Fits a map (C, D) of features to normalised embeddings by least squares; returns it and its share.
 
-    The share, 1 - Σ squared error / Σ squared norm, is 1 for a map without any error. Features and embeddings are not kept: the
-    sums of the normal equations are, in double precision, over all workers.
+    The share is 1 - Σ squared error / Σ squared norm of the embeddings; it is 1 for a perfect fit. Only the
+    sums of the normal equations are kept, in float64, over all workers.
 
     Args:
-        context: of this worker.
-        features: a backbone, and C.
-        tower: an image tower, and D.
-        shards, data, batch_size, split: the images.
+        context: rank and device of this worker.
+        features: a backbone (N, 6, H, W) -> (N, C), and C.
+        tower: an image tower (N, 6, H, W) -> (N, D), and D.
+        shards, data, batch_size, split: the images, as `loader` takes them.
 
     Raises:
         DataError: there is no image.
@@ -163,7 +166,7 @@ def fit_map(
 
 
 def with_map(directory: str, weight_CD: Tensor) -> nn.Module:
-    """The classifier in `directory` with a linear map of its features in the place of its head: images -> (N, D)."""
+    """The classifier in `directory` with the map (C, D) as its head: (N, 6, H, W) -> (N, D), frozen."""
     model, _ = models.load(directory)
     width, wanted = weight_CD.shape
     head = nn.Linear(width, wanted, bias=False)

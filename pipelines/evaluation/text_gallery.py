@@ -1,4 +1,4 @@
-"""Pictures of what in an image speaks for each of several texts, from B-cosified image towers."""
+"""Pictures that explain the cosines of an image with texts. T texts, D dimensions, H x W pixels."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from pipelines.params import ClipEvaluateParams, DataParams
 def explain_texts(
     tower: nn.Module, images: Tensor, texts: Tensor, hold_norm: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (T,) of an image with texts, and the W(x) of each, from one forward pass of the tower.
+    """Cosines of an image with texts, and their dynamic weights W(x), from one forward pass of the tower.
 
     Args:
         tower: a B-cosified image tower.
         images: (1, 6, H, W) in [0, 1].
         texts: embeddings (T, D).
-        hold_norm: the embedding's norm is held; otherwise it is differentiated, as published.
+        hold_norm: hold the norm of the image's embedding. If False, it is differentiated, as published.
 
     Returns:
-        cosines (T,), weights (T, 6, H, W): with the norm held, and without biases, Σ weights·(images - mean) is the cosine.
+        Cosines (T,) and weights (T, 6, H, W). With the norm held and without biases, the cosine equals
+        Σ weights·(images - mean).
     """
     network = ZeroShotNetwork(tower, texts, hold_norm=hold_norm).eval()
     cosines_NT, weights_NTCHW = dynamic_weights(
@@ -48,14 +49,14 @@ def draw_text_gallery(
     params: ClipEvaluateParams,
     split: str = "test",
 ) -> list[Path]:
-    """Writes `params.pictures` pictures of each tower to `folder` and returns their paths.
+    """Writes `params.pictures` pictures per tower to `folder`; returns their paths.
 
-    Each picture explains one image for the classes that are in it, and for one that is not.
+    Each picture explains one image for the classes in it and for one other class.
 
     Args:
-        folder: of the pictures; it is made.
-        directories: of B-cosified image towers with their text towers, by name.
-        shards, data, params, split: as `evaluate_text_localisation` takes them.
+        folder: folder of the pictures; created if missing.
+        directories: name -> folder of each B-cosified image tower with its text tower.
+        shards, data, params, split: as in `evaluate_text_localisation`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(shards)

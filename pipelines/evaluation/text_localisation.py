@@ -1,4 +1,4 @@
-"""Text localisation: whether the explanation of a text's cosine lies on what the text names."""
+"""Text localisation: explanations of image-text cosines, scored on the boxes of what the texts name."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ def evaluate_text_localisation(
     texts: Mapping[str, str] | None = None,
     cache: str | None = None,
 ) -> dict[str, Any]:
-    """How well explanations of texts localise what they name, for each class that is in an image; the same on every worker.
+    """Localisation of the texts' explanations, over the classes in each image; the same on every worker.
 
-    A B-cos tower explains the cosine by W(x), a conventional one by `params.posthoc`; GradCAM is left out, and this is printed,
-    where a tower has no convolutional features.
+    A B-cos tower explains the cosine by W(x), a conventional tower by the methods of `params.posthoc`.
+    GradCAM is left out, with a printed note, if a tower has no convolutional features.
 
     Args:
-        context: of this worker.
-        directories: of the image towers, by name.
-        shards: root of labelled data with boxes, and with masks where there are any.
+        context: rank and device of this worker.
+        directories: name -> folder of each image tower.
+        shards: root of labelled data with boxes and optional masks.
         data: how shards are read.
-        params: `localisation_names` and `localisation_templates` make the texts, by default "a photo of a {}."
-        split: whose images are explained.
+        params: `localisation_names` and `localisation_templates` make the texts.
+        split: the split to explain.
         texts: name of a tower -> folder of its text tower; by default the tower's own folder.
-        cache: folder in which embeddings of the texts are kept.
+        cache: folder for embeddings of the texts.
 
     Returns:
-        `{"models": {name: {explanation: figures}}, "images": N, "skipped": n}`. The figures are those of `Scores.compute` (`epg`,
-        `size_corrected_epg`, `on_object_epg` with masks, ...) and those of `TextScores`.
+        `{"models": {name: {explanation: scores}}, "images": N, "skipped": n}` with the scores of
+        `Scores.compute` (`epg`, `size_corrected_epg`, `on_object_epg` if there are masks, ...) and of
+        `TextScores`.
 
     Raises:
-        DataError: data without labels or boxes; another number of names than the data has classes.
-        ModelError: no image tower or text tower in a folder; towers of two widths; bad names or templates.
+        DataError: data without labels or boxes, or names that are not as many as the classes of the data.
+        ModelError: a folder without image tower or text tower, towers of different widths, or bad names or
+            templates.
     """
     manifest = check_located(shards, split)
     names = class_names(params.localisation_names, manifest)
@@ -66,7 +68,7 @@ def evaluate_text_localisation(
 
 
 def check_located(shards: str, split: str) -> Manifest:
-    """The manifest of the shards; raises DataError unless images of `split` have labels and boxes."""
+    """Returns the manifest; raises `DataError` unless images of `split` have labels and boxes."""
     manifest = read_manifest(shards)
     if not manifest.labelled:
         raise DataError(
@@ -85,7 +87,7 @@ def localise(
     batch_size: int,
     split: str,
 ) -> dict[str, Any]:
-    """The result of `evaluate_text_localisation` for models that are zero-shot classifiers of the classes of the data."""
+    """Result of `evaluate_text_localisation` for zero-shot classifiers of the data's classes."""
     scores = {name: TextScores(model, context.device) for name, model in explained.items()}
     images = 0
     mine = loader(shards, split, data, batch_size, context=context, fields=("boxes", "mask"))
@@ -103,12 +105,13 @@ def localise(
 
 
 class TextScores(Scores):
-    """Scores of a zero-shot classifier's explanations, and these figures of them:
+    """`Scores` of a zero-shot classifier's explanations, with two additional scores.
 
-    - `box_share`: the mean share of the image that the boxes cover, which is the EPG of a uniform map.
-    - `points_to_own`: in images of two or more classes, for each class A and other class B, the share of pairs for which more of
-      the energy of A's map than of B's map lies on A: in its boxes, without what B's boxes cover too. A map that does not depend
-      on the text is never counted, one drawn at random in `points_to_own_chance` of the pairs.
+    - `box_share`: mean share of the image that the boxes cover, which is the EPG of a uniform map.
+    - `points_to_own`: share of the ordered pairs (A, B) of classes in one image for which A's map has a
+      larger part of its energy on A than B's map has. "On A" means inside the boxes of A and outside the
+      boxes of B; pairs without such pixels are left out. Maps that do not depend on the text score 0, random
+      maps score `points_to_own_chance`.
     """
 
     def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The threshold of IoU: chosen on the validation split, for each model and explanation."""
+"""The choice of the IoU threshold on the validation split, per model and explanation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def choose_thresholds(
     data: DataParams,
     params: EvaluateParams,
 ) -> dict[str, Thresholds]:
-    """For each model, the thresholds with the highest mean IoU on the validation split.
+    """Model -> explanation -> threshold with the highest mean IoU on the validation split.
 
-    They are the same on every worker. An explanation has no threshold if the validation split has no boxes.
+    The result is the same on every worker. It has no thresholds if the validation split has no boxes.
     """
     if "boxes" not in read_manifest(shards).fields.get("val", ()):
         return {model: {} for model in models}
@@ -49,7 +49,7 @@ def choose_thresholds(
 
 
 def _update(metrics: Mapping[str, IoU], explained: ExplainedModel, batch: Batch) -> None:
-    """Adds every (image, class) pair of a batch that has a box, to the metric of each explanation."""
+    """Adds the (image, class) pairs whose boxes cover a pixel to the metric of each explanation."""
     images, in_image = add_inverse(batch["image"]), present(batch, len(explained.spec.classes))
     rows, targets = in_image.nonzero(as_tuple=True)
     masks = box_masks(

@@ -1,4 +1,4 @@
-"""Image towers under evaluation, the text towers that go with them, and embeddings of the images of a split."""
+"""Loads image and text towers, and embeds the images of a split. N images, D dimensions, K classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.params.evaluation import Names
 
 @dataclass(frozen=True)
 class Tower:
-    """An image tower (N, 6, H, W) -> (N, D), its spec, and the text tower whose embeddings lie in the same space."""
+    """An image tower (N, 6, H, W) -> (N, D), its spec, and the text tower with the same embedding space."""
 
     model: nn.Module
     spec: ModelSpec
@@ -34,26 +34,27 @@ class Tower:
 
 
 def load_image_tower(directory: str, device: torch.device) -> tuple[nn.Module, ModelSpec]:
-    """The image tower in `directory`, that of a zero-shot classifier too, frozen and in evaluation mode, and its spec.
+    """Loads the frozen image tower in `directory`, or of the zero-shot classifier there, and its spec.
 
     Raises:
-        ModelError: the model is another classifier.
+        ModelError: the model is a classifier with a head.
     """
     model, spec = models.load(directory)
     return image_tower(directory, model, spec).to(device).requires_grad_(False), spec
 
 
 def image_tower(name: str, model: nn.Module, spec: ModelSpec) -> nn.Module:
-    """The image tower that `model` is, or that is in it if it is a zero-shot classifier; `name` is for the error.
+    """Returns `model` if it is an image tower, or its tower if it is a zero-shot classifier.
 
     Raises:
-        ModelError: the model is another classifier.
+        ModelError: the model, called `name`, is a classifier with a head.
     """
     if isinstance(model, ZeroShotNetwork):
         return model.tower
     if spec.task != "embedding":
         raise ModelError(
-            f"{name}: a classifier of {len(spec.classes)} classes, not an image tower: its features match no text"
+            f"{name}: a classifier of {len(spec.classes)} classes, not an image tower: "
+            "its features match no text"
         )
     return model
 
@@ -61,15 +62,15 @@ def image_tower(name: str, model: nn.Module, spec: ModelSpec) -> nn.Module:
 def load_towers(
     directories: Mapping[str, str], texts: Mapping[str, str], device: torch.device
 ) -> dict[str, Tower]:
-    """The image towers in `directories` (name -> folder), each with its text tower.
+    """Loads image towers, each with its text tower; returns name -> tower.
 
     Args:
-        directories: of the image towers.
+        directories: name -> folder of each image tower.
         texts: name of an image tower -> folder of its text tower; by default the image tower's own folder.
-        device: of all towers.
+        device: device of all towers.
 
     Raises:
-        ModelError: a classifier instead of an image tower, no text tower, or towers of two widths.
+        ModelError: a classifier instead of an image tower, no text tower, or towers of different widths.
     """
     read: dict[str, TextTower] = {}
     towers: dict[str, Tower] = {}
@@ -84,7 +85,7 @@ def load_towers(
 
 
 def read_text_tower(folder: str) -> TextTower:
-    """The text tower in `folder`, frozen and in evaluation mode; raises ModelError if there is none."""
+    """Loads the text tower in `folder`, frozen, in evaluation mode; raises `ModelError` if there is none."""
     if not has_text_tower(folder):
         raise ModelError(
             f"{folder}: no text tower (text.safetensors, text.json) there: name the folder that has it"
@@ -93,27 +94,28 @@ def read_text_tower(folder: str) -> TextTower:
 
 
 def check_width(name: str, model: nn.Module, spec: ModelSpec, text: TextTower) -> None:
-    """Raises ModelError unless image and text embeddings have the same width."""
+    """Raises `ModelError` unless image and text embeddings have the same dimension."""
     width = output_width(model, spec)
     if width != text.width:
         raise ModelError(
-            f"{name}: its embeddings have {width} values, those of the text tower {text.width}: they do not fit"
+            f"{name}: its embeddings have {width} values, those of the text tower {text.width}: "
+            "they do not fit"
         )
 
 
 @torch.no_grad()
 def output_width(model: nn.Module, spec: ModelSpec) -> int:
-    """D of a tower or backbone (N, 6, H, W) -> (N, D), through which one grey image is sent."""
+    """D of a tower or backbone (N, 6, H, W) -> (N, D), measured by a forward pass of one grey image."""
     grey = torch.full((1, 6, spec.image_size, spec.image_size), 0.5, device=next(model.buffers()).device)
     return model(grey).shape[1]
 
 
 def class_names(names: Names, manifest: Manifest) -> tuple[str, ...]:
-    """The names that texts call the classes of the data, in the order of their labels: `names`, see `ClipEvaluateParams`.
+    """Names of the classes for texts, in the order of the labels; `names` as in `ClipEvaluateParams`.
 
     Raises:
-        ModelError: an empty name, or one that is there twice.
-        DataError: another number of names than the data has classes.
+        ModelError: a name is empty or comes twice.
+        DataError: there are more or fewer names than classes of the data.
     """
     if names == "data":
         return manifest.classes
@@ -133,14 +135,13 @@ def zero_shot_networks(
     params: ClipEvaluateParams,
     cache: str | None = None,
 ) -> dict[str, ZeroShotNetwork]:
-    """Zero-shot classifiers of the classes `names`, one for each tower; `cache` is a folder of text embeddings."""
+    """Makes a zero-shot classifier of `names` per tower; `cache` is a folder for text embeddings."""
     embedded: dict[TextTower, Tensor] = {}  # towers may share a text tower
     networks: dict[str, ZeroShotNetwork] = {}
     for name, tower in towers.items():
         if tower.text not in embedded:
-            distinct = list(
-                dict.fromkeys(names)
-            )  # open_clip's names of ImageNet have `missile` and `sunglasses` twice
+            # open_clip's names of ImageNet have `missile` and `sunglasses` twice.
+            distinct = list(dict.fromkeys(names))
             rows = [distinct.index(each) for each in names]
             texts = zero_shot_weights(
                 tower.text, distinct, templates, batch_size=params.text_batch, cache=cache
@@ -152,9 +153,10 @@ def zero_shot_networks(
 
 
 def load_features(directory: str, device: torch.device) -> tuple[nn.Module, ModelSpec]:
-    """The backbone in `directory`, frozen: an image tower as it is, a classifier without its head; and its spec.
+    """Loads the frozen backbone in `directory`, a tower or a classifier without its head, and its spec.
 
-    It gives (N, C): embeddings, or what the head sees, averaged over the places if it sees every place.
+    The backbone maps (N, 6, H, W) to (N, D): a tower's embeddings or the inputs of a classifier's head,
+    averaged over the locations if the head is applied at each location.
     """
     model, spec = models.load(directory)
     if isinstance(model, ZeroShotNetwork):
@@ -165,7 +167,7 @@ def load_features(directory: str, device: torch.device) -> tuple[nn.Module, Mode
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
-    """The head of a classifier, its last linear layer, and its name; raises ModelError if there is none."""
+    """Name and module of a classifier's head, its last linear layer; raises `ModelError` if there is none."""
     layers = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | BcosLinear)
     ]
@@ -177,7 +179,7 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def replace_head(model: nn.Module, head: nn.Module) -> None:
-    """Puts `head` in the place of the classifier's head, and takes away what comes after it: temperature and logit bias."""
+    """Replaces the classifier's head; sets a B-cos network's temperature to 1 and its logit bias to 0."""
     model.set_submodule(head_of(model)[0], head)
     if isinstance(model, BcosNetwork):
         model.temperature, model.logit_bias = 1.0, 0.0
@@ -185,15 +187,15 @@ def replace_head(model: nn.Module, head: nn.Module) -> None:
 
 @torch.no_grad()
 def unit_embeddings(model: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings of images (N, 3, H, W) in [0, 1], each divided by its norm: (N, D) of float32."""
+    """Normalised embeddings of images (N, 3, H, W) in [0, 1]: float32 (N, D), rows of norm 1."""
     return F.normalize(model(add_inverse(images)).float(), dim=1)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of the images of a split by all workers, and their labels, in the order of the keys."""
+    """Embeddings and labels of a split's images, from all workers, sorted by key."""
 
-    embeddings: dict[str, Tensor]  # (N, D) on the CPU, rows of norm 1, of each model
+    embeddings: dict[str, Tensor]  # model -> (N, D) on the CPU, rows of norm 1
     labels: Tensor  # (N,), or multi-hot (N, K)
     skipped: int
 
@@ -206,7 +208,7 @@ def embed_split(
     batch_size: int,
     split: str,
 ) -> Embedded:
-    """Embeddings of a labelled split by each of the `backbones`, from one pass over the images.
+    """Embeds a labelled split by each of `backbones`, in one pass over the images.
 
     Raises:
         DataError: there is no image.
@@ -236,5 +238,5 @@ def embed_split(
 
 
 def as_classifier(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
-    """The spec of a tower as that of a classifier of the classes `names`."""
+    """Turns the spec of a tower into that of a classifier of the classes `names`."""
     return replace(spec, classes=tuple(names), task="multiclass")

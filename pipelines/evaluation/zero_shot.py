@@ -1,4 +1,4 @@
-"""Zero-shot classification: the accuracy of image towers on a labelled split, with classes described by texts."""
+"""Zero-shot classification by image towers; texts describe the classes. N images, K classes."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ def evaluate_zero_shot(
     """Zero-shot accuracy of image towers on `split`, all on the same images; the same on every worker.
 
     Args:
-        context: of this worker.
-        directories: of the image towers, by name.
+        context: rank and device of this worker.
+        directories: name -> folder of each image tower.
         shards: root of the labelled data.
         data: how shards are read.
-        params: names of the classes and templates of the texts; `scale` is that of the logits.
-        split: that is classified.
+        params: names of the classes, templates of the texts, and the scale of the logits.
+        split: the split to classify.
         texts: name of a tower -> folder of its text tower; by default the tower's own folder.
-        cache: folder in which embeddings of the texts are kept.
+        cache: folder for embeddings of the texts.
 
     Returns:
-        `{"models": {name: {"accuracy", "accuracy_top5", "calibration_error"}}, "classes": K, "images": N, "skipped": n}`,
-        fractions in [0, 1]; `accuracy_top5` of 6 classes or more.
+        `{"models": {name: {"accuracy", "accuracy_top5", "calibration_error"}}, "classes": K, "images": N,
+        "skipped": n}`, fractions in [0, 1]; `accuracy_top5` for 6 classes or more.
 
     Raises:
-        DataError: images without a label or with several; another number of names than the data has classes.
-        ModelError: no image tower or text tower in a folder; towers of two widths; bad names or templates.
+        DataError: images without a label or with several, or more or fewer names than classes of the data.
+        ModelError: a folder without image tower or text tower, towers of different widths, or bad names or
+            templates.
     """
     manifest = check_labels(shards)
     names = class_names(params.names, manifest)
@@ -59,7 +60,7 @@ def evaluate_zero_shot(
 
 
 def check_labels(shards: str) -> Manifest:
-    """The manifest of the shards; raises DataError unless each image has one label."""
+    """Returns the manifest of the shards; raises `DataError` unless each image has one label."""
     manifest = read_manifest(shards)
     if manifest.task != "multiclass":
         told = "several labels" if manifest.task == "multilabel" else "no label"
@@ -77,7 +78,7 @@ def classify(
     batch_size: int,
     split: str,
 ) -> dict[str, Any]:
-    """The result of `evaluate_zero_shot` for `classifiers` (N, 6, H, W) -> logits (N, `classes`)."""
+    """Result of `evaluate_zero_shot` for `classifiers` (N, 6, H, W) -> logits (N, K)."""
     metrics = {name: multiclass_metrics(classes).to(context.device) for name in classifiers}
     images = 0
     mine = loader(shards, split, data, batch_size, context=context, fields=())

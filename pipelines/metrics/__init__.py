@@ -1,4 +1,4 @@
-"""Every metric: classification, localisation, the grid pointing game, agreement, faithfulness, retrieval."""
+"""All metrics: classification, localisation, grid pointing game, agreement, faithfulness, retrieval."""
 
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (

@@ -1,7 +1,8 @@
-"""Classification metrics of logits, and how much of a logit its map leaves unexplained.
+"""Classification metrics, and the share of the logits that maps do not explain. N images, K classes.
 
-All take logits as the model gives them. Counts are integers and sums float64, so that results do not depend on the number of
-workers or the order of batches. A mean over nothing, such as the precision of a model that predicts no class at all, is NaN.
+All metrics take the model's logits. Counts are integers and sums are float64, so that results do not depend
+on the number of workers or the order of batches. A mean over nothing, such as the precision of a model that
+predicts no class, is NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pipelines.metrics.means import MeanScore
 
 
 def multiclass_metrics(num_classes: int) -> MetricCollection:
-    """`accuracy`, `accuracy_top5` (of 6 classes or more), `calibration_error`: updated with logits (N, K), labels (N,)."""
+    """`accuracy`, `calibration_error` and, for 6 classes or more, `accuracy_top5`.
+
+    `update(logits (N, K), labels (N,))`.
+    """
     metrics: dict[str, Metric | MetricCollection] = {
         "accuracy": Accuracy(),
         "calibration_error": CalibrationError(),
@@ -28,7 +32,10 @@ def multiclass_metrics(num_classes: int) -> MetricCollection:
 
 
 def multilabel_metrics(num_classes: int) -> MetricCollection:
-    """Micro `f1`, `precision`, `recall` at logit >= 0, to be updated with logits (N, K), labels (N, K) of {0, 1}."""
+    """Micro-averaged `f1`, `precision` and `recall` at the threshold logit >= 0.
+
+    `update(logits (N, K), labels (N, K) of {0, 1})`.
+    """
     kinds: dict[str, Metric | MetricCollection] = {
         "f1": _F1(num_classes),
         "precision": _Precision(num_classes),
@@ -46,19 +53,17 @@ class Accuracy(MeanScore):
         self.top = top
 
     def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
-        """Logits (N, K), labels (N,)."""
         first = preds.argmax(1, keepdim=True) if self.top == 1 else preds.topk(self.top, dim=1).indices
         super().update((first == target[:, None]).any(1))
 
 
 class _OfLogits:
-    """torchmetrics guesses from the range of a batch whether it holds probabilities; here it gets decisions."""
+    """Thresholds logits at 0; torchmetrics guesses from a batch's range whether it has probabilities."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, average="micro", validate_args=False, zero_division=torch.nan)  # type: ignore[call-arg]
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Logits (N, K), labels (N, K) of {0, 1}."""
         super().update((preds >= 0).long(), target.long())  # type: ignore[misc]
 
 
@@ -75,10 +80,14 @@ class _Recall(_OfLogits, MultilabelRecall):
 
 
 class CalibrationError(Metric):
-    """Expected calibration error of the softmax confidence: Σ_bins share·|accuracy - mean confidence|, equal bins of [0, 1].
+    """Expected calibration error of the softmax confidence, over equal bins of [0, 1].
 
-    `update(logits (N, K), labels (N,))`. Models trained with binary cross-entropy are measured by the same softmax, so that
-    models compare. torchmetrics has the same with float32 sums. Source: Guo et al., On Calibration, ICML 2017, eq. 3.
+    Σ_bins (share of images in the bin)·|accuracy - mean confidence|. `update(logits (N, K), labels (N,))`.
+    Models trained with binary cross-entropy are measured by the softmax, too, so that models compare.
+    `compute()` is in [0, 1], or NaN without images or if a logit is not finite. torchmetrics has this metric
+    with float32 sums.
+
+    Source: Guo et al., On Calibration, ICML 2017, eq. 3.
     """
 
     higher_is_better = False
@@ -94,7 +103,6 @@ class CalibrationError(Metric):
             self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Logits (N, K), labels (N,)."""
         confidences, predicted = preds.detach().double().softmax(1).max(1)
         bins = (confidences.nan_to_num() * self.bins).long().clamp_max(self.bins - 1)
         self.counts.index_add_(0, bins, torch.ones_like(confidences))
@@ -102,14 +110,15 @@ class CalibrationError(Metric):
         self.confidences.index_add_(0, bins, confidences)
 
     def compute(self) -> Tensor:
-        """In [0, 1]; NaN without any image, and where a logit was not finite."""
         return (self.correct - self.confidences).abs().sum() / self.counts.sum()
 
 
 class UnexplainedShare(Metric):
-    """Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|: what no pixel carries.
+    """Share of the logits that no pixel's contribution explains; 0 if every map sums to its logit.
 
-    `update(logits (N,) of the explained class, logit bias, contributions (N,) summed over the pixels, or maps (N, H, W))`.
+    Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|; NaN without images.
+    `update(logits, logit_bias, contributions)` takes the logits (N,) of the explained classes, and their maps
+    (N, H, W) or the sums of these over the pixels (N,).
     """
 
     higher_is_better = False
@@ -123,12 +132,10 @@ class UnexplainedShare(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, logit_bias: float, contributions: Tensor) -> None:
-        """Adds a batch; maps are summed in float64."""
         wanted = logits.detach().double() - logit_bias
         given = contributions.detach().double().reshape(len(wanted), -1).sum(1)
         self.missing += (wanted - given).abs().sum()
         self.whole += wanted.abs().sum()
 
     def compute(self) -> Tensor:
-        """0 where the maps sum to the logits; NaN without any image."""
         return self.missing / self.whole

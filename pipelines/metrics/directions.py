@@ -1,4 +1,4 @@
-"""Which way a figure gets better. Search, selection and reports ask here, so that all of them agree."""
+"""The direction in which each metric improves, in one place for search, selection and reports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HIGHER = frozenset(
 )
 LOWER = frozenset(("calibration_error", "unexplained_share", "unexplained_share_as_published"))
 LOSSES = frozenset(("loss", "distillation", "explanation", "label", "classification", "localisation"))
-SIZES = ("small", "medium", "large")  # of boxes: `epg_small` has the direction of `epg`
+SIZES = ("small", "medium", "large")  # suffixes for sizes of boxes: `epg_small` has the direction of `epg`
 
 
 def higher_is_better(name: str) -> bool | None:
-    """Whether a figure named like `val/epg_small` gets better as it rises; None if it has no known direction.
+    """True if the metric `name`, such as `val/epg_small`, improves as it rises, False if as it falls.
 
-    The metrics' classes say the same (torchmetrics' `higher_is_better`). Losses (`train/distillation`, or any name with `loss`)
-    get better as they fall.
+    `None` if the direction is unknown. The metric classes' `higher_is_better` agrees. Losses
+    (`train/distillation`, or any name that contains `loss`) improve as they fall.
     """
     group, _, metric = name.rpartition("/")
     stem, _, size = metric.rpartition("_")
@@ -34,10 +34,10 @@ def higher_is_better(name: str) -> bool | None:
 
 
 def rising(name: str, value: float) -> float:
-    """`value` of the figure called `name`, turned so that the higher is the better."""
+    """Negates `value` if the metric `name` improves as it falls, so that higher is always better."""
     return -value if higher_is_better(name) is False else value
 
 
 def with_arrows(names: Sequence[str]) -> list[str]:
-    """The names for tables and plots; `↓` marks those that get better as they fall."""
+    """Names for tables and plots, with `↓` behind those that improve as they fall."""
     return [f"{name} ↓" if higher_is_better(name) is False else name for name in names]

@@ -1,6 +1,9 @@
-"""Deletion and insertion: how the probability of a class falls while pixels are removed in the order of a map.
+"""Deletion and insertion: the probability of a class while pixels are removed in the order of its map.
 
-Source: Samek et al., 2017; Petsiuk et al., RISE, 2018, section 3.3; the least important first: Böhle et al., CVPR 2021.
+N images, H x W pixels, K classes.
+
+Source: Samek et al., 2017; Petsiuk et al., RISE, 2018, section 3.3. Least important pixels first: Böhle et
+al., CVPR 2021.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from torch import Tensor, nn
 def deletion(
     model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object
 ) -> Tensor:
-    """Area under the probability while the most important pixels are removed first; (N,) in [0, 1], small for a faithful map.
+    """Area under the probability while the most important pixels are removed first: (N,) in [0, 1].
 
-    Arguments are those of `removal_curve`.
+    Small for a faithful map. Arguments as in `removal_curve`.
     """
     return _area(removal_curve(model, images, attributions, targets, **options))  # type: ignore[arg-type]
 
@@ -24,9 +27,10 @@ def deletion(
 def insertion(
     model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object
 ) -> Tensor:
-    """Area under the probability while the least important pixels are removed first; (N,) in [0, 1], large for a faithful map.
+    """Area under the probability while the least important pixels are removed first: (N,) in [0, 1].
 
-    Read backwards this is the curve of inserting the most important pixels into the mean image. Arguments as in `removal_curve`.
+    Large for a faithful map. Read backwards, the most important pixels are inserted first into the mean
+    image. Arguments as in `removal_curve`.
     """
     return _area(removal_curve(model, images, -attributions, targets, **options))  # type: ignore[arg-type]
 
@@ -42,19 +46,19 @@ def removal_curve(
     batch_size: int = 256,
     probability: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
-    """Probability of the target while the pixels of the largest attribution are replaced by the mean image.
+    """Probability of the target class while the mean image replaces pixels, by falling attribution.
 
     Args:
         model: a model of this project, with the buffer `mean` (6,).
         images: (N, 6, H, W).
         attributions: (N, H, W).
         targets: (N,).
-        steps: equal shares of the pixels, one after the other.
-        batch_size: images at once; images and steps are batched together.
-        probability: of logits (M, K), `torch.sigmoid` or a softmax over classes.
+        steps: number of equal shares of the pixels that are removed one after the other.
+        batch_size: images per forward pass; pairs of an image and a step are batched together.
+        probability: maps logits (M, K) to probabilities, `torch.sigmoid` or a softmax over classes.
 
     Returns:
-        (N, steps + 1): with nothing removed, ..., with all removed.
+        (N, steps + 1), from no pixel removed to all pixels removed.
     """
     pixels = attributions[0].numel()
     ranks = (
@@ -77,5 +81,5 @@ def removal_curve(
 
 
 def _area(curve: Tensor) -> Tensor:
-    """Area under each row over [0, 1], by trapezoids."""
+    """Area under each row by the trapezoidal rule, with the columns spread over [0, 1]."""
     return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)

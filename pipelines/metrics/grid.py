@@ -1,6 +1,9 @@
-"""The grid pointing game: does the map of a class fall on the cell of a grid that shows this class?
+"""The grid pointing game: the share of a class's map in that cell of a grid which shows the class.
 
-Source: Böhle et al., B-cos Networks, CVPR 2022, section 4. Chance is 1/n².
+A grid has n x n cells with images of distinct classes, so chance is 1/n². G grids, N images, K classes, T
+targets, C channels, H x W pixels of an image or grid, h x w pixels of a cell.
+
+Source: Böhle et al., B-cos Networks, CVPR 2022, section 4.
 """
 
 from __future__ import annotations
@@ -19,16 +22,16 @@ Explain = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """n² images of n² distinct classes, row by row."""
+    """n² images of n² distinct classes, in the order of the cells row by row."""
 
-    images: tuple[int, ...]  # indices of the images they were drawn from
+    images: tuple[int, ...]  # indices into the images that the grids were drawn from
     classes: tuple[int, ...]
 
 
 def eligible(labels: Tensor, *logits: Tensor) -> Tensor:
-    """Which images grids may be made of: labels (N,), logits (N, K) of each model that plays -> (N,) of bool.
+    """Images for grids: labels (N,), logits (N, K) per model -> (N,) of bool.
 
-    Every model classifies the image correctly, with sigmoid(logit) > 0.5.
+    True if every model classifies the image correctly with sigmoid(logit) > 0.5.
     """
     chosen = torch.ones_like(labels, dtype=torch.bool)
     for logits_NK in logits:
@@ -38,7 +41,7 @@ def eligible(labels: Tensor, *logits: Tensor) -> Tensor:
 
 
 def confidence(labels: Tensor, *logits: Tensor) -> Tensor:
-    """Mean of the models' sigmoid(logit) of the label, in float64: labels (N,), logits (N, K) of each model -> (N,)."""
+    """Mean over models of sigmoid(logit) of the label: labels (N,), logits (N, K) -> float64 (N,)."""
     return torch.stack([each.gather(1, labels[:, None])[:, 0].double().sigmoid() for each in logits]).mean(0)
 
 
@@ -52,19 +55,20 @@ def draw_grids(
     count: int,
     seed: int,
 ) -> list[Grid]:
-    """At most `count` grids of n × n images; no image is in two of them.
+    """Draws up to `count` grids of n × n images; no image is in two grids.
 
-    The allowed images of a class are sorted by falling confidence, then by key, so that the order they come in is of no
-    account. For each grid n² distinct classes are drawn, uniformly from those that have images left, and each gives its next
-    one. When fewer than n² classes have images left, the grids made so far are all there are: report their number.
+    The allowed images of each class are sorted by falling confidence, then by key, so that the result does
+    not depend on the order of the images. For each grid, n² distinct classes are drawn uniformly from those
+    with images left, and each class gives its next image. Drawing ends early when fewer than n² classes have
+    images left. Callers report the number of grids.
 
     Args:
         confidences, labels: (N,) of all images.
         keys: N unique names.
-        allowed: (N,) of bool, as `eligible` gives it.
-        n: side of a grid, cells.
-        count: grids wanted.
-        seed: draws the classes.
+        allowed: (N,) of bool, from `eligible`.
+        n: cells per side of a grid.
+        count: largest number of grids.
+        seed: seed for the draw of the classes.
     """
     queues: dict[int, deque[int]] = {}
     order = sorted(
@@ -86,7 +90,7 @@ def draw_grids(
 
 
 def tile(images: Tensor) -> Tensor:
-    """Images of the cells, row by row, at full size side by side: (..., n², C, h, w) -> (..., C, n·h, n·w)."""
+    """Tiles the cells' images, row by row, at full size: (..., n², C, h, w) -> (..., C, n·h, n·w)."""
     n = _side(images.shape[-4])
     *_, channels, height, width = images.shape
     rows = images.unflatten(-4, (n, n)).movedim(-3, -5)  # (..., C, n, n, h, w)
@@ -96,9 +100,9 @@ def tile(images: Tensor) -> Tensor:
 def grid_batches(
     grids: Sequence[Grid], images_of: Callable[[Sequence[int]], Tensor], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of grids (G, C, n·h, n·w) with their classes (G, n²), G at most `batch_size`.
+    """Yields grids (G, C, n·h, n·w) and their classes (G, n²), G <= `batch_size`.
 
-    `images_of` gives the images (M, C, h, w) of M indices; it is asked for one batch at a time.
+    `images_of` returns the images (M, C, h, w) of M indices. It is called once per batch.
     """
     for start in range(0, len(grids), batch_size):
         batch = grids[start : start + batch_size]
@@ -108,35 +112,36 @@ def grid_batches(
 
 
 def grid_pointing_game(explain: Explain, grids: Tensor, classes: Tensor, smooth: int = 15) -> Tensor:
-    """Scores of a batch of grids for each of their classes.
+    """Scores of a batch of grids for all of their classes.
 
     Args:
-        explain: (grids (G, C, H, W), classes (G, n²)) -> signed maps (G, n², H, W), such as
-            `partial(attribute, model, method="bcos")`, which needs one forward pass for all classes of a grid.
+        explain: (grids (G, C, H, W), classes (G, n²)) -> signed maps (G, n², H, W). An example is
+            `partial(attribute, model, method="bcos")`, which takes one forward pass for all classes of a
+            grid.
         grids: (G, C, n·h, n·w).
-        classes: (G, n²), of the cells row by row.
-        smooth: side of the mean filter, pixels, odd: 15 at 224 px, 3 at 32 px.
+        classes: (G, n²), classes of the cells row by row.
+        smooth: side of the mean filter in pixels, odd: 15 at 224 px, 3 at 32 px.
 
     Returns:
-        (G, n²) in [0, 1]: for each cell's class the share of its map that lies in this cell.
+        (G, n²) in [0, 1], the share of each class's map that lies in its own cell, see `grid_scores`.
     """
-    return grid_scores(
-        explain(grids.contiguous(memory_format=torch.channels_last), classes), smooth
-    )  # the faster layout
+    # channels_last is the faster layout.
+    return grid_scores(explain(grids.contiguous(memory_format=torch.channels_last), classes), smooth)
 
 
 def in_windows(explain: Explain, size: int) -> Explain:
-    """`explain` for networks made for images of `size` × `size`: windows of that size are explained, and their maps added up.
+    """Extends `explain` from images of `size` × `size` pixels to larger ones by sliding windows.
 
-    The windows lie at a stride of half their size over the image with zeros around it, so that each pixel is in four of them. Of
-    an n × n grid there are (2n + 1)². As many are explained at once as have the pixels of the images together.
+    Windows of `size` × `size` pixels slide over the zero-padded image with a stride of `size`/2, so that each
+    pixel is in four windows, and their maps are added up. An n × n grid has (2n + 1)² windows. Each call of
+    `explain` gets as many windows as have together the pixels of the images.
 
     Args:
         explain: (windows (M, C, size, size), classes (M, T)) -> signed maps (M, T, size, size).
         size: even.
 
     Returns:
-        (images (N, C, H, W), classes (N, T)) -> maps (N, T, H, W), H and W multiples of size/2.
+        A function (images (N, C, H, W), classes (N, T)) -> maps (N, T, H, W), H and W multiples of size/2.
 
     Source: Arya et al., B-cosification, NeurIPS 2024, appendix.
     """
@@ -145,15 +150,13 @@ def in_windows(explain: Explain, size: int) -> Explain:
     stride = padding = size // 2
 
     def explain_in_windows(images: Tensor, classes: Tensor) -> Tensor:
-        """(N, C, H, W) and (N, T) -> (N, T, H, W)."""
         height, width = images.shape[-2:]
         if height % stride or width % stride:
             raise ValueError(
                 f"sides of images must be multiples of {stride}, half the window: not {height} × {width}"
             )
-        tiles = (
-            F.pad(images, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)
-        )  # (N, C, rows, columns, size, size)
+        # (N, C, rows, columns, size, size)
+        tiles = F.pad(images, (padding,) * 4).unfold(2, size, stride).unfold(3, size, stride)
         windows = tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
         per_image = len(windows) // len(images)
         at_once = max(1, len(images) * height * width // size**2)
@@ -168,10 +171,10 @@ def in_windows(explain: Explain, size: int) -> Explain:
 
 
 def grid_scores(maps: Tensor, smooth: int = 15) -> Tensor:
-    """Share of the positive part of each map in the cell of its class: maps (G, n², H, W) -> (G, n²) in [0, 1].
+    """Share of each map's positive part in its class's cell: maps (G, n², H, W) -> (G, n²) in [0, 1].
 
-    Maps are smoothed while signed (mean of `smooth` × `smooth` pixels, zeros outside counted), then clamped at 0. A map that is
-    nowhere positive scores 0.
+    The signed maps are smoothed (mean of `smooth` × `smooth` pixels, zeros outside counted) and then clamped
+    at 0. A map without a positive value scores 0.
     """
     if smooth % 2 == 0:
         raise ValueError(f"smooth must be odd, not {smooth}")

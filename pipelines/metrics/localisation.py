@@ -1,7 +1,10 @@
-"""Localisation of maps by boxes and masks. All per image and class: attributions (N, H, W) and masks (N, H, W) -> (N,).
+"""Localisation of attributions against boxes and masks, one score per (image, class) pair.
 
-Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023, section 4; the size
-correction follows the reproducibility study of Sauter et al., 2024.
+N images or (image, class) pairs, H x W pixels, n boxes, T thresholds. Scores map attributions (N, H, W) and
+masks (N, H, W) to (N,).
+
+Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023,
+section 4. Size correction: reproducibility study of Sauter et al., 2024.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from pipelines.metrics.means import LocalisationMetric, MeanScore
 
-TINY = 1e-7
-# Candidates for the threshold of IoU. The best one is chosen on validation: maps made of few strong pixels need a low one.
+TINY = 1e-7  # smaller sums and differences count as 0
+# Candidate thresholds of IoU; the best one is chosen on validation. Maps of few strong pixels need a low one.
 THRESHOLDS = (
     0.001,
     0.002,
@@ -38,13 +41,14 @@ THRESHOLDS = (
 
 
 def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
-    """Share of the positive part of a map inside the mask (EPG; with a segmentation mask, on-object EPG): (N,) in [0, 1].
+    """EPG, the share of a map's positive part that lies inside the mask: (N,) in [0, 1].
+
+    With a segmentation mask it is the on-object EPG. A map whose positive part sums to less than 1e-7 scores
+    0; `without_energy` finds these maps.
 
     Args:
         attributions: (N, H, W), signed.
         masks: (N, H, W) of {0, 1} or bool.
-
-    A map whose positive part sums to less than 1e-7 scores 0; `without_energy` says which ones.
     """
     _same_shape(attributions, masks)
     positive = attributions.clamp_min(0)
@@ -54,64 +58,65 @@ def energy_pointing_game(attributions: Tensor, masks: Tensor) -> Tensor:
 
 
 def without_energy(attributions: Tensor) -> Tensor:
-    """(N,) of bool: the maps that the energy pointing game is undefined for."""
+    """(N,) of bool, True for maps whose EPG is undefined: the positive part sums to less than 1e-7."""
     return attributions.clamp_min(0).sum((1, 2)) < TINY
 
 
 def area_share(masks: Tensor) -> Tensor:
-    """Share of the image that the mask covers: (N, H, W) -> (N,) in [0, 1], what a uniform map scores."""
+    """Share of the image that the mask covers, the EPG of a uniform map: (N, H, W) -> (N,) in [0, 1]."""
     return masks.float().mean((1, 2))
 
 
 def size_corrected(scores: Tensor, shares: Tensor) -> Tensor:
-    """(EPG - share) / (1 - share): 0 for a uniform map, 1 for one inside the mask, below 0 for one that avoids it.
+    """Size-corrected EPG, (EPG - share) / (1 - share): (N,), at most 1.
 
-    `scores` and `shares` are (N,). Where the mask covers the whole image (share 1) there is nothing to score: 0, which no mean
-    may count.
+    It is 0 for a uniform map, 1 for a map inside the mask, and negative for a map that avoids the mask.
+    `scores` are EPG (N,) and `shares` are from `area_share` (N,). It is undefined if the mask covers the
+    whole image (share 1). The result there is 0, and means must leave it out.
     """
     rest = 1 - shares
     return torch.where(rest < TINY, torch.zeros_like(scores), (scores - shares) / rest.clamp_min(TINY))
 
 
 def attribution_iou(attributions: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Intersection over union of mask and map at one `threshold`: (N,) in [0, 1]; see `iou_by_threshold`."""
+    """IoU of mask and map at one `threshold`: (N,) in [0, 1]; see `iou_by_threshold`."""
     return iou_by_threshold(attributions, masks, (threshold,))[:, 0]
 
 
 def iou_by_threshold(attributions: Tensor, masks: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
-    """Intersection over union of the mask and the map binarised at each of T thresholds: (N, T) in [0, 1].
+    """IoU (intersection over union) of the mask and the map binarised at T thresholds: (N, T) in [0, 1].
 
-    The positive part is scaled to [0, 1] by its least and largest value and counts where it is strictly above the threshold. If
-    these differ by less than 1e-7, only the largest is used. A map without a positive part stays 0. An empty union scores 0;
-    `without_union` says which ones. A map with NaN scores NaN.
+    The positive part of the map is scaled to [0, 1] by its minimum and maximum. If these differ by less than
+    1e-7, it is divided by the maximum. A map without a positive value stays 0. A pixel counts if it is
+    strictly above the threshold. An empty union scores 0; `without_union` finds these pairs. A map with NaN
+    scores NaN.
 
     Args:
         attributions: (N, H, W), signed.
         masks: (N, H, W) of {0, 1} or bool.
-        thresholds: T rising values in [0, 1).
+        thresholds: T ascending values in [0, 1).
     """
     _same_shape(attributions, masks)
     bounds = torch.tensor(thresholds, dtype=attributions.dtype, device=attributions.device)
-    passed = torch.bucketize(_scaled(attributions), bounds).flatten(
-        1
-    )  # how many thresholds a pixel is strictly above
+    # Number of thresholds that each pixel is strictly above, (N, H·W).
+    passed = torch.bucketize(_scaled(attributions), bounds).flatten(1)
     inside = masks.bool().flatten(1)
     counts = torch.zeros(2, len(passed), len(thresholds) + 1, dtype=torch.int32, device=passed.device)
     counts[0].scatter_add_(1, passed, torch.ones_like(passed, dtype=torch.int32))
     counts[1].scatter_add_(1, passed, inside.int())
-    above, intersection = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # (N, T): pixels above each threshold
+    above, intersection = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # (N, T), pixels above each threshold
     union = inside.sum(1, keepdim=True) + above - intersection
     broken = attributions.isnan().flatten(1).any(1, keepdim=True)
     return torch.where(broken, torch.nan, intersection / union.clamp_min(1)).to(attributions.dtype)
 
 
 def without_union(attributions: Tensor, masks: Tensor) -> Tensor:
-    """(N,) of bool: the pairs that IoU is undefined for at every threshold, both map and mask empty."""
+    """(N,) of bool, True where IoU is undefined: the mask is empty and the map has no positive value."""
     return ~((attributions > 0) | masks.bool()).flatten(1).any(1)
 
 
 def _scaled(attributions: Tensor) -> Tensor:
-    """The positive part of each map in [0, 1], as `iou_by_threshold` scales it."""
+    """Positive part of each map scaled to [0, 1], see `iou_by_threshold`."""
     positive = attributions.clamp_min(0)
     least, largest = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
     flat = largest - least < TINY
@@ -120,11 +125,11 @@ def _scaled(attributions: Tensor) -> Tensor:
 
 
 def box_masks(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Union of each image's boxes of one class: (N, H, W) of bool, True for pixels whose centre lies in such a box.
+    """Union of each image's boxes of one class: (N, H, W) of bool, True for pixel centres in a box.
 
     Args:
         boxes: (n, 6) [image, class, xmin, ymin, xmax, ymax], images in [0, N), corners in pixels, half-open.
-        classes: (N,), the class of each image. The masks are made on its device, and nothing waits for a GPU.
+        classes: (N,), the class of each image. The result is on its device, without synchronising with a GPU.
         size: (H, W).
     """
     boxes = boxes.to(classes.device, non_blocking=True)
@@ -132,9 +137,8 @@ def box_masks(boxes: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = (torch.arange(side, device=classes.device) + 0.5 for side in size)
     inside_x = (columns >= boxes[:, 2, None]) & (columns < boxes[:, 4, None])
     inside_y = (rows >= boxes[:, 3, None]) & (rows < boxes[:, 5, None])
-    inside_y &= (label == classes[image])[
-        :, None
-    ]  # boxes of other classes stay: a GPU would have to say how many are left
+    # Boxes of other classes are emptied and not removed: the number left would have to come from the GPU.
+    inside_y &= (label == classes[image])[:, None]
     covered = torch.zeros(len(classes), *size, dtype=torch.int32, device=classes.device)
     covered.index_add_(0, image, (inside_y[:, :, None] & inside_x[:, None, :]).int())
     return covered > 0
@@ -144,15 +148,14 @@ def object_masks(instances: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
     """Union of each image's instances of one class: (N, H, W) of bool.
 
     Args:
-        instances: (N, H, W) of int64: 0 is background, i the i-th box of the image.
+        instances: (N, H, W) of int64: 0 is background, i >= 1 the i-th box of the image.
         boxes: (n, 6) [image, class, ...], all boxes of the N images, ascending by image.
         classes: (N,), the class of each image.
     """
     boxes, classes = boxes.cpu(), classes.cpu()
     image, label = boxes[:, 0].long(), boxes[:, 1].long()
-    instance = torch.arange(1, len(boxes) + 1) - torch.searchsorted(
-        image, image
-    )  # of each box in its image, from 1 on
+    # Number of each box in its image, from 1.
+    instance = torch.arange(1, len(boxes) + 1) - torch.searchsorted(image, image)
     most = max(len(boxes), int(instances.max()) if instances.numel() else 0)
     table = torch.zeros(len(classes), most + 1, dtype=torch.bool)
     table[image, instance] = label == classes[image]
@@ -160,12 +163,13 @@ def object_masks(instances: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
 
 
 def select_boxes(boxes: Tensor, images: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Boxes (m, 6) of `images`, in their order; their image column is the position in `images`: they match `batch[images]`.
+    """Boxes (m, 6) of the images `images`, renumbered by position in `images` to match `batch[images]`.
 
     Args:
-        boxes: (n, 6) [image, class, ...], on the CPU. If the other arguments are on a GPU, the call waits for it.
-        images: (P,), images of `boxes`, which may come several times.
-        classes: (P,), the class of which an image's boxes are taken; None: boxes of all classes.
+        boxes: (n, 6) [image, class, ...], on the CPU. If other arguments are on a GPU, the call synchronises
+            with it.
+        images: (P,), indices of images, which may repeat.
+        classes: (P,), the class whose boxes are taken from each image; by default boxes of all classes.
     """
     chosen = boxes[:, 0] == images.to(boxes.device)[:, None]
     if classes is not None:
@@ -180,33 +184,32 @@ class PointingGame(MeanScore):
     higher_is_better = True
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
-        """Adds the scores of N maps."""
         super().update(energy_pointing_game(attributions, masks), without_energy(attributions))
 
 
 class IoU(LocalisationMetric):
-    """Mean IoU at the threshold of THRESHOLDS where it is highest, and at 0.5.
+    """Mean IoU at the best threshold of `THRESHOLDS` and at 0.5, for the choice of the threshold.
 
-    `update` takes what that of `PointingGame` takes. The metric is meant for validation images, on which the threshold is chosen;
-    other images are then scored with this threshold.
+    `update(attributions (N, H, W), masks (N, H, W))` takes validation images. Other images are then scored at
+    the chosen threshold.
     """
 
     higher_is_better = True
+    # name -> higher is better
     figures: ClassVar[dict[str, bool | None]] = {
         "iou": True,
         "iou_threshold": None,
         "iou_at_0.5": True,
-    }  # name -> direction
+    }
 
     def __init__(self) -> None:
         super().__init__(len(THRESHOLDS))
 
     def update(self, attributions: Tensor, masks: Tensor) -> None:  # type: ignore[override]
-        """Adds the scores of N maps."""
         super().update(iou_by_threshold(attributions, masks), without_union(attributions, masks))
 
     def compute(self) -> dict[str, Tensor]:
-        """`iou`, the `iou_threshold` where it is reached (the lowest of equals), `iou_at_0.5`; NaN without any."""
+        """`iou`, its `iou_threshold` (the lowest of ties), and `iou_at_0.5`; NaN without a defined pair."""
         means = self.mean()
         best = means.argmax()
         threshold = torch.where(means[best].isnan(), torch.nan, means.new_tensor(THRESHOLDS)[best])

@@ -1,6 +1,6 @@
-"""Means of scores over images, or over pairs of an image and a class.
+"""Means of scores over images or (image, class) pairs. N pairs, T scores per pair.
 
-A mean over nothing is NaN inside a metric, and absent from every report: `measured` leaves it out.
+A mean over nothing is NaN inside a metric. `measured` removes it from reports.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torchmetrics import Metric
 
 
 def measured(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The finite `values` as floats. A figure that was not measured (NaN, or infinite) is left out."""
+    """The finite `values` as floats. NaN and infinite values (not measured) are removed."""
     found = {name: float(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 class LocalisationMetric(Metric):
-    """Mean of a score over all (image, class) pairs; how many there were, and how many of them are undefined.
+    """Mean of a score over (image, class) pairs, the number of pairs, and the number of undefined ones.
 
-    `compute()` gives `{"mean", "count", "undefined"}`. Sums are float64, so that the order and the number of workers do not
-    matter.
+    `compute()` returns a dict of `mean` (a scalar or (T,), NaN without a defined pair), `count` (pairs in the
+    mean) and `undefined` (undefined and missing pairs). Sums are float64, so that neither the order of
+    batches nor the number of workers matters.
     """
 
     full_state_update = False
@@ -34,7 +35,7 @@ class LocalisationMetric(Metric):
     undefined: Tensor
 
     def __init__(self, scores: int | None = None, **kwargs: Any) -> None:
-        """`scores` is T, the number of scores of a pair; None for the shape (N,)."""
+        """`scores` is T, the number of scores per pair; `None` if scores have the shape (N,)."""
         super().__init__(**kwargs)
         shape = () if scores is None else (scores,)
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -46,8 +47,8 @@ class LocalisationMetric(Metric):
 
         Args:
             scores: (N,) or (N, T).
-            undefined: (N,) of bool, pairs that count with the score that they have by definition (0).
-            missing: (N,) of bool, pairs that have no score. They count as undefined, and in no mean.
+            undefined: (N,) of bool, undefined pairs, which enter the mean with their score (0 by convention).
+            missing: (N,) of bool, pairs without a score, which count as undefined and do not enter the mean.
         """
         undefined = (
             torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
@@ -63,17 +64,15 @@ class LocalisationMetric(Metric):
         self.undefined += undefined.sum()
 
     def mean(self) -> Tensor:
-        """The mean, a scalar or (T,); NaN without any defined pair."""
+        """Mean, a scalar or (T,); NaN without a defined pair."""
         return torch.where(self.defined > 0, self.total / self.count, torch.nan)
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean (NaN without any defined pair), the number of pairs in it, the number of undefined ones."""
         return {"mean": self.mean(), "count": self.count, "undefined": self.undefined}
 
 
 class MeanScore(LocalisationMetric):
-    """The mean of a score alone: `compute()` gives a scalar, NaN without any defined pair."""
+    """Mean of a score: `compute()` returns a scalar, NaN without a defined pair."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """In the range of the score."""
         return self.mean()

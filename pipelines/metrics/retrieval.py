@@ -1,4 +1,4 @@
-"""Whether an image finds its texts, and a text its image, among all others."""
+"""Retrieval: recall of an image's texts, and of a text's image. N images, T texts, D dimensions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 TOPS = (1, 5, 10)
-ROWS = 512  # images or texts that are compared with all others at once
+ROWS = 512  # queries per matrix product
 
 
 class Recall(Metric):
-    """Share of images that have one of their texts among the k nearest, and of texts that have their image there.
+    """Recall@k: share of images with an own text among the k nearest, and of texts with their image there.
 
-    `compute()` gives `image_to_text_recall_at_K` and `text_to_image_recall_at_K` of K = 1, 5, 10, in [0, 1]; NaN without any
-    text. Nearness is the cosine. Others that are as near count as nearer: embeddings that are all the same find nothing. An image
-    without texts is no query, but a text can find it.
+    `compute()` returns `image_to_text_recall_at_k` and `text_to_image_recall_at_k` for k = 1, 5, 10, float64
+    in [0, 1], NaN without texts. Similarity is the cosine. Ties count as nearer, so that constant embeddings
+    find nothing. An image without texts is no query, but it is a candidate for texts.
     """
 
     higher_is_better = True
@@ -32,7 +32,7 @@ class Recall(Metric):
     counts: list[Tensor]
 
     def __init__(self, width: int, **kwargs: Any) -> None:
-        """`width` is D, of the embeddings."""
+        """`width` is D, the dimension of the embeddings."""
         super().__init__(**kwargs)
         self.width = width
         for name in ("images", "texts", "counts"):
@@ -44,7 +44,8 @@ class Recall(Metric):
         Args:
             images: embeddings (N, D).
             texts: embeddings (T, D).
-            image_of_text: (T,) int64, the row of each text's image in `images`; None: text i is of image i.
+            image_of_text: (T,) int64, row in `images` of each text's image; by default text i belongs to
+                image i.
         """
         owners = torch.arange(len(texts), device=texts.device) if image_of_text is None else image_of_text
         self.images.append(F.normalize(images.detach().float(), dim=1))
@@ -52,7 +53,7 @@ class Recall(Metric):
         self.counts.append(owners.bincount(minlength=len(images)))
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        """Exchanges the states; a rank that had no batch gives empty ones of the right shape."""
+        """Synchronises the states. A rank that had no batch contributes empty ones of the right shape."""
         if not self.images:
             empty = torch.zeros(0, self.width, device=self.device)
             self.images, self.texts = [empty], [empty]
@@ -60,7 +61,6 @@ class Recall(Metric):
         super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """The six figures, float64."""
         if len(self.images) == 0:
             return dict.fromkeys(self.figures, torch.tensor(torch.nan))
         images, texts, counts = (dim_zero_cat(state) for state in (self.images, self.texts, self.counts))
@@ -83,13 +83,15 @@ class Recall(Metric):
 def ranks_of_best(
     queries: Tensor, candidates: Tensor, owners: Tensor, owners_of_candidates: Tensor
 ) -> Tensor:
-    """How many candidates of other owners are at least as near to each query as the nearest of its own: (Q,) int64.
+    """Rank (from 0) of each query's nearest own candidate among all candidates: (Q,) int64.
+
+    This is the number of candidates of other owners that are at least as near as the nearest own one.
 
     Args:
         queries: (Q, D), rows of norm 1.
-        candidates: (C, D), likewise.
-        owners: (Q,), of each query.
-        owners_of_candidates: (C,).
+        candidates: (C, D), rows of norm 1.
+        owners: (Q,), the image of each query.
+        owners_of_candidates: (C,), the image of each candidate.
     """
     found = [torch.zeros(0, dtype=torch.int64, device=queries.device)]
     for some, owner in zip(queries.split(ROWS), owners.split(ROWS), strict=True):

@@ -31,7 +31,7 @@ from pipelines.params import DataParams, EvaluateParams
 from pipelines.training import Context
 from tests.support.drawn import CLASSES, drawn_shards, flat, known_by_heart
 
-pytestmark = pytest.mark.xdist_group("comparison")  # one worker trains the models
+pytestmark = pytest.mark.xdist_group("comparison")  # one xdist worker trains the models for all tests
 
 DATA = DataParams(image_size=32, augment="none")
 PARAMS = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3, pictures=3)
@@ -61,9 +61,8 @@ def on_rank(rank, world_size, directories, shards, folder):
 
 @pytest.mark.processes
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
-    mp.get_context("forkserver").set_forkserver_preload(
-        ["pipelines.evaluation"]
-    )  # imported once for the five processes
+    # Imported once for the five processes.
+    mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation"])
     alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
     assert alone["images"] == 50
     assert alone["grids"]["count"] == 6
@@ -125,7 +124,7 @@ def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
     cosines = nn.functional.cosine_similarity(of_student.flatten(1), of_teacher.flatten(1))
     assert found["student"]["explanation_similarity"] == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert found["student"]["agreement"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
-    assert -1 <= found["conventional"]["explanation_similarity"] <= 1  # by GradCAM of both
+    assert -1 <= found["conventional"]["explanation_similarity"] <= 1  # both explained by GradCAM
 
 
 def test_the_worst_group_is_that_of_the_logits(trained, shards):
@@ -167,7 +166,12 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     assert (own["pairs_without_box"], own["pairs_with_empty_boxes"]) == (0, 0)
     sizes = [size for size in BOX_SIZES if f"pairs_{size}" in own]
     assert sum(own[f"pairs_{size}"] for size in sizes) == own["pairs"]
-    for key in ("epg", "on_object_epg", "size_corrected_epg", "iou"):  # the parts make up the whole
+    for key in (
+        "epg",
+        "on_object_epg",
+        "size_corrected_epg",
+        "iou",
+    ):  # weighted means over sizes give the whole
         whole = sum(own[f"{key}_{size}"] * own[f"pairs_{size}"] for size in sizes) / own["pairs"]
         assert own[key] == pytest.approx(whole)
         assert own[f"{key}_undefined"] == sum(own[f"{key}_{size}_undefined"] for size in sizes)
@@ -228,10 +232,11 @@ def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
     found = scores.compute(Context())["map"]
     assert (found["pairs_without_box"], found["pairs_with_empty_boxes"], found["pairs"]) == (1, 1, 2)
     assert (found["epg"], found["epg_undefined"]) == (0.75, 0)
+    # Boxes that cover the whole image leave no size-corrected score.
     assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (
         0.0,
         1,
-    )  # nothing is left of a whole image
+    )
     assert (found["pairs_large"], found["epg_large"]) == (2, 0.75)
 
 
@@ -241,9 +246,8 @@ def test_examples_are_found_by_key_with_their_exact_pixels(shards):
     found = examples_by_key(read, set(list(images)[3:40:9]))
     assert len(found) == 5
     assert all(torch.equal(example.image / 255, images[key]) for key, example in found.items())
-    assert all(
-        example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values()
-    )  # of no whole batch
+    # Examples do not keep their whole batches in memory.
+    assert all(example.image.untyped_storage().nbytes() == 3 * 32 * 32 for example in found.values())
 
 
 def test_grids_of_a_vit_are_explained_in_windows_of_its_image_size():

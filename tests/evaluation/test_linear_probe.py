@@ -1,4 +1,4 @@
-"""Linear probes: features are what the head sees, and heads learn what is linear in them."""
+"""Linear probes: features are the head's inputs, and heads learn linear directions."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_heads_learn_directions(head, loss):
     logits = [module(features) for module in trained]
     assert torch.equal(*logits)
     assert (logits[0].argmax(1) == labels).float().mean() > 0.98
-    if head == "bcos":  # without a bias, it says of nothing only how rare a class is
+    if head == "bcos":  # without a bias, features of 0 give the logit bias alone
         expected = -math.log(3) if loss == "bce" else 0.0
         assert trained[0](torch.zeros(1, 8))[0].tolist() == pytest.approx([expected] * 4)
 

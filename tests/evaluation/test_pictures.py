@@ -1,4 +1,4 @@
-"""Pictures: what is chosen, what the colours mean, that files are reproducible."""
+"""Pictures: the choice of images, the meaning of colours, reproducible files."""
 
 import pytest
 import torch

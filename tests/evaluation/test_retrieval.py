@@ -1,4 +1,4 @@
-"""Recall@k of towers: that of the sorted similarities, with all captions of an image its own."""
+"""Recall@k of towers equals that of sorted similarities; all captions of an image are its own."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_every_caption_of_the_split_counts(tmp_path):
             images = F.normalize(models.load(folder)[0](add_inverse(batch["image"])), dim=1)
         assert found["models"][name] == pytest.approx(
             by_sorting(images, texts, owners), abs=0.06
-        )  # one tie, at most
+        )  # at most one tie
 
 
 def test_images_without_a_caption_are_counted_and_data_without_any_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Text2Concept: the map is that of least squares, and a classifier whose features are the embeddings is the tower itself."""
+"""Text2Concept: the map is the least-squares fit; features that equal the embeddings give the tower."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_zero_shot_and_localisation_are_measured_where_the_data_allow(towers, sh
     assert 0 <= found["alignment"]["bcos"] <= 1
     assert 0 <= found["zero_shot"]["models"]["bcos"]["accuracy"] <= 1
     own = found["text_localisation"]["models"]["bcos"]["bcos"]
-    assert own["unexplained_share"] < 1e-4  # the map has no bias: contributions sum to the cosine
+    assert own["unexplained_share"] < 1e-4  # contributions sum to the cosine, because the map has no bias
     assert 0 <= own["epg"] <= 1
     bare = [plain(number) for number in range(4)]
     without = evaluate_text2concept(

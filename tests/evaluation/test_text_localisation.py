@@ -1,4 +1,4 @@
-"""Text localisation: scores of the texts' own maps, beside the boxes' share, and of texts against each other."""
+"""Text localisation: scores of the texts' maps, the boxes' share, and texts of one image compared."""
 
 import pytest
 import torch
@@ -55,12 +55,14 @@ def test_maps_are_those_of_the_texts_and_gradcam_of_the_original_stands_beside(t
         assert "iou" not in own  # its threshold would have to be chosen on other images
     assert (
         found["models"]["bcos"]["bcos"]["unexplained_share"] < 1e-4
-    )  # the norm is held: contributions sum to the cosine
+    )  # contributions sum to the cosine, because the norm is held
     published = PARAMS.model_copy(update={"hold_norm": False})
     own = evaluate_text_localisation(Context(), {"bcos": towers["bcos"]}, shards, DATA, published)["models"][
         "bcos"
     ]["bcos"]
-    assert own["unexplained_share"] == pytest.approx(1, abs=1e-3)  # differentiated, they sum to 0
+    assert own["unexplained_share"] == pytest.approx(
+        1, abs=1e-3
+    )  # with the norm differentiated, contributions sum to 0
 
 
 def test_gradcam_explains_the_last_features_before_an_attention_pool():

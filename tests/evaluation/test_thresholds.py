@@ -1,4 +1,4 @@
-"""The threshold of IoU is chosen on validation images, for each model and explanation; what has no case is absent."""
+"""The IoU threshold is chosen on validation per model and explanation; unmeasured scores are absent."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def test_without_boxes_in_validation_there_is_no_iou_but_at_one_half(shards, fol
 
 
 def scores_of(masks, boxed):
-    """The figures of flat maps beside these masks."""
+    """Scores of flat maps against these masks."""
     spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
     scores = Scores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
     scores.metrics["map"] = {}

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy: that of the cosines, the same on any number of workers; what data and folders it refuses."""
+"""Zero-shot accuracy: equal to that of the cosines on any number of workers; refused data and folders."""
 
 import shutil
 
@@ -101,7 +101,7 @@ def test_own_names_take_the_place_of_the_datas_and_are_cached(towers, shards, tm
         evaluate_zero_shot(Context(), towers, shards, DATA, params, cache=str(tmp_path)) for _ in range(2)
     ]
     assert found[0] == found[1]
-    assert len(list(tmp_path.iterdir())) == 1  # both towers have the same text tower
+    assert len(list(tmp_path.iterdir())) == 1  # both towers share a text tower
     with pytest.raises(DataError, match=f"2 names for the {len(CLASSES)} classes"):
         evaluate_zero_shot(Context(), towers, shards, DATA, PARAMS.model_copy(update={"names": ("a", "b")}))
     with pytest.raises(ModelError, match="same name 'a'"):

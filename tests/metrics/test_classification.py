@@ -1,4 +1,4 @@
-"""Classification metrics: by hand, at the threshold, over any split into workers."""
+"""Classification metrics: examples by hand, at the threshold, for any split among workers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from pipelines.metrics import CalibrationError, UnexplainedShare, multiclass_met
 
 
 def merged(make, batches, workers):
-    """One metric object a worker, batches dealt out in turn, states merged."""
+    """Deals batches in turn to one metric per worker and merges the states."""
     parts = [make() for _ in range(workers)]
     for index, batch in enumerate(batches):
         parts[index % workers].update(*batch)
@@ -40,7 +40,7 @@ def test_results_do_not_depend_on_the_number_of_workers(workers):
 def test_accuracies_by_hand():
     logits = torch.eye(8)[[0, 1, 2, 3]] * 5 - torch.arange(8) * 0.1
     metrics = multiclass_metrics(8)
-    metrics.update(logits, torch.tensor([0, 1, 3, 7]))  # right, right, second or so, last
+    metrics.update(logits, torch.tensor([0, 1, 3, 7]))  # ranks 1, 1, 4 and 8 of the labels
     values = metrics.compute()
     assert values["accuracy"] == 0.5
     assert values["accuracy_top5"] == 0.75
@@ -57,7 +57,9 @@ def test_a_logit_of_0_counts_as_positive_whatever_the_range_of_the_batch():
 
 
 def test_calibration_error_by_hand():
-    confidences = torch.tensor([0.7, 0.7, 0.7, 0.95, 1.0])  # two bins of fifteen: [.667, .733) and the last
+    confidences = torch.tensor(
+        [0.7, 0.7, 0.7, 0.95, 1.0]
+    )  # in two of fifteen bins, [.667, .733) and the last
     logits = torch.stack([confidences.logit().clamp_max(60), torch.zeros(5)], dim=1)
     metric = CalibrationError()
     metric.update(logits, torch.tensor([0, 1, 1, 0, 0]))
@@ -70,7 +72,7 @@ def test_calibration_error_by_hand():
 def test_unexplained_share_is_what_the_map_misses():
     metric = UnexplainedShare()
     maps = torch.full((2, 2, 2), 0.5)  # each sums to 2
-    metric.update(torch.tensor([1.0, -4.0]), -1.0, maps)  # to explain: 2 and -3
+    metric.update(torch.tensor([1.0, -4.0]), -1.0, maps)  # logits without bias: 2 and -3
     assert metric.compute().item() == pytest.approx(5 / 5)
     metric.update(torch.tensor([4.0]), -1.0, torch.tensor([5.0]))
     assert metric.compute().item() == pytest.approx(5 / 10)

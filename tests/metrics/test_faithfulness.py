@@ -8,7 +8,7 @@ from pipelines.metrics import deletion, insertion, removal_curve
 
 
 class CountsPixels(nn.Module):
-    """Logit of class 0: how much the first two rows differ from the mean image, in the first channel."""
+    """The logit of class 0 is the difference of the first two rows from the mean image, in channel 0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The grid pointing game: how grids are drawn, tiled and scored; batched against a loop."""
+"""The grid pointing game: drawing, tiling and scoring of grids; the batched version against a loop."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ def test_eligible_images_are_right_and_confident_for_every_model():
     labels = torch.tensor([0, 1, 0, 1])
     first = torch.tensor([[2.0, -1], [-1, 2], [2, 1], [-3, -2]])
     second = torch.tensor([[2.0, -1], [3, 2], [1, -1], [1, 2]])
-    assert eligible(labels, first).tolist() == [True, True, True, False]  # the last: sigmoid(-2) < 0.5
+    assert eligible(labels, first).tolist() == [True, True, True, False]  # the last has sigmoid(-2) < 0.5
     assert eligible(labels, first, second).tolist() == [True, False, True, False]
     expected = (first.double().sigmoid()[range(4), labels] + second.double().sigmoid()[range(4), labels]) / 2
     torch.testing.assert_close(confidence(labels, first, second), expected)
@@ -124,10 +124,11 @@ def test_random_maps_score_chance():
 
 def test_smoothing_is_of_the_signed_map():
     maps = torch.zeros(1, 4, 8, 8)
+    # Their mean is negative, so only pixels whose window leaves out the -3 stay positive.
     maps[:, :, 1, 1], maps[:, :, 1, 2] = (
         1,
         -3,
-    )  # their mean is negative: what is left lies where -3 does not reach
+    )
     scores = grid_scores(maps, 3)
     assert scores[0].tolist() == [1, 0, 0, 0]
     maps[:, :, 1, 0] = -3

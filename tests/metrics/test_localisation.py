@@ -54,9 +54,11 @@ def test_a_uniform_map_scores_the_share_of_the_mask_and_0_once_corrected():
 def test_iou_by_hand():
     maps = torch.tensor(
         [[[4.0, 3.0, 2.0, 0.0], [-8.0, 1.0, 2.1, 0.0]]]
-    )  # scaled: 1, .75, .5, 0 / 0, .25, .525, 0
+    )  # scaled to 1, .75, .5, 0 / 0, .25, .525, 0
     masks = mask([1, 0, 1, 0], [1, 0, 0, 0])
-    assert attribution_iou(maps, masks).item() == pytest.approx(1 / 5)  # exactly one half does not count
+    assert attribution_iou(maps, masks).item() == pytest.approx(
+        1 / 5
+    )  # a value of exactly one half does not count
 
 
 def test_iou_scales_by_minimum_and_maximum_and_a_flat_map_counts_everywhere():
@@ -100,7 +102,7 @@ def test_the_threshold_is_chosen_by_the_mean_over_all_images():
     assert (found["iou"], found["iou_threshold"]) == (1, pytest.approx(0.001))
     assert found["iou_at_0.5"] == pytest.approx(1 / 8)  # the strong pixel alone
     noisy = peaked(0.06)
-    noisy[:, :3, :2] = 0.012  # which is above all thresholds below 0.02
+    noisy[:, :3, :2] = 0.012  # above all thresholds below 0.02
     metric.update(noisy, masks)
     assert measured(metric.compute())["iou_threshold"] == pytest.approx(0.001)  # better for two of three maps
     for _ in range(3):

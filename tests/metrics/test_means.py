@@ -1,4 +1,4 @@
-"""Means over nothing are never a number, and every figure knows which way it gets better."""
+"""Means over nothing are NaN, and every metric has a direction."""
 
 import math
 

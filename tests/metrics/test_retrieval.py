@@ -17,14 +17,13 @@ def recalls(images, texts, owners=None):
 
 def test_by_hand_with_several_captions_an_image():
     images = torch.eye(12)[:, :12]
-    texts = torch.cat(
-        [images[:3], images[5:6], images[:1]]
-    )  # of images 0, 1, 2, 3 (which it does not describe), 0
+    # Texts of images 0, 1, 2, 3 and 0. The fourth equals image 5 and not its own image.
+    texts = torch.cat([images[:3], images[5:6], images[:1]])
     found = recalls(images, texts, torch.tensor([0, 1, 2, 3, 0]))
     assert found["image_to_text_recall_at_1"] == pytest.approx(3 / 4)  # images 4 to 11 have no text
     assert found["image_to_text_recall_at_5"] == pytest.approx(1)
     assert found["text_to_image_recall_at_1"] == pytest.approx(4 / 5)
-    assert found["text_to_image_recall_at_10"] == pytest.approx(4 / 5)  # eleven others are as near
+    assert found["text_to_image_recall_at_10"] == pytest.approx(4 / 5)  # eleven other images are as near
 
 
 def test_it_is_the_share_whose_sorted_list_begins_with_its_own(monkeypatch):

@@ -1,24 +1,26 @@
-"""What a batch holds, and how samples become one: decoded, transformed, collated.
+"""Batches: samples are decoded, transformed and collated.
 
-A `Batch` is a dict of
+N samples, K classes, C channels of a stored map, H x W pixels, n boxes in the batch. A `Batch` is a dict of
 
-    key      list of str
+    key      list of N str
     image    (N, 3, H, W), float32 in [0, 1] or uint8
-    skipped  int, the images of this batch that did not decode
+    skipped  int, number of images of this batch that did not decode
     label    int64 (N,), in task `multiclass`
     labels   float32 (N, K), multi-hot, in task `multilabel`
 
-and, if any sample of the split has them, of
+If at least one sample of the split has them, it also holds
 
-    boxes    float32 (n, 6) [image, class, xmin, ymin, xmax, ymax], ascending by image, a row of the batch; corners half-open, in
-             pixels of the transformed image
-    mask     int64 (N, H, W) of instance ids: 0 is background, i the i-th box of the image; all 0 for samples without
-    group    int64 (N,), -1 for samples without
-    caption  list of str: of several captions one, in training drawn by (seed, epoch, key), in evaluation the first; "" for
-             samples without
-    captions list of lists of str, all captions of each sample; only if this field is asked for by name
+    boxes    float32 (n, 6) of rows [image, class, xmin, ymin, xmax, ymax], sorted by image, an index into the
+             batch; corners half-open, in pixels of the transformed image
+    mask     int64 (N, H, W), instance ids: 0 is background, i >= 1 the i-th box of the image; 0 everywhere
+             for samples without a mask
+    group    int64 (N,), -1 for samples without a group
+    caption  list of N str, "" for samples without a caption; of several captions, training draws one by
+             (seed, epoch, key), and evaluation takes the first
+    captions list of N lists of str, all captions; only if this field is requested by name
 
-and, with stored explanations, of `teacher_logits` float32 (N, K) and `teacher_maps` float32 (N, C, H, W).
+With stored explanations it also holds `teacher_logits` (N, K) and `teacher_maps` (N, C, H, W), both float32.
+A batch without a decoded image holds `key` and `skipped` alone.
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ from pipelines.data.shards.stored_explanations import StoredExplanations
 
 Batch = dict[str, Any]
 NO_GROUP = -1
-FIELDS = frozenset(("boxes", "mask", "group", "caption", "captions"))  # that a sample need not have
+FIELDS = frozenset(("boxes", "mask", "group", "caption", "captions"))  # optional in a sample
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedSample:
-    """A decoded, transformed sample."""
+    """A decoded and transformed sample."""
 
     key: str
-    annotation: dict[str, Any]  # the sample's json
+    annotation: dict[str, Any]  # content of the sample's json
     image: Tensor  # uint8 (3, H, W)
     boxes: Tensor  # (n, 5): class, xmin, ymin, xmax, ymax
     mask: Tensor | None  # (H, W)
@@ -60,16 +62,16 @@ class DecodedSample:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes batches of samples as they lie in shards. Picklable.
+    """Decodes, transforms and collates samples as the reader returns them. Picklable.
 
     Attributes:
-        manifest: of the shards.
-        fields: those of FIELDS that are read.
-        transform: applied to each sample, with a generator seeded by (seed, epoch, key).
-        seed: of the run.
+        manifest: manifest of the shards.
+        fields: the members of `FIELDS` to read.
+        transform: applied to each sample with a generator seeded by (seed, epoch, key).
+        seed: seed of the run.
         epoch: counted from 0.
-        train: whether one of several captions is drawn; otherwise the first one is taken.
-        explanations: stored ones that come with the samples, or None.
+        train: draw one of several captions; otherwise take the first.
+        explanations: stored explanations to read, or `None`.
     """
 
     manifest: Manifest
@@ -81,19 +83,18 @@ class Decoder:
     explanations: StoredExplanations | None
 
     def decode(self, raw: RawSample) -> DecodedSample:
-        """The sample decoded and transformed.
+        """Decodes and transforms one sample.
 
         Raises:
-            DecodeError: its image does not decode.
-            ShardError: its json is not that of the task.
+            DecodeError: the image does not decode.
+            ShardError: the json does not fit the task, a label is out of range, or no explanation is stored.
         """
         annotation = self._annotation(raw)
         encoded = next(raw.files[suffix] for suffix in IMAGES if suffix in raw.files)
         boxes, encoded_mask = annotation["boxes"], raw.files.get("mask.png")
         image = decode_image(encoded, apply_exif=not boxes and encoded_mask is None)
-        boxes = (
-            boxes if self.fields & {"boxes", "mask"} else []
-        )  # `keep_boxes` renumbers the ids of a mask by its boxes
+        # A mask needs the boxes, too, because `keep_boxes` renumbers its ids by them.
+        boxes = boxes if self.fields & {"boxes", "mask"} else []
         views: Views = {"image": image}
         if boxes:
             corners = torch.tensor([box[1:] for box in boxes], dtype=torch.float32)
@@ -116,12 +117,12 @@ class Decoder:
         return DecodedSample(raw.key, annotation, views["image"], kept, mask, stored)
 
     def close(self) -> None:
-        """Ends a pass: closes the shards of stored explanations that are open."""
+        """Closes the shards of stored explanations at the end of a pass."""
         if self.explanations is not None:
             self.explanations.close()
 
     def _annotation(self, raw: RawSample) -> dict[str, Any]:
-        """The sample's json, its labels checked."""
+        """Parses the sample's json and checks its labels."""
         classes, task = len(self.manifest.classes), self.manifest.task
         try:
             annotation: dict[str, Any] = {"boxes": [], **json.loads(raw.files["json"])}
@@ -144,7 +145,10 @@ class Decoder:
         return annotation
 
     def collate(self, samples: Sequence[DecodedSample], skipped: int) -> Batch:
-        """The batch of `samples`, in few tensors because it may go from process to process: images uint8."""
+        """Collates `samples` into a batch with uint8 images.
+
+        Each tensor is sent from the loader process separately, so the batch has few.
+        """
         batch: Batch = {"key": [sample.key for sample in samples], "skipped": skipped}
         if not samples:
             return batch
@@ -178,7 +182,7 @@ class Decoder:
         return batch
 
     def _caption(self, sample: DecodedSample) -> str:
-        """One caption of a sample; empty if it has none."""
+        """One caption of a sample, or "" if it has no caption."""
         captions = captions_of(sample.annotation)
         if self.train and len(captions) > 1:
             return random.Random(f"caption/{self.seed}/{self.epoch}/{sample.key}").choice(captions)
@@ -186,12 +190,15 @@ class Decoder:
 
 
 def keep_boxes(classes: Tensor, corners: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Boxes (n, 5) without those that a crop left empty, and the mask with its ids renumbered to match.
+    """Removes the boxes that a crop left empty, and renumbers the mask to match; returns both.
 
     Args:
-        classes: (m,).
+        classes: (m,), classes of m boxes.
         corners: (m, 4), XYXY, clipped to the image.
-        mask: int64 (H, W), ids 0 to m.
+        mask: int64 (H, W), ids 0 to m, or `None`.
+
+    Returns:
+        The kept boxes (n, 5) of rows [class, xmin, ymin, xmax, ymax], and the mask with ids 0 to n.
     """
     boxes = torch.cat([classes[:, None], corners], dim=1)
     kept = (corners[:, 2:] > corners[:, :2]).all(dim=1)

@@ -1,4 +1,4 @@
-"""Encoded images as tensors."""
+"""Decodes images to tensors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from pipelines.data.formats.encoded_image import decoded, open_image, to_rgb
 
 
 def decode_image(encoded: bytes, *, apply_exif: bool = True) -> torch.Tensor:
-    """8-bit RGB of an encoded image of any mode: uint8 (3, H, W), in any memory layout.
+    """Decodes an image of any mode to 8-bit RGB: uint8 (3, H, W), in any memory layout.
 
-    Grey is repeated, palettes are looked up, CMYK is converted, 16 bits are cut to the upper 8, and transparent pixels are laid
-    on white. RGB and grey JPEG is decoded by torchvision's libjpeg-turbo, half as fast again as Pillow and the copy to a tensor;
-    every other image by Pillow, as `formats.encoded_image` says.
+    Grey is repeated, palettes are looked up, CMYK is converted, 16-bit values keep their upper 8 bits, and
+    transparent pixels are laid on white. RGB and grey JPEGs are decoded by torchvision's libjpeg-turbo, which
+    is 1.5 times as fast as Pillow with a copy to a tensor. All other images are decoded by Pillow, see
+    `formats.encoded_image`.
 
     Args:
-        encoded: a file in any format that Pillow reads.
-        apply_exif: turn the image as its EXIF orientation says; False if boxes or masks are in stored pixels.
+        encoded: content of a file in any format that Pillow reads.
+        apply_exif: apply the EXIF orientation. Must be False if boxes or masks are in stored pixels.
 
     Raises:
-        DecodeError: not an image, truncated, larger than Pillow's limit on pixels, or of floating-point pixels. Damaged metadata
-            is ignored.
+        DecodeError: the content is not an image, truncated, above Pillow's limit on pixels, or has
+            floating-point pixels. Damaged metadata is ignored.
     """
 
     def decode(content: bytes) -> torch.Tensor:
-        header = Image.open(io.BytesIO(content))  # which does not decode yet
+        header = Image.open(io.BytesIO(content))  # reads the header only
         if header.format == "JPEG" and header.mode in ("RGB", "L"):
             buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             return decode_with_torchvision(buffer, ImageReadMode.RGB, apply_exif_orientation=apply_exif)

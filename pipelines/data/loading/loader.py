@@ -1,8 +1,9 @@
-"""Batches out of shards: each sample of an epoch exactly once, over any number of ranks and loader processes.
+"""The data loader: reads an epoch's samples once each, over any number of ranks and loader processes.
 
-A batch is a function of (seed, epoch, rank): `sampling` settles its samples before anything is read, and each sample's
-augmentation is drawn from a generator seeded by (seed, epoch, key). The number of loader processes changes no batch, a pass that
-starts at batch k gives the batches of an uninterrupted one from there, and no global random state is read or written.
+A batch is a function of (seed, epoch, rank). `sampling` fixes its samples before anything is read, and each
+sample is augmented by a generator seeded by (seed, epoch, key). Therefore the number of loader processes
+changes no batch, and a pass that starts at batch k yields what an uninterrupted pass yields from there. No
+global random state is read or written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipelines.params import DataParams
 from pipelines.storage.retry import is_remote
 
 log = logging.getLogger(__name__)
-PREFETCH = 2  # batches that each loader process makes ahead
+PREFETCH = 2  # batches that each loader process prepares ahead
 
 
 def loader(
@@ -52,53 +53,57 @@ def loader(
     fields: Collection[str] | None = None,
     as_bytes: bool = False,
 ) -> Loader:
-    """The batches (`batch.Batch`) of one rank in one epoch.
+    """Returns an iterable of the batches (`batch.Batch`) of one rank in one epoch.
 
-    In training, the ranks share each full batch (their shares differ by one sample at most), and the samples of the last
-    incomplete batch are left out, other ones each epoch. In evaluation, the ranks together give each sample once, and the last
-    batch of a rank may be shorter.
+    In training, the ranks split each full batch (their shares differ by at most one sample). The samples of
+    the last, incomplete batch are dropped, different ones each epoch. In evaluation, the ranks together read
+    each sample once, and the last batch of a rank may be shorter.
 
-    An image that does not decode ends the pass, or with `data.on_error: skip` is left out of its batch, which is then shorter;
-    the other batches stay as they are. A batch without any image left is not given in evaluation, ends the pass in training, and
-    is given as `key` and `skipped` alone if other ranks train, because they have the other part of it.
+    An image that does not decode ends the pass. With `data.on_error: skip` it is left out of its batch, which
+    is then shorter, and the other batches stay the same. If no image of a batch is left, evaluation drops the
+    batch, and training on one rank ends with an error. Training on several ranks yields `key` and `skipped`
+    alone, because the other ranks hold the rest of the batch.
 
     Args:
-        root: shards: a folder or any fsspec URL.
-        split: its name in the manifest.
-        data: the transform, and how shards are read. `loader_workers` processes decode (0: this one). They are forked if
-            Python's default is to fork, touch no GPU, and end with the pass, also in a Ray worker.
-        batch_size: samples per batch: in training of all ranks together, in evaluation of this rank.
-        context: rank, number of ranks, and the device for `image`; None: one rank on the CPU. The rest of a batch stays on the
-            CPU. Images travel as bytes, and to a GPU from pinned memory if loader processes decode.
+        root: folder or fsspec URL of the shards.
+        split: name of the split in the manifest.
+        data: the transform, and how shards are read. `loader_workers` processes decode (0: this process).
+            They start by Python's default method, use no GPU, and end with the pass, also in a Ray worker.
+        batch_size: samples per batch, summed over all ranks in training, of this rank in evaluation.
+        context: rank, number of ranks, and device of `image`; by default one rank on the CPU. Other tensors
+            stay on the CPU. Images are moved to a GPU as uint8, from pinned memory with loader processes.
         train: shuffle, augment, and drop incomplete batches.
-        seed: of the run.
+        seed: seed of the run.
         epoch: counted from 0; shuffling and augmentation differ by epoch.
-        start_batch: first batch of the pass; those before it are not read.
-        earlier: how the epoch began if that was with other numbers of ranks: (world size, batches of each rank), one after the
-            other, with the same batch size. This pass shares out the rest.
-        subset: numbers of the samples to read, counted through the split's shards, ascending; None: all samples.
-        explanations: root of stored explanations, which come with the images in training, aligned with them; None: without.
-        fields: which of `boxes`, `mask`, `group`, `caption` and `captions` are read, if the split has them; None: all of them but
-            `captions`. Other fields are not decoded: damage there goes unseen.
-        as_bytes: leave `image` uint8; the float32 images are these divided by 255.
+        start_batch: first batch of the pass; earlier batches are not read.
+        earlier: (world size, batches read per rank) of each part of the epoch that was read with another
+            number of ranks, in order, with the same `batch_size`. This pass splits the remaining samples.
+        subset: numbers of the samples to read, counted through the split's shards, ascending; by default all.
+        explanations: root of stored explanations, read with training images and cropped and flipped with
+            them.
+        fields: which of `boxes`, `mask`, `group`, `caption` and `captions` to read, if the split has them; by
+            default all but `captions`. Other fields are not decoded, and damage in them goes unnoticed.
+        as_bytes: keep `image` as uint8; otherwise it is divided by 255 to float32.
 
     Raises:
-        ShardError: the manifest or split is missing; while iterating, a shard is missing, truncated, or not as the
-            manifest says, or a label is out of range. Names the shard.
+        ShardError: the manifest or split is missing. While iterating: a shard is missing, truncated, or does
+            not match the manifest, or a label is out of range. Names the shard.
         DecodeError: an image does not decode. Names key and shard.
         ValueError: an argument is out of its range.
     """
     context = context or Context()
     if batch_size < 1 or start_batch < 0 or not 0 <= context.rank < context.world_size:
         raise ValueError(
-            f"batch_size {batch_size} must be at least 1, start_batch {start_batch} at least 0, and rank {context.rank} "
+            f"batch_size {batch_size} must be at least 1, start_batch {start_batch} at least 0, "
+            f"and rank {context.rank} "
             f"below world_size {context.world_size}"
         )
     if fields is not None and (unknown := set(fields) - FIELDS):
         raise ValueError(f"fields: {sorted(unknown)[0]!r} is none of {', '.join(sorted(FIELDS))}")
     if explanations is not None and not train:
         raise ValueError(
-            "explanations come with training images alone: the fixed view of evaluation does not resize their maps"
+            "explanations come with training images alone: "
+            "the fixed view of evaluation does not resize their maps"
         )
     manifest = read_manifest(root)
     shards, known = manifest.shards(split), manifest.fields.get(split, ())
@@ -123,7 +128,7 @@ def loader(
 
 
 def _counts(shards: Sequence[Shard], subset: Sequence[int] | None) -> list[int]:
-    """Samples of each shard, of those in `subset`."""
+    """Number of samples per shard that belong to `subset`."""
     counts = [shard.count for shard in shards]
     if subset is None:
         return counts
@@ -132,10 +137,10 @@ def _counts(shards: Sequence[Shard], subset: Sequence[int] | None) -> list[int]:
 
 
 class Loader:
-    """One pass of one rank over a split: iterable of batches, `len()` of them.
+    """One pass of one rank over a split: an iterable of batches.
 
     Attributes:
-        skipped: images that did not decode, of the batches given so far in this pass.
+        skipped: number of images that did not decode in this pass so far.
     """
 
     def __init__(self, batches: RankBatches, processes: int, device: torch.device, as_bytes: bool) -> None:
@@ -143,11 +148,10 @@ class Loader:
         self.skipped = 0
 
     def __len__(self) -> int:
-        """Batches from `start_batch` on; in evaluation with `on_error: skip` an upper bound."""
+        """Number of batches from `start_batch` on; an upper bound in evaluation with `on_error: skip`."""
         return len(self._batches.numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches, see `loader`."""
         self.skipped = 0
         for batch in self._decoded():
             if isinstance(batch, DataError):
@@ -161,7 +165,7 @@ class Loader:
                 yield {**batch, "image": images if self._as_bytes else images.float().div_(255)}
 
     def _decoded(self) -> Iterable[Batch | DataError]:
-        """Batches with uint8 images on the CPU, made in this process or by loader processes in turns."""
+        """Batches with uint8 images on the CPU, made in this process or by the loader processes."""
         if self._processes == 0:
             return self._batches
         return DataLoader(
@@ -169,23 +173,22 @@ class Loader:
             batch_size=None,
             num_workers=self._processes,
             prefetch_factor=PREFETCH,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # by default it draws its base seed from torch's global one
+            # Without it, DataLoader draws its base seed from torch's global generator.
+            generator=torch.Generator().manual_seed(0),
             pin_memory=self._device.type == "cuda",
         )
 
 
 @dataclass(frozen=True, eq=False)
 class RankBatches(IterableDataset[Batch | DataError]):
-    """Batches of one rank; of `n` loader processes, process `w` makes the batches w, w + n, ... Picklable.
+    """Batches of one rank. Of n loader processes, process w makes the batches w, w + n, ... Picklable.
 
     Attributes:
-        root, split, tars, shards: where the samples are, see `read_samples`.
-        numbers: those of each batch's samples, counted through `shards`.
+        root, split, tars, shards: as `read_samples` takes them.
+        numbers: for each batch the numbers of its samples, counted through `shards`.
         decoder: makes the batches.
         data: how shards are read.
-        empty: what becomes of a batch of which no image decodes.
+        empty: drop, yield or refuse a batch if none of its images decodes.
     """
 
     root: str
@@ -198,7 +201,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
     empty: Literal["drop", "give", "refuse"]
 
     def __iter__(self) -> Iterator[Batch | DataError]:
-        """The batches of this process in their order; a `DataError` as the last one ends the pass."""
+        """Yields the batches of this process in order. A `DataError`, yielded last, ends the pass."""
         info = get_worker_info()
         process, processes = (0, 1) if info is None else (info.id, info.num_workers)
         mine = self.numbers[process::processes]
@@ -209,14 +212,14 @@ class RankBatches(IterableDataset[Batch | DataError]):
                 for place, numbers in enumerate(mine):
                     reach(process + place * processes)
                     yield self._batch(islice(samples, len(numbers)))
-        except DataError as error:  # sent as it is: DataLoader would wrap its message in a traceback
+        except DataError as error:  # yielded, because DataLoader would wrap its message in a traceback
             yield error
 
     @contextmanager
     def _prefetched(self, process: int, processes: int) -> Iterator[Callable[[int], None]]:
-        """A block in which remote shards come before they are wanted; gives a function to call with each batch's number.
+        """Context in which remote shards are prefetched; yields a function to call with each batch's number.
 
-        One of the rank's processes sees to it for all of them, because the order of the epoch is known.
+        The rank's first loader process prefetches for all of them, because the order of the epoch is known.
         """
         place = self.root if self.tars is None else self.tars
         if process > 0 or not is_remote(place):
@@ -227,7 +230,7 @@ class RankBatches(IterableDataset[Batch | DataError]):
             yield prefetcher.reach
 
     def _batch(self, raw_samples: Iterable[RawSample]) -> Batch:
-        """The batch of these samples; raises `DecodeError` for images that `on_error: skip` does not leave out."""
+        """Makes one batch; raises `DecodeError` for an image that does not decode, unless it is skipped."""
         samples: list[DecodedSample] = []
         errors: list[DecodeError] = []
         for raw in raw_samples:

@@ -1,7 +1,7 @@
-"""Which samples a rank reads in an epoch, in which batches: a pure function of seed, epoch and rank.
+"""Sampling: the samples of each batch of a rank, as a pure function of seed, epoch and rank.
 
-The samples of a split are numbered through its shards. Because the manifest has the counts, no shard is opened to shuffle an
-epoch, to divide it among ranks, or to resume it in the middle.
+The samples of a split are numbered through its shards. The manifest has the number of samples per shard, so
+no shard is opened to shuffle an epoch, to split it among ranks, or to resume it in the middle.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the samples of an epoch are dealt to a rank.
+    """Determines which samples of an epoch a rank reads.
 
     Attributes:
-        batch_size: samples per batch: in training of all ranks together, in evaluation of each rank.
+        batch_size: samples per batch, summed over all ranks in training, per rank in evaluation.
         rank: in [0, world_size).
-        world_size: number of ranks that share the epoch.
+        world_size: number of ranks that split the epoch.
         train: shuffle, and drop incomplete batches.
-        seed: of the run.
+        seed: seed of the run.
         epoch: counted from 0.
-        shuffle_buffer: places by which shuffling moves a sample at most, in training.
+        shuffle_buffer: in training, a sample moves by fewer places than this within its rank's samples.
     """
 
     batch_size: int
@@ -43,10 +43,10 @@ class Sampling:
 
 
 def epoch_order(counts: Sequence[int], sampling: Sampling) -> list[int]:
-    """Numbers of all samples in the order of the epoch: ascending, or in training shard by shard in a permuted order.
+    """Sample numbers in the order of the epoch: ascending in evaluation, by permuted shards in training.
 
-    In training the order also starts at another sample each epoch (and wraps around): otherwise a single shard would lose the
-    same samples, those of the last, incomplete batch, each time. `counts` are the samples of each shard.
+    In training the order is also rotated by a random offset. Otherwise a split of one shard would drop the
+    same samples (its last, incomplete batch) in every epoch. `counts` are the numbers of samples per shard.
     """
     if not sampling.train:
         return list(range(sum(counts)))
@@ -59,10 +59,11 @@ def epoch_order(counts: Sequence[int], sampling: Sampling) -> list[int]:
 
 
 def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:
-    """`items` in another order: each moves by fewer than `buffer_size` places.
+    """Yields `items` in a random order in which each item moves by fewer than `buffer_size` places.
 
-    The buffer gives while it fills, so that the first batches need the first items alone: item i moves by fewer than
-    i + `buffer_size` / 10 + 1 places. And no item stays behind in it for long, so that a rank reads from few shards at a time.
+    The buffer yields while it fills, so that the first batches need only the first shards: item i moves by
+    fewer than i + `buffer_size` / 10 + 1 places. No item stays in the buffer for long, so that a rank reads
+    from few shards at a time.
     """
     buffer: list[tuple[float, int, Item]] = []
     for place, item in enumerate(items):
@@ -74,26 +75,26 @@ def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Ite
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`items` in lists of `size`; the last may be shorter."""
+    """Yields `items` in lists of `size`; the last list may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def share_of_batch(samples: int, sampling: Sampling) -> range:
-    """Places of the rank's samples in a batch of `samples` that all ranks share; shares differ by one sample at most."""
+    """The rank's places in a batch of `samples` for all ranks; shares differ by at most one sample."""
     rank, world_size = sampling.rank, sampling.world_size
     return range(rank * samples // world_size, (rank + 1) * samples // world_size)
 
 
 def rank_share(count: int, sampling: Sampling) -> range:
-    """Places in the order of `count` samples that belong to the rank.
+    """The rank's places in the epoch's order of `count` samples.
 
-    In training every rank has its share of each full batch, and the rest of the epoch is left out; if `count` is too small for
-    one batch, there is one of `count` samples. In evaluation every place belongs to a rank.
+    In training each rank has its share of every full batch, and the rest of the epoch is dropped. A `count`
+    below the batch size makes one batch of `count` samples. In evaluation every place belongs to a rank.
 
     Raises:
-        ValueError: training with fewer samples, in all or in a batch, than ranks.
+        ValueError: in training, a batch or the epoch has fewer samples than there are ranks.
     """
     if not sampling.train:
         return share_of_batch(count, sampling)
@@ -107,7 +108,9 @@ def rank_share(count: int, sampling: Sampling) -> range:
 
 
 def rank_batches(order: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """The rank's batches: its share of `order`, in training shuffled through one buffer, cut into lists of equal length.
+    """The rank's batches: its share of `order`, shuffled in training, cut into lists of equal length.
+
+    In evaluation the last list may be shorter.
 
     Raises:
         ValueError: see `rank_share`.
@@ -122,13 +125,13 @@ def rank_batches(order: Sequence[int], sampling: Sampling) -> list[list[int]]:
 
 
 def unread(order: Sequence[int], earlier: Iterable[tuple[int, int]], sampling: Sampling) -> Sequence[int]:
-    """`order` without the samples that `earlier` numbers of ranks have read.
+    """Removes from `order` the samples that were read before the number of ranks changed.
 
     Args:
         order: see `epoch_order`.
-        earlier: how the epoch began: (world size, batches that each rank read), one after the other, all with the batch size of
-            `sampling`.
-        sampling: of any rank that shares the rest.
+        earlier: (world size, batches read per rank) of each part of the epoch so far, in order. All parts had
+            the batch size of `sampling`.
+        sampling: the sampling of any rank that reads the rest.
     """
     for world_size, count in earlier:
         ranks = [

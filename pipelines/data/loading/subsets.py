@@ -1,6 +1,6 @@
-"""Seeded draws of training images: a few of each class, or a share whose boxes are used; and the validation images' keys.
+"""Seeded subsets of the training images: some per class (few-shot), or a share whose boxes are used.
 
-They are drawn from the index beside the shards: no shard is read.
+Also the keys of the validation images. Everything comes from the index beside the shards, not from shards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subset:
-    """Samples that `few_shot` has drawn: their numbers, counted through the split's shards, ascending, and their keys."""
+    """Samples drawn by `few_shot`: numbers through the split's shards, ascending, and keys in this order."""
 
     split: str
     shots: int
@@ -30,26 +30,27 @@ class Subset:
     keys: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The draw as a report gives it."""
+        """The draw as reports show it."""
         drawn = {"split": self.split, "shots": self.shots, "seed": self.seed}
         return {**drawn, "count": len(self.keys), "keys": list(self.keys)}
 
 
 def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
-    """`shots` images of each class of a split.
+    """Draws `shots` images per class of a split.
 
-    Samples are ranked by a hash of `seed` and key: the draw depends on nothing else, and a larger draw by the same seed contains
-    the smaller ones. If images have several labels, the first `shots` of each class are taken, and a class may get more images
-    through the draws of others. All images are taken of a class that has fewer; the log says how many such classes there are.
+    Within a class, images are ranked by a hash of `seed` and key, and the first `shots` are taken. The draw
+    depends on nothing else, and a larger draw by the same seed contains the smaller ones. If images have
+    several labels, a class may get more images through other classes. A class with fewer images gives all of
+    them, and the number of such classes is logged.
 
     Args:
-        root: shards: a folder or any fsspec URL.
-        split: its name in the manifest.
+        root: folder or fsspec URL of the shards.
+        split: name of the split in the manifest.
         shots: images per class.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        DataError: the data has no labels, no image of the split has one, or its shards have no index.
+        DataError: the data has no labels, no image of the split has one, or the shards have no index.
     """
     manifest = read_manifest(root)
     if not manifest.labelled:
@@ -80,22 +81,23 @@ def few_shot(root: str, split: str, shots: int, seed: int) -> Subset:
 
 
 def validation_images(root: str, split: str = "val") -> dict[str, Any]:
-    """Number and keys of the images that models are selected on, for a report; `root` as in `few_shot`."""
+    """Number and keys of the images on which models are selected, for reports; `root` as in `few_shot`."""
     keys = [key for key, _ in _indexed(root, split)]
     return {"split": split, "count": len(keys), "keys": keys}
 
 
 def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[str, ...]:
-    """Keys of the images whose boxes are used if only a `share` of the images is annotated.
+    """Draws the `share` of the images whose boxes are used; returns their keys, sorted.
 
-    Stratified: `share` of the images with a box of each class, rounded up, the rarest class first; an image that is drawn for
-    one class counts for its other classes. Within a class images are ranked by a hash of `seed` and key.
+    The draw is stratified. For each class, from the rarest to the most frequent, it takes `share` of the
+    images with a box of the class, rounded up. Images that were drawn for earlier classes count. Within a
+    class, images are ranked by a hash of `seed` and key.
 
     Args:
-        root: shards: a folder or any fsspec URL.
-        split: its name in the manifest.
+        root: folder or fsspec URL of the shards.
+        split: name of the split in the manifest.
         share: in (0, 1].
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         DataError: no image of the split has a box, or the shards have no index.
@@ -115,7 +117,7 @@ def annotated_images(root: str, split: str, share: float, seed: int) -> tuple[st
 
 
 def _indexed(root: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and line of the index of each sample, in the order of the shards."""
+    """Yields key and index line of each sample, in the order of the shards."""
     return ((line["key"], line) for line in read_index(root, read_manifest(root), split))
 
 

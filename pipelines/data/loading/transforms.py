@@ -1,9 +1,10 @@
-"""Transforms of an image, and with it of its boxes, its mask and its stored map.
+"""Transforms of an image together with its boxes, mask and stored map, so that they stay aligned.
 
-A sample's *views* are a dict of tensors of the same height and width: `image` uint8 (3, H, W) and, if the sample has them,
-`boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and `stored_map`. A step takes the views and a random
-generator and gives new views; torchvision moves each kind of view in its own way. All random numbers come from that generator,
-none from torch's: a sample's augmentation depends on its own seed alone.
+A sample's *views* are a dict of tensors of one height and width: `image` uint8 (3, H, W) and, if the sample
+has them, `boxes` (`tv_tensors.BoundingBoxes`, XYXY), `mask` (`tv_tensors.Mask`) and `stored_map` (C, H, W). A
+*step* takes views and a random generator and returns new views. Torchvision dispatches on the kind of each
+view. All random numbers come from that generator, so that the augmentation depends on the sample's seed
+alone.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from pipelines.params import DataParams
 Views = dict[str, torch.Tensor]
 Step = Callable[[Views, random.Random], Views]
 
-SCALE = (0.08, 1.0)  # share of the image's area in a random crop (Szegedy et al. 2015, section 6)
-RATIO = (3 / 4, 4 / 3)  # its width over its height
-CROP_DRAWS = 10
-STORED_MAP = "stored_map"  # name of the view that is a teacher's map, float (C, H, W)
+SCALE = (0.08, 1.0)  # area of a random crop over that of the image (Szegedy et al. 2015, section 6)
+RATIO = (3 / 4, 4 / 3)  # width over height of a random crop
+CROP_DRAWS = 10  # attempts to draw a crop that fits into the image
+STORED_MAP = "stored_map"  # name of the view with a teacher's map, float (C, H, W)
 
 
 def train_transform(params: DataParams, stored_map: bool = False) -> Step:
-    """The augmentation that `params.augment` names, to square views of `image_size`. Picklable.
+    """The training augmentation `params.augment`, to square views of `image_size`. Picklable.
 
-    `flip` comes after the fixed view of evaluation, `pad_crop_flip` (CIFAR) after a plain resize, and
-    `random_resized_crop_flip` (ImageNet) takes its crop from the whole image. Each mirrors every second image. RandAugment
-    comes last, if `params.rand_augment` gives its magnitude.
+    `flip` follows the fixed view of evaluation. `pad_crop_flip` (CIFAR) follows a plain resize.
+    `random_resized_crop_flip` (ImageNet) crops from the whole image. Each flips with probability 1/2.
+    RandAugment comes last if `params.rand_augment` is set.
 
-    With `stored_map` the views include a stored map (C, h, w), which belongs to the fixed view of the image, not to the image:
-    map and fixed view are brought to one size first, and then take the same random crop and flip.
+    With `stored_map`, the views include a stored map (C, h, w), which was computed on the fixed view of
+    evaluation (`eval_transform`). The image is therefore brought to the fixed view and the map to its size.
+    Then both take the same random crop and flip.
     """
     size = params.image_size
     first: tuple[Step, ...]
@@ -72,7 +74,7 @@ def train_transform(params: DataParams, stored_map: bool = False) -> Step:
 def _with_stored_map(
     fixed: tuple[Step, ...], drawn: tuple[Step, ...], views: Views, rng: random.Random
 ) -> Views:
-    """`fixed` applied to all views but the stored map, then `drawn` to all views."""
+    """Applies `fixed` to the other views, resizes the stored map to them, then applies `drawn` to all."""
     others = apply(fixed, {name: view for name, view in views.items() if name != STORED_MAP}, rng)
     size = list(_size(others))
     stored = F.resize(views[STORED_MAP], size, interpolation=InterpolationMode.BILINEAR, antialias=False)
@@ -80,51 +82,57 @@ def _with_stored_map(
 
 
 def eval_transform(params: DataParams) -> Step:
-    """The fixed view: shorter side resized to `eval_resize` and centre-cropped, or resized straight to `image_size`."""
+    """The fixed view of evaluation, `image_size` pixels square.
+
+    The shorter side is resized to `eval_resize` and the centre cropped; if `eval_resize` is `None`, the image
+    is resized straight to the square.
+    """
     return partial(apply, _fixed_view(params))
 
 
 def apply(steps: tuple[Step, ...], views: Views, rng: random.Random) -> Views:
-    """`steps` one after the other."""
+    """Applies `steps` in order."""
     for step in steps:
         views = step(views, rng)
     return views
 
 
 def resize_square(views: Views, rng: random.Random, *, size: int) -> Views:
-    """Views of size x size."""
+    """Resizes to size x size, ignoring the aspect ratio."""
     return _resize(views, size, size)
 
 
 def resize_shorter(views: Views, rng: random.Random, *, size: int) -> Views:
-    """Views whose shorter side is `size`, with the same aspect ratio; the longer side is rounded down."""
+    """Resizes the shorter side to `size` and keeps the aspect ratio; the longer side is rounded down."""
     height, width = _size(views)
     shorter = min(height, width)
     return _resize(views, height * size // shorter, width * size // shorter)
 
 
 def centre_crop(views: Views, rng: random.Random, *, size: int) -> Views:
-    """The central size x size pixels; a smaller image is padded with black."""
+    """Crops the central size x size pixels; pads smaller images with black."""
     height, width = _size(views)
     return _crop(views, round((height - size) / 2), round((width - size) / 2), size, size)
 
 
 def flip(views: Views, rng: random.Random) -> Views:
-    """Views mirrored left to right with probability 1/2."""
+    """Mirrors left to right with probability 1/2."""
     return _each(views, F.horizontal_flip) if rng.random() < 0.5 else views
 
 
 def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
-    """A random crop of the same size out of views that are padded with `padding` pixels of black on each side."""
+    """Pads each side with `padding` black pixels and crops randomly to the former size."""
     height, width = _size(views)
     top, left = rng.randint(-padding, padding), rng.randint(-padding, padding)
     return _crop(views, top, left, height, width)
 
 
 def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views:
-    """A crop of random area (`SCALE`) and shape (`RATIO`), resized to size x size (Szegedy et al. 2015, section 6).
+    """Crops a random area (`SCALE`) of random aspect ratio (`RATIO`) and resizes it to size x size.
 
-    If none of `CROP_DRAWS` draws fits into the image, the crop has the largest size of an allowed shape.
+    If none of `CROP_DRAWS` draws fits into the image, the crop is the largest of an allowed aspect ratio.
+
+    Source: Szegedy et al. 2015, section 6.
     """
     height, width = _size(views)
     crop_height, crop_width = _crop_size(height, width, rng)
@@ -134,7 +142,7 @@ def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views
 
 
 def _crop_size(height: int, width: int, rng: random.Random) -> tuple[int, int]:
-    """Height and width of a random crop, at most those of the image."""
+    """Draws height and width of a crop that fits into the image."""
     for _ in range(CROP_DRAWS):
         area = height * width * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -153,25 +161,24 @@ def _fixed_view(params: DataParams) -> tuple[Step, ...]:
 
 
 def _size(views: Views) -> tuple[int, int]:
-    """Height and width, pixels."""
+    """Height and width of the views, pixels."""
     height, width = views["image"].shape[-2:]
     return height, width
 
 
 def _each(views: Views, function: Callable[..., Any], *arguments: Any) -> Views:
-    """`function` applied to each view."""
     return {name: function(view, *arguments) for name, view in views.items()}
 
 
 def _crop(views: Views, top: int, left: int, height: int, width: int) -> Views:
-    """Views cropped to a window, zero where it lies outside them. Boxes are clipped to it."""
+    """Crops to a window and pads with zeros where it lies outside. Boxes are clipped to it."""
     if (top, left, height, width) == (0, 0, *_size(views)):
         return views
     return _each(views, F.crop, top, left, height, width)
 
 
 def _resize(views: Views, height: int, width: int) -> Views:
-    """Views of height x width: images bilinear with antialiasing, masks by the nearest pixel centre."""
+    """Resizes masks by the nearest pixel centre and all other views bilinearly with antialiasing."""
     if (height, width) == _size(views):
         return views
 

@@ -1,12 +1,16 @@
 """Local copies of remote shards, in a folder of bounded size that all processes of a machine share.
 
-The folder is `SHARD_CACHE` (by default one in the temporary folder), its size at most `SHARD_CACHE_GB` (by default 20): both
-belong to a machine, not to a run. `<sha256>.tar` is a copy; while one is downloaded, there are `<sha256>.partial` and
-`<sha256>.lock`, an empty file whose size is the room that the copy will take.
+Two environment variables describe the cache, because it belongs to a machine and not to a run: its folder
+`SHARD_CACHE` (default: a folder in the temporary directory) and its size `SHARD_CACHE_GB` (default: 20).
 
-Locks (`flock`; a process that is killed loses them) keep order. The folder's own is held while room is counted, made and given.
-A `.lock` file's is held by the process that downloads, so that each shard is downloaded once. A copy is locked, shared, by each
-process that has it open: no copy that is open is deleted, and nothing that is deleted takes room.
+    <sha256>.tar      a complete copy
+    <sha256>.partial  a copy that is being downloaded
+    <sha256>.lock     exists during a download; a sparse file whose size is the room reserved for the copy
+
+Processes synchronise by `flock`, and the kernel releases the locks of a process that is killed. A process
+locks the folder while it counts, frees or reserves room. It locks `<sha256>.lock` while it downloads, so each
+shard is downloaded once. It holds a shared lock on each copy that it has open. An open copy is never deleted,
+because a file that is deleted while open still takes room on the disk.
 """
 
 from __future__ import annotations
@@ -25,41 +29,41 @@ from pipelines.data.shards.manifest import Shard, ShardError
 from pipelines.storage.files import file_system
 from pipelines.storage.retry import is_remote, retry
 
-DOWNLOADS = 3  # attempts at a shard whose copies are damaged
-PATIENCE = 5.0  # seconds for which a process waits until others close their copies
-ABANDONED = 3600.0  # seconds without a new byte after which a `.partial` file without a lock may be deleted
+DOWNLOADS = 3  # attempts to download a shard whose copy is damaged
+PATIENCE = 5.0  # seconds to wait for other processes to close their copies
+ABANDONED = 3600.0  # seconds without access after which a `.partial` file without `.lock` is deleted
 
 
 class NoRoomError(ShardError):
-    """The cache has no room for a shard, because the copies in it are open or because the shard is larger than the cache."""
+    """The cache has no room for a shard: its copies are open, or the shard is larger than the cache."""
 
 
 class Copy(NamedTuple):
-    """A file with a shard's content, open for reading; it stays where it is until `descriptor` is closed."""
+    """A file with a shard's content, open for reading. The cache keeps it until `descriptor` is closed."""
 
     path: Path
     descriptor: int
 
 
 def local_copy(root: str, shard: Shard, patience: float | None = None) -> Path:
-    """The path of a local file with the shard's content, brought here if need be; a copy may be deleted later."""
+    """Path of a local file with the shard's content, downloaded if needed. The cache may delete it later."""
     copy = open_copy(root, shard, patience)
     os.close(copy.descriptor)
     return copy.path
 
 
 def open_copy(root: str, shard: Shard, patience: float | None = None) -> Copy:
-    """The shard itself or its checked copy in the cache, open for reading; the caller closes `descriptor`.
+    """Opens the shard, or its checked copy in the cache. The caller closes `descriptor`.
 
     Args:
         root: folder or fsspec URL of the shard.
-        shard: its line of the manifest.
-        patience: seconds to wait for other processes to close their copies if there is no room, by default `PATIENCE`. A process
-            that has copies open itself must not wait: others may wait for it.
+        shard: the shard's entry in the manifest.
+        patience: seconds to wait for other processes to close their copies if there is no room. `None` means
+            `PATIENCE`. A process that has copies open must pass 0, because other processes may wait for it.
 
     Raises:
         NoRoomError: there is no room for a copy.
-        ShardError: the shard is missing, cannot be read, or is not what the manifest says; the error names it.
+        ShardError: the shard is missing, cannot be read, or does not match the manifest. The error names it.
     """
     try:
         if not is_remote(root):
@@ -79,22 +83,21 @@ def open_copy(root: str, shard: Shard, patience: float | None = None) -> Copy:
 
 
 def use(path: Path, shard: Shard) -> int | None:
-    """A descriptor of the shard's copy at `path`, which is then the one used last; None if there is no whole copy."""
+    """Opens the copy at `path` and marks it as just used; `None` if there is no complete copy."""
     with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
-        if (
-            is_at(path, descriptor) and status.st_size == shard.bytes
-        ):  # a crash of the machine may have cut it
-            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # used, not changed
+        # The size is compared because a crash of the machine can truncate the copy.
+        if is_at(path, descriptor) and status.st_size == shard.bytes:
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # atime = now; mtime stays
             return descriptor
         os.close(descriptor)
     return None
 
 
 def bring(root: str, shard: Shard, path: Path, deadline: float) -> int:
-    """Downloads the shard to `path`, unless another process does so meanwhile; returns a descriptor as `use` does."""
+    """Downloads the shard to `path` unless another process just did; returns a descriptor like `use`."""
     with locked(path.with_suffix(".lock")) as lock:
         descriptor = use(path, shard)
         if descriptor is not None:
@@ -116,7 +119,7 @@ def bring(root: str, shard: Shard, path: Path, deadline: float) -> int:
 
 
 def download(root: str, shard: Shard, path: Path) -> None:
-    """Copies a shard to `path`, again if the copy is damaged; raises `ShardError` after `DOWNLOADS` times."""
+    """Copies a shard to `path`; raises `ShardError` if all of `DOWNLOADS` attempts give damaged copies."""
     filesystem, folder = file_system(root)
     for left in reversed(range(DOWNLOADS)):
         retry(partial(filesystem.get_file, f"{folder}/{shard.name}", str(path)), root)
@@ -127,16 +130,16 @@ def download(root: str, shard: Shard, path: Path) -> None:
                 raise
 
 
-# Room -----------------------------------------------------------------------------------------------------------------
+# Room -------------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
-    """The folder of this machine's copies."""
+    """Folder of this machine's copies (`SHARD_CACHE`)."""
     return Path(os.environ.get("SHARD_CACHE") or Path(tempfile.gettempdir(), f"shard-cache-{os.getuid()}"))
 
 
 def cache_limit() -> int:
-    """The bytes that this machine's copies may take."""
+    """Largest total size of this machine's copies in bytes (`SHARD_CACHE_GB`)."""
     text = os.environ.get("SHARD_CACHE_GB") or "20"
     try:
         return round(float(text) * 1e9)
@@ -145,7 +148,11 @@ def cache_limit() -> int:
 
 
 def reserve(folder: Path, shard: Shard, lock: IO[bytes], deadline: float) -> None:
-    """Gives the shard its room, once other copies have left it; raises `NoRoomError` if they have not until `deadline`."""
+    """Reserves room for the shard.
+
+    Raises:
+        NoRoomError: the shard is larger than the cache, or too few copies are closed before `deadline`.
+    """
     limit = cache_limit()
     while True:
         with alone(folder):
@@ -154,14 +161,15 @@ def reserve(folder: Path, shard: Shard, lock: IO[bytes], deadline: float) -> Non
                 return
         if shard.bytes > limit or time.monotonic() >= deadline:
             raise NoRoomError(
-                f"{shard.name}: no room for its {shard.bytes / 1e9:.3g} GB in {folder}, whose {limit / 1e9:.3g} GB are in use: "
+                f"{shard.name}: no room for its {shard.bytes / 1e9:.3g} GB in {folder}, "
+                f"whose {limit / 1e9:.3g} GB are in use: "
                 "set SHARD_CACHE_GB higher or data.shuffle_buffer lower"
             )
         time.sleep(0.02)
 
 
 def make_room(folder: Path, size: int, limit: int) -> bool:
-    """Deletes the least recently used copies that nobody has open until `size` more bytes fit; returns whether they do."""
+    """Deletes the least recently used closed copies until `size` bytes fit; returns True if they fit."""
     total, copies = size, []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -172,7 +180,7 @@ def make_room(folder: Path, size: int, limit: int) -> bool:
             elif path.suffix == ".tar":
                 total += found.st_size
                 copies.append((last, found.st_size, path))
-            elif not path.with_suffix(".lock").exists():  # an older version of this project downloads without
+            elif not path.with_suffix(".lock").exists():  # older versions of this project make no lock
                 if last < time.time() - ABANDONED:
                     path.unlink()
                 else:
@@ -185,7 +193,7 @@ def make_room(folder: Path, size: int, limit: int) -> bool:
 
 
 def remove_unused(path: Path) -> bool:
-    """Deletes a file that no process has locked; returns whether it did."""
+    """Deletes a file unless a process has locked it; returns True if the file was deleted."""
     with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_at(path, file.fileno()):
@@ -195,19 +203,19 @@ def remove_unused(path: Path) -> bool:
 
 
 def remove_abandoned(lock: Path) -> bool:
-    """Deletes what a killed download has left, if nobody holds its lock; returns whether it did."""
+    """Deletes the files of a killed download, whose lock nobody holds; returns True if they were deleted."""
     if not remove_unused(lock):
         return False
     lock.with_suffix(".partial").unlink(missing_ok=True)
     return True
 
 
-# Locks ----------------------------------------------------------------------------------------------------------------
+# Locks ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """A block in which this process alone counts, makes and gives room."""
+    """Context in which no other process of the machine counts, frees or reserves room."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -218,13 +226,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """A block in which this process alone has a file, empty at first, at `path`; it is gone afterwards."""
+    """Context in which this process alone holds the file at `path`, empty at first, deleted at the end."""
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not is_at(path, file.fileno()):  # removed while this process waited
+            if not is_at(path, file.fileno()):  # deleted while this process waited for the lock
                 continue
-            os.ftruncate(file.fileno(), 0)  # of a process that was killed
+            os.ftruncate(file.fileno(), 0)  # drops the reservation of a killed process
             try:
                 yield file
             finally:
@@ -233,7 +241,7 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one at `path`."""
+    """Returns True if `path` still names the open file (others may delete or replace it)."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     return False

@@ -13,12 +13,13 @@ EXTENSIONS = ("jpg", "png", "webp")
 def check_sample(sample: Sample, description: Description) -> None:
     """Raises `DataError` unless `sample` fits the data set that `description` describes.
 
-    Images are not decoded, because the reader raises or skips what does not decode. Where not even the header can be read, boxes
-    and mask are not compared with the image.
+    Images are not decoded, because the loader handles images that do not decode (`data.on_error`). If the
+    header of an image cannot be read, its boxes and mask are not compared with its size.
     """
     if not KEY.fullmatch(sample.key):
         raise DataError(
-            f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, '_' and '-' alone"
+            f"key {sample.key!r}: a key is 1 to {LONGEST_KEY} characters of letters, digits, "
+            "'_' and '-' alone"
         )
     if sample.extension not in EXTENSIONS:
         raise DataError(f"{sample.key}: extension {sample.extension!r} is not one of {', '.join(EXTENSIONS)}")
@@ -32,7 +33,7 @@ def check_sample(sample: Sample, description: Description) -> None:
 
 
 def _check_labels(sample: Sample, description: Description) -> None:
-    """Raises `DataError` if the label that the task needs is missing or not a class."""
+    """Raises `DataError` if a label that the task needs is missing, out of range or given twice."""
     classes = len(description.classes)
     match description.task:
         case "multiclass":
@@ -56,12 +57,13 @@ def _check_labels(sample: Sample, description: Description) -> None:
     for label in labels:
         if not 0 <= label < classes:
             raise DataError(
-                f"{sample.key}: label {label} is out of range; there are {classes} classes, 0 to {classes - 1}"
+                f"{sample.key}: label {label} is out of range; there are {classes} classes, "
+                f"0 to {classes - 1}"
             )
 
 
 def _check_geometry(sample: Sample, classes: int) -> None:
-    """Raises `DataError` if a box is empty, outside its image or of no class, or the mask does not fit."""
+    """Raises `DataError` if a box is empty, outside its image or of an unknown class, or the mask misfits."""
     size = mask = None
     with suppress(DecodeError):
         size = image_size(sample.image)
@@ -71,7 +73,7 @@ def _check_geometry(sample: Sample, classes: int) -> None:
         raise DataError(f"{sample.key}: boxes and mask cannot be checked: {error}") from None
     for box in sample.boxes:
         label, xmin, ymin, xmax, ymax = box
-        if not (xmin < xmax and ymin < ymax):  # so written, NaN is caught as well
+        if not (xmin < xmax and ymin < ymax):  # `not (a < b)` is True for NaN, too
             raise DataError(f"{sample.key}: box {box} is empty; xmin < xmax and ymin < ymax are needed")
         if xmin < 0 or ymin < 0 or (size is not None and (xmax > size[1] or ymax > size[0])):
             where = "" if size is None else f" of {size[1]} x {size[0]} pixels"
@@ -82,7 +84,8 @@ def _check_geometry(sample: Sample, classes: int) -> None:
         return
     if size is not None and mask.shape != size:
         raise DataError(
-            f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; its image has {size[1]} x {size[0]}"
+            f"{sample.key}: mask of {mask.shape[1]} x {mask.shape[0]} pixels; "
+            f"its image has {size[1]} x {size[0]}"
         )
     if sample.boxes and int(mask.max()) > len(sample.boxes):
         raise DataError(

@@ -1,6 +1,7 @@
-"""Data sets that already lie in tars: a manifest and indexes that point to these very tars. No sample is copied.
+"""Manifest and indexes of data sets that already are tars.
 
-The index of a split names the samples that belong to it: other samples of the same tars are never read.
+They point to these tars, so that no sample is copied. The index of a split names the samples of the split.
+Other samples in the same tars are never read.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from pipelines.storage import files
 
 @runtime_checkable
 class InPlace(Protocol):
-    """A source whose samples are read from the tars in which they lie."""
+    """A source whose original tars are read directly, without writing shards."""
 
     def describe(self, raw: Path) -> Description:
-        """The data set."""
+        """Describes the data set."""
 
     def tars(self, raw: Path) -> str:
-        """The absolute path or URL of the folder of all tars."""
+        """Absolute path or URL of the folder that holds all tars."""
 
     def parts(
         self, raw: Path, split: str
     ) -> Iterator[tuple[Shard, Sequence[Entry], dict[str, dict[str, Any]]]]:
-        """Each tar of `split`, where the split's samples lie in it, and what else the index says of each by key.
+        """Yields each tar with the places of its samples and their other index fields by key (`known_of`).
 
-        The tar's count is that of these samples.
+        Only samples of `split` are included, and `Shard.count` is their number.
         """
 
 
 def write_in_place(source: InPlace, raw: Path, root: str, *, progress: bool = True) -> dict[str, Any]:
-    """Writes the indexes and the manifest of `source` to `root`, the manifest last; returns its content."""
+    """Writes the indexes of `source` and then its manifest to `root`; returns the content of the manifest."""
     description = source.describe(raw)
     splits = [split for split, count in description.counts.items() if count > 0]
     for name in (MANIFEST, *map(index_name, splits)):

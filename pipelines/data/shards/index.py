@@ -1,17 +1,18 @@
-"""The index of a split: the labels of each sample and its place in the shards, in one file beside them.
+"""The index of a split: labels and place of each sample in the shards, in one file beside them.
 
-Subsets are drawn from the index alone, so that no shard is read for them. It is JSON lines in gzip (`zcat` shows it): for each
-shard a line of its own, `{"shard": {"name", "bytes", "sha256", "count"}}`, and then a line per sample in the shard's order:
+Subsets are drawn from the index alone, without reading a shard. The file is gzipped JSON lines (see `zcat`).
+Each shard has one line `{"shard": {"name", "bytes", "sha256", "count"}}`, followed by one line per sample
+in the order of the shard:
 
-    key          of the sample
-    label        int, or `labels`: list of int
-    box_classes  classes of its boxes, ascending, each once; only if it has boxes
-    group        int; only if it has one
-    caption      str, or `captions`: list of str; only if it has one, or several
-    files        suffix -> [offset, bytes] of its files in the tar
+    key          key of the sample
+    label        int; or `labels`, a list of int
+    box_classes  classes of the boxes, ascending, each once; absent without boxes
+    group        int; absent without a group
+    caption      str; or `captions`, a list of str; absent without captions
+    files        suffix -> [offset, bytes] of the sample's files in the tar
 
-Each shard's lines are a gzip member of their own; the manifest says how many bytes each member (`part`) has. Hence writers make
-parts side by side, and one shard's lines are one small range of the file.
+The lines of one shard form one gzip member, called a part. The manifest lists the size of each part.
+Processes can therefore write parts in parallel, and one range request reads the lines of one shard.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ AGAIN = "run the stage `shard` again"
 
 
 def index_name(split: str) -> str:
-    """Name of the index of `split`."""
+    """File name of the index of `split`."""
     return f"{split}.index.jsonl.gz"
 
 
 def index_part(shard: Shard, entries: Iterable[Entry], known: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """One shard's part of an index, the same bytes each time.
+    """Part of an index for one shard. Equal arguments give equal bytes.
 
     Args:
         shard: the shard.
-        entries: where its samples lie.
-        known: key -> what else the sample's line says.
+        entries: the places of its samples.
+        known: key -> the other fields of the sample's line, see `known_of`.
     """
     lines: list[dict[str, Any]] = [{"shard": asdict(shard)}]
     for entry in entries:
@@ -53,7 +54,7 @@ def index_part(shard: Shard, entries: Iterable[Entry], known: Mapping[str, Mappi
 
 
 def known_of(annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """What the index says of a sample with this json."""
+    """Index fields that follow from a sample's json: labels, group, captions, classes of boxes."""
     known = {
         name: annotation[name]
         for name in ("label", "labels", "group", "caption", "captions")
@@ -64,17 +65,17 @@ def known_of(annotation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_index(root: str, split: str, parts: Sequence[bytes]) -> Index:
-    """Writes the index of `split` at `root`, whole or not at all; returns its record for the manifest."""
+    """Writes the index of `split` to `root` atomically; returns its entry for the manifest."""
     content, name = b"".join(parts), index_name(split)
     files.write(f"{root}/{name}", content)
     return Index(name, len(content), hashlib.sha256(content).hexdigest(), tuple(len(part) for part in parts))
 
 
 def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, Any]]:
-    """The line of each sample of `split`, in the order of its shards; reads the index, no shard.
+    """Yields the index line of each sample of `split`, in the order of the shards. Reads no shard.
 
     Raises:
-        ShardError: there is no index, or it is damaged, or not that of these shards.
+        ShardError: the index is missing, damaged, or belongs to other shards.
     """
     shards, index = manifest.shards(split), _index(root, manifest, split)
     content = _read(root, index.name)
@@ -89,9 +90,12 @@ def read_index(root: str, manifest: Manifest, split: str) -> Iterator[dict[str, 
 
 
 def read_entries(root: str, shard: Shard, split: str | None = None) -> tuple[Entry, ...]:
-    """Where the samples of a shard lie, read from its part of the index at `root` alone; errors are those of `read_index`.
+    """Places of a shard's samples. Reads the shard's part of the index at `root` alone.
 
-    A tar that is read in place may have samples of several splits: then `split` must be given.
+    `split` is required for tars that are read in place, because one tar may hold samples of several splits.
+
+    Raises:
+        ShardError: as `read_index`, or the shard is not in the manifest.
     """
     manifest = read_manifest(root)
     named = [split] if split is not None else manifest.splits
@@ -105,7 +109,7 @@ def read_entries(root: str, shard: Shard, split: str | None = None) -> tuple[Ent
 
 
 def part_entries(part: bytes, shard: Shard, name: str) -> tuple[Entry, ...]:
-    """Where the samples of `shard` lie, by its part of the index called `name`; raises `ShardError` if it is another part."""
+    """Places of the samples in `part` of the index `name`; `ShardError` unless `part` belongs to `shard`."""
     lines = _lines(part, shard, name)
     return tuple(
         Entry(line["key"], tuple((suffix, *place) for suffix, place in line["files"].items()))
@@ -114,7 +118,7 @@ def part_entries(part: bytes, shard: Shard, name: str) -> tuple[Entry, ...]:
 
 
 def part_shard(part: bytes) -> Shard | None:
-    """The shard of a part; None if the part is damaged."""
+    """Shard that a part belongs to; `None` if the part is damaged."""
     try:
         return Shard(**json.loads(gzip.decompress(part).partition(b"\n")[0])["shard"])
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError):
@@ -122,7 +126,7 @@ def part_shard(part: bytes) -> Shard | None:
 
 
 def _read(root: str, name: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An index's bytes in [start, end), or all of it."""
+    """Bytes [start, end) of an index, by default all bytes."""
     try:
         return files.read(f"{root}/{name}", start, end)
     except FileNotFoundError:
@@ -132,7 +136,6 @@ def _read(root: str, name: str, start: int | None = None, end: int | None = None
 
 
 def _index(root: str, manifest: Manifest, split: str) -> Index:
-    """The record of the index of `split`."""
     index, shards = manifest.indexes.get(split), manifest.splits.get(split, ())
     if index is None or len(index.parts) != len(shards):
         raise ShardError(
@@ -142,7 +145,7 @@ def _index(root: str, manifest: Manifest, split: str) -> Index:
 
 
 def _lines(part: bytes, shard: Shard, name: str) -> list[dict[str, Any]]:
-    """The lines of the samples in one part."""
+    """Sample lines of one part, without its shard line."""
     if part_shard(part) != shard:
         raise ShardError(f"{name}: damaged, or not the index of {shard.name} as the manifest has it; {AGAIN}")
     return [json.loads(line) for line in gzip.decompress(part).splitlines()[1:]]

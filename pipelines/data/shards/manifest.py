@@ -1,4 +1,4 @@
-"""`manifest.json` of a folder of shards, written last by `write_shards` and read first by the loader."""
+"""`manifest.json` of a folder of shards: written last by `write_shards`, read first by the loader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 class ShardError(DataError):
-    """A shard or manifest that is missing, corrupt or not what the manifest says: one line that names it."""
+    """A shard, index or manifest is missing, corrupt or does not match the manifest. One line names it."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Shard(Listed):
 
 @dataclass(frozen=True)
 class Index(Listed):
-    """The index of a split: what its samples are and where they lie in the shards, see `index`."""
+    """Entry of the index of a split, see `index`."""
 
-    parts: tuple[int, ...]  # bytes of each shard's part, in the order of the shards
+    parts: tuple[int, ...]  # size of each shard's part in bytes, in the order of the shards
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,16 @@ class Manifest:
     """A data set in shards.
 
     Attributes:
-        classes: names, in the order of their labels.
+        classes: names of the classes, in the order of their labels.
         task: `multiclass`, `multilabel`, `caption` or `unlabelled`.
         source: name or URL of the data set's source.
         checksum: sha256 of the source.
-        splits: the shards of each split, in order.
-        fields: for each split, which of `boxes`, `mask`, `group` and `caption` any of its samples has.
-        indexes: the index of each split; none if an earlier version wrote the shards.
-        tars: absolute path or URL of the folder of the shards, if these are tars of img2dataset that are read in place: captions
-            lie in `.txt`, and only samples that the index names are read. None: this project's shards, beside the manifest.
+        splits: split -> its shards, in order.
+        fields: split -> those of `boxes`, `mask`, `group` and `caption` that at least one of its samples has.
+        indexes: split -> its index; empty if an earlier version of this project wrote the shards.
+        tars: `None` if the shards are this project's and lie beside the manifest. Otherwise the absolute path
+            or URL of a folder of img2dataset tars that are read in place. Their captions lie in `.txt` files,
+            and only samples that the index names are read.
     """
 
     classes: tuple[str, ...]
@@ -81,7 +82,7 @@ class Manifest:
     tars: str | None = None
 
     def count(self, split: str) -> int:
-        """Samples of `split`; raises `ShardError` if there is no such split."""
+        """Number of samples in `split`; raises `ShardError` if there is no such split."""
         return sum(shard.count for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
@@ -94,19 +95,19 @@ class Manifest:
 
     @property
     def labelled(self) -> bool:
-        """Whether samples have classes."""
+        """True if the task gives samples classes (multiclass, multilabel)."""
         return self.task in ("multiclass", "multilabel")
 
     @property
     def digest(self) -> str:
-        """sha256 of the whole manifest: equal if every byte of every shard is equal."""
+        """sha256 of the manifest, which identifies every byte of every shard."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `manifest.json`."""
+        """Content of `manifest.json`."""
         content = asdict(self)
         if self.tars is None:
-            del content["tars"]  # so that digests stay those of earlier versions
+            del content["tars"]  # absent in earlier versions, whose digests stay valid
         return content
 
 
@@ -114,7 +115,7 @@ _CONTENT = TypeAdapter(Manifest)
 
 
 def read_manifest(root: str) -> Manifest:
-    """The manifest of the shards at `root`, a folder or any fsspec URL.
+    """Reads and checks the manifest of the shards at `root`, a folder or any fsspec URL.
 
     Raises:
         ShardError: there is no manifest, or it is damaged.
@@ -125,9 +126,8 @@ def read_manifest(root: str) -> Manifest:
         for listed in (
             () if manifest is None else (*chain(*manifest.splits.values()), *manifest.indexes.values())
         ):
-            File(
-                listed.name, listed.bytes, listed.sha256
-            )  # which raises: copies are written under these names
+            # Local copies are written under these names, so `File` raises if one is unsafe.
+            File(listed.name, listed.bytes, listed.sha256)
     except OSError as error:
         raise ShardError(f"{root}/{MANIFEST}: {error}") from None
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Shards and stored explanations in a storage that all machines see, in folders named by content."""
+"""Uploads shards and stored explanations to a shared storage, in folders named by their content."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pipelines.storage.publish import Upload
 
 
 def publish_shards(folder: str, storage: str) -> str:
-    """Copies the shards of a manifest in a local folder to `storage` if missing; returns their root."""
+    """Copies the shards of the manifest in `folder` to `storage` if missing; returns their root there."""
     return shards_upload(folder, storage).run()
 
 
 def shards_upload(folder: str, storage: str) -> Upload:
-    """The shards of a manifest in a local folder, and where in `storage` they belong. Tars that are read in place stay there."""
+    """The upload of the shards of the manifest in `folder` to `storage`.
+
+    If tars are read in place, only indexes and manifest are uploaded.
+    """
     manifest = read_manifest(folder)
     shards = (shard for of_split in manifest.splits.values() for shard in of_split)
     listed = (*(shards if manifest.tars is None else ()), *manifest.indexes.values())
@@ -25,15 +28,15 @@ def shards_upload(folder: str, storage: str) -> Upload:
 
 
 def publish_explanations(folder: str, storage: str) -> str:
-    """The root of the stored explanations whose index is in a local folder: at a URL, or copied to `storage` if missing there."""
+    """Copies explanations indexed in `folder` to `storage` unless they are at a URL; returns their root."""
     return explanations_upload(folder, storage).run()
 
 
 def explanations_upload(folder: str, storage: str) -> Upload:
-    """The stored explanations of an index in a local folder, and where they belong: where the index says, or in `storage`.
+    """The upload of the explanations indexed in `folder` to the URL in their index, else to `storage`.
 
     Raises:
-        ShardError: the explanations are not where the index says.
+        ShardError: the explanations are not at the URL that the index names.
     """
     index = read_index(folder)
     if "root" in index:

@@ -1,7 +1,8 @@
-"""Reads samples from shards by number, still encoded, from a folder or any fsspec URL.
+"""Reads encoded samples by their numbers from shards in a folder or at any fsspec URL.
 
-Remote shards are copied to this machine as a whole, see `cache`. A copy is scanned when its first sample is wanted, and each
-sample is then one read. If the cache has no room for a shard, its samples are read from the storage one by one.
+Remote shards are copied to this machine whole, see `cache`. A shard is scanned before its first sample is
+read. Each sample then takes one read. If the cache has no room for a shard, each of its samples is read from
+the storage by one range request.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from pipelines.storage import files
 
 log = logging.getLogger(__name__)
 IMAGES = ("jpg", "png", "webp")
-SUFFIXES = (*IMAGES, "json", "mask.png")  # nothing else in a shard is ever decoded
+SUFFIXES = (*IMAGES, "json", "mask.png")  # other files in a shard are never decoded
 OPEN_FILES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """One sample as it lies in its shard.
+    """One sample as its shard stores it.
 
     Attributes:
-        key: of the sample.
-        shard: the shard's name.
-        files: content by suffix: `json`, one of `jpg`, `png` and `webp`, and optionally `mask.png`.
-        last: no sample of the shard follows in this pass of this process.
+        key: key of the sample.
+        shard: name of its shard.
+        files: suffix -> content: `json`, one of `jpg`, `png` and `webp`, and optionally `mask.png`.
+        last: True if this process reads no further sample of the shard in this pass.
     """
 
     key: str
@@ -56,18 +57,18 @@ def read_samples(
     split: str | None = None,
     tars: str | None = None,
 ) -> Generator[RawSample, None, None]:
-    """The samples of these numbers, in this order, counted through `shards`.
+    """Yields the samples `numbers` in this order. Samples are numbered through `shards`, from 0.
 
     Args:
         root: folder or fsspec URL of the manifest.
-        shards: of one split, in the manifest's order.
-        numbers: each in [0, samples of the split).
+        shards: all shards of one split, in the manifest's order.
+        numbers: each in [0, number of samples in the split).
         verify: check each shard's sha256 before its first sample is read.
-        split: the name of that split; only tars that are read in place need it.
+        split: name of the split; only needed for tars that are read in place.
         tars: see `Manifest`.
 
     Raises:
-        ShardError: a shard is missing, truncated, or not what the manifest says; the error names it.
+        ShardError: a shard is missing, truncated, or does not match the manifest. The error names it.
     """
     starts = [0, *accumulate(shard.count for shard in shards)]
     shard_of = [bisect_right(starts, number) - 1 for number in numbers]
@@ -87,7 +88,7 @@ def read_samples(
 
 
 def check_entries(shard: Shard, entries: Sequence[Entry]) -> None:
-    """Raises `ShardError` unless these are the samples of `shard`."""
+    """Raises `ShardError` unless there are `shard.count` samples, each with one image and a json."""
     if len(entries) != shard.count:
         raise ShardError(f"{shard.name}: {len(entries)} samples; the manifest says {shard.count}")
     for entry in entries:
@@ -99,16 +100,17 @@ def check_entries(shard: Shard, entries: Sequence[Entry]) -> None:
 
 
 class OpenShards:
-    """The shards at `root` that are being read, at most `OPEN_FILES` at a time; a copy that is open stays in the cache.
+    """Reads the shards at `root` and holds up to `OPEN_FILES` of them open. The cache keeps open copies.
 
     Args:
         root: folder or fsspec URL of the shards.
-        suffixes: of the files that are read.
-        indexed: returns from the index where the samples of a shard lie.
-        check: raises `ShardError` if these cannot be the samples of a shard.
+        suffixes: suffixes of the files to read.
+        indexed: returns the places of a shard's samples from the index.
+        check: raises `ShardError` if these entries cannot be the samples of a shard.
         verify: check the sha256 of each shard.
-        scanned: whether a shard is scanned for its samples where it is at hand; otherwise `indexed` alone says where they lie.
-        patient: wait for room in the cache, if nothing is open; until that was once in vain.
+        patient: wait for room in the cache while no shard is open, until one wait fails.
+        scanned: find the samples of a shard by scanning its local file. If False, or if there is no local
+            file, `indexed` gives their places.
     """
 
     def __init__(
@@ -124,12 +126,10 @@ class OpenShards:
         self._root, self._suffixes, self._indexed, self._check = root, suffixes, indexed, check
         self._verify, self._patient, self._scanned, self._told = verify, patient, scanned, False
         self._entries: dict[str, tuple[Entry, ...]] = {}
-        self._open: OrderedDict[str, int] = (
-            OrderedDict()
-        )  # descriptors of local files, the one used last at the end
-        self._direct: set[str] = (
-            set()
-        )  # shards that are read from the storage, because the cache has no room for them
+        # Descriptors of local files by shard name, the most recently used one at the end.
+        self._open: OrderedDict[str, int] = OrderedDict()
+        # Shards that are read from the storage because the cache has no room for them.
+        self._direct: set[str] = set()
 
     def __enter__(self) -> OpenShards:
         return self
@@ -138,13 +138,13 @@ class OpenShards:
         self.close()
 
     def entries(self, shard: Shard) -> tuple[Entry, ...]:
-        """Where the samples of a shard lie."""
+        """Places of a shard's samples in its tar. Opens the shard if needed."""
         if shard.name not in self._entries:
             self._begin(shard)
         return self._entries[shard.name]
 
     def read(self, shard: Shard, entry: Entry) -> dict[str, bytes]:
-        """The files of one sample by suffix, in one read: they lie side by side."""
+        """Reads the files of one sample (adjacent in the tar) at once; returns suffix -> content."""
         if shard.name not in self._open and shard.name not in self._direct:
             self._begin(shard)
         start = min(offset for _, offset, _ in entry.files)
@@ -164,7 +164,7 @@ class OpenShards:
         }
 
     def close(self, name: str | None = None) -> None:
-        """Ends the reading of a shard, or of all; their copies may be deleted from the cache."""
+        """Closes the shard `name`, by default all shards. The cache may then delete their copies."""
         for each in {*self._open, *self._entries} if name is None else [name]:
             if each in self._open:
                 os.close(self._open.pop(each))
@@ -172,7 +172,7 @@ class OpenShards:
             self._direct.discard(each)
 
     def _begin(self, shard: Shard) -> None:
-        """Opens the shard and learns where its samples lie; after a check against the manifest."""
+        """Opens the shard, checks it against the manifest, and finds the places of its samples."""
         if len(self._open) >= OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         try:
@@ -191,11 +191,11 @@ class OpenShards:
         self._entries[shard.name] = entries
 
     def _known(self, shard: Shard) -> tuple[Entry, ...]:
-        """Where the samples lie by the index, which is read once in a pass although a shard may be opened several times."""
+        """Places by the index, which is read once per pass even if the shard is opened several times."""
         return self._entries.get(shard.name) or self._indexed(shard)
 
     def _scan(self, shard: Shard, path: Path, descriptor: int) -> tuple[Entry, ...]:
-        """Where the samples lie by the shard itself."""
+        """Places by a scan of the shard's local file."""
         try:
             return scan(path, shard.bytes, os.fstat(descriptor).st_mtime_ns, self._suffixes)
         except (tarfile.TarError, EOFError) as error:

@@ -1,12 +1,13 @@
-"""Stored explanations: a teacher's logits and maps, sample by sample, in shards like the data's.
+"""Stored explanations: a teacher's logits and maps for each sample, in shards like those of the data.
 
     <root>/train-000000.tar             `<key>.logits.npy` (K,) and `<key>.map.npy` (C, h, w) of each sample
-    <root>/train-000000.index.jsonl.gz  where they lie in the tar, see `index`; written after it
-    <root>/explanations.json            written last: the teacher, the images, how the maps were made, and the shards
+    <root>/train-000000.index.jsonl.gz  their places in the tar, see `index`; written after the tar
+    <root>/explanations.json            the index, written last: an `Origin` and the list of shards
 
-The index alone can stand elsewhere: it says at which URL the shards are, if they are at one.
+If `<root>` is a URL, `explanations.json` names it, and a copy of this file suffices to find the shards.
 
-A map is stored divided by its largest absolute value, so that it fits half precision: losses use its direction alone.
+K classes, C channels, h x w pixels of a map. Maps are stored divided by their largest absolute value, so that
+they fit half precision. This loses nothing, because the losses use only the direction of a map.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ LOGITS, MAP = "logits.npy", "map.npy"  # suffixes
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that stored explanations depend on."""
+    """Everything that determines the values of stored explanations."""
 
-    teacher: str  # digest of the model
-    images: str  # digest of the data's manifest
+    teacher: str  # digest of the teacher
+    images: str  # digest of the manifest of the data
     maps: str  # `dynamic_weights` or `gradcam`
-    image_size: int  # of the view that is explained
-    eval_resize: int | None
-    resolution: int  # side of the stored maps
+    image_size: int  # side of the explained view, pixels
+    eval_resize: int | None  # see `DataParams`
+    resolution: int  # side of the stored maps, pixels
     precision: str
 
 
 def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tensor]]) -> Shard:
-    """Writes one shard of (key, logits (K,), map (C, h, w)), whole or not at all, and then where these lie in it."""
+    """Writes one shard of (key, logits (K,), map (C, h, w)) atomically, then its samples' places."""
     shard, entries = write_tar(
         root, name, ((key, {LOGITS: _npy(logits), MAP: _npy(stored)}) for key, logits, stored in samples)
     )
@@ -57,55 +58,55 @@ def write_shard(root: str, name: str, samples: Iterable[tuple[str, Tensor, Tenso
 
 
 def finished_shards(root: str, names: Iterable[str]) -> dict[str, Shard]:
-    """Those of the shards `names` at `root` that `write_shard` has finished, by name."""
+    """Name -> shard for those of `names` at `root` that `write_shard` has finished."""
     there = set(files.names_in(root))
     parts = (files.read(f"{root}/{_places(name)}") for name in names if {name, _places(name)} <= there)
     return {shard.name: shard for shard in map(part_shard, parts) if shard is not None}
 
 
 def shard_files(index: dict[str, Any]) -> list[str]:
-    """Names of the files that belong to stored explanations with this index, the index last."""
+    """Names of all files of the stored explanations with this index; the index itself is last."""
     names = [entry["name"] for entry in index["shards"]]
     return [*names, *map(_places, names), INDEX]
 
 
 def _places(name: str) -> str:
-    """Name of the file that says where the samples lie in the shard `name`."""
+    """Name of the file with the places of the samples in the shard `name`."""
     return index_name(name.removesuffix(".tar"))
 
 
 def _npy(values: Tensor) -> bytes:
-    """A tensor as the content of a `.npy` file."""
+    """Encodes a tensor as a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, values.numpy(), allow_pickle=False)
     return buffer.getvalue()
 
 
 def write_index(root: str, origin: Origin, shards: Iterable[Shard]) -> None:
-    """Writes the index of the shards in `root`, which marks them as complete; it names `root` if that is a URL."""
+    """Writes the index of the shards at `root`, which marks them as complete; names `root` if it is a URL."""
     of_name = {shard.name: asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)}
     place = {"root": root} if "://" in root else {}
     files.write_json(f"{root}/{INDEX}", {**asdict(origin), **place, "shards": list(of_name.values())})
 
 
 def check_origin(root: str, wanted: Origin) -> None:
-    """Raises `ShardError` unless the stored explanations at `root` are of this origin."""
+    """Raises `ShardError` unless the stored explanations at `root` have the origin `wanted`."""
     found = read_index(root)
     for name, value in asdict(wanted).items():
         if found.get(name) != value:
             raise ShardError(
-                f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): store them again"
+                f"{root}: its explanations are of another {name} ({found.get(name)}, not {value}): "
+                "store them again"
             )
 
 
 def read_index(root: str) -> dict[str, Any]:
-    """The index that `write_index` wrote; raises `ShardError` if there is none."""
+    """Reads the index that `write_index` wrote; raises `ShardError` if it is missing or damaged."""
     try:
         content = files.read_json(f"{root}/{INDEX}")
         for entry in () if content is None else content["shards"]:
-            File(
-                entry["name"], entry["bytes"], entry["sha256"]
-            )  # which raises: copies are written under these names
+            # Local copies are written under these names, so `File` raises if one is unsafe.
+            File(entry["name"], entry["bytes"], entry["sha256"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ShardError(f"{root}/{INDEX}: not read: {error}") from None
     if content is None:
@@ -114,7 +115,7 @@ def read_index(root: str) -> dict[str, Any]:
 
 
 def are_complete(root: str) -> bool:
-    """Whether `write_index` has marked the explanations at `root` as complete."""
+    """Returns True if `root` has an index with shards, which marks its explanations as complete."""
     try:
         return bool(read_index(root)["shards"])
     except (ShardError, LookupError, TypeError):
@@ -122,7 +123,7 @@ def are_complete(root: str) -> bool:
 
 
 class StoredExplanations:
-    """Reads stored explanations by shard and key; picklable.
+    """Reads stored explanations by shard and key. Picklable.
 
     Args:
         root: a folder or any fsspec URL.
@@ -131,17 +132,17 @@ class StoredExplanations:
     def __init__(self, root: str) -> None:
         self.root = root
         self._shards: dict[str, Shard] = {}
-        self._entries: dict[str, dict[str, Entry]] = {}  # of each shard that is open, by key
+        self._entries: dict[str, dict[str, Entry]] = {}  # shard name -> key -> entry
         self._open = OpenShards(root, (LOGITS, MAP), self._indexed, patient=False)
 
     def __reduce__(self) -> tuple[type[StoredExplanations], tuple[str]]:
         return StoredExplanations, (self.root,)
 
     def read(self, shard: str, key: str) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and map (C, h, w) of a sample, both float32.
+        """Reads logits (K,) and map (C, h, w) of a sample, both float32.
 
         Raises:
-            ShardError: the shard or the key is missing, or a value is not finite.
+            ShardError: the shard or the key is missing, a file is damaged, or a value is not finite.
         """
         described = self._shard(shard)
         if shard not in self._entries:
@@ -156,14 +157,14 @@ class StoredExplanations:
         return self._values(shard, key, LOGITS, found), self._values(shard, key, MAP, found)
 
     def close(self, shard: str | None = None) -> None:
-        """Ends the reading of a shard, or of all; its copy may be deleted from the cache."""
+        """Closes a shard, by default all shards. The cache may then delete their copies."""
         self._open.close(shard)
         self._entries = {
             name: entries for name, entries in self._entries.items() if shard not in (name, None)
         }
 
     def _values(self, shard: str, key: str, suffix: str, found: dict[str, bytes]) -> Tensor:
-        """The tensor of one file."""
+        """Decodes one file, float32; raises `ShardError` if it is damaged or not finite."""
         try:
             values = torch.from_numpy(np.load(io.BytesIO(found[suffix]), allow_pickle=False)).float()
         except (ValueError, EOFError) as error:
@@ -173,7 +174,7 @@ class StoredExplanations:
         return values
 
     def _shard(self, name: str) -> Shard:
-        """The shard of this name, by the index if it is remote."""
+        """Shard `name`, from the index if it is remote, else from its file (without sha256 and count)."""
         if name not in self._shards and is_remote(self.root):
             self._shards = {entry["name"]: Shard(**entry) for entry in read_index(self.root)["shards"]}
             if name not in self._shards:
@@ -187,7 +188,7 @@ class StoredExplanations:
         return self._shards[name]
 
     def _indexed(self, shard: Shard) -> tuple[Entry, ...]:
-        """Where the samples of a shard lie."""
+        """Places of a shard's samples, from the file that `write_shard` wrote beside it."""
         place = f"{self.root}/{_places(shard.name)}"
         try:
             return part_entries(files.read(place), shard, place)

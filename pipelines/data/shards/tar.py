@@ -1,4 +1,4 @@
-"""Tars of shards: written by WebDataset's `TarWriter`, deterministic to the byte; and scanned."""
+"""Writes tars with WebDataset's `TarWriter`, deterministic to the byte, and finds the samples in them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from pipelines.data.shards.manifest import Shard
 from pipelines.storage.files import file_digest, staged
 
-SCANNED = 64  # tars of which it is remembered what lies where
-BLOCK = 512  # bytes of a header; contents fill whole blocks
-EMPTY = bytes(BLOCK)  # ends a tar
+SCANNED = 64  # tars whose entries `scan` remembers
+BLOCK = 512  # bytes of a header; contents are padded to whole blocks
+EMPTY = bytes(BLOCK)  # the block that ends a tar
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where the files of one sample lie in a tar: (suffix, offset, bytes) each."""
+    """Places of one sample's files in a tar: (suffix, offset, bytes) per file."""
 
     key: str
     files: tuple[tuple[str, int, int], ...]
@@ -28,19 +28,19 @@ class Entry:
 def write_tar(
     root: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]
 ) -> tuple[Shard, tuple[Entry, ...]]:
-    """Writes the shard `name` at `root`, whole or not at all; returns its line of the manifest, and where its samples lie.
+    """Writes the shard `name` to `root` atomically; returns its manifest entry and its samples' places.
 
-    The headers say nothing of when, where and by whom the tar was written.
+    The tar headers contain no time, host or user, so that equal samples give equal bytes.
 
     Args:
         root: folder or fsspec URL of the shards.
-        name: of the tar.
-        samples: key, and content by suffix in the order of the tar.
+        name: name of the tar.
+        samples: pairs (key, suffix -> content), in the order of the tar.
 
     Raises:
         StorageError: the tar cannot be written.
     """
-    from webdataset import TarWriter  # here, because machines that only read shards need not have it
+    from webdataset import TarWriter  # imported here because machines that only read shards do not need it
 
     suffixes: set[str] = set()
     with staged(f"{root}/{name}") as path:
@@ -50,23 +50,22 @@ def write_tar(
         ):
             for key, contents in samples:
                 for suffix, content in contents.items():
-                    tar.write(
-                        {"__key__": key, suffix: content}
-                    )  # one file a call: TarWriter sorts those of one call
+                    # One file per call, because TarWriter sorts the files of one call by suffix.
+                    tar.write({"__key__": key, suffix: content})
                 suffixes.update(contents)
-        entries = scan.__wrapped__(path, 0, 0, tuple(suffixes))  # not remembered: the path is a temporary one
+        entries = scan.__wrapped__(path, 0, 0, tuple(suffixes))  # uncached because `path` is temporary
         return Shard(name, path.stat().st_size, file_digest(path), len(entries)), entries
 
 
 @lru_cache(SCANNED)
 def scan(path: Path, size: int, changed: int, suffixes: tuple[str, ...]) -> tuple[Entry, ...]:
-    """Where each sample of a tar lies, in order. A sample's files share the name up to the first dot.
+    """Places of all samples in a tar, in order. A sample's files share their name up to the first dot.
 
     Args:
-        path: of the tar.
-        size, changed: of the file, bytes and nanoseconds: another content is scanned anew; the same one, epoch after epoch in one
-            process, is not.
-        suffixes: of the files that are wanted.
+        path: path of the tar.
+        size, changed: size in bytes and modification time in nanoseconds of the file. They are part of the
+            cache key, so that an unchanged tar is scanned once per process and a changed one again.
+        suffixes: suffixes of the wanted files.
 
     Raises:
         tarfile.TarError, EOFError: the tar is corrupt.
@@ -80,18 +79,21 @@ def scan(path: Path, size: int, changed: int, suffixes: tuple[str, ...]) -> tupl
 
 
 def members(path: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and bytes of each file in a tar, in its order; raises as `scan` does."""
+    """Name, offset and bytes of each file in a tar, in order. Raises as `scan` does."""
     return _plain_members(path) or _members(path)
 
 
 def _members(path: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and bytes of each file in a tar."""
+    """Implements `members` by `tarfile`, for any tar."""
     with tarfile.open(path, "r:") as tar:
         return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
 
 
 def _plain_members(path: Path) -> list[tuple[str, int, int]]:
-    """What `_members` returns, several times faster, of a whole tar of plain headers, as shards are; empty of any other."""
+    """Implements `members` several times faster for complete tars of plain ustar headers, as shards are.
+
+    Returns an empty list for any other tar.
+    """
     found: list[tuple[str, int, int]] = []
     offset = 0
     with path.open("rb", buffering=0) as file:

@@ -1,6 +1,7 @@
-"""A source as WebDataset tars and their index: deterministic to the byte, each file written whole or not at all.
+"""Writes a source as WebDataset tars with indexes and a manifest, deterministic to the byte.
 
-A sample is `<key>.jpg|png|webp` (the source's own bytes), `<key>.json`, and `<key>.mask.png` if it has a mask.
+A sample is `<key>.jpg|png|webp` (the source's bytes, never re-encoded), `<key>.json`, and `<key>.mask.png` if
+it has a mask. Each file is written atomically.
 """
 
 from __future__ import annotations
@@ -25,18 +26,14 @@ from pipelines.storage import files
 if TYPE_CHECKING:
     from pipelines.data.sources import Source
 
-FIELDS = {
-    "boxes": "boxes",
-    "mask": "mask",
-    "group": "group",
-    "caption": "captions",
-}  # field of a manifest -> of a `Sample`
-WORTH_A_PROCESS = 5000  # samples: writing fewer takes less time than a new interpreter does to start
+# Field of a manifest -> attribute of a `Sample`.
+FIELDS = {"boxes": "boxes", "mask": "mask", "group": "group", "caption": "captions"}
+WORTH_A_PROCESS = 5000  # samples that take longer to write than an interpreter takes to start
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A shard, the keys and fields of its samples, and its part of the index."""
+    """A written shard, the keys and fields of its samples, and its part of the index."""
 
     shard: Shard
     keys: tuple[str, ...]
@@ -46,7 +43,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _ShardPlan:
-    """One shard to be written."""
+    """One shard to write."""
 
     split: str
     name: str
@@ -56,22 +53,24 @@ class _ShardPlan:
 def write_shards(
     source: Source, raw: Path, out: str | Path, *, shard_size: int, workers: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Writes every split of `source` to `out` and returns the content of `out/manifest.json`; see `in_place` if it lies in tars.
+    """Writes all splits of `source` to `out`; returns the content of `out/manifest.json`.
 
-    The manifest is written last, and an old one is deleted first, so that shards of an interrupted call never have one. The same
-    source gives the same bytes, whatever the number of processes.
+    An old manifest is deleted first and the new one is written last, so that an interrupted call leaves
+    shards without a manifest. The same source gives the same bytes for any number of processes. A source that
+    already is tars (`InPlace`) gets a manifest and indexes alone, see `write_in_place`.
 
     Args:
-        source: the one that fetched `raw`. It and its references are pickled when `workers` > 0.
+        source: the source that fetched `raw`. With `workers` > 0, it and its references are pickled.
         raw: the folder that `source.fetch` filled.
         out: a folder or any fsspec URL.
-        shard_size: samples a shard; the last shard of a split may have fewer.
-        workers: the most processes that write, each one shard at a time. With 0, or few samples, this process writes.
-        progress: show a bar with a rate and the time left.
+        shard_size: samples per shard; the last shard of a split may have fewer.
+        workers: maximum number of processes; each writes one shard at a time. With 0 or 1, or few samples
+            (`WORTH_A_PROCESS`), this process writes.
+        progress: show a progress bar.
 
     Raises:
-        DataError: a sample does not pass `check_sample`, or a key comes twice in a split; the error names the key.
-        StorageError: no space left, or `out` cannot be written to; no part of a shard is left.
+        DataError: a sample fails `check_sample`, or a key comes twice in a split. The error names the key.
+        StorageError: no space left, or `out` cannot be written to. No partial shard is left.
     """
     if isinstance(source, InPlace):
         return write_in_place(source, raw, str(out), progress=progress)
@@ -108,12 +107,12 @@ def write_shards(
 
 
 def wids_index(split: str) -> str:
-    """Name of the index with which `wids.ShardListDataset` reads the shards of `split`."""
+    """Name of the file by which `wids.ShardListDataset` finds the shards of `split`."""
     return f"{split}.wids.json"
 
 
 def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_ShardPlan]:
-    """The shards of one split: `references` in their order, `shard_size` at a time."""
+    """Cuts the references of one split into shards of `shard_size`, in order."""
     for number, start in enumerate(range(0, len(references), shard_size)):
         yield _ShardPlan(split, f"{split}-{number:06d}.tar", tuple(references[start : start + shard_size]))
 
@@ -121,7 +120,6 @@ def _plan(split: str, references: Sequence[Any], shard_size: int) -> Iterator[_S
 def _write_shard(
     source: Source, raw: Path, root: str, description: Description, plan: _ShardPlan
 ) -> _Written:
-    """Writes one shard to `root`."""
     fields: set[str] = set()
     known: dict[str, dict[str, Any]] = {}
 
@@ -143,14 +141,14 @@ def _write_shard(
 
 
 def annotation_of(sample: Sample) -> dict[str, Any]:
-    """The json of one sample."""
+    """Content of a sample's json."""
     optional = {name: getattr(sample, name) for name in ("label", "labels", "group")}
     known = {name: value for name, value in optional.items() if value is not None}
     return {"boxes": sample.boxes, **known, **caption_entry(sample.captions)}
 
 
 def contents(sample: Sample, annotation: dict[str, Any]) -> dict[str, bytes]:
-    """The files of one sample by suffix, in their order in the tar."""
+    """Suffix -> content of a sample's files, in the order of the tar."""
     described = json.dumps(annotation, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     mask = {} if sample.mask is None else {"mask.png": sample.mask}
     return {sample.extension: sample.image, "json": described, **mask}
@@ -175,7 +173,6 @@ def _comes_twice(split: str, key: str, first: str, second: str) -> DataError:
 def _manifest(
     description: Description, written: Mapping[str, Sequence[_Written]], indexes: dict[str, Index]
 ) -> Manifest:
-    """The manifest of what was written of each split."""
     return Manifest(
         classes=description.classes,
         task=description.task,

@@ -1,4 +1,4 @@
-"""What the loader says of shards and images that are not right: one line each, in every process."""
+"""The loader on bad shards and images: an error in one line, from any process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shards(tmp_path):
 
 
 def assert_refused(says, *, kind=ShardError, root, **options):
-    """Raised in one line, in this process and from loader processes alike."""
+    """Checks that the error has one line, in this process and from loader processes."""
     for workers in (0, 2):
         with pytest.raises(kind, match=says) as caught:
             list(evaluate(root, workers=workers, **options))
@@ -65,7 +65,7 @@ def test_count_that_is_not_the_manifests(shards):
 def test_sha256_is_checked_when_asked(shards):
     path = shards / "train-000001.tar"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the padding at the end, where nothing else would notice
+    content[-1] ^= 1  # in the padding at the end, which only the sha256 covers
     path.write_bytes(content)
     assert len(keys(evaluate(shards))) == 12
     assert_refused("train-000001.tar: sha256 is [0-9a-f]{64}; the manifest says", root=shards, verify=True)
@@ -82,7 +82,7 @@ def test_missing_on_a_remote_root(name):
 
 
 def replace_shard(root: Path, files: dict[str, bytes], count: int = 1):
-    """Puts a tar of these files in the place of the first shard."""
+    """Replaces the first shard by a tar of these files."""
     with tarfile.open(root / "train-000000.tar", "w") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
@@ -152,18 +152,17 @@ def test_skipped_images_are_left_out_and_counted(broken, workers, training):
     assert all(len(batch["key"]) == len(batch["image"]) == 4 - batch["skipped"] for batch in got)
     assert_same(got[1:], whole(start_batch=1))
     list(batches)
-    assert batches.skipped == 3  # of one pass
+    assert batches.skipped == 3  # in this pass alone
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batch_of_which_nothing_decodes(broken, workers):
     batches = evaluate(broken, batch_size=1, on_error="skip", workers=workers)
-    assert len(list(batches)) == 9  # evaluation goes on without it
+    assert len(list(batches)) == 9  # evaluation drops a batch without images
     assert batches.skipped == 3
     with pytest.raises(DecodeError, match=r"train-00000\d.tar: k000\d: does not decode"):
-        list(
-            train(broken, batch_size=1, on_error="skip", workers=workers)
-        )  # training has other ranks that wait
+        # Training on one rank does not.
+        list(train(broken, batch_size=1, on_error="skip", workers=workers))
 
 
 @pytest.mark.parametrize(

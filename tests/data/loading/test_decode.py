@@ -1,4 +1,4 @@
-"""Decoding: 8-bit RGB out of any common format, and one line where there is none."""
+"""Decoding any common format to 8-bit RGB, and errors in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: each sample once, the same batches again, what a batch holds, remote roots."""
+"""The loader: each sample once, reproducible batches, contents of a batch, remote roots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def single(tmp_path_factory):
     return write(tmp_path_factory.mktemp("single"), [rich(i) for i in range(COUNT)], shard_size=100)
 
 
-# Each sample once ------------------------------------------------------------------------------------------------------
+# Each sample once -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -83,7 +83,7 @@ def test_training_leaves_other_samples_out_each_epoch(single):
     assert len({frozenset(each) for each in missing}) > 4
 
 
-# The same again --------------------------------------------------------------------------------------------------------
+# The same again ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -141,7 +141,7 @@ def test_other_numbers_of_ranks_share_out_what_is_left_of_an_epoch(root, workers
         if place == 0:
             before = [list(each) for each in ranks]
         elif batches == 9:
-            for rank in range(world_size):  # and a pass that goes on in the last layout does so as ever
+            for rank in range(world_size):  # a pass can also resume in the last layout
                 assert_same(list(train(root, rank=rank, start_batch=1, **here)), list(ranks[rank])[1:])
         steps += min(batches, len(ranks[0]))
     assert len(read) == len(set(read)) == 6 * len(before[0])
@@ -154,7 +154,7 @@ def test_start_batch_holds_in_evaluation(root):
 
 def test_skipped_batches_are_not_read(root, tmp_path):
     shards = write(tmp_path, [plain(i) for i in range(10)])
-    (tmp_path / "train-000000.tar").unlink()  # holds the first five
+    (tmp_path / "train-000000.tar").unlink()  # the shard of the first five samples
     assert keys(evaluate(shards, batch_size=5, start_batch=1)) == [f"k{i:04d}" for i in range(5, 10)]
 
 
@@ -197,7 +197,7 @@ def test_no_process_is_left_behind(root):
     assert multiprocessing.active_children() == []
 
 
-# What a batch holds ----------------------------------------------------------------------------------------------------
+# What a batch holds -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -322,7 +322,7 @@ def test_boxes_and_masks_of_a_batch_stay_aligned(root):
                     assert torch.equal(mask == number, inside)
 
 
-# Remote roots ----------------------------------------------------------------------------------------------------------
+# Remote roots -----------------------------------------------------------------------------------------------
 
 
 def test_file_and_memory_roots_give_the_same_batches(root):

@@ -1,4 +1,4 @@
-"""Shards come in the order of the epoch, one ahead of those that may be read."""
+"""Shards are prefetched in the order of the epoch, one ahead of those that may be read."""
 
 from __future__ import annotations
 
@@ -65,4 +65,4 @@ def test_a_pass_over_remote_shards_is_the_pass_over_local_ones(
 
     monkeypatch.setattr(FlakyFileSystem, "get_file", get_file)
     assert keys(train(remote, workers=workers)) == keys(train(local))
-    assert len(asked) == len(set(asked)) == (0 if workers else 5)  # other processes count for themselves
+    assert len(asked) == len(set(asked)) == (0 if workers else 5)  # the loader processes have their own list

@@ -1,4 +1,4 @@
-"""Which samples a rank reads, and in which order."""
+"""Samples of a rank and their order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_middle_of_shuffled_is_mixed_over_the_whole_buffer():
     assert all(2000 < sum(low <= move < low + 250 for move in moved) < 3000 for low in (-500, -250, 0, 250))
 
 
-COUNTS, EACH = [100] * 128, 100  # with a buffer of 1000 a tenth of ImageNet
+COUNTS, EACH = [100] * 128, 100  # with a buffer of 1000, one tenth of ImageNet's shards and buffer
 
 
 def needed(numbers):
@@ -51,7 +51,7 @@ def test_the_first_samples_of_all_ranks_need_few_shards():
         sampling = replace(SAMPLING, batch_size=32, rank=rank, world_size=8, shuffle_buffer=1000)
         numbers = list(chain.from_iterable(rank_batches(epoch_order(COUNTS, sampling), sampling)))
         assert len(needed(numbers[:8])) <= 3  # two batches of 4
-        everywhere |= needed(numbers[:64])  # two batches of each of 8 loader processes
+        everywhere |= needed(numbers[:64])  # two batches for each of 8 loader processes
     assert len(everywhere) <= 128 / 4
 
 
@@ -75,7 +75,7 @@ def test_epoch_order_keeps_shards_together_and_differs_by_epoch():
     orders = [epoch_order(counts, replace(SAMPLING, epoch=epoch)) for epoch in range(20)]
     assert all(sorted(order) == list(range(9)) for order in orders)
     assert len({tuple(order) for order in orders}) > 10
-    for order in orders:  # going round, each shard's numbers follow one another
+    for order in orders:  # cyclically, the numbers of each shard are consecutive
         steps = sum((b - a) != 1 for a, b in zip(order, [*order[1:], order[0]], strict=True))
         assert steps <= 3
     assert epoch_order(counts, replace(SAMPLING, epoch=5, train=False)) == list(range(9))
@@ -93,7 +93,7 @@ def test_ranks_share_each_batch_of_an_epoch(count, batch_size, world_size):
     together = min(count, batch_size)
     ranks = [rank_batches(range(count), replace(sampling, rank=rank)) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {count // together}
-    sizes = [{len(batch) for batch in batches} for batches in ranks]  # the same in each step
+    sizes = [{len(batch) for batch in batches} for batches in ranks]  # equal in all steps
     assert all(len(each) == 1 for each in sizes)
     assert sum(min(each) for each in sizes) == together
     assert {min(each) for each in sizes} <= {together // world_size, -(-together // world_size)}

@@ -1,4 +1,4 @@
-"""Batches that ranks share unequally, and that `on_error: skip` makes shorter on some of them."""
+"""Batches that ranks share unequally, or that `on_error: skip` shortens on some ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_batch_of_which_a_rank_has_nothing_left_is_given_empty(broken, workers
     for step in zip(*ranks, strict=True):
         assert sum(len(batch["key"]) + batch["skipped"] for batch in step) == 4
     empty = [batch for batches in ranks for batch in batches if not batch["key"]]
-    assert empty  # one that the others wait for
+    assert empty  # a rank without images still yields a batch, because the others wait for it
     assert all(batch["skipped"] >= 1 for batch in empty)
     assert sorted(key for batches in ranks for key in keys(batches)) == [
         f"k{i:04d}" for i in range(12) if i not in BROKEN

@@ -1,4 +1,4 @@
-"""A few images of each class: which ones, and that the loader gives these and no others."""
+"""Few-shot subsets: the drawn images, and that the loader reads these alone."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_in_training_the_subset_is_shuffled_and_dealt_in_full_batches(root):
     ]
 
 
-# Annotated images -----------------------------------------------------------------------------------------------------
+# Annotated images -------------------------------------------------------------------------------------------
 
 
 def boxed(index):

@@ -1,4 +1,4 @@
-"""Transforms: image, boxes, mask and maps move as one, by the sample's own random numbers alone."""
+"""Transforms: image, boxes, mask and maps move together, by the sample's own random numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_image_box_mask_and_map_move_together(augment, eval_resize, size):
         assert mask.dtype == torch.int64
         assert heat.shape == (1, 32, 32)
         bright = image[0] > OBJECT // 2
-        # At most the ring of pixels that resizing mixes may differ, by half a pixel on each side.
+        # Resizing mixes pixels at the border, so that half a pixel may differ on each side.
         xmin, ymin, xmax, ymax = views["boxes"][0].tolist()
         border = 2 * (xmax - xmin + ymax - ymin) + 4 if bright.any() else 32
         assert (bright ^ (mask == 1)).sum() <= border / 2
@@ -116,7 +116,7 @@ def test_pad_crop_reaches_every_offset_and_no_further():
     rows = {row for row, _ in seen}
     columns = {column for _, column in seen}
     assert rows == set(range(14, 19))
-    assert columns == set(range(13, 19))  # 14 to 18, and 31 minus those
+    assert columns == set(range(13, 19))  # 14 to 18, and these mirrored (31 - x)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (20, 200), (200, 20), (5, 3)])
@@ -188,7 +188,9 @@ def test_operations_of_rand_augment_are_torchvisions(magnitude):
                 image, name, value, theirs.interpolation, theirs._fill
             )
             found = ours[name](image, sign * magnitude / 30)
-            assert (wanted.int() - found.int()).abs().max() <= 1, name  # theirs rounds the value to float32
+            assert (wanted.int() - found.int()).abs().max() <= 1, (
+                name
+            )  # torchvision rounds the value to float32
 
 
 def test_rand_augment_draws_every_operation_from_the_samples_generator_and_moves_all_views():
@@ -209,7 +211,7 @@ def test_rand_augment_draws_every_operation_from_the_samples_generator_and_moves
         assert ymin - 1 <= rows.min()
         assert columns.max() <= xmax + 1
         assert rows.max() <= ymax + 1
-    assert max(lost) <= 24  # of 140 pixels: interpolation at the border
+    assert max(lost) <= 24  # of 140 pixels, by interpolation at the border
     assert 60 < moved < 120  # 1 - (9/14)^2 of 150 are 88
     assert torch.equal(before, torch.get_rng_state())
     seen = {

@@ -1,4 +1,4 @@
-"""The cache's bound holds whoever reads what: room is reserved, what is open stays, and readers go on without room."""
+"""The cache keeps its bound: room is reserved, open copies stay, and readers go on without room."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> tuple[Shard, ...]:
 @pytest.fixture
 def bound(shards: tuple[Shard, ...], monkeypatch: pytest.MonkeyPatch) -> Callable[[float], int]:
     def set_bound(count: float) -> int:
-        """Gives the cache room for `count` shards; returns the bytes."""
+        """Limits the cache to `count` shards; returns the limit in bytes."""
         monkeypatch.setenv("SHARD_CACHE_GB", str(count * shards[0].bytes / 1e9))
         return cache.cache_limit()
 
@@ -61,17 +61,18 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes that the cache takes: of the files in it, and of those that this process has open and that are deleted."""
+    """Bytes on disk of the cache's files, including deleted files that this process has open."""
     taken = {}
     for place in (*folder.iterdir(), *Path("/proc/self/fd").iterdir()):
         with suppress(FileNotFoundError):
             status, name = place.stat(), os.readlink(place) if place.is_symlink() else str(place)
-            # Other threads may give a descriptor to another file, or a folder, between the two calls.
+            # Between the two calls, another thread may reuse the descriptor for another file or a folder.
+            # Lock files are sparse.
             if (
                 S_ISREG(status.st_mode)
                 and name.startswith(f"{folder}/")
                 and not name.removesuffix(" (deleted)").endswith(".lock")
-            ):  # these are sparse
+            ):
                 taken[status.st_ino] = status.st_size
     return sum(taken.values())
 
@@ -94,7 +95,7 @@ def test_readers_of_all_shards_at_once_stay_below_the_bound(
         for sample in read_samples(
             ROOT, shards, [(number * 5 + reader) % COUNT for number in range(COUNT)], verify=False
         ):
-            found.append(sample.key)  # from four shards at a time
+            found.append(sample.key)  # four shards are in use at a time
             most.append(on_disk(own_shard_cache))
         return found
 
@@ -179,7 +180,9 @@ def test_a_patient_reader_gets_the_room_that_another_gives_up(
 ) -> None:
     bound(1)
     held = open_copy(ROOT, shards[0])
-    monkeypatch.setattr(cache.time, "sleep", lambda seconds: os.close(held.descriptor))  # as the reader waits
+    monkeypatch.setattr(
+        cache.time, "sleep", lambda seconds: os.close(held.descriptor)
+    )  # while the reader waits
     copy = open_copy(ROOT, shards[1], patience=60)
     assert os.fstat(copy.descriptor).st_size == shards[1].bytes
     os.close(copy.descriptor)
@@ -205,7 +208,7 @@ def test_a_shard_larger_than_the_cache_is_read_sample_by_sample(
     bound(0.9)
     assert read(shards, [9, 8]) == ["k0009", "k0008"]
     assert downloads == [shards[0].name]
-    assert kept.exists()  # it would not have helped to delete it
+    assert kept.exists()  # deleting it would not have made enough room
 
 
 def test_shards_without_an_index_and_without_room_are_one_line(

@@ -1,4 +1,4 @@
-"""The embedded data set is frozen: what docs/results.md reports is about these very bytes."""
+"""The embedded data set is frozen, because docs/results.md reports results on exactly these bytes."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipelines.data import sources
 from pipelines.data.shards.writer import write_shards
 
 ROOT = Path(__file__).parents[3]
-EXPECTED = Path(__file__).with_name("default_shards.sha256")  # as `sha256sum` writes it
+EXPECTED = Path(__file__).with_name("default_shards.sha256")  # in the format of `sha256sum`
 
 
 @pytest.mark.graph

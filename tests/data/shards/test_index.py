@@ -1,4 +1,4 @@
-"""The index beside the shards says what each sample is and where it lies; subsets are drawn from it alone."""
+"""The index has labels and place of each sample, and subsets are drawn from it alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def drawn(root: str) -> list[Any]:
-    """All that is ever drawn without an image being looked at."""
+    """All subsets that are drawn without reading an image."""
     return [
         few_shot(root, "train", 2, 0),
         annotated_images(root, "train", 0.5, 0),
@@ -143,7 +143,7 @@ def test_published_shards_have_their_index(shards: Path) -> None:
 
 
 def without_index(shards: Path) -> str:
-    """Makes the shards those of an earlier version."""
+    """Turns the shards into those of an earlier version, without index."""
     manifest = json.loads((shards / "manifest.json").read_text())
     del manifest["indexes"]
     (shards / "manifest.json").write_text(json.dumps(manifest))

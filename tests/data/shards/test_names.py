@@ -1,4 +1,4 @@
-"""What a manifest or an index in a storage names is where copies are written: it cannot lead elsewhere."""
+"""Names in a remote manifest or index become local paths, so they cannot lead out of the folder."""
 
 from __future__ import annotations
 

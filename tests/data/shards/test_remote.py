@@ -1,4 +1,4 @@
-"""Storage that fails for a while costs time and nothing else; copies of shards are whole, checked and bounded."""
+"""A storage that fails for a while only costs time; copies of shards are complete, checked, bounded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNREACHABLE = botocore.exceptions.EndpointConnectionError(endpoint_url="http://s
 
 @pytest.fixture
 def shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Shards of 5 samples each at ROOT, and no waiting between tries."""
+    """Shards of 5 samples each at ROOT, without waiting between retries."""
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     samples = [plain(number) for number in range(COUNT)]
     write_shards(ToySource({"train": samples}), Path("raw"), ROOT, shard_size=5, progress=False)
@@ -85,7 +85,7 @@ def test_processes_that_want_a_shard_at_the_same_time_download_it_once(
 
     def use_together(path: Path, shard: Any) -> bool:
         found = use(path, shard)
-        if next(calls) < 4:  # all have found nothing before any of them downloads
+        if next(calls) < 4:  # all find no copy before any of them downloads
             together.wait()
         return found
 
@@ -119,7 +119,7 @@ def test_the_cache_has_its_bound_and_lets_the_longest_unused_go(
     assert kept == {of_train[place].sha256 for place in (2, 0, 3)}
     mixed = keys(
         shards, train=True, shuffle_buffer=COUNT
-    )  # needs all shards at once: more than there is room for
+    )  # needs all shards at once, more than the cache has room for
     assert sorted(mixed) == sorted(keys(shards))
     assert sum(path.stat().st_size for path in own_shard_cache.iterdir()) <= 3.5 * size
 

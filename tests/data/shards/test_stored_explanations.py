@@ -1,4 +1,4 @@
-"""Stored explanations come with their images, take the same crop and flip, and say in one line what is wrong with them."""
+"""Stored explanations follow their images' crops and flips, and faults end in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def coordinates(side: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Images whose red says the row and whose green says the column, times 4; the same as explanations, on a coarser grid."""
+    """Images whose red and green are row and column times 4, and explanations with both on a coarser grid."""
     folder = tmp_path_factory.mktemp("stored")
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[..., :2] = (4 * coordinates(SIDE)).permute(1, 2, 0).numpy().round().astype(np.uint8)
@@ -74,15 +74,15 @@ def test_every_cell_names_the_pixels_that_are_beside_it(
 ) -> None:
     size, resized = view
     params = DataParams(image_size=size, eval_resize=resized, augment=augment, crop_padding=5)
-    shift = 0.0 if resized is None else (resized - size) / 2  # of the fixed view in the resized image
+    shift = 0.0 if resized is None else (resized - size) / 2  # offset of the fixed view in the resized image
     scale = 1.0 if resized is None else SIDE / resized
     seen = set()
     for epoch in range(6):
         for batch in batches(roots, params, epoch=epoch):
             assert batch["teacher_maps"].shape == (2, 2, size, size)
             for image, stored in zip(batch["image"], batch["teacher_maps"], strict=True):
-                source = image[:2] * 255 / 4  # in pixels of the stored image
-                named = (stored * size / SIDE + shift) * scale  # the map says where in the fixed view
+                source = image[:2] * 255 / 4  # coordinates in the stored image, pixels
+                named = (stored * size / SIDE + shift) * scale  # the map has coordinates in the fixed view
                 inside = (stored > 0).all(0) & (source > 0).all(0)  # padding is 0 in both
                 assert torch.equal((stored > 0).all(0), (image[:2] > 0).all(0))
                 half_a_cell = size / CELLS / 2 * scale

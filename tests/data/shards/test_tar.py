@@ -1,4 +1,4 @@
-"""A tar is scanned as Python's `tarfile` reads it, whatever is in it."""
+"""Scanning a tar gives what Python's `tarfile` reads, for any content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our shards are WebDataset's: `webdataset` and `wids` read the same keys, bytes and JSON from them as our own reader."""
+"""Shards are WebDataset's: `webdataset` and `wids` read the same keys, bytes and JSON as our reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(root: Path, split: str) -> list[tuple[str, Files]]:
-    """Key and files of each sample, as our reader gives them."""
+    """Key and files of each sample, by our reader."""
     manifest = read_manifest(str(root))
     numbers = range(manifest.count(split))
     return [
@@ -40,7 +40,7 @@ def own(root: Path, split: str) -> list[tuple[str, Files]]:
 
 
 def theirs(samples: list[Mapping[str, Any]]) -> list[tuple[str, Files]]:
-    """The same of samples of `webdataset`."""
+    """Key and files of each sample, by `webdataset`."""
     return [
         (
             sample["__key__"],
@@ -51,7 +51,7 @@ def theirs(samples: list[Mapping[str, Any]]) -> list[tuple[str, Files]]:
 
 
 def as_bytes(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample of `wids`, whose suffixes begin with a dot and whose contents are streams, as one of `webdataset`."""
+    """Converts a sample of `wids` (suffixes with a dot, contents as streams) to one of `webdataset`."""
     return {
         name.removeprefix("."): content.read() if name[0] == "." else content
         for name, content in sample.items()

@@ -27,7 +27,7 @@ def write(out, samples, *, shard_size=4, workers=0, task="multiclass"):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Processes are worth it for one sample each."""
+    """Makes processes worth starting for one sample each."""
     monkeypatch.setattr("pipelines.data.shards.writer.WORTH_A_PROCESS", 1)
 
 
@@ -69,9 +69,8 @@ def test_manifest_says_what_the_shards_are(tmp_path):
     assert [shard.count for shard in manifest.splits["train"]] == [4, 2]
     assert manifest.count("train") == 6
     assert manifest.fields["train"] == ("boxes", "mask", "group", "caption")
-    assert (
-        "tars" not in manifest.to_json()
-    )  # which would change the digests of shards that earlier versions wrote
+    # A new key would change the digests of shards that earlier versions wrote.
+    assert "tars" not in manifest.to_json()
     for shard in manifest.splits["train"]:
         file = (tmp_path / shard.name).read_bytes()
         assert (len(file), hashlib.sha256(file).hexdigest()) == (shard.bytes, shard.sha256)
@@ -204,9 +203,8 @@ def test_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"train-000001.tar: no space left on the device") as caught:
         write(tmp_path, [plain(i) for i in range(12)])
     assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "train-000000.tar"
-    ]  # whole; and the old manifest is gone
+    # The first shard is complete, and the old manifest is deleted.
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
     with pytest.raises(ShardError, match=r"no manifest\.json"):
         read_manifest(tmp_path)
 
