@@ -71,7 +71,7 @@ class Attribution:
         return self.method == "bcos" and self.layer is None
 
     def resolved(self, model: nn.Module, images: Tensor) -> Attribution:
-        """This attribution, with GradCAM's default layer for this model (`last_features`) filled in."""
+        """Fills in GradCAM's default layer for `model` (`last_features`); returns other attributions unchanged."""
         missing = self.method == "gradcam" and self.layer is None
         return replace(self, layer=last_features(model, images)) if missing else self
 

@@ -1,4 +1,4 @@
-"""Captures the output of a layer during a forward pass, so that gradients with respect to it can be taken."""
+"""Captures the output of a layer in a forward pass, so that gradients can be taken with respect to it."""
 
 from __future__ import annotations
 

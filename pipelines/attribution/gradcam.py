@@ -80,7 +80,7 @@ def last_features(model: nn.Module, images: Tensor) -> str:
 
 
 def _is_image(output: Tensor, images: Tensor) -> bool:
-    """Returns True if `output` is (N, C, h, w) with the aspect ratio of `images` (N, 6, H, W), not (N, h, w, C)."""
+    """Returns True if `output` is (N, C, h, w) with the aspect ratio of `images`, unlike (N, h, w, C)."""
     if output.ndim != 4:
         return False
     (height, width), (h, w) = images.shape[2:], output.shape[2:]

@@ -170,7 +170,7 @@ def is_embedding(name: str) -> bool:
 
 
 def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
-    """Raises ConversionError if choices in `asked` are idle, that is without effect; logs the other idle ones."""
+    """Raises ConversionError if an idle choice (one without effect) is in `asked`; logs other idle ones."""
     refused = [name for name in idle if name in asked]
     told = ", ".join(f"{name}={idle[name]!r} ({CHOICES[name].wanted})" for name in refused or idle)
     if refused:
