@@ -71,7 +71,7 @@ class Attribution:
         return self.method == "bcos" and self.layer is None
 
     def resolved(self, model: nn.Module, images: Tensor) -> Attribution:
-        """Fills in GradCAM's default layer for `model` (`last_features`); returns other attributions unchanged."""
+        """Fills in the default layer of `gradcam`, see `last_features`; returns other attributions as they are."""
         missing = self.method == "gradcam" and self.layer is None
         return replace(self, layer=last_features(model, images)) if missing else self
 

@@ -24,9 +24,8 @@ def bcos(
 ) -> tuple[Tensor, Tensor]:
     """Logits and maps Σ_c W_c(x)·x_c with the dynamic weights W(x); see `AttributionMethod`.
 
-    At a layer with features f, the maps are Σ_c W_c·f_c, with W the gradient by f in explanation mode. With
-    `centered`, the maps of the input are Σ_c W_c(x)·(x_c - m_c), m the mean image. torch.compile can trace
-    the maps of the input.
+    At a layer with features f, the maps are Σ_c W_c·f_c. `centered` maps of the input are Σ_c W_c(x)·(x_c -
+    m_c), m the mean image. torch.compile can trace maps of the input.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, eq. 6.
     """

@@ -42,8 +42,7 @@ from pipelines.bcos.originals import plain_copy
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
-# Methods that do not change what a module computes: a subclass that overrides only these keeps its base's
-# rule.
+# Methods that do not change what a module computes. A subclass that overrides only these keeps the rule.
 NEUTRAL = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
 # Library -> module with its rules, which is imported when the first module of that library is converted.
 RULES = {

@@ -163,9 +163,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x_NCHW, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
-        if (
-            ctx.explanation is not None
-        ):  # needs_input_grad is also set for gradients that this pass does not use
+        if ctx.explanation is not None:
+            # needs_input_grad is also set for gradients that this pass does not use
             of_weight &= not ctx.explanation.of_input
             of_input &= ctx.explanation.of_input or not ctx.at_entry
         if not torch.is_grad_enabled():  # one call computes both, and converts g's memory layout once
@@ -363,6 +362,5 @@ def average_pool(x_NCHW: Tensor, *options: Any) -> Tensor:
 def set_up_compiler() -> None:
     """Sets how torch.compile treats B-cos networks in this process."""
     torch._dynamo.config.optimize_ddp = False  # DDP's splitting of compiled graphs fails on B-cos layers
-    # backward passes recompute factors and masks from the outputs of convolutions, which is faster than to
-    # store them
+    # backward passes recompute factors and masks from the outputs of convolutions: faster than storing them
     torch._functorch.config.aggressive_recomputation = True

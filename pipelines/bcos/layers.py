@@ -2,10 +2,9 @@
 
     out = s^(B-1) · (w·x),   s = |w·x| / ‖x‖                      (Böhle et al., TPAMI 2024, eq. 3 and 4)
 
-x is the input vector (of a convolution, one patch) and w is one row of the weight. Since s = ‖w‖·|cos θ| for
-the angle θ between x and w, the scale s^(B-1) is large where x and w are aligned. At B = 1 the layer is an
-ordinary linear layer. At B > 1 it is dynamic linear: it multiplies x by s^(B-1)·w, a weight that depends on
-x.
+x is the input vector (of a convolution, one patch), w is one row of the weight, and s = ‖w‖·|cos θ| for the
+angle θ between them. The larger B, the more the output depends on the alignment of x and w. At B = 1 the
+layer is linear. At B > 1 it is dynamic linear: it multiplies x by a weight that depends on x, s^(B-1)·w.
 
 B-cos networks trained from scratch use w/‖w‖ for w (`normalize_weight`), so that s = |cos θ|. B-cosified ones
 use w itself (Arya et al., 2024). `fused` holds the autograd functions that make the layers fast.
@@ -256,7 +255,7 @@ def set_b(model: nn.Module, b: float) -> None:
 
 @torch.no_grad()
 def clamp_b(model: nn.Module) -> None:
-    """Raises the learned exponents of `model` that are below 1 to 1, where B has a gradient again."""
+    """Sets the learned exponents of `model` that are below 1 to 1, where B has a gradient again."""
     for layer in model.modules():
         if isinstance(layer, _Bcos) and layer.b_offset is not None:
             layer.b_offset.clamp_(min=-1)
