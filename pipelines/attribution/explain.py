@@ -71,7 +71,7 @@ class Attribution:
         return self.method == "bcos" and self.layer is None
 
     def resolved(self, model: nn.Module, images: Tensor) -> Attribution:
-        """Fills in the default layer of `gradcam`, see `last_features`; returns other attributions as they are."""
+        """Fills in the default layer of `gradcam`, see `last_features`; other attributions do not change."""
         missing = self.method == "gradcam" and self.layer is None
         return replace(self, layer=last_features(model, images)) if missing else self
 
@@ -139,7 +139,7 @@ def explain(
     """Logits (N, K) and attribution maps of the classes `targets`, from one forward pass.
 
     Targets (N,) give maps (N, H, W), and targets (N, T) give (N, T, H, W); `None` explains the predicted
-    classes. Other arguments and errors are those of `attribute`. torch.compile can trace B-cos maps of the
+    classes. Other arguments and errors are those of `attribute`. torch.compile can trace `bcos` maps of the
     input. For all other maps, the model runs eagerly, even if it is compiled.
     """
     if attribution.method not in METHODS:

@@ -32,7 +32,7 @@ def last_features(model: nn.Module, images: Tensor) -> str:
     """Dotted name of the module that gives the last convolutional features of `model`.
 
     This is the last module, in the order of execution, that runs before the classifier and whose output is
-    (N, C, h, w) with more than one location. Adaptive pools do not count; a container such as `layer4` does.
+    (N, C, h, w) with more than one location. Adaptive pools do not count; containers such as `layer4` do.
     The classifier is the last layer with a weight matrix or kernel. Networks that go on with tokens, as ViTs
     do after the patch embedding, have no such module.
 

@@ -55,8 +55,7 @@ def integrated_gradients(
     baseline = model.mean[:, None, None].expand_as(images)  # type: ignore[index]
     images = images if create_graph else images.detach()
     with torch.set_grad_enabled(create_graph):
-        # before the maps: in training mode, this pass updates running statistics that the graph of the maps
-        # saves
+        # before the maps: in training mode it updates running statistics, which the graph of the maps saves
         logits = model(images)
     targets = predicted(logits) if targets is None else targets
     # the integral is of a function of one image; in training mode, logits depend on the whole batch
