@@ -1,9 +1,8 @@
 """Activations and the average pool in B-cos networks.
 
 Gated activations x·g(x), such as GELU, have an input-dependent gate g that can be held. ReLU is piecewise
-linear and the average pool is linear, so there is nothing to hold. If a loss on W(x) differentiates their
-gradients, autograd adds zeros of the size of the layer's input; `fused.relu` and `fused.average_pool` avoid
-that.
+linear and the average pool is linear, so they hold nothing. If a loss on W(x) differentiates their gradients,
+autograd adds zeros of the size of the layer's input, which `fused.relu` and `fused.average_pool` avoid.
 """
 
 from __future__ import annotations

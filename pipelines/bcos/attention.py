@@ -5,7 +5,7 @@
 The attention matrix A is the input-dependent factor. If it is held, the output is linear in the values v.
 Conversion leaves the projections to q, k and v linear; the other linear layers become B-cos layers.
 
-Letters: N images, L queries, S keys and values, D channels per head (E of the values).
+Letters: N images, L queries, S keys and values, C channels, D channels per head (E of the values).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results are those of `nn.MultiheadAttention`.
 
-        Inputs and output are (L, D), (L, N, D) or, with `batch_first`, (N, L, D).
+        Inputs and output are (L, C), (L, N, C) or, with `batch_first`, (N, L, C).
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing")
@@ -89,7 +89,7 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
             mixed = weights @ v
         else:
             weights, mixed = None, attend(self, q, k, v, bias=bias, dropout=self.dropout)
-        output = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, L, D)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, L, C)
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
         if weights is not None and average_attn_weights:

@@ -117,8 +117,7 @@ def _made_permanent(module: nn.Module) -> list[str]:
             prune.remove(module, hook._tensor_name)
             kinds.append("pruning")
     if parametrize.is_parametrized(module):
-        # the type of a parametrized module is its own; a copy of the type is changed, so that the original
-        # keeps its type
+        # copy and original share a type, which `remove_parametrizations` changes: give the copy its own type
         kind: Any = type(module)
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrizations: Any = module.parametrizations
