@@ -1,3 +1,6 @@
-"""Speed and claims: `python -m benchmarks.<name>`; docs/benchmarks.md and docs/results.md have the figures."""
+"""Benchmarks of speed and of the project's claims: `python -m benchmarks.<name>`.
 
-import pipelines  # before torch: it says how threads wait
+Their figures are in docs/benchmarks.md and docs/results.md.
+"""
+
+import pipelines  # before torch is imported, because it sets how torch's threads wait

@@ -1,12 +1,17 @@
-"""What conversion preserves and what it costs, architecture by architecture, at random weights.
+"""Correctness and cost of the conversion for each architecture, at random weights.
 
     python -m benchmarks.architectures [--write docs/architectures.md] [--only resnet18 ...] [--threads 2]
 
-For each architecture: the relative difference of `convert` (float32, evaluation mode), the unexplained share after `bcosify`,
-what the audit finds, and the cost of a forward pass and of a training step, B-cos against plain (both eager, taking turns,
-medians). The image towers of open_clip have no classes: entries of their embedding are taken for logits. Ends with status 1
-where a difference, a share of a network without constants, or an audit is not as it should be. On the CPU; needs torch,
-torchvision, timm and open_clip.
+Measures, per architecture:
+
+- the relative difference that `convert` makes to the logits (float32, evaluation mode);
+- the unexplained share after `bcosify`;
+- the number of audit findings;
+- the cost of a forward pass and of a training step, B-cos relative to plain (eager, in turns, medians).
+
+open_clip's image towers have no classes, so the entries of their embedding are explained like logits. Exits
+with status 1 if a relative difference, or the unexplained share of a network without constants, exceeds its
+limit, or if an audit has findings. Runs on the CPU; needs torch, torchvision, timm and open_clip.
 """
 
 from __future__ import annotations
@@ -35,22 +40,22 @@ from pipelines.models import ConventionalNetwork, build
 from tests.support.families import conversion_difference, normalised, pictures, settle, shake
 
 CLASSES, ROUNDS = 10, 5
-LIMIT = 1e-4
+LIMIT = 1e-4  # of the relative difference and of the unexplained share
 
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture by name, its family, the side of the images, what its constructor needs for that, images at once."""
+    """An architecture, and the images on which it is measured."""
 
     name: str
     family: str
-    size: int = 64
-    options: dict[str, Any] = field(default_factory=dict)
+    size: int = 64  # side of the images in pixels
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
     batch: int = 4
 
 
 def vit(name: str, family: str, **options: Any) -> Case:
-    """One whose constructor wants to know the side of the images."""
+    """A case whose constructor takes the side of the images as an argument."""
     return Case(
         name, family, options={("img_size" if name.startswith("timm:") else "image_size"): 64, **options}
     )
@@ -112,20 +117,20 @@ CASES = [
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the report."""
+    """The figures of one architecture: one line of the report."""
 
     case: Case
     parameters: int
-    difference: float  # of convert, relative
-    share: float  # unexplained, mean-referenced
-    constant: bool  # whether tokens or position embeddings add something that no pixel carries
-    findings: list[str]
-    forward: float  # B-cos / plain
-    step: float
-    plain_step: float  # milliseconds
+    difference: float  # largest difference of logits that `convert` makes, relative to the largest logit
+    share: float  # unexplained share of the mean-referenced maps
+    constant: bool  # tokens or position embeddings add constants that no pixel carries
+    findings: list[str]  # of the audit
+    forward: float  # time of a forward pass, B-cos / plain
+    step: float  # time of a training step, B-cos / plain
+    plain_step: float  # milliseconds of the plain training step
 
     def failures(self) -> list[str]:
-        """What is not as it should be."""
+        """Audit findings, and descriptions of figures that exceed their limit."""
         found = list(self.findings)
         if not self.difference <= LIMIT:
             found.append(f"convert changes the logits by {self.difference:.1e}")
@@ -135,7 +140,7 @@ class Measured:
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> Measured:
-    """All figures of one architecture, on a batch of random pictures."""
+    """Measures one architecture on a batch of random pictures."""
     torch.manual_seed(0)
     many = pictures(4 * case.batch, case.size)
     images, six = many[: case.batch], add_inverse(many[: case.batch])
@@ -158,7 +163,7 @@ def measure(case: Case, rounds: int = ROUNDS) -> Measured:
 def cost(
     function: Callable[..., None], plain: nn.Module, bcos: nn.Module, *arguments: Tensor, rounds: int
 ) -> tuple[float, float]:
-    """B-cos / plain, the median of rounds in which both take turns; and the plain one's milliseconds."""
+    """Median ratio of the times of B-cos and plain, in turns, and the plain network's milliseconds."""
     turns = in_turns(
         {"plain": partial(function, plain, *arguments), "bcos": partial(function, bcos, *arguments)}, rounds
     )
@@ -166,7 +171,11 @@ def cost(
 
 
 def unexplained_share(network: BcosNetwork, images: Tensor) -> tuple[float, bool]:
-    """Σ|logit - logit bias - Σ W(x)·(x - mean)| / Σ|logit - logit bias| of the predicted classes; whether f(mean) is not 0."""
+    """Unexplained share of the predicted logits, and True if the network has constants of no pixel.
+
+    The share is Σ|logit - logit bias - Σ W(x)·(x - mean)| / Σ|logit - logit bias|. The network has constants
+    if its logits minus the logit bias do not vanish for the mean image.
+    """
     with torch.no_grad():
         targets = network(images).argmax(1)
         of_mean = network(network.mean[None, :, None, None].expand_as(images[:1])) - network.logit_bias
@@ -178,13 +187,13 @@ def unexplained_share(network: BcosNetwork, images: Tensor) -> tuple[float, bool
 
 
 COLUMNS = (
-    "architecture", "family", "parameters (M)", "images", "convert: relative difference", "unexplained share", "audit findings",
-    "forward ratio", "training-step ratio", "plain step (ms)",
+    "architecture", "family", "parameters (M)", "images", "convert: relative difference", "unexplained share",
+    "audit findings", "forward ratio", "training-step ratio", "plain step (ms)",
 )  # fmt: skip
 
 
 def row(found: Measured) -> list[str]:
-    """The cells of one line of the table."""
+    """The cells of one table row, in the order of `COLUMNS`."""
     library, _, name = found.case.name.rpartition(":")
     own = found.case.name in ("resnet20", "simple_vit_ti", "vitc_ti")
     return [
@@ -202,7 +211,7 @@ def row(found: Measured) -> list[str]:
 
 
 def document(results: list[Measured], command: str, threads: int) -> str:
-    """The page: how it was made, what the columns mean, the table, a summary."""
+    """The markdown page: its command, the meaning of the columns, the table and a summary."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
         for name in ("torch", "torchvision", "timm", "open_clip_torch")
@@ -214,28 +223,36 @@ def document(results: list[Measured], command: str, threads: int) -> str:
 
 Written by `{command}` ({versions}; {os.cpu_count()} CPU cores, {threads} threads, float32, eager).
 
-Random weights, layer scales and biases drawn at random too, so that nothing hides behind a scale of 1e-6 or a head at 0; norm
-statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; {CLASSES} classes
+Random weights, layer scales and biases drawn at random too, so that nothing hides behind a scale of 1e-6 or \
+a head at 0; norm
+statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; \
+{CLASSES} classes
 (the image towers of open_clip: embeddings).
 
-- *convert*: largest difference between the logits of the network and of its conversion at B = 1, over the largest logit,
+- *convert*: largest difference between the logits of the network and of its conversion at B = 1, over the \
+largest logit,
   evaluation mode; wanted: at most {LIMIT:.0e}.
-- *unexplained share*: after `bcosify`, Σ\\|logit − logit bias − Σ W(x)·(x − mean)\\| / Σ\\|logit − logit bias\\|; wanted: at most
+- *unexplained share*: after `bcosify`, Σ\\|logit − logit bias − Σ W(x)·(x − mean)\\| / Σ\\|logit − logit \
+bias\\|; wanted: at most
   {LIMIT:.0e}, except where class tokens or position embeddings add constants that no pixel carries (marked).
-- *audit findings*: functions that explanation mode does not hold, in training and in evaluation mode; wanted: 0.
-- *ratios*: B-cos / plain, medians of {ROUNDS} rounds in which both take turns. At these sizes fixed costs weigh much; see
+- *audit findings*: functions that explanation mode does not hold, in training and in evaluation mode; \
+wanted: 0.
+- *ratios*: B-cos / plain, medians of {ROUNDS} rounds in which both take turns. At these sizes fixed costs \
+weigh much; see
   [benchmarks](benchmarks.md) for training at size, compiled.
 
 {table(COLUMNS, map(row, results))}
 
-{len(results)} architectures. Largest difference of `convert`: {max(found.difference for found in results):.1e}; largest share
-without constants: {max(shares, default=math.nan):.1e}; findings: {sum(len(found.findings) for found in results)}. Median ratios:
+{len(results)} architectures. Largest difference of `convert`: \
+{max(found.difference for found in results):.1e}; largest share
+without constants: {max(shares, default=math.nan):.1e}; findings: \
+{sum(len(found.findings) for found in results)}. Median ratios:
 forward {forward}, training step {step}.
 """
 
 
 def main() -> None:
-    """Measures the architectures asked for."""
+    """Measures the architectures of the command line, prints their rows and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the markdown page")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
@@ -250,7 +267,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             found = measure(case)
-        except Exception as error:  # the others are wanted all the same
+        except Exception as error:  # one failure must not stop the other architectures
             failures.append(f"{case.name}: {error}")
             continue
         results.append(found)

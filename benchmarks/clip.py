@@ -1,12 +1,17 @@
-"""Cost of a step of the B-cosification of an image tower against the same step with the plain tower as the student.
+"""Cost of a training step in the B-cosification of a CLIP image tower, relative to a plain student.
 
     python -m benchmarks.clip [--case RN50-112 ...] [--mode eager compiled] [--rounds 7]
 
-Both steps are the teacher's forward pass, and forward and backward pass of the student with SigLIP's loss, no optimiser: `plain`
-with a student that is built like the teacher, `bcos` with the B-cosified tower. `teacher` is the teacher's forward pass alone.
-All take turns in one run; printed are medians over the rounds of the ratio to `plain` of the same mode, of compiled to eager
-steps, and the most memory that tensors take in a step, parameters left out. One line of JSON a case and mode, then a table. Needs
-torch and open_clip; on a GPU, where there is one, in bfloat16 at 224 pixels.
+A step is the teacher's forward pass, and the student's forward and backward pass with the SigLIP loss,
+without an optimiser step. The steps take turns:
+
+- `plain`: the student has the architecture of the teacher;
+- `bcos`: the student is the B-cosified tower;
+- `teacher`: the teacher's forward pass only.
+
+Prints one line of JSON per case and mode, then a table: ratios to `plain` of the same mode and of compiled to
+eager steps, as medians over the rounds, and the peak memory of a step's tensors, without parameters. Needs
+torch and open_clip. With a GPU, it runs in bfloat16 at 224 pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ CASES = {
 
 
 def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], Any]]:
-    """The steps that are compared, each with a student of its own."""
+    """The steps to compare, each with its own student."""
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
     params = ClipParams(epochs=1, batch_size=case.batch, lr=1e-4)
     plain = ModelSpec(
@@ -62,7 +67,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
 
 
 def prepare(method: ClipBcosification, batch: dict[str, Any], device: str) -> dict[str, Tensor]:
-    """What the loss takes: the teacher's forward pass."""
+    """Runs the teacher's forward pass; returns the batch that the loss takes."""
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         prepared = method.prepare(batch)
     return prepared | {
@@ -78,7 +83,7 @@ def step(
     device: str,
     layout: torch.memory_format,
 ) -> None:
-    """The teacher's forward pass, and the student's forward and backward pass."""
+    """Runs the teacher's forward pass, and the student's forward and backward pass."""
     method.module.zero_grad(set_to_none=True)
     prepared = {
         name: in_memory_format(value, layout) for name, value in prepare(method, batch, device).items()
@@ -89,7 +94,7 @@ def step(
 
 
 def measure(case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line for each mode."""
+    """Measures one case; one line of figures per mode."""
     modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
     yield from compare(modes, "plain", options.rounds)
 

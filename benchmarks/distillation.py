@@ -1,12 +1,18 @@
-"""Cost of a step of e²KD against one of plain distillation, both with a live teacher; and of both compiled.
+"""Cost of a training step of e²KD, relative to plain distillation.
 
-    python -m benchmarks.distillation [--case resnet18-112 ...] [--rounds 7]
+    python -m benchmarks.distillation [--case resnet18-112 ...] [--mode eager compiled] [--rounds 7]
 
-Measures a step's forward and backward pass, the teacher's share included, no optimiser: of `kd` (plain distillation), `live`
-(e²KD with a live teacher), `frozen` (its logits and maps at hand) and `every 16` (16 steps, the first of them with explanations),
-each eager and compiled. All take turns in one run; printed are medians over the rounds of the ratio to `kd` of the same mode, of
-compiled to eager e²KD, and the most memory that tensors take in a step, parameters left out. One line of JSON a case and
-mode, then a table. On a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
+A step is the student's forward and backward pass and the teacher's share, without an optimiser step. The
+steps take turns:
+
+- `kd`: plain distillation with a live teacher;
+- `live`: e²KD with a live teacher;
+- `frozen`: e²KD with stored logits and maps of the teacher;
+- `every 16`: the mean of 16 steps, of which the first matches explanations.
+
+Prints one line of JSON per case and mode, then a table: ratios to `kd` of the same mode and of compiled to
+eager steps, as medians over the rounds, and the peak memory of a step's tensors, without parameters. With a
+GPU, it runs in bfloat16 at the image sizes of ImageNet.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ EVERY = 16
 
 @dataclass(frozen=True)
 class TaughtCase(Case):
-    """The network is the student."""
+    """A student, which is the network of the case, and its teacher."""
 
     teacher: str
 
@@ -53,7 +59,7 @@ CASES = {
 def steps(
     case: TaughtCase, device: str, compiled: bool, channels_last: bool
 ) -> dict[str, Callable[[], None]]:
-    """The steps that are compared, each on a student of its own."""
+    """The steps to compare, each with its own student."""
     torch.manual_seed(0)
     teacher = keep_small_features(bcosify(build(case.teacher, num_classes=len(CLASSES)))).to(device)
     spec = ModelSpec(case.network, CLASSES, case.size, kind="bcos")
@@ -97,7 +103,7 @@ def stepper(
     layout: torch.memory_format,
     count: int,
 ) -> Callable[[], None]:
-    """`count` steps: what the teacher gives, forward and backward pass."""
+    """A function that runs `count` steps of `method`: the teacher's share, forward and backward pass."""
 
     def run() -> None:
         for number in range(count):
@@ -111,7 +117,7 @@ def stepper(
 
 
 def measure(case: TaughtCase, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line for each mode."""
+    """Measures one case; one line of figures per mode."""
     modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
     for line in compare(modes, "kd", options.rounds):
         yield line | {f"every {EVERY} / kd": round(line[f"every {EVERY} / kd"] / EVERY, 3)}

@@ -1,15 +1,18 @@
-"""Trains a stage of the workflow again and again with other params, and compares what comes of it: docs/results.md has what.
+"""Trains a stage of the workflow with several params and seeds, and compares the results.
 
-    dvc exp run -S recipe=cifar10 ... pretrain                                  # params.yaml, and what the stage starts from
-    python -m benchmarks.experiments bcosify@pretrained --run b=2 --run bias=decay bias_decay=10 --run bias=keep
-    python -m benchmarks.experiments distill@kd --split test --seeds 0 1 2 --run explanation_weight=0 --run explanation_weight=10
-    python -m benchmarks.experiments guide --split test --seeds 0 1 2 --run loss=energy localisation_weight=0.1
+    dvc exp run -S recipe=cifar10 ... pretrain      # sets params.yaml, makes the inputs of the stage
+    python -m benchmarks.experiments bcosify@pretrained --run b=2 --run bias=decay bias_decay=10
+    python -m benchmarks.experiments distill@kd --split test --seeds 0 1 2 --run explanation_weight=10
+    python -m benchmarks.experiments guide --seeds 0 1 2 --run loss=energy localisation_weight=0.1
 
-A run is what differs from params.yaml: `key=value` of the stage's own params, `data.crop_padding=2` of others. A seed draws
-weights and order, which images of a class are taken (`distill.shots`), and which ones have boxes (`guide.guided.annotated`). For
-`guide` each seed's classifier is trained first, for frozen explanations these are stored first. The best epoch is evaluated on
-the split, a guided one by the attribution that guided it. One line of JSON each goes to `reports/experiments.jsonl`; what is
-there already is not run again. Prints means ± standard deviations over the seeds.
+Each `--run` lists changes to params.yaml: `key=value` for the stage's own params, `data.crop_padding=2` for
+others. A seed determines the initial weights, the order of the data, the images per class (`distill.shots`),
+and the images with boxes (`guide.guided.annotated`). For `guide`, the classifier of each seed is trained
+first; frozen explanations are stored first.
+
+The best epoch of each run is evaluated on the split; a guided model is explained by the attribution that
+guided it. Results are lines of JSON in `reports/experiments.jsonl`, and runs that have a line there are not
+repeated. Prints means ± standard deviations over the seeds, as docs/results.md has them.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from pipelines.workflow.storing import store
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best
 
-SECTIONS = {  # stage -> its own params
+SECTIONS = {  # stage -> section of params.yaml
     **{f"bcosify@{start}": f"bcosify.{start}" for start in ("pretrained", "scratch")},
     "distill@kd": "distill.kd",
     "guide": "guide.guided",
@@ -79,7 +82,7 @@ FIGURES = (
 
 
 def measure(params: Params, name: str, split: str) -> dict[str, Any]:
-    """The line of the stage with these params, which is trained and evaluated on `split` unless there is one on record."""
+    """The stage's line of figures for these params and `split`; trains and evaluates it if there is none."""
     task = prepared(params, name)
     directory = directory_of(task)
     lines = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.is_file() else ()
@@ -97,12 +100,12 @@ def measure(params: Params, name: str, split: str) -> dict[str, Any]:
 
 
 def prepared(params: Params, name: str) -> Task:
-    """The task of the stage, once what it starts from is there: the classifier of this seed, the teacher's explanations."""
+    """Makes the inputs of the stage (classifier of this seed, teacher's maps), and returns its task."""
     kind, _, item = name.partition("@")
     if kind == "guide":
         classifier = tasks.classify(params)
         result = train(classifier.job(directory_of(classifier)))
-        shutil.rmtree(model_folder("classify"), ignore_errors=True)  # may be DVC's own copy
+        shutil.rmtree(model_folder("classify"), ignore_errors=True)  # may be a link into DVC's cache
         save_best(classifier, result, model_folder("classify"))
     if kind == "distill" and params.distill.kd.explanations == "frozen":
         STORED_EXPLANATIONS.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,7 @@ def prepared(params: Params, name: str) -> Task:
 
 
 def directory_of(task: Task) -> str:
-    """The folder of the task's checkpoints, named by all that its outcome depends on."""
+    """The folder of the task's checkpoints, named by a hash of everything that the outcome depends on."""
     origin = (
         read_manifest(shards_of(task.params.dataset)).digest,
         *(models.digest(folder) for folder in task.upstream),
@@ -120,7 +123,7 @@ def directory_of(task: Task) -> str:
 
 
 def figures(task: Task, folder: Path, split: str) -> dict[str, float]:
-    """What evaluation finds of the model in `folder`; of a student's teacher too, as `teacher_...`."""
+    """Evaluation figures of the model in `folder` and, with the prefix `teacher_`, of a student's teacher."""
     optim, guided, folders, teacher = task.optim, None, {"model": str(folder)}, None
     if isinstance(optim, GuidanceParams):
         guided = Attribution(optim.attribution, optim.layer)
@@ -137,7 +140,7 @@ def figures(task: Task, folder: Path, split: str) -> dict[str, float]:
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Means ± standard deviations over the seeds of each run, as markdown."""
+    """Markdown table of the means ± standard deviations over the seeds of each run."""
     shown = [name for name in FIGURES if any(name in line for lines in runs.values() for line in lines)]
     rows = []
     for run, lines in runs.items():
@@ -147,13 +150,13 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± sample standard deviation; the mean alone for one value, empty for none."""
     deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4g}{deviation}" if values else ""
 
 
 def main() -> None:
-    """Measures the runs asked for, each with each seed."""
+    """Measures the runs of the command line with each seed, and prints their summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,14 @@
-"""Speed of the batched grid pointing game against loops over grids and classes that give the same scores.
+"""Speed of the batched grid pointing game, relative to loops over grids and classes.
 
     python -m benchmarks.gridpg [--case resnet20-32-2x2 ...] [--threads 2] [--rounds 5]
 
-The `plain` loop is the one of the published code: for each class of each grid one forward pass, and `backward()` from the logit
-in explanation mode. The `lean` loop asks `attribute` for one map at a time, which computes no gradients of weights. Prints one
-line of JSON a case: milliseconds a grid of each (the least of the rounds), their ratios, and the largest difference of scores. On
-a GPU where there is one; the machine should be quiet.
+- `batched`: `grid_pointing_game` on all grids at once;
+- `plain`: the loop of the published code, with one forward pass and one `backward()` in explanation mode per
+  class and grid;
+- `lean`: a loop that calls `attribute` for one map at a time, which computes no gradients of parameters.
+
+All give the same scores. Prints one line of JSON per case: milliseconds per grid (minimum over the rounds),
+their ratios, and the largest difference of scores. Runs on a GPU if there is one. The machine should be idle.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ Map = Callable[[Tensor, Tensor], Tensor]  # (1, 6, H, W), (1,) -> (1, H, W)
 
 @dataclass(frozen=True)
 class GridCase(Case):
-    """Grids of n x n images, `batch` of them at once, and the side of the smoothing kernel."""
+    """Grids of n x n images; `batch` is the number of grids."""
 
     n: int
-    smooth: int
+    smooth: int  # side of the smoothing kernel, in pixels
 
 
 CASES = {
@@ -55,7 +58,7 @@ CASES = {
 
 
 def plain_map(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-    """One map by one forward and one backward pass: (1, H, W)."""
+    """Map (1, H, W) of one class, by one forward and one backward pass as in the published code."""
     image = image.detach().requires_grad_()
     model.zero_grad()
     with explanation_mode(model):
@@ -65,7 +68,7 @@ def plain_map(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
 
 
 def loop(map_of: Map, case: GridCase, grids: Tensor, classes: Tensor) -> Tensor:
-    """The game, one class of one grid at a time: (G, n²)."""
+    """Scores (G, n²) of G grids, one class of one grid at a time."""
     scores = torch.zeros(classes.shape, device=grids.device)
     for i, grid in enumerate(grids):
         for j, target in enumerate(classes[i]):
@@ -82,7 +85,7 @@ def loop(map_of: Map, case: GridCase, grids: Tensor, classes: Tensor) -> Tensor:
 
 @exact_float32()
 def measure(case: GridCase, device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The line of the report, of a B-cos network at random weights."""
+    """Measures one case with a B-cos network of random weights; returns one line of figures."""
     torch.manual_seed(0)
     network = bcosify(build(case.network, num_classes=CLASSES)).to(device)
     model = settle(network, add_inverse(pictures(16, case.size)).to(device))

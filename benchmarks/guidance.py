@@ -1,12 +1,15 @@
-"""Cost of a guided step against a plain B-cos step, and of explaining every pair of an image and its classes.
+"""Cost of a guided training step, and of explaining each pair of an image and one of its classes.
 
-    python -m benchmarks.guidance [--case resnet18-112 ...] [--rounds 7]
+    python -m benchmarks.guidance [--case resnet18-112 ...] [--mode eager compiled] [--rounds 7]
 
-Steps: forward and backward pass, no optimiser, of classification alone (`plain`) and guided at the input with the energy loss
-(`guided`), eager and compiled, all in turns in one run; printed are medians over the rounds of the ratio to `plain` of the same
-mode, and of compiled to eager. Pairs: maps of the 192 pairs of 64 images with 1 to 5 classes each, by `explain_pairs` on all of
-them, against a backward pass for each pair through the graph of a batch of 8, and by how much the numbers differ. On a GPU, where
-there is one, at the sizes of ImageNet, and the steps in bfloat16.
+Steps: forward and backward pass without an optimiser step, of classification (`plain`) and of classification
+with the energy loss at the input (`guided`). They take turns. Prints ratios to `plain` of the same mode and
+of compiled to eager steps, as medians over the rounds.
+
+Pairs: 64 images with 1 to 5 classes each make 192 pairs. Compares `explain_pairs` on all images with one
+backward pass per pair through the graphs of batches of 8, in time and in the maps.
+
+With a GPU, cases have the image sizes of ImageNet, and steps run in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from pipelines.params import GuidanceParams, TrainingParams
 from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = 20
-LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # of eight images: 24 pairs
+LABELS = (1, 2, 3, 5, 2, 4, 3, 4)  # classes per image of eight images: 24 pairs
 CASES = {
     "cpu": {"resnet18-112": Case("resnet18", 112, 16)},
     "cuda": {"resnet50-224": Case("resnet50", 224, 64)},
@@ -45,7 +48,7 @@ def network(case: Case, device: str) -> nn.Module:
 
 
 def images_of(case: Case, count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W), and which classes are in them (N, K): of each eight as many as LABELS says."""
+    """Random images (N, 3, H, W) and their classes (N, K) of {0, 1}; LABELS repeats every eight images."""
     present = torch.zeros(count, CLASSES)
     for row in range(count):
         present[row, torch.randperm(CLASSES)[: LABELS[row % len(LABELS)]]] = 1
@@ -53,11 +56,11 @@ def images_of(case: Case, count: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], None]]:
-    """The steps that are compared, each on a network of its own."""
+    """The steps to compare, each with its own network."""
     images, labels = images_of(case, case.batch, device)
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
     box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * case.size
-    pairs = labels.cpu().nonzero().float()  # image and class
+    pairs = labels.cpu().nonzero().float()  # (P, 2): image and class
     boxes = torch.cat([pairs, box.expand(len(pairs), 4)], dim=1)
     batch = {
         "key": [str(row) for row in range(case.batch)],
@@ -76,7 +79,7 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
 
 
 def pair_by_pair(model: nn.Module, images: Tensor, present: Tensor) -> Tensor:
-    """Maps (P, H, W), each by a backward pass of its own through the graph of a batch of eight."""
+    """Maps (P, H, W), with one backward pass per pair through the graphs of batches of eight images."""
     found = []
     for some, of_them in zip(images.split(8), present.split(8), strict=True):
         some = some.clone().requires_grad_()
@@ -90,7 +93,7 @@ def pair_by_pair(model: nn.Module, images: Tensor, present: Tensor) -> Tensor:
 
 @exact_float32()
 def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
-    """How much faster all pairs at once are, and how far the numbers are apart."""
+    """Time and maps of `explain_pairs` relative to `pair_by_pair`, as one line of figures."""
     model = network(case, device).eval().requires_grad_(False)
     images, present = images_of(case, 64, device)
     images, present = add_inverse(images), present.bool()
@@ -105,7 +108,7 @@ def measure_pairs(case: Case, device: str, rounds: int) -> dict[str, Any]:
 
 
 def measure(case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line for each mode, and one for the pairs."""
+    """Measures one case; one line of figures per mode, and one for the pairs."""
     modes = {mode: steps(case, device, mode == "compiled", options.channels_last) for mode in options.mode}
     yield from compare(modes, "plain", options.rounds)
     yield measure_pairs(case, device, options.rounds)

@@ -1,4 +1,8 @@
-"""What the benchmarks of steps share: the command line, turns and their ratios, memory."""
+"""Shared parts of the benchmarks of steps: command line, timing in turns, ratios and memory.
+
+Other processes disturb timings. Steps that are compared therefore take turns: each round runs every step
+once, and ratios are medians over the rounds.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ import torch
 
 from benchmarks.markdown import table_of
 
-Turn = Mapping[Hashable, float]  # step -> seconds
+Turn = Mapping[Hashable, float]  # one round: step -> seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the side of its images in pixels, and the batch."""
+    """A network, the side of its images in pixels, and the batch size."""
 
     network: str
     size: int
@@ -28,21 +32,21 @@ class Case:
 
 
 def clock() -> float:
-    """Wall-clock seconds, once the GPU has done what it was given."""
+    """Wall-clock time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of a call, the GPU's work included."""
+    """Wall-clock seconds of a call, including the GPU's work."""
     start = clock()
     function()
     return clock() - start
 
 
 def in_turns(steps: Mapping[Any, Callable[[], Any]], rounds: int) -> list[Turn]:
-    """Seconds of every step, all one after the other in each round; after two calls each, which compile."""
+    """Seconds per step of each round, in which all steps run once; before, each runs twice to compile."""
     for step in steps.values():
         step()
         step()
@@ -50,17 +54,17 @@ def in_turns(steps: Mapping[Any, Callable[[], Any]], rounds: int) -> list[Turn]:
 
 
 def ratio(turns: Iterable[Turn], one: Hashable, other: Hashable) -> float:
-    """Median over the rounds of `one` divided by `other`."""
+    """Median over the rounds of the time of `one` divided by that of `other`."""
     return round(statistics.median(turn[one] / turn[other] for turn in turns), 3)
 
 
 def milliseconds(turns: Iterable[Turn], one: Hashable) -> float:
-    """Median over the rounds."""
+    """Median time of `one` over the rounds, in milliseconds."""
     return round(1000 * statistics.median(turn[one] for turn in turns), 1)
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most memory that a step's tensors take at once, beside what there was before."""
+    """Peak memory of a step's tensors in bytes, without the memory allocated before the step."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -80,9 +84,10 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 def compare(
     modes: Mapping[str, Mapping[str, Callable[[], Any]]], base: str, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A line for each mode: `base` in milliseconds, each other step over `base`, and each compiled step over the eager one.
+    """Measures the steps of each mode (`eager`, `compiled`) in turns; one line of figures per mode.
 
-    The most memory that each step takes is in megabytes.
+    A line has the milliseconds of `base`, the ratio of every other step to `base`, the ratio of every
+    compiled step to the same eager step, and the peak memory of every step in megabytes.
     """
     turns = in_turns(
         {(mode, name): step for mode, steps in modes.items() for name, step in steps.items()}, rounds
@@ -105,14 +110,15 @@ def main(
     rounds: int = 7,
     training: bool = True,
 ) -> None:
-    """Measures the cases that the command line asks for: prints the lines of each as JSON, then all as a table.
+    """Measures the cases chosen on the command line; prints each line as JSON, and all lines as a table.
 
     Args:
-        doc: what `--help` says.
+        doc: text of `--help`.
         cases: device (`cpu`, `cuda`) -> name -> case.
-        measure: (case, device, options) -> lines; options are `rounds`, and of training `mode` and `channels_last`.
-        rounds: by default.
-        training: whether steps of training are measured, which may be compiled and have two layouts.
+        measure: (case, device, options) -> lines of figures. Options are `rounds` and, with `training`,
+            `mode` and `channels_last`.
+        rounds: default number of rounds.
+        training: add the options `--mode` and `--channels-last` of training steps.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

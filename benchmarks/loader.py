@@ -1,12 +1,17 @@
-"""Images a second that the loader gives, that a training step takes, and that both give together: what limits a run.
+"""Images per second of the data loader, of a training step, and of both together.
 
     dvc repro shard && python -m benchmarks.loader [--workers 0 1 2] [--threads 2] [--batches 40]
 
-Reads the shards and params of the run at hand, with the training transform; the step is that of `bcosify.pretrained` (forward and
-backward pass, clipping, optimiser), with channels first and last in turns, on the GPU where `training.gpus_per_worker` asks for
-one, in `training.precision` and compiled as `training.compile` says. Prints one line of JSON for each number of decoding
-processes; `loader` reads what this method reads, `loader_all_fields` boxes and masks too, `together` is the training loop's own,
-with channels last. Batches are those of the loader; the step alone takes ten at hand, in three rounds.
+Reads the shards of the current params.yaml with its training transform. The step is that of
+`bcosify.pretrained` (forward and backward pass, clipping, optimiser), with the device, precision and
+compilation of the section `training`. Prints one line of JSON per number of decoding processes (`--workers`):
+
+- `loader`: the loader, with the fields that the method reads;
+- `loader_all_fields`: the loader with all fields, including boxes and masks;
+- `step_channels_first`, `step_channels_last`: the step on ten batches that are in memory, in turns, medians
+  of three rounds;
+- `together`: steps on batches of the loader, as in the training loop, with channels last;
+- `loader_by_step`: `loader` / `step_channels_last`.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from pipelines.workflow import tasks
 
 
 def job_of(params: Params, layout: str) -> Job:
-    """The job of B-cosifying a network of random weights, with channels `first` or `last`."""
+    """The job that B-cosifies a network of random weights, with channels `first` or `last`."""
     params = replaced(params, {"training.workers": 0, "training.channels_last": layout == "last"})
     task, optim = tasks.bcosify(params, "pretrained"), params.bcosify.pretrained
     directory = str(Path("runs/loader_benchmark", layout).absolute())
@@ -45,7 +50,7 @@ def job_of(params: Params, layout: str) -> Job:
 
 
 def rate(batches: Any, count: int) -> float:
-    """Images a second over `count` batches after the first."""
+    """Images per second over `count` batches that follow the first."""
     iterator = iter(batches)
     next(iterator)
     start = clock()
@@ -54,14 +59,14 @@ def rate(batches: Any, count: int) -> float:
 
 
 def stepped(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`batches`, once a step has been taken on each."""
+    """Iterates `batches` and yields each batch after a training step on it."""
     for batch in batches:
         train_step(run, batch)
         yield batch
 
 
 def step_rates(runs: dict[str, Run], batches: list[dict[str, Any]], rounds: int = 3) -> dict[str, float]:
-    """Images a second of each run's step on batches at hand; medians of rounds in turns."""
+    """Images per second of each run's step on batches in memory: medians of rounds in turns."""
     turns = [
         {name: rate(stepped(run, batches), len(batches)) for name, run in runs.items()} for _ in range(rounds)
     ]
@@ -69,7 +74,7 @@ def step_rates(runs: dict[str, Run], batches: list[dict[str, Any]], rounds: int 
 
 
 def main() -> None:
-    """Measures the loader with each number of processes, alone and with the step, and the step alone in both layouts."""
+    """Measures the step in both layouts, and per number of processes the loader, alone and with the step."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,10 @@
-"""Scaling on paper: what ImageNet and CC3M ask of 8 and 64 GPUs, from figures that were measured; the tables of docs/scaling.md.
+"""Estimates what training on ImageNet and CC3M needs on 8 and 64 GPUs: the tables of docs/scaling.md.
 
     python -m benchmarks.scaling [--gpu 1] [--link 25] [--cores 8]
 
-Needs nothing but Python. What was measured, and how, stands in docs/scaling.md; the arguments are what was not: how fast a GPU is
-beside the one that was measured, gigabytes a second between nodes, and cores beside each GPU.
+The estimates extrapolate figures that were measured on one machine; docs/scaling.md says how. The arguments
+are the assumptions: the speed of a GPU relative to the measured H200, GB/s between nodes, and CPU cores per
+GPU. Needs only Python.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.markdown import table
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: images, bytes of one in its shard, and of what the teacher's stored explanation takes of the disk."""
+    """A data set, with its number of images and the mean bytes of an image in its shard."""
 
     name: str
     images: int
@@ -26,23 +27,24 @@ class Data:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training: images a second of one H200, the effective batch and the epochs as published."""
+    """A training method, with the batch size and epochs of its paper."""
 
     name: str
-    rate: float
+    rate: float  # images per second on one H200
     batch: int
     epochs: int
-    trained: float  # bytes of the parameters that are trained: their gradients are exchanged
+    trained: float  # bytes of the trained parameters, whose gradients the GPUs exchange
 
 
 DATA = (Data("ImageNet", 1_281_167, 108_083), Data("CC3M", 2_900_000, 45_585))
 GPUS = (8, 64)
-SHARDED = 489  # images a second and core
-DECODED = 515  # images a second and core: read, decoded, cropped to 224 px, flipped
-EXPLANATION = 6 * 224 * 224 * 2  # bytes of a stored W(x), one cell a pixel, float16
-SHARD = 1000  # images
-RESNET50, RESNET18 = 25.6e6 * 4, 11.7e6 * 4
-BCOS, KD = 64 / 36.7e-3, 128 / 20.4e-3  # compiled steps, bfloat16, no optimiser: docs/benchmarks.md
+SHARDED = 489  # images per second and core that the stage `shard` writes
+DECODED = 515  # images per second and core that are read, decoded, cropped to 224 px and flipped
+EXPLANATION = 6 * 224 * 224 * 2  # bytes of a stored W(x) of 224 x 224 pixels in float16
+SHARD = 1000  # images per shard
+RESNET50, RESNET18 = 25.6e6 * 4, 11.7e6 * 4  # bytes of the parameters in float32
+# images per second, compiled, bfloat16, without optimiser step (docs/benchmarks.md)
+BCOS, KD = 64 / 36.7e-3, 128 / 20.4e-3
 METHODS = (
     Method("B-cosification, ResNet-50", BCOS, 256, 90, RESNET50),
     Method("plain distillation, ResNet-34 to 18", KD, 256, 200, RESNET18),
@@ -54,12 +56,12 @@ METHODS = (
 
 
 def exchange(parameters: float, gpus: int, link: float) -> float:
-    """Seconds in which a ring of GPUs adds up gradients; 300 GB/s within a node of 8, `link` GB/s where there are more."""
+    """Seconds of a ring all-reduce of gradients: 300 GB/s within a node of 8 GPUs, else `link` GB/s."""
     return 2 * (gpus - 1) / gpus * parameters / (300e9 if gpus <= 8 else link * 1e9)
 
 
 def sizes() -> str:
-    """What the data takes."""
+    """Table of the data's size on disk: images, shards and stored explanations."""
     heads = ["data", "images", "bytes an image", "shards", "of 1000 images"]
     heads += ["stored maps, a cell a pixel", "4 × 4 pixels", "sharding, one core"]
     rows = []
@@ -72,7 +74,7 @@ def sizes() -> str:
 
 
 def rates(rate: float) -> str:
-    """What GPUs, each of which B-cosifies `rate` images a second, ask of storage and cores."""
+    """Table of the bandwidth and CPU cores that GPUs need if each B-cosifies `rate` images per second."""
     heads = (
         "GPUs",
         "data",
@@ -92,7 +94,11 @@ def rates(rate: float) -> str:
 
 
 def limits(gpu: float, link: float, cores: int) -> str:
-    """What a step of each method waits for, and how long all epochs of ImageNet take; GPUs are `gpu` times as fast as an H200."""
+    """Table of the bottleneck of a step of each method, and of the hours for all epochs on ImageNet.
+
+    GPUs are `gpu` times as fast as an H200, nodes are connected with `link` GB/s, and each GPU has `cores`
+    CPU cores.
+    """
     heads = ["method, published batch and epochs", "GPUs", "images a GPU and step"]
     heads += ["computing, ms", "gradients, ms", "decoding, ms", "the limit", "ImageNet, all epochs"]
     rows = []

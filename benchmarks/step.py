@@ -1,13 +1,18 @@
-"""Cost of a B-cos network against the plain one it was made from: training step, inference, explanation, memory.
+"""Cost of a B-cos network relative to the plain network that it was made from.
 
     python -m benchmarks.step [--case resnet18-112 ...] [--mode eager compiled] [--rounds 9]
 
-Three networks take turns, so that what else runs on the machine strikes all alike: `plain`, `bcos`, and (eager) `formula`, the
-same B-cos network whose layers are written out in plain autograd operations. Measures: a training step (forward and backward
-pass), inference, `dynamic_weights` (against the plain network's forward pass and input gradient, parameters frozen in both), 20
-classes explained at once (against 20 calls), and the bytes saved for the backward pass of a training step. Prints one line of
-JSON a case and mode, then a table of the ratios to `plain` (medians over the rounds). Needs torch, torchvision and timm alone; on
-a GPU, where there is one, in bfloat16 at the sizes of ImageNet.
+Three networks take turns, so that other processes on the machine disturb all of them alike:
+
+- `plain`: the ordinary network;
+- `bcos`: its B-cosified version;
+- `formula` (eager only): `bcos` with layers that spell out their formulas in plain autograd operations.
+
+Measures a training step (forward and backward pass), inference, `dynamic_weights` (for `plain`, forward pass
+and input gradient; parameters are frozen in both), the explanation of 20 classes at once relative to 20
+calls, and the bytes that a training step saves for its backward pass. Prints one line of JSON per case and
+mode, then a table. Figures are ratios to `plain`, medians over the rounds. Needs torch, torchvision and timm.
+With a GPU, it runs in bfloat16 at the image sizes of ImageNet.
 """
 
 from __future__ import annotations
@@ -42,10 +47,9 @@ CASES = {
 
 
 class FormulaConv2d(BcosConv2d):
-    """The convolution as its formula stands: |w·x|·(w·x)/‖x‖, each operation on its own."""
+    """The B-cos convolution |w·x|·(w·x)/‖x‖, spelt out in plain operations."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, out_channels, H', W')."""
         linear = nn.functional.conv2d(
             x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups
         )
@@ -57,19 +61,17 @@ class FormulaConv2d(BcosConv2d):
 
 
 class FormulaLinear(BcosLinear):
-    """The linear layer as its formula stands."""
+    """The B-cos linear layer, spelt out in plain operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
         linear = nn.functional.linear(x, self.weight)
         return linear * self.hold(linear.abs() / (x.norm(dim=-1, keepdim=True) + 1e-12))
 
 
 class FormulaBatchNorm(BcosBatchNorm):
-    """The uncentred norm as its formula stands."""
+    """The uncentred BatchNorm, spelt out in plain operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
         var = x.var((0, 2, 3), unbiased=False) if self.training else self.running_var
         if self.training:
             self._track(var, var)
@@ -81,9 +83,9 @@ FORMULAS = {BcosConv2d: FormulaConv2d, BcosLinear: FormulaLinear, BcosBatchNorm:
 
 
 def keep_small_features(model: nn.Module) -> nn.Module:
-    """`model`, whose norms bring features of any size to size 1, as in trained networks.
+    """Lets the norms of `model` scale even tiny features to standard deviation 1, as in trained networks.
 
-    Those of random layers at B = 2 are tiny, and what underflows is slow.
+    With random weights, features are tiny at B = 2, and computing with denormal numbers is slow.
     """
     for module in model.modules():
         if isinstance(module, BcosBatchNorm):
@@ -92,7 +94,7 @@ def keep_small_features(model: nn.Module) -> nn.Module:
 
 
 def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[str, nn.Module]:
-    """The networks that are compared, of the same weights; compiled ones as training compiles them."""
+    """The networks to compare, with the same weights; in mode `compiled`, compiled as for training."""
     torch.manual_seed(0)
     source = build(case.network, num_classes=CLASSES)
     bcos = keep_small_features(bcosify(source))
@@ -113,19 +115,19 @@ def networks(case: Case, device: str, mode: str, channels_last: bool) -> dict[st
 
 
 def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward and backward pass, no optimiser."""
+    """Runs a forward and a backward pass, without an optimiser step."""
     model.train().requires_grad_(True).zero_grad(set_to_none=True)
     nn.functional.cross_entropy(model(images), labels).backward()
 
 
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward pass alone."""
+    """Runs a forward pass without gradients."""
     model.eval()(images)
 
 
 def explain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """The gradient of each label's logit with respect to the input; of a B-cos network its dynamic weights."""
+    """Computes dynamic weights or, for a plain network, the gradient of the label's logit by the input."""
     model.eval().requires_grad_(False)
     if not isinstance(model, ConventionalNetwork):
         dynamic_weights(model, images, labels)
@@ -138,7 +140,7 @@ MEASURES = {"training_step": train_step, "inference": infer, "dynamic_weights": 
 
 
 def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes of storage that a training step keeps for its backward pass, parameters and images left out."""
+    """Bytes that a training step saves for its backward pass, without parameters, buffers and images."""
     model.train().requires_grad_(True)
     storages: dict[int, int] = {}
 
@@ -156,7 +158,7 @@ def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 
 def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
-    """Time of explaining 20 classes of a batch at once, relative to 20 calls."""
+    """Time to explain 20 classes per image at once, relative to 20 calls with one class per image."""
     model.eval().requires_grad_(False)
     targets = torch.stack([torch.randperm(CLASSES, device=images.device) for _ in images])
 
@@ -172,7 +174,7 @@ def many_classes(model: nn.Module, images: Tensor, rounds: int) -> float:
 
 
 def measure(case: Case, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line for each mode."""
+    """Measures one case; one line of figures per mode."""
     for mode in options.mode:
         torch.compiler.reset()
         models = networks(case, device, mode, options.channels_last)

@@ -1,11 +1,15 @@
-"""What the resolution and precision of stored explanations cost, in likeness to the live ones and in bytes; and augmentation.
+"""Size of stored explanations and their similarity to live ones, by resolution and precision.
 
     dvc repro bcosify@pretrained && python -m benchmarks.stored_maps
 
-For images of the validation split: the mean cosine of the teacher's dynamic weights with what a student would be given, stored at
-each resolution and precision and brought back to the image's size as the loader does. `ImageNet` is what 1,281,167 images of
-224 px would take at the same number of pixels a cell. Then how far the teacher's answer to an augmented view (the run's crop and
-flip) is from the stored one, which followed them: equal top-1, KL divergence, and the cosine of the maps. Prints two tables.
+Prints two tables for images of the validation split. The first has, per resolution and precision of the
+stored maps, the mean cosine of the teacher's dynamic weights with the stored maps (resized to the image's
+size, as the loader does), and bytes per image. Its column `ImageNet` is the size for 1,281,167 images of 224
+px with the same number of pixels per cell.
+
+The second is about augmentation: a stored map takes the same crop and flip as its image, and the stored
+logits stay as they are. It compares them with the teacher's live logits and maps of the augmented view: share
+of equal top-1, KL divergence, and cosine of maps.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ IMAGES, IMAGENET, SIDE = 512, 1_281_167, 224
 
 
 def main() -> None:
-    """Measures each resolution and precision."""
+    """Prints both tables."""
     params = load()
     teacher, _ = models.load(model_folder("bcosify/pretrained"))
     images = torch.cat(
@@ -70,7 +74,7 @@ def main() -> None:
 
 
 def explained(teacher: nn.Module, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and dynamic weights (N, 6, H, W) of images (N, 3, H, W), by default of the class predicted."""
+    """Logits (N, K) and dynamic weights (N, 6, H, W) of images (N, 3, H, W); `None`: predicted classes."""
     parts = images.split(64)
     of_parts = [None] * len(parts) if targets is None else targets.split(64)
     found = [

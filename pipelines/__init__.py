@@ -1,3 +1,3 @@
-"""The library: everything that is computed."""
+"""The library of the project: models, explanations, data, training and evaluation."""
 
-from pipelines import process  # sets up threads and memory before torch is imported
+from pipelines import process  # sets up threads and memory, which must happen before torch is imported

@@ -1,4 +1,4 @@
-"""What a GPU computes is what the CPU does. Run where torch finds one; needs neither ray, mlflow nor dvc."""
+"""The GPU computes what the CPU computes. Needs a GPU, and neither ray, mlflow nor dvc."""
 
 import copy
 from dataclasses import replace
@@ -36,7 +36,7 @@ NETWORKS = ["resnet8", "densenet121", "timm:convnext_atto", "timm:vit_tiny_patch
 
 @pytest.fixture(autouse=True)
 def _exact():
-    """Single precision as on the CPU; sums always in the same order."""
+    """Float32 without TF32, and deterministic algorithms."""
     with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
     torch.compiler.reset()
@@ -54,19 +54,19 @@ def batch(count=8, size=32, dtype=torch.float64):
 
 
 def loss(model, images, targets):
-    """Of the weights and the logits, each of size 1: (N,) -> scalar."""
+    """A scalar loss on W(x) and on the logits, each divided by its norm."""
     logits, found = dynamic_weights(model, images, targets, create_graph=True)
     return (found / found.detach().norm()).pow(3).sum() + (logits / logits.detach().norm()).pow(3).sum()
 
 
 def gradients(function, model, images, targets):
-    """All gradients in one vector (P,) on the CPU."""
+    """Gradients of all parameters as one vector on the CPU."""
     found = torch.autograd.grad(function(model, images, targets), list(model.parameters()))
     return torch.cat([each.detach().flatten().cpu() for each in found])
 
 
 def difference(one, other):
-    """Relative: ‖one − other‖ / ‖other‖, on the CPU in double precision."""
+    """Relative difference ‖one − other‖ / ‖other‖, on the CPU in double precision."""
     one, other = one.detach().cpu().double(), other.detach().cpu().double()
     return float((one - other).norm() / other.norm())
 
@@ -109,7 +109,7 @@ def test_under_autocast_it_is_near_double_precision(name):
 
 @pytest.mark.parametrize("at_step", [3, 7])
 def test_killed_and_run_again_is_as_never_killed(tmp_path, at_step):
-    """With dropout, whose numbers are the GPU's own."""
+    """Trains with dropout, which draws from the GPU's own generator."""
     settings = {"gpus_per_worker": 1, "precision": "bfloat16"}
     whole = train(toy_job(tmp_path / "whole", **settings))
     broken = accident("raise", at_step, tmp_path / "marker")
@@ -150,7 +150,7 @@ def directories(tmp_path_factory, shards):
 
 
 def job(shards, directories, name, directory, training):
-    """One epoch of a method on the B-cos model, or on the conventional one."""
+    """A job that trains one epoch of the method `name`, on the B-cos model or the conventional one."""
     settings = {"epochs": 1, "batch_size": 8, "lr": 0.01, "optimiser": "sgd"}
     if name == "bcosification":
         optim = BcosificationParams(**settings)
@@ -203,9 +203,8 @@ def test_compiled_and_in_half_precision_an_epoch_of_a_method_is_near_that_in_sin
 def test_an_evaluation_finds_what_it_finds_on_the_cpu(shards, directories):
     params = EvaluateParams(batch_size=7, grid_size=2, grid_count=6, grid_batch=4, smooth=3)
     arguments = (directories, shards, DATA, params, "test", "conventional")
-    with cudnn.flags(
-        enabled=True, deterministic=True, allow_tf32=True
-    ):  # torch's default; an evaluation is exact all the same
+    # TF32 is torch's default; evaluation turns it off by itself
+    with cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):
         here, there = (
             evaluate(Context(device=torch.device(name)), *arguments)[0] for name in ("cpu", "cuda")
         )

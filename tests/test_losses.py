@@ -20,7 +20,7 @@ def test_off_label_targets_are_one_over_the_classes():
 
 def test_distillation_by_hand():
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
-    p = 1 / (1 + math.exp(-1))  # at temperature 2
+    p = 1 / (1 + math.exp(-1))  # of the first class at temperature 2
     expected = 4 * (p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5))
     assert losses.distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
     assert losses.distillation_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-7)
@@ -28,7 +28,7 @@ def test_distillation_by_hand():
 
 def test_distillation_of_several_labels_by_hand():
     student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]])
-    p = 1 / (1 + math.exp(-1))  # at temperature 2; the second class is right already
+    p = 1 / (1 + math.exp(-1))  # of the first class at temperature 2; the second class adds no loss
     expected = 4 * (p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5))
     assert losses.binary_distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
     assert losses.binary_distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
@@ -93,7 +93,7 @@ def test_the_size_corrected_energy_loss_is_that_of_sauter_et_al(alpha):
 
 
 SIDE = 224
-PIXELS = {  # of the mask, counted from the first one
+PIXELS = {  # case -> number of pixels in the mask, which are the first ones
     "2 % outside": round(0.98 * SIDE**2),
     "one pixel outside": SIDE**2 - 1,
     "2 % inside": round(0.02 * SIDE**2),

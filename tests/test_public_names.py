@@ -1,4 +1,4 @@
-"""Names that code outside this repository calls: they and their positional arguments stay."""
+"""Public names, which code outside this repository calls, keep their names and positional arguments."""
 
 import importlib
 import inspect
@@ -10,7 +10,8 @@ SIGNATURES = {
         "add_inverse": "images",
         "convert": "model *mean *std",
         "bcosify": "model *b *bias *norm *stem_pool *gap_reorder *activation *logit_bias *mean *std",
-        "BcosConv2d": "in_channels out_channels kernel_size stride padding dilation groups bias b max_out normalize_weight",
+        "BcosConv2d": "in_channels out_channels kernel_size stride padding dilation groups "
+        "bias b max_out normalize_weight",
         "BcosLinear": "in_features out_features bias b max_out normalize_weight",
         "explanation_mode": "model",
         "dynamic_weights": "model images targets create_graph",

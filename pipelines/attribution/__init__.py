@@ -1,4 +1,4 @@
-"""Attribution maps of B-cos and conventional models: which pixels speak for a class."""
+"""Attribution maps of B-cos and conventional models: how much each pixel contributes to a class."""
 
 from pipelines.attribution.explain import (
     METHODS,

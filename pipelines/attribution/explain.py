@@ -1,6 +1,10 @@
-"""The verbs: `attribute` and `explain` images by one of `METHODS`, `explain_pairs` of images and their classes.
+"""Attribution of logits to pixels, by one of `METHODS`.
 
-Layouts in names: N images, T targets of each image, K classes, C channels, HW places.
+`attribute` returns maps, `explain` logits and maps from one forward pass, and `explain_pairs` explains the
+pairs of images and their classes.
+
+Letters: N images, T targets per image, K classes, P pairs of an image and a class, C channels, H x W pixels,
+h x w locations of a layer's features.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ from pipelines.bcos.explanation import recording, usable
 
 
 class AttributionMethod(Protocol):
-    """Images (N, 6, H, W) and targets, as `explain` takes them -> logits (N, K) and maps (N, h, w) or (N, T, h, w)."""
+    """Images (N, 6, H, W) and targets (N,) or (N, T) -> logits (N, K) and maps (N, h, w) or (N, T, h, w).
+
+    `None` targets are the predicted classes. Logits and maps keep their graph if `create_graph` is set.
+    """
 
     def __call__(
         self,
@@ -33,8 +40,7 @@ class AttributionMethod(Protocol):
         *,
         layer: str | None,
         create_graph: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and maps, with their graph where `create_graph` is set."""
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 METHODS: dict[str, AttributionMethod] = {
@@ -48,11 +54,12 @@ METHODS: dict[str, AttributionMethod] = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """How a model is explained.
+    """The choice of an attribution method and of a layer.
 
     Attributes:
         method: a key of `METHODS`, see `attribute`.
-        layer: dotted name of the module whose output is explained; `None`: the input (of `gradcam`: the last features).
+        layer: dotted name of the module to whose output the logit is attributed. `None` is the input, or the
+            last convolutional features for `gradcam`.
     """
 
     method: str = "bcos"
@@ -60,11 +67,11 @@ class Attribution:
 
     @property
     def of_dynamic_weights(self) -> bool:
-        """Whether the maps are W(x)·x of the input, the explanation that a B-cos network gives of itself."""
+        """True if the maps are W(x)·x at the input, the inherent explanation of a B-cos network."""
         return self.method == "bcos" and self.layer is None
 
     def resolved(self, model: nn.Module, images: Tensor) -> Attribution:
-        """With the layer that GradCAM explains by default, see `last_features`; other attributions are returned unchanged."""
+        """Fills in the default layer of `gradcam`, see `last_features`; other attributions do not change."""
         missing = self.method == "gradcam" and self.layer is None
         return replace(self, layer=last_features(model, images)) if missing else self
 
@@ -80,33 +87,40 @@ def attribute(
     create_graph: bool = False,
     **options: Any,
 ) -> Tensor:
-    """The map of one class of each image, or of T classes of each.
+    """Attribution maps of one class per image, or of T classes per image.
 
     Args:
-        model: a model of this project: (N, 6, H, W) in [0, 1] -> logits (N, K), with the buffer `mean` (6,). It is left as it
-            was: training flags, `requires_grad`, gradients.
+        model: a model of this project, (N, 6, H, W) in [0, 1] -> logits (N, K), with a buffer `mean` (6,).
+            Its training flags, `requires_grad` and gradients are left untouched.
         images: (N, 6, H, W) in [0, 1].
-        targets: class indices (N,), or (N, T): from one forward pass.
+        targets: class indices (N,), or (N, T) for T classes per image, which share one forward pass.
         method: a key of `METHODS`:
 
             - `bcos`: Σ_c W_c(x)·x_c with the dynamic weights W(x), as published.
-            - `bcos_centered`: Σ_c W_c(x)·(x_c - m_c), which sums to logit - logit bias in a bias-free B-cos CNN.
+            - `bcos_centered`: Σ_c W_c(x)·(x_c - m_c), m the mean image. Sums to logit - logit bias in a
+              bias-free B-cos CNN.
             - `input_x_gradient`: Σ_c (x_c - m_c)·∂logit/∂x_c, the same for conventional models.
-            - `integrated_gradients`: captum's, from the mean image; options `steps` (32), `internal_batch_size`.
+            - `integrated_gradients`: captum's, from the mean image; options `steps` (32) and
+              `internal_batch_size`.
             - `gradcam`: positive part of Σ_c f_c·mean(∂logit/∂f_c), f the last convolutional features.
-        layer: dotted name of a module of `model` whose output (N, C, h, w) is explained instead of the input (for `gradcam`:
-            instead of the last convolutional features). The map is then Σ_c f_c·(∂logit/∂f_c).
-        resize: maps of a layer are resized bilinearly to (H, W).
+        layer: dotted name of a module with output f (N, C, h, w), to which the logit is attributed instead of
+            the input. The map is then Σ_c f_c·(∂logit/∂f_c); for `gradcam`, f replaces the last convolutional
+            features.
+        resize: resize maps of a layer bilinearly to (H, W).
         create_graph: keep the graph of the maps, for losses on them.
-        **options: of the method.
+        **options: options of the method.
 
     Returns:
-        (N, H, W), or (N, h, w) with `resize=False`; (N, T, ...) for targets (N, T). Signed, but for `gradcam` (>= 0).
+        (N, H, W), or (N, h, w) with `resize=False`; (N, T, ...) for targets (N, T). Signed, except `gradcam`,
+        which is >= 0.
 
     Raises:
-        ValueError: unknown method or layer (the nearest names are given); a layer without a spatial output.
+        ValueError: the method is unknown; the layer is unknown (the message gives the nearest names), has no
+            output (N, C, h, w), or is given for `integrated_gradients`.
+        ModelError: `gradcam` without `layer` finds no convolutional features.
 
-    Source: Böhle et al., TPAMI 2024, eq. 6; Shrikumar et al., 2016; Sundararajan et al., 2017; Selvaraju et al., 2017.
+    Source: Böhle et al., TPAMI 2024, eq. 6; Shrikumar et al., 2016; Sundararajan et al., 2017; Selvaraju et
+        al., 2017.
     """
     by = Attribution(method, layer)
     return explain(model, images, targets, by, resize=resize, create_graph=create_graph, **options)[1]
@@ -122,10 +136,11 @@ def explain(
     create_graph: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and maps of the classes `targets` from one forward pass; `None`: of the class that the model predicts.
+    """Logits (N, K) and attribution maps of the classes `targets`, from one forward pass.
 
-    Targets (N,) give maps (N, H, W), targets (N, T) maps (N, T, H, W). Other arguments and errors are those of `attribute`. A
-    compiler can trace B-cos maps of the input; other maps are computed eagerly in compiled code too, and so is their model.
+    Targets (N,) give maps (N, H, W), and targets (N, T) give (N, T, H, W); `None` explains the predicted
+    classes. Other arguments and errors are those of `attribute`. torch.compile can trace `bcos` maps of the
+    input. For all other maps, the model runs eagerly, even if it is compiled.
     """
     if attribution.method not in METHODS:
         raise ValueError(f"unknown attribution method {attribution.method!r}: {', '.join(METHODS)} are known")
@@ -138,7 +153,7 @@ def explain(
     return (logits, maps) if create_graph else (logits.detach(), maps.detach())
 
 
-@torch.compiler.disable  # a compiler cannot trace hooks and gradients that are taken inside
+@torch.compiler.disable  # a compiler can trace neither the hooks nor calls of `torch.autograd.grad`
 def _eagerly(
     compute: Callable[..., tuple[Tensor, Tensor]],
     model: nn.Module,
@@ -160,18 +175,19 @@ def _eagerly(
 def explain_pairs(
     explain_some: Callable[[Tensor, Tensor], tuple[Tensor, ...]], images: Tensor, present: Tensor
 ) -> tuple[Tensor, ...]:
-    """Explanations of each pair of an image and one of its classes: one forward pass per image, one backward pass per pair.
+    """Explains each pair of an image and one of its classes, with a single forward pass per image.
 
-    Images with equally many classes are explained together. The model must be in evaluation mode, where the explanation of an
-    image does not depend on the others.
+    Images with equally many classes are explained in one call, so the model must be in evaluation mode, where
+    the explanation of an image does not depend on the rest of the batch.
 
     Args:
-        explain_some: (images (n, C, H, W), targets (n, T)) -> logits (n, K) and values (n, T, ...), one or more.
+        explain_some: (images (n, C, H, W), targets (n, T)) -> logits (n, K) and one or more values (n, T,
+            ...), such as maps.
         images: (N, C, H, W).
-        present: (N, K) of bool, P of them true.
+        present: (N, K) of bool, True for the P pairs.
 
     Returns:
-        Logits (N, K), and values (P, ...) of the pairs in the order of `present.nonzero()`.
+        Logits (N, K), and the values (P, ...) of the pairs in the order of `present.nonzero()`.
     """
     counts = present.sum(1)
     starts = counts.cumsum(0) - counts
@@ -181,9 +197,8 @@ def explain_pairs(
     for count in counts.unique().tolist():
         rows = (counts == count).nonzero()[:, 0]
         targets = present[rows].nonzero()[:, 1].view(len(rows), count)
-        asked = (
-            targets if count else targets.new_zeros(len(rows), 1)
-        )  # of an image without any class, only the logits are used
+        # images without a class give logits only; they are explained for class 0, and the values are dropped
+        asked = targets if count else targets.new_zeros(len(rows), 1)
         logits, *values = explain_some(images[rows], asked)
         order.append(rows)
         places.append((starts[rows, None] + torch.arange(count, device=rows.device)).flatten())
@@ -194,24 +209,27 @@ def explain_pairs(
 
 
 class Explainer(Protocol):
-    """Explains one class of each image: images (N, 6, H, W) -> logits (N, K) and maps (N, ...)."""
+    """Explains one class per image: images (N, 6, H, W) -> logits (N, K) and maps (N, ...).
+
+    `None` targets are the predicted classes.
+    """
 
     def __call__(
         self, model: nn.Module, images: Tensor, targets: Tensor | None = None, *, create_graph: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and maps of the classes `targets` (N,), by default those that the model predicts."""
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def comparable_explainers(
     one: nn.Module, other: nn.Module, images: Tensor, *, held: bool
 ) -> tuple[Explainer, Explainer]:
-    """How two models are explained so that their maps compare.
+    """Explainers of two models whose maps can be compared.
 
     Args:
         one, other: models of this project, of any architectures.
-        images: (N, 6, H, W); the first one is sent through to find the last convolutional features.
-        held: both are B-cos: their maps are the dynamic weights W(x), (N, 6, H, W). Otherwise both are explained by GradCAM of
-            the last convolutional features, resized to (N, H, W).
+        images: (N, 6, H, W), of which the first is sent through each model to find GradCAM's layer.
+        held: both models are B-cos networks. Their maps are then the dynamic weights W(x), (N, 6, H, W).
+            Otherwise both models are explained by GradCAM of the last convolutional features, resized to (N,
+            H, W).
 
     Source: Parchami-Araghi et al., Good Teachers Explain, ECCV 2024, section 3.
     """

@@ -1,4 +1,4 @@
-"""The output of a layer during a forward pass, as the point at which gradients are taken."""
+"""Captures the output of a layer in a forward pass, so that gradients can be taken with respect to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ def forward_with_features(model: nn.Module, images: Tensor, layer: str, cut: boo
     """Logits (N, K), and the output (N, C, h, w) of `layer` from which they were computed.
 
     Args:
-        model: images (N, 6, H, W) -> logits.
-        images: of the batch.
+        model: images (N, 6, H, W) -> logits (N, K).
+        images: (N, 6, H, W).
         layer: dotted name of a module of `model`.
-        cut: the features are a leaf of autograd's graph, which then ends there.
+        cut: make the features a leaf, at which autograd's graph ends.
 
     Raises:
-        ValueError: no such layer (the nearest names are given), or one whose output is not one feature map per image.
+        ValueError: the model has no such layer (the message gives the nearest names), the layer does not run,
+            or its output is not one feature map (C, h, w) per image.
     """
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
@@ -33,13 +34,12 @@ def forward_with_features(model: nn.Module, images: Tensor, layer: str, cut: boo
     features: Tensor | None = None
 
     def capture(module: nn.Module, inputs: object, output: object) -> Tensor:
-        """Gives the next layer a copy, so that an in-place activation leaves the captured features alone."""
         nonlocal features
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"layer {layer!r} cannot be explained: its output is {shape}, not (N, C, h, w)")
         features = output.detach().requires_grad_() if cut or not output.requires_grad else output
-        return features.clone()
+        return features.clone()  # an in-place activation that follows must not change the features
 
     handle = modules[layer].register_forward_hook(capture)
     try:
@@ -55,7 +55,7 @@ def forward_with_features(model: nn.Module, images: Tensor, layer: str, cut: boo
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the block; afterwards each module is in its former mode."""
+    """Context manager that puts `model` in evaluation mode and restores the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,9 @@
-"""GradCAM: the last convolutional features, weighed by their mean gradients."""
+"""GradCAM: the channels of the last convolutional features, weighted by their mean gradients.
+
+    map = max(0, Σ_c f_c · mean_HW(∂logit/∂f_c)),   f the features (C, h, w)
+
+Source: Selvaraju et al., Grad-CAM, ICCV 2017, eq. 1 and 2.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +22,29 @@ from pipelines.models import ModelError
 def gradcam(
     model: nn.Module, images: Tensor, targets: Tensor | None, *, layer: str | None, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
-    """Positive part of Σ_c f_c·mean_HW(∂logit/∂f_c). Source: Selvaraju et al., Grad-CAM, 2017, eq. 1 and 2."""
+    """Logits and GradCAM maps of `layer`, by default of `last_features`; see `AttributionMethod`."""
     layer = layer or last_features(model, images)
     logits, features, gradients = gradients_at(model, images, targets, layer, create_graph)
     return logits, contribution_map(features, gradients.mean((-2, -1), keepdim=True)).relu()
 
 
 def last_features(model: nn.Module, images: Tensor) -> str:
-    """Name of the module that gives the last convolutional features of `model`; it may be a container such as `layer4`.
+    """Dotted name of the module that gives the last convolutional features of `model`.
 
-    It is the last in order of execution, adaptive pools left out, whose output is (N, C, h, w) with more than one place and
-    which runs before the classifier, the last layer with a weight matrix or kernel. A network that goes on with tokens, as ViTs
-    do after their patches' embedding, has none. One image of `images` (N, 6, H, W) is sent through the model in evaluation mode.
-    Where many batches are explained, find the layer once, and pass it as `layer`.
+    This is the last module, in the order of execution, that runs before the classifier and whose output is
+    (N, C, h, w) with more than one location. Adaptive pools do not count; containers such as `layer4` do.
+    The classifier is the last layer with a weight matrix or kernel. Networks that go on with tokens, as ViTs
+    do after the patch embedding, have no such module.
+
+    One of the images (N, 6, H, W) is sent through the model in evaluation mode. If you explain many batches,
+    call this function once and pass its result as `layer`.
 
     Raises:
         ModelError: the model has no such module.
     """
     names = {module: name for name, module in model.named_modules() if name}
-    spatial: list[str] = []  # modules with such an output since the last layer with weights
-    before_classifier: list[str] = []  # those up to that layer
+    spatial: list[str] = []  # modules with spatial output that ran after the last layer with weights
+    before_classifier: list[str] = []  # modules with spatial output that ran before it
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
         weight = module.texts if isinstance(module, CosineHead) else getattr(module, "weight", None)
@@ -50,9 +58,8 @@ def last_features(model: nn.Module, images: Tensor) -> str:
         ):
             return
         if not _is_image(output, images):
-            if (
-                isinstance(weight, Tensor) and weight.ndim == 1
-            ):  # a norm of tokens: the network goes on from here
+            # a norm of tokens: the network goes on with tokens, so the features so far are not the last ones
+            if isinstance(weight, Tensor) and weight.ndim == 1:
                 before_classifier.clear()
                 spatial.clear()
         elif len(output) == 1 and output[0, 0].numel() > 1:
@@ -73,7 +80,7 @@ def last_features(model: nn.Module, images: Tensor) -> str:
 
 
 def _is_image(output: Tensor, images: Tensor) -> bool:
-    """Whether `output` is (N, C, h, w) with the sides of `images` (N, 6, H, W) divided by one number: not (N, h, w, C)."""
+    """Returns True if `output` is (N, C, h, w) with the aspect ratio of `images`, unlike (N, h, w, C)."""
     if output.ndim != 4:
         return False
     (height, width), (h, w) = images.shape[2:], output.shape[2:]

@@ -1,4 +1,8 @@
-"""Attribution by the gradient at the input or at the features of a layer: `bcos`, `bcos_centered`, `input_x_gradient`."""
+"""Attribution by gradients: input (or features of a layer) times gradient, summed over channels.
+
+In explanation mode (`bcos`), the gradient is the dynamic weight W(x). Without it (`input_x_gradient`), it is
+the ordinary gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,10 @@ def bcos(
     create_graph: bool,
     centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Σ_c W_c(x)·x_c with the dynamic weights W(x); at a layer Σ_c W_c·f_c of its features f.
+    """Logits and maps Σ_c W_c(x)·x_c with the dynamic weights W(x); see `AttributionMethod`.
 
-    `centered`: Σ_c W_c(x)·(x_c - m_c), m the mean image. A compiler can trace the maps of the input.
+    At a layer with features f, the maps are Σ_c W_c·f_c. `centered` maps of the input are Σ_c W_c(x)·(x_c -
+    m_c), m the mean image. torch.compile can trace maps of the input.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, eq. 6.
     """
@@ -30,14 +35,19 @@ def bcos(
     explanation = Explanation(detach=not create_graph)
     with explaining(model, explanation):
         logits, features, weights = gradients_at(model, images, targets, layer, create_graph)
-    explanation.holding = False  # a loss on the maps has its full gradient
+    explanation.holding = False  # releases the factors: a loss on the maps needs its full gradient
     return logits, contribution_map(features, weights)
 
 
 def input_x_gradient(
     model: nn.Module, images: Tensor, targets: Tensor | None, *, layer: str | None, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
-    """Σ_c (x_c - m_c)·∂logit/∂x_c; at a layer Σ_c f_c·∂logit/∂f_c of its features f. Source: Shrikumar et al., 2016."""
+    """Logits and maps Σ_c (x_c - m_c)·∂logit/∂x_c, m the mean image; see `AttributionMethod`.
+
+    At a layer with features f, the maps are Σ_c f_c·∂logit/∂f_c.
+
+    Source: Shrikumar et al., 2016.
+    """
     logits, values, gradients = gradients_at(model, images, targets, layer, create_graph)
     return logits, contribution_map(_centered(model, values) if layer is None else values, gradients)
 
@@ -45,9 +55,10 @@ def input_x_gradient(
 def gradients_at(
     model: nn.Module, images: Tensor, targets: Tensor | None, layer: str | None, create_graph: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, K), the input or the features of `layer`, and the gradients of the targets' logits with respect to these.
+    """Logits (N, K), values, and gradients of the targets' logits with respect to the values.
 
-    Gradients are (N, C, h, w), or (N, T, C, h, w) for targets (N, T).
+    The values (N, C, h, w) are the images, or the features of `layer`. Gradients are (N, C, h, w), or (N, T,
+    C, h, w) for targets (N, T).
     """
     if layer is not None:
         logits, values = forward_with_features(model, images, layer, cut=not create_graph)

@@ -1,4 +1,4 @@
-"""captum's integrated gradients, with a graph of the maps where one is asked for."""
+"""captum's integrated gradients, which can keep the graph of the maps for losses on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ def integrated_gradients(
     steps: int = 32,
     internal_batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Integrated gradients along the line from the mean image. Source: Sundararajan et al., 2017, eq. 1."""
+    """Logits and integrated gradients along the line from the mean image; see `AttributionMethod`.
+
+    Args:
+        steps: points on the line at which gradients are taken.
+        internal_batch_size: images per forward pass; `None` takes all points of the batch at once.
+
+    Raises:
+        ValueError: `layer` is given.
+
+    Source: Sundararajan et al., 2017, eq. 1.
+    """
     from captum.attr import IntegratedGradients
 
     if layer is not None:
@@ -34,9 +44,8 @@ def integrated_gradients(
         additional_forward_args: None = None,
     ) -> tuple[Tensor, ...]:
         logits = forward_fn(inputs[0])
-        every_step = target_ind.expand(
-            len(logits)
-        )  # captum repeats the targets for its steps, but not a single one
+        # captum repeats targets for its steps, unless there is only one
+        every_step = target_ind.expand(len(logits))
         return torch.autograd.grad(
             logits.gather(1, every_step[:, None]).sum(), inputs, create_graph=create_graph
         )
@@ -46,11 +55,11 @@ def integrated_gradients(
     baseline = model.mean[:, None, None].expand_as(images)  # type: ignore[index]
     images = images if create_graph else images.detach()
     with torch.set_grad_enabled(create_graph):
-        logits = model(images)  # first: in training mode it moves statistics that the graph of the maps keeps
+        # before the maps: in training mode it updates running statistics, which the graph of the maps saves
+        logits = model(images)
     targets = predicted(logits) if targets is None else targets
-    with evaluating(
-        model
-    ):  # the integral is of a function of one image, which a network in training mode is not
+    # the integral is of a function of one image; in training mode, logits depend on the whole batch
+    with evaluating(model):
         maps = [
             integral.attribute(
                 images, baseline, targets_N, n_steps=steps, internal_batch_size=internal_batch_size

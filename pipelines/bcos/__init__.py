@@ -1,4 +1,7 @@
-"""B-cos networks: layers, conversion, explanation mode, dynamic weights. Needs torch and nothing else of this project."""
+"""B-cos networks: layers, conversion, explanation mode and dynamic weights.
+
+Imports torch, and nothing else of this project but `pipelines.errors`.
+"""
 
 from pipelines.bcos.activations import GatedGELU, GatedHardswish, GatedSiLU
 from pipelines.bcos.attention import attend

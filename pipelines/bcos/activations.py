@@ -1,8 +1,8 @@
 """Activations and the average pool in B-cos networks.
 
-Gated activations x·g(x) have a gate g that can be held. The gradient of ReLU and of the average pool is linear in the incoming
-gradient, so nothing is held. Where a loss on W(x) differentiates that gradient, autograd would add zeros of the size of the
-layer's input; `fused.relu` and `fused.average_pool` tell it that there is no such gradient.
+Gated activations x·g(x), such as GELU, have an input-dependent gate g that can be held. ReLU is piecewise
+linear and the average pool is linear, so they hold nothing. If a loss on W(x) differentiates their gradients,
+autograd adds zeros of the size of the layer's input, which `fused.relu` and `fused.average_pool` avoid.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from pipelines.bcos.explanation import Explainable, Holdable
 
 
 class Gate(Holdable):
-    """A gated activation x·g(x); subclasses say what torch's own `activation` and its `gate` g are."""
+    """Base class of gated activations x·g(x); any shape -> the same.
+
+    Subclasses define `activation`, torch's own function, which runs outside explanation mode, and `gate`, the
+    gate g.
+    """
 
     activation: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same; outside explanation mode by torch's own fused activation."""
         return self.activation(x) if self.explanation is None else x * self.hold(self.gate(x))
 
 
@@ -48,7 +51,10 @@ class GatedMish(Gate):
 
 
 class GatedReLU6(Gate):
-    """ReLU6 as x·g(x), g = 0 below 0, 1 up to 6, 6/x above: what it cuts off leaves no constant that no pixel carries."""
+    """ReLU6 as x·g(x), with g = 0 below 0, g = 1 up to 6 and g = 6/x above.
+
+    As a clamp, it would be constant above 6, which adds a constant to the logits that no pixel carries.
+    """
 
     activation, gate = staticmethod(F.relu6), staticmethod(lambda x: (x > 0) * (6 / x.clamp_min(6)))
 
@@ -60,7 +66,7 @@ class GatedTanh(Gate):
 
     @staticmethod
     def gate(x: Tensor) -> Tensor:
-        """tanh(x)/x in (0, 1], near 0 by its series, whose derivative does not cancel."""
+        """tanh(x)/x in (0, 1]. Near 0 a series replaces the quotient, whose derivative would cancel there."""
         small = x.abs() < 1e-2
         divisor = torch.where(small, 1.0, x)
         square = x * x
@@ -68,14 +74,13 @@ class GatedTanh(Gate):
 
 
 class GatedGELU(Gate):
-    """GELU as x·Φ(x), exact or by its tanh approximation."""
+    """GELU as x·Φ(x), exact or by the tanh approximation."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
         self.approximate = approximate
 
     def activation(self, x: Tensor) -> Tensor:
-        """x·Φ(x)."""
         return F.gelu(x, approximate=self.approximate)
 
     def gate(self, x: Tensor) -> Tensor:
@@ -95,18 +100,16 @@ class GatedQuickGELU(Gate):
 
 
 class BcosReLU(Explainable, nn.ReLU):
-    """`nn.ReLU`; in a B-cos network its gradient is cheap to differentiate."""
+    """`nn.ReLU`, whose gradient is cheap to differentiate in explanation mode."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
         return super().forward(x) if self.explanation is None or not self.explanation.fused else fused.relu(x)
 
 
 class BcosAvgPool2d(Explainable, nn.AvgPool2d):
-    """`nn.AvgPool2d`; in a B-cos network its gradient is cheap to differentiate."""
+    """`nn.AvgPool2d`, whose gradient is cheap to differentiate in explanation mode."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H', W')."""
         if self.explanation is None or not self.explanation.fused:
             return super().forward(x)
         kernel, stride, padding = (

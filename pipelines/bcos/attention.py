@@ -1,6 +1,11 @@
-"""Attention whose matrix can be held: softmax(q·kᵀ) is a factor that depends on the input, v is what it weighs.
+"""Attention whose matrix can be held, and the conversion rules of torch's attention modules.
 
-And the conversion rules for torch's own attention modules: q, k and v stay linear, the rest is B-cos.
+    out = A·v,   A = softmax(q·kᵀ/sqrt(D))
+
+The attention matrix A is the input-dependent factor. If it is held, the output is linear in the values v.
+Conversion leaves the projections to q, k and v linear; the other linear layers become B-cos layers.
+
+Letters: N images, L queries, S keys and values, C channels, D channels per head (E of the values).
 """
 
 from __future__ import annotations
@@ -30,11 +35,12 @@ def attend(
     """softmax(scale·q·kᵀ + bias)·v, with the softmax held in explanation mode.
 
     Args:
-        layer: whose attention it is; its `training` decides about dropout.
+        layer: the attention module. Its explanation decides about holding, its `training` about dropout.
         q, k, v: (..., L, D), (..., S, D) and (..., S, E).
-        bias: float, broadcast to (..., L, S), added before the softmax (relative positions, -inf where masked).
-        scale: by default D^(-1/2).
-        dropout: probability that an entry of the matrix is dropped in training.
+        bias: float, broadcast to (..., L, S), added before the softmax: relative positions, or -inf where
+            masked.
+        scale: factor of q·kᵀ; `None` is D^(-1/2).
+        dropout: probability that an entry of the attention matrix is dropped in training mode.
 
     Returns:
         (..., L, E).
@@ -51,7 +57,7 @@ def attend(
 
 
 class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` from the same weights, whose attention matrix can be held; `out_proj` is a B-cos layer."""
+    """`nn.MultiheadAttention` whose attention matrix can be held; `out_proj` is a B-cos layer."""
 
     def forward(
         self,
@@ -64,7 +70,10 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results of `nn.MultiheadAttention`: (L, D), (L, N, D) or, with `batch_first`, (N, L, D)."""
+        """Arguments and results are those of `nn.MultiheadAttention`.
+
+        Inputs and output are (L, C), (L, N, C) or, with `batch_first`, (N, L, C).
+        """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing")
         batched = query.ndim == 3
@@ -80,7 +89,7 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
             mixed = weights @ v
         else:
             weights, mixed = None, attend(self, q, k, v, bias=bias, dropout=self.dropout)
-        output = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, L, D)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, L, C)
         if batched and not self.batch_first:
             output = output.transpose(0, 1)
         if weights is not None and average_attn_weights:
@@ -88,7 +97,7 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
         return (output, weights) if batched else (output[0], None if weights is None else weights[0])
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """The projections of q, k and v, each (N, heads, L, head_dim)."""
+        """Projects to q, k and v, each (N, heads, L or S, head_dim)."""
         if query is key and key is value and self.in_proj_weight is not None:
             projected = list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
@@ -105,19 +114,19 @@ class BcosMultiheadAttention(Holdable, nn.MultiheadAttention):
     def _bias(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor | None:
-        """Both masks as one addend of the logits, broadcast to (N, heads, L, S)."""
+        """Sum of both masks as a float that is added before the softmax; broadcasts to (N, heads, L, S)."""
         bias = None
         if attn_mask is not None:  # (L, S) or (N·heads, L, S)
             bias = _addend(attn_mask, q.dtype)
             bias = bias if bias.ndim == 2 else bias.unflatten(0, (len(q), self.num_heads))
-        if key_padding_mask is not None:  # (N, S), or (S,) where there is no batch
+        if key_padding_mask is not None:  # (N, S), or (S,) without a batch dimension
             padding = _addend(key_padding_mask, q.dtype).view(-1, 1, 1, k.shape[2])
             bias = padding if bias is None else bias + padding
         return bias
 
 
 def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a float: -inf where a boolean one is set, as torch's attention has it."""
+    """Converts a boolean mask to a float one, -inf where it is set; a float mask is returned as it is."""
     return (
         torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
         if mask.dtype == torch.bool
@@ -145,16 +154,16 @@ def _encoder_layer(module: nn.TransformerEncoderLayer, conversion: Conversion) -
         activations: dict[object, nn.Module] = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}
         if module.activation not in activations:
             raise ConversionError(
-                f"{conversion.path!r}: the activation of this TransformerEncoderLayer is a function; give it as a module"
+                f"{conversion.path!r}: the activation of this TransformerEncoderLayer is a function; "
+                "give it as a module"
             )
         module.activation = activations[module.activation]
-    module.activation_relu_or_gelu = (
-        0  # otherwise torch's fused inference reads the weights of ordinary layers
-    )
+    # with 1 (ReLU) or 2 (GELU), torch's fused inference would bypass the B-cos layers
+    module.activation_relu_or_gelu = 0
     return conversion.children(module)
 
 
 @register_conversion(nn.TransformerEncoder)
 def _encoder(module: nn.TransformerEncoder, conversion: Conversion) -> nn.Module:
-    module.use_nested_tensor = False  # a part of torch's fused inference
+    module.use_nested_tensor = False  # nested tensors are only for torch's fused inference
     return conversion.children(module)

@@ -1,9 +1,10 @@
-"""Finds the functions in a network's forward passes that depend on the image non-linearly and that nothing holds.
+"""Finds operations of a network that are non-linear in the image and not held in explanation mode.
 
-The conversion replaces modules. It cannot see `torch.sigmoid(x) * x` in the forward pass of a block: its factor is not held, and
-W(x) would be wrong without an error. `audit` runs the network once in explanation mode, with parameters as constants, and reads
-the graph that autograd recorded between image and logits. Held factors are no part of this graph, so its operations must be
-linear in the image, or piecewise linear.
+Conversion replaces modules. It cannot see an expression such as `torch.sigmoid(x) * x` in the `forward` of a
+block: this factor is not held, and W(x) is wrong without an error. `audit` runs the network once in
+explanation mode, with parameters as constants, and reads the graph that autograd has recorded between image
+and logits. Factors are detached, so they are not in this graph, and all operations that are in it must be
+linear or piecewise linear in the image.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.bcos.errors import ConversionError
 from pipelines.bcos.explanation import Explanation, explaining, recording, usable
 
-# Linear, or piecewise linear, in all their tensors together; names as in autograd's graph, in snake case. What is cut off above
-# (ReLU6, clamp) is not among them: beyond the limit it is a constant that no pixel carries, where a gate limit/x could be held.
+# Operations that are linear, or piecewise linear, jointly in all their tensors. Names are those of autograd's
+# nodes in snake case. Operations with an upper limit (ReLU6, clamp) are missing: above the limit they give a
+# constant that no pixel carries, whereas a gate limit/x could be held.
 LINEAR = frozenset({
-    "add", "sub", "rsub", "neg", "sum", "mean", "cumsum", "cat", "stack", "clone", "copy", "to_copy", "alias", "fill", "zero",
-    "view", "unsafe_view", "reshape_alias", "as_strided", "expand", "permute", "transpose", "t", "squeeze", "unsqueeze", "select",
-    "slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "diagonal", "tril", "triu",
-    "unfold", "slice_scatter", "select_scatter", "index", "index_select", "index_put", "index_add", "index_copy", "gather",
-    "scatter", "scatter_add", "masked_fill", "masked_scatter", "masked_select", "where", "roll", "flip", "rot90", "repeat",
-    "repeat_interleave", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool2d_with_indices",
-    "adaptive_max_pool2d", "max_unpool2d", "native_dropout", "upsample_nearest2d", "upsample_nearest_exact2d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_bilinear2d_aa", "im2_col", "col2_im", "pixel_shuffle",
-    "pixel_unshuffle", "native_channel_shuffle", "relu", "leaky_relu", "threshold", "clamp_min", "abs", "max", "min", "amax",
+    "add", "sub", "rsub", "neg", "sum", "mean", "cumsum", "cat", "stack", "clone", "copy", "to_copy", "alias",
+    "fill", "zero", "view", "unsafe_view", "reshape_alias", "as_strided", "expand", "permute", "transpose",
+    "t", "squeeze", "unsqueeze", "select", "slice", "split", "split_with_sizes", "unsafe_split",
+    "unsafe_split_with_sizes", "unbind", "diagonal", "tril", "triu", "unfold", "slice_scatter",
+    "select_scatter", "index", "index_select", "index_put", "index_add", "index_copy", "gather", "scatter",
+    "scatter_add", "masked_fill", "masked_scatter", "masked_select", "where", "roll", "flip", "rot90",
+    "repeat", "repeat_interleave", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d",
+    "replication_pad1d", "replication_pad2d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d", "max_unpool2d", "native_dropout",
+    "upsample_nearest2d", "upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_bilinear2d_aa", "im2_col", "col2_im", "pixel_shuffle", "pixel_unshuffle",
+    "native_channel_shuffle", "relu", "leaky_relu", "threshold", "clamp_min", "abs", "max", "min", "amax",
     "amin", "maximum", "minimum", "sort", "topk", "accumulate_grad",
 })  # fmt: skip
 
-# Constant on each of their pieces: they pass no gradient on.
+# Piecewise constant operations: their gradient is 0.
 FLAT = frozenset({"sign", "round", "floor", "ceil", "trunc", "bernoulli"})
 
-# Linear in each of these inputs as long as the others are constants.
+# Operations that are linear in each of these inputs if the other one is constant.
 PRODUCTS = {
     "mul": (0, 1),
     "mm": (0, 1),
@@ -56,16 +60,16 @@ PRODUCTS = {
     "addcmul": (1, 2),
 }
 
-# Linear as long as this input is a constant.
+# Operations that are linear if this input is constant.
 CONSTANT = {"div": 1, "addcdiv": 2, "lerp": 2, "prelu_kernel": 1, "grid_sampler2d": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Operations in the forward pass of one module that W(x) takes for linear, and that are not."""
+    """Operations in the `forward` of one module that are neither linear in the image nor held."""
 
-    path: str  # of the module, dotted; empty for the network itself
-    type: str
+    path: str  # dotted name of the module; empty for the network itself
+    type: str  # class name of the module
     operations: tuple[str, ...]  # in the order of execution
 
     def __str__(self) -> str:
@@ -73,15 +77,16 @@ class Finding:
 
 
 def audit(network: nn.Module, images: Tensor) -> list[Finding]:
-    """Operations of `network` that depend on the image non-linearly and that explanation mode does not hold; none is best.
+    """Operations of `network` that are non-linear in the image and that explanation mode does not hold.
 
     Args:
-        network: of `convert` or `bcosify`, in training or evaluation mode; parameters, buffers and the random state are left as
-            they were.
-        images: (N, 6, H, W) in [0, 1]; two small ones will do.
+        network: B-cos network of `convert` or `bcosify`, in training or evaluation mode. Parameters, buffers
+            and the random state are left untouched.
+        images: (N, 6, H, W) in [0, 1]; two small images are enough.
 
     Returns:
-        One finding per module, in the order of execution. Code that the network does not run for these images is not seen.
+        One finding per module, in the order of execution; an empty list if there are none. Code that does not
+        run for these images is not audited.
     """
     calls: list[tuple[int, int, str]] = []
     writes = _Writes()
@@ -108,35 +113,40 @@ def audit(network: nn.Module, images: Tensor) -> list[Finding]:
 
 
 def check_held(network: nn.Module, images: Tensor) -> None:
-    """Raises ConversionError, in one line, where `audit` finds something; arguments as there."""
+    """Raises ConversionError if `audit`, which takes the same arguments, finds operations."""
     findings = audit(network, images)
     if findings:
         types = ", ".join(dict.fromkeys(finding.type for finding in findings))
         raise ConversionError(
-            f"explanation mode cannot hold {'; '.join(map(str, findings))}: write a rule with @register_conversion for {types} "
+            f"explanation mode cannot hold {'; '.join(map(str, findings))}: "
+            f"write a rule with @register_conversion for {types} "
             "that passes each factor through Holdable.hold"
         )
 
 
 def _is_linear(operation: str, depends: list[bool], outputs: set[int]) -> bool:
-    """Whether the operation is linear in the image, given which of its tensors depend on that and which of its outputs count."""
+    """Returns True if an operation is (piecewise) linear in the image.
+
+    `depends` says which of its inputs depend on the image, `outputs` are the indices of those of its outputs
+    that are used.
+    """
     if operation in PRODUCTS:
         return sum(depends[place] for place in PRODUCTS[operation] if place < len(depends)) <= 1
     if operation in CONSTANT:
         return not any(depends[CONSTANT[operation] : CONSTANT[operation] + 1])
     if operation == "var_mean":
-        return outputs == {1}  # the mean alone
+        return outputs == {1}  # only the mean is used
     return operation in LINEAR
 
 
 def _operation(node: str) -> str:
-    """`NativeLayerNormBackward0` -> `native_layer_norm`, `MaxPool2DWithIndicesBackward0` -> `max_pool2d_with_indices`."""
+    """Converts the name of a node: `MaxPool2DWithIndicesBackward0` -> `max_pool2d_with_indices`."""
     name = re.sub(r"Backwards?\d*$", "", node.rpartition("::")[2])
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", re.sub(r"(?<=\d)D", "d", name)).lower()
 
 
 def _parents(node: Any) -> list[tuple[Any, int]]:
-    """Where each input of a node comes from, and as which output; None for what does not depend on the image."""
+    """The node that made each input of `node` and the output's index; `None` for image-independent inputs."""
     return [
         (None, 0) if parent is None or _operation(parent.name()) in FLAT else (parent, number)
         for parent, number in node.next_functions
@@ -144,7 +154,7 @@ def _parents(node: Any) -> list[tuple[Any, int]]:
 
 
 def _graph(last: Any) -> dict[Any, set[int]]:
-    """All nodes of autograd's graph from `last` back to the image, and which outputs of each are used."""
+    """All nodes of autograd's graph from `last` back to the image -> the indices of their used outputs."""
     used: dict[Any, set[int]] = {}
     left = [(last, 0)]
     while left:
@@ -158,12 +168,20 @@ def _graph(last: Any) -> dict[Any, set[int]]:
 
 
 def _innermost(calls: list[tuple[int, int, str]], number: int) -> str:
-    """The module whose call, of those that were running when this node was made, began last; nested ones end first."""
+    """Dotted name of the innermost module that was running when autograd made its node `number`.
+
+    `calls` are (first number, end, name) in the order in which calls ended, so nested calls come before the
+    calls around them.
+    """
     return next((path for first, end, path in calls if first <= number < end), "")
 
 
 class _Writes(TorchDispatchMode):
-    """Notes operations in place: written to a view, they are hidden in the graph behind a node `CopySlices`, made right after."""
+    """Notes in-place operations by the number of autograd's next node.
+
+    The graph shows an in-place operation on a view only as a node `CopySlices`, which is made right after the
+    operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +195,7 @@ class _Writes(TorchDispatchMode):
 
 @contextmanager
 def _noting(network: nn.Module, calls: list[tuple[int, int, str]]) -> Iterator[None]:
-    """In the block, appends to `calls` which of autograd's numbers each module's call spans, as it ends."""
+    """Context manager that appends (first node number, end, module name) to `calls` when a call ends."""
     begun: list[int] = []
     number = torch.autograd._get_sequence_nr
     hooks = []
@@ -195,7 +213,7 @@ def _noting(network: nn.Module, calls: list[tuple[int, int, str]]) -> Iterator[N
 
 @contextmanager
 def _untouched(network: nn.Module) -> Iterator[None]:
-    """In the block, no parameter requires gradients; after it, these, the buffers and the random state are as before."""
+    """Context manager without gradients of parameters; restores `requires_grad`, buffers and random state."""
     required = {parameter: parameter.requires_grad for parameter in network.parameters()}
     buffers = {buffer: buffer.clone() for buffer in network.buffers()}
     try:

@@ -1,15 +1,16 @@
 """Conversion of an ordinary network to a B-cos network, by module type.
 
-`convert` preserves the function: every layer becomes its B-cos counterpart at B = 1, with the same weights. Rules say what
-becomes of a module type; `register_conversion` adds one:
+`convert` preserves the function: every layer becomes its B-cos counterpart at B = 1 with the same weights. A
+rule converts the modules of one type. `register_conversion` adds a rule:
 
     @register_conversion(MyBlock)
     def _(module, conversion):
         return MyBcosBlock(conversion.child(module.conv, "conv"), ...)
 
-A rule returns the module that stands in the converted network. It converts those of the original's children that it keeps by
-`conversion.child`, or several or all of them by `conversion.children`. A parameter whose value stays remains the same object, so
-what is tied stays tied and what is frozen stays frozen; `conversion.derived` replaces one whose value changes.
+A rule returns the module that replaces the original in the converted network. It converts the children that
+it keeps with `conversion.child` (one) or `conversion.children` (several or all). A parameter whose value does
+not change remains the same object, so tied parameters stay tied and frozen ones stay frozen.
+`conversion.derived` replaces a parameter whose value changes.
 """
 
 from __future__ import annotations
@@ -41,13 +42,10 @@ from pipelines.bcos.originals import plain_copy
 
 NormMode = Literal["uncentered", "uncentered_unshifted", "centered"]
 
-NEUTRAL = {
-    "__init__",
-    "__repr__",
-    "extra_repr",
-    "reset_parameters",
-}  # methods that do not change what a module computes
-RULES = {  # where the rules of a library are: imported when its first module is converted, whatever was imported before
+# Methods that do not change what a module computes. A subclass that overrides only these keeps the rule.
+NEUTRAL = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
+# Library -> module with its rules, which is imported when the first module of that library is converted.
+RULES = {
     "torchvision": "pipelines.models.rules",
     "timm": "pipelines.models.rules",
     "open_clip": "pipelines.models.rules.open_clip",
@@ -56,25 +54,35 @@ RULES = {  # where the rules of a library are: imported when its first module is
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """The place in the network that a rule converts, and the choices that hold for the whole conversion."""
+    """The state of a conversion, as the rule for the module at `path` sees it.
+
+    Attributes:
+        path: dotted name of the module that the rule converts; empty for the whole network.
+        norm: treatment of BatchNorm, as in `convert`.
+        image_layer: the layer that takes the image; its weight is doubled to six channels.
+        done: original -> converted module, so that shared modules stay shared.
+        replaced: original parameter -> its replacement and the path of the module that replaced it, see
+            `derived`.
+    """
 
     path: str = ""
     norm: NormMode = "uncentered"
-    image_layer: nn.Module | None = None  # the layer that takes the image
-    done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # shared modules stay shared
-    replaced: dict[torch.Tensor, tuple[nn.Parameter, str]] = dataclasses.field(
-        default_factory=dict
-    )  # see `derived`
+    image_layer: nn.Module | None = None
+    done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
+    replaced: dict[torch.Tensor, tuple[nn.Parameter, str]] = dataclasses.field(default_factory=dict)
 
     def child(self, module: nn.Module, name: str) -> nn.Module:
-        """The converted `module`, which is `name` in the module whose rule this is."""
+        """Converts `module`, the child `name` of the module that the rule converts."""
         return _convert(module, dataclasses.replace(self, path=f"{self.path}.{name}".lstrip(".")))
 
     def children(self, module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
-        """`module` itself with its children converted in place; of `names` (dotted: of its descendants) those that exist."""
-        for name in (
-            list(module._modules) if names is None else names
-        ):  # `named_children` would name a shared child once
+        """Converts children of `module` in place and returns `module`.
+
+        `names` are dotted names of descendants, by default those of all children; names that do not exist are
+        skipped.
+        """
+        # `named_children` would omit the second name of a shared child
+        for name in list(module._modules) if names is None else names:
             path, _, attribute = name.rpartition(".")
             parent = module.get_submodule(path)
             child = getattr(parent, attribute, None)
@@ -83,25 +91,25 @@ class Conversion:
         return module
 
     def by_rule_of(self, base: type[nn.Module], module: nn.Module) -> nn.Module:
-        """`module`, whose type only renames or extends `base`, converted by the rule of `base`."""
+        """Converts `module` by the rule of `base`, which its type only renames or extends."""
         return _convert(self.recast(module, base), self)
 
     def leave(self, module: nn.Module) -> None:
-        """Leaves `module`, a descendant of the one whose rule this is, as it is when its parent is converted."""
+        """Excludes `module`, a descendant of the module that the rule converts, from the conversion."""
         self.done[module] = module
 
     def recast(self, module: nn.Module, to: type[nn.Module]) -> nn.Module:
-        """`module` itself as an instance of `to`, a subclass of its type that changes `forward` alone."""
+        """Makes `module` an instance of `to`, a type with the same attributes, and returns it."""
         module.__class__ = to
         if issubclass(to, Explainable):
             module.__dict__["hold_state"] = HoldState()
         return module
 
     def derived(self, source: torch.Tensor, value: torch.Tensor) -> nn.Parameter:
-        """The parameter of this `value` that replaces the parameter `source`; frozen if `source` is.
+        """The parameter with this `value` that replaces the parameter `source`; frozen if `source` is frozen.
 
         Raises:
-            ConversionError: `source` is tied: elsewhere it is replaced by another value.
+            ConversionError: `source` is tied, and another rule has replaced it by another value.
         """
         if source not in self.replaced:
             self.replaced[source] = (
@@ -117,7 +125,8 @@ class Conversion:
 
 def _tied(path: str, other: str) -> ConversionError:
     return ConversionError(
-        f"{path!r} and {other!r} share a parameter, which a conversion would make two: untie them (give one of them a copy)"
+        f"{path!r} and {other!r} share a parameter, which a conversion would make two: "
+        "untie them (give one of them a copy)"
     )
 
 
@@ -127,9 +136,10 @@ _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Makes the decorated function (module, conversion) -> module the rule of these types.
+    """Decorator that makes a function (module, conversion) -> module the rule of these types.
 
-    Subclasses have it too if they override nothing that the type has, except in `NEUTRAL`.
+    Subclasses inherit the rule if they override no methods or properties of the type except those in
+    `NEUTRAL`.
     """
 
     def register(rule: RuleT) -> RuleT:
@@ -141,17 +151,17 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
 
 
 def keep(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """The rule of a module that is linear, or can be explained, as it is."""
+    """Rule of modules that stay as they are, because they are (piecewise) linear or already explainable."""
     return module
 
 
 def convert_children(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """The rule of a module whose forward pass is linear but for its children."""
+    """Rule of modules whose own forward pass is linear, so that converting the children is enough."""
     return conversion.children(module)
 
 
 def recast_to(to: type[nn.Module]) -> Rule:
-    """The rule of a module that becomes an instance of `to`, see `Conversion.recast`."""
+    """Rule of modules that become instances of `to`, see `Conversion.recast`."""
     return lambda module, conversion: conversion.recast(module, to)
 
 
@@ -165,7 +175,7 @@ def _convert(module: nn.Module, conversion: Conversion) -> nn.Module:
 
 
 def _rule_of(kind: type[nn.Module]) -> Rule:
-    """The rule of a module type: its own, or that of a base of which it overrides nothing that matters."""
+    """The rule of a type: its own, or that of a base of which it overrides nothing but `NEUTRAL` methods."""
     for library in RULES.keys() & {base.__module__.partition(".")[0] for base in kind.__mro__}:
         try:
             importlib.import_module(RULES[library])
@@ -184,7 +194,10 @@ def _rule_of(kind: type[nn.Module]) -> Rule:
 
 
 def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """The rule of everything without one: a container of torch's or another library's, whose children are converted."""
+    """Fallback for types without a rule: converts the children of a container, and refuses other modules.
+
+    A container is a module outside torch that has children and no parameters or buffers of its own.
+    """
     of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     owns = [
         name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -197,13 +210,13 @@ def _walk(module: nn.Module, conversion: Conversion) -> nn.Module:
             else "its output may depend on the input non-linearly"
         )
         raise ConversionError(
-            f"no conversion rule for {type(module).__name__} at {conversion.path or 'the top'!r} ({reason}): write one with "
-            f"@register_conversion({type(module).__name__})"
+            f"no conversion rule for {type(module).__name__} at {conversion.path or 'the top'!r} ({reason}): "
+            f"write one with @register_conversion({type(module).__name__})"
         )
     return conversion.children(module)
 
 
-# Rules of torch's own modules -----------------------------------------------------------------------------------------
+# Rules of torch's own modules -------------------------------------------------------------------------------
 
 
 register_conversion(
@@ -241,7 +254,7 @@ def _conv(module: nn.Conv2d, conversion: Conversion) -> nn.Module:
         padding_mode=module.padding_mode,
     )
     weight: torch.Tensor = module.weight
-    if of_image:  # [z, -z] through [W, -W]/2 is W z
+    if of_image:  # [W, -W]/2 · [z, -z] = W·z
         weight = conversion.derived(weight, torch.cat([weight, -weight], dim=1) / 2)
     return _with_parameters(layer, weight, module.bias)
 
@@ -270,7 +283,7 @@ def _batch_norm(module: nn.BatchNorm2d, conversion: Conversion) -> nn.Module:
         bias=bias is not None or not centered,
         centered=centered,
     ).to(var)
-    if conversion.norm == "uncentered":  # the mean's part moves into the bias
+    if conversion.norm == "uncentered":  # β' = β - γ·mean/sqrt(var + ε)
         shift = -mean * torch.rsqrt(var + module.eps)
         shift = shift if weight is None else weight * shift
         bias = (
@@ -306,7 +319,7 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 def _with_parameters(layer: LayerT, weight: torch.Tensor | None, bias: torch.Tensor | None) -> LayerT:
-    """`layer` with these as its parameters: the same objects; tensors that are no parameters are not trained."""
+    """Gives `layer` these parameters, as the same objects; plain tensors become frozen parameters."""
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             setattr(
@@ -315,7 +328,7 @@ def _with_parameters(layer: LayerT, weight: torch.Tensor | None, bias: torch.Ten
     return layer
 
 
-# The verb -------------------------------------------------------------------------------------------------------------
+# The verb ---------------------------------------------------------------------------------------------------
 
 
 def convert(
@@ -325,27 +338,25 @@ def convert(
     std: tuple[float, ...] = IMAGENET_STD,
     norm: NormMode = "uncentered",
 ) -> BcosNetwork:
-    """The B-cos network at B = 1 that computes what `model` computes.
+    """Converts `model` to a B-cos network at B = 1 that computes the same logits.
 
     Args:
-        model: takes normalised images (N, 3, H, W), gives logits (N, K). It is left untouched. What is tied stays tied, what is
-            frozen stays frozen, and each module keeps its training mode, its device and its precision.
-        mean, std: of RGB, those that `model` was trained with, for images in [0, 1].
-        norm: `uncentered` moves a BatchNorm's mean into its bias; `centered` keeps subtracting it; `uncentered_unshifted` neither
-            subtracts nor moves it, which changes the function.
+        model: maps normalised images (N, 3, H, W) to logits (N, K). It is left untouched. Tied parameters
+            stay tied, frozen ones stay frozen, and modules keep their training mode, device and precision.
+        mean, std: of RGB images in [0, 1], as `model` was trained with.
+        norm: `uncentered` moves a BatchNorm's running mean into its bias, `centered` goes on subtracting it,
+            and `uncentered_unshifted` drops it, which changes the function.
 
     Returns:
-        A network that takes (N, 6, H, W) in [0, 1] (see `add_inverse`): in evaluation mode its logits are those of `model` on
-        the normalised image, up to rounding.
+        A network that maps images (N, 6, H, W) in [0, 1] (see `add_inverse`) to logits (N, K). In evaluation
+        mode they equal, up to rounding, those of `model` on the normalised images.
 
     Raises:
-        ConversionError: a module without a rule, no layer that takes three channels, or something that a conversion would lose,
-            see `originals.plain_copy`.
+        ConversionError: a module has no rule, no layer takes three channels, or the conversion would lose
+            something (see `originals.plain_copy`).
     """
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # parameters made in inference mode could never be trained
+    # parameters that are made in inference mode can never be trained
+    with torch.inference_mode(False), torch.no_grad():
         body = plain_copy(model)
         conversion = Conversion(norm=norm, image_layer=_image_layer(body))
         before = set(body.modules())
@@ -362,7 +373,7 @@ def convert(
 
 
 def _train_as_parents(module: nn.Module, known: set[nn.Module]) -> None:
-    """Sets the training mode of all modules inside `module` that are not `known` to that of the modules around them."""
+    """Gives the modules inside `module` that are not `known` the training mode of their parents."""
     for child in module.children():
         if child not in known:
             child.training = module.training
@@ -370,7 +381,7 @@ def _train_as_parents(module: nn.Module, known: set[nn.Module]) -> None:
 
 
 def _like_its_weights(network: BcosNetwork) -> BcosNetwork:
-    """`network` with mean and deviation on the device of its weights and, where these are of half precision, of their type."""
+    """Moves `mean` and `std` to the device of the weights, and to their dtype if that is half precision."""
     weight = next(network.body.parameters())
     low = weight.is_floating_point() and weight.dtype.itemsize < 4
     for name in ("mean", "std"):
@@ -380,9 +391,10 @@ def _like_its_weights(network: BcosNetwork) -> BcosNetwork:
 
 
 def _image_layer(model: nn.Module) -> nn.Module:
-    """The first layer, in the order of definition, that takes three channels: a convolution, or a linear layer of patches.
+    """The first layer, in the order of definition, that takes three channels.
 
-    The latter is a subclass of `nn.Linear` with the attribute `in_channels`, whose own rule doubles its weight.
+    It is a convolution, or a linear layer that embeds patches: a subclass of `nn.Linear` with the attribute
+    `in_channels`, whose own rule doubles its weight.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and getattr(module, "in_channels", None) == 3:

@@ -1,9 +1,15 @@
-"""Cosines of an image's embedding with texts, as logits that are explained: of a whole tower, and of each place of its last map.
+"""Cosines of an image embedding with text embeddings, as logits that can be explained.
 
-    cos_k = e·t_k / (‖e‖·‖t_k‖),   e the embedding, t_k that of text k
+    cos_k = e·t_k / (‖e‖·‖t_k‖),   e the embedding of the image, t_k the embedding of text k
 
-‖e‖ depends on the image. Held, like every other factor, it leaves contributions that sum to the cosine. Differentiated, as in the
-released code, it leaves contributions that sum to 0: the cosine does not change when e is scaled.
+`CosineHead` takes the embedding of a whole tower, `UnpooledHead` one embedding per location of the tower's
+last feature map.
+
+The norm ‖e‖ depends on the image. If it is held, like every other factor, the contributions sum to the
+cosine. If it is differentiated, as in the public code, they sum to 0, because the cosine does not change if e
+is scaled.
+
+Letters: N images, D embedding dimensions, K texts, C channels, L = h·w locations.
 
 Source: Arya et al., B-cosification, NeurIPS 2024, section 4 (CLIP), and its public code.
 """
@@ -25,20 +31,20 @@ from pipelines.bcos.layers import BcosLinear, layer_b
 from pipelines.bcos.network import BcosNetwork
 from pipelines.bcos.precision import widened
 
-TINY = 1e-12  # least norm of an embedding
+TINY = 1e-12  # least norm of an embedding, and least |cosine| of which a power is taken
 
 
 class CosineHead(Holdable):
-    """Embeddings (..., D) -> scale·cosine with each of K texts (..., K), in float32 at least.
+    """Embeddings (..., D) -> scale·cosine with each of K texts: (..., K), in float32 at least.
 
     Args:
-        texts: (K, D) embeddings of the texts; kept as a buffer whose rows have norm 1.
-        scale: factor of all cosines, above 0; 100 is CLIP's.
-        hold_norm: hold the norm of the embedding in explanation mode, so that contributions of a cosine sum to it; `False`
-            differentiates it, as published, and contributions sum to 0.
+        texts: (K, D) embeddings of the texts; kept as a buffer with rows of norm 1.
+        scale: factor of all cosines, finite and above 0 (CLIP: 100).
+        hold_norm: hold the norm of the embedding in explanation mode, so that contributions sum to the
+            cosine. `False` differentiates the norm, as published, so that contributions sum to 0.
 
     Raises:
-        ValueError: texts that are not (K, D), or a scale that is no finite number above 0.
+        ValueError: the texts are not (K, D), or the scale is not finite or not above 0.
     """
 
     texts: Tensor
@@ -53,37 +59,37 @@ class CosineHead(Holdable):
         self.register_buffer("texts", F.normalize(widened(texts.detach()), dim=-1))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """(..., D) -> (..., K)."""
         embeddings = widened(embeddings)
         factor = self.scale / torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True).clamp_min(TINY)
-        with torch.autocast(
-            embeddings.device.type, enabled=False
-        ):  # half precision would leave three digits of a cosine
+        # half precision would leave three digits of a cosine
+        with torch.autocast(embeddings.device.type, enabled=False):
             return F.linear(
                 embeddings * (self.hold(factor) if self.hold_norm else factor),
                 self.texts.to(embeddings.dtype),
             )
 
     def extra_repr(self) -> str:
-        """The layer's arguments, as `print` shows them."""
         return f"{self.texts.shape[0]} texts, scale={self.scale:g}, hold_norm={self.hold_norm}"
 
 
 class UnpooledHead(Holdable):
-    """The published unpooling of CLIP's attention pool: features (N, C, h, w) -> a logit for each of K texts (N, K).
+    """Unpooling of CLIP's attention pool, as published: features (N, C, h, w) -> logits of K texts (N, K).
 
-    Queries and keys are dropped. The embedding of place j is c(v(x_j)), v the linear projection to values and c the output
-    projection, a B-cos layer. t_j is its cosine with a text, its norm held. The logit is mean_j t_j·|t_j|^(p-1), the power held;
-    p = 0 stands for the best place, max_j t_j.
+        logit = mean_j t_j·|t_j|^(p-1),   t_j = cos(c(v(x_j)), text)
+
+    x_j are the features at location j, v is the pool's linear projection to values and c its output
+    projection, a B-cos layer. Queries and keys are dropped. Explanation mode holds the norm of c(v(x_j)) and
+    the power |t_j|^(p-1).
 
     Args:
         value, projection: v and c.
         texts: (K, D) embeddings of the texts.
-        p: 0, or 1 or above: 1 is the mean cosine, more gives more weight to the places that are most like the text.
-        positions: (h·w, C) position embeddings, added to the places.
+        p: 1 gives the mean cosine; p > 1 gives more weight to the locations with the largest |cosine|; 0
+            takes the maximum, max_j t_j.
+        positions: (h·w, C) position embeddings, which are added to the x_j.
 
     Raises:
-        ValueError: another p, or see `CosineHead`.
+        ValueError: p is neither 0 nor a finite number of at least 1; see also `CosineHead`.
     """
 
     positions: Tensor | None
@@ -103,16 +109,15 @@ class UnpooledHead(Holdable):
         self.register_buffer("positions", positions)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, K)."""
         cosines_NLK = self.cosines(features)
         if self.p == 0:
             return cosines_NLK.amax(1)
         with self.computing_factor():
-            power = cosines_NLK.abs().clamp_min(TINY).pow(self.p - 1)  # finite second derivatives at 0
+            power = cosines_NLK.abs().clamp_min(TINY).pow(self.p - 1)  # clamped: finite derivatives at 0
         return (cosines_NLK * self.hold(power)).mean(1)
 
     def cosines(self, features: Tensor) -> Tensor:
-        """The cosine of each place with each text: (N, C, h, w) -> (N, h·w, K)."""
+        """Cosine of each location with each text: (N, C, h, w) -> (N, h·w, K)."""
         places_NLC = features.flatten(2).transpose(1, 2)
         if self.positions is not None:
             places_NLC = places_NLC + self.positions
@@ -120,17 +125,17 @@ class UnpooledHead(Holdable):
 
 
 def unpooled(network: BcosNetwork, texts: Tensor, p: float = 1.0) -> BcosNetwork:
-    """A copy of a tower with an attention pool that gives the unpooled logits (N, K) of texts, see `UnpooledHead`.
+    """Copies a tower and replaces its attention pool by an `UnpooledHead`, so that it gives logits (N, K).
 
-    An output projection that is linear becomes a B-cos layer, with the exponent of the tower's last B-cos layer.
+    A linear output projection becomes a B-cos layer with the exponent of the tower's last B-cos layer.
 
     Args:
-        network: (N, 6, H, W) -> embeddings (N, D), of `bcosify`; it is left untouched.
-        texts: (K, D).
-        p: the power of the cosines.
+        network: image tower of `bcosify`, (N, 6, H, W) -> embeddings (N, D). It is left untouched.
+        texts: (K, D) embeddings of the texts.
+        p: the power of the cosines, see `UnpooledHead`.
 
     Raises:
-        ConversionError: a tower without an attention pool.
+        ConversionError: the tower does not have exactly one attention pool.
         ValueError: see `UnpooledHead`.
     """
     copied = copy.deepcopy(network)

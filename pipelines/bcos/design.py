@@ -1,8 +1,11 @@
-"""The design choices of Arya et al., B-cosification, NeurIPS 2024: `bcosify` makes them on a converted network.
+"""B-cosification: `bcosify` converts a network and applies the design choices of the paper.
 
-A choice changes modules and parameters. It cannot change functions in a `forward` (`x.mean((2, 3))`, `F.relu(x)`): a choice that
-was asked for and finds nothing to act on is an error, a default that finds nothing is logged. The `design` of the network says
-what took effect.
+A choice changes modules and parameters of the converted network. It cannot change functions that a `forward`
+calls (`x.mean((2, 3))`, `F.relu(x)`), so it may find nothing to act on. This is an error if the caller gave
+the choice as an argument; if it is a default, it is logged. The network's attribute `design` records the
+choices that took effect.
+
+Source: Arya et al., B-cosification, NeurIPS 2024, section 3.
 """
 
 from __future__ import annotations
@@ -27,18 +30,10 @@ from pipelines.bcos.norms import BcosBatchNorm
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = {
-    "fc",
-    "classifier",
-    "head",
-    "heads",
-    "head_dist",
-    "linear",
-    "last_linear",
-    "logits",
-}  # usual names of a classifier
-CLASS_TOKENS = {"class_embedding", "class_token", "cls_token", "dist_token", "reg_token"}  # their usual names
-KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages of modules whose pools are known
+# Usual names of classifiers, and of class tokens.
+CLASSIFIERS = {"fc", "classifier", "head", "heads", "head_dist", "linear", "last_linear", "logits"}
+CLASS_TOKENS = {"class_embedding", "class_token", "cls_token", "dist_token", "reg_token"}
+KNOWN = {"pipelines", "timm", "torch", "torchvision"}  # packages whose global pools need no tracing
 FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "mish", "tanh"}
 
 P = ParamSpec("P")
@@ -46,7 +41,10 @@ T = TypeVar("T")
 
 
 def _noting_what_is_asked(function: Callable[P, T]) -> Callable[P, T]:
-    """Adds the names of the keyword arguments that the caller gives as the argument `asked`; parameters can be trained."""
+    """Decorator that passes the names of the caller's keyword arguments as `asked`, unless it is given.
+
+    Leaves inference mode, in which new parameters could never be trained.
+    """
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -77,35 +75,44 @@ def bcosify(
     std: tuple[float, ...] = IMAGENET_STD,
     asked: frozenset[str] = frozenset(),
 ) -> BcosNetwork:
-    """The B-cos network made from `model`, ready for fine-tuning; `model` itself is left untouched.
+    """Converts `model` to a B-cos network that is ready for fine-tuning. `model` is left untouched.
 
     Args:
-        model: takes normalised images (N, 3, H, W), gives logits (N, K), or features if it has no classifier.
-        b: exponent of every B-cos layer, >= 1.
-        b_mode: `fixed`; `scheduled`: `set_b` moves it; `learned`: a parameter of each layer, kept at 1 or above.
-        bias: `remove` takes every bias away, the norms' included; `decay` and `keep` keep them (the optimiser decays, or not).
-        norm: of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, as in `convert`.
-        stem_pool: `average` replaces a 3×3 max pool of stride 2 after the stem by an average pool, zeros counted.
-        gap_reorder: classify every location, then average, where the classifier follows a global average pool.
-        activation: `remove` takes the ReLUs and gated activations away, but for those that compute a factor (squeeze-excitation).
-        position_embedding: `remove` takes position embeddings and class tokens away: parameters that add to the tokens a constant
-            that no pixel carries.
-        projection: of an embedding tower: `bcos` makes its last linear layer a B-cos layer; `linear` leaves it at B = 1.
-        logit_bias: added to every logit; `None`: -log(K - 1), so that each class starts at probability 1/K, and 0 for a network
-            without a classifier.
+        model: maps normalised images (N, 3, H, W) to logits (N, K), or to features if it has no classifier.
+        b: exponent B >= 1 of every B-cos layer.
+        b_mode: `fixed`; `scheduled`, so that `set_b` can change it; or `learned`, a parameter per layer that
+            is kept at 1 or above (`clamp_b`).
+        bias: `remove` removes every bias, including those of norms. `decay` and `keep` keep them; for
+            `decay`, the optimiser applies weight decay to them.
+        norm: treatment of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, see `convert`.
+        stem_pool: `average` replaces the first 3×3 max pool of stride 2 by an average pool that counts padded
+            zeros.
+        gap_reorder: if a global average pool precedes the classifier, classify every location and average the
+            logits.
+        activation: `remove` removes ReLUs and gated activations, except those that compute a factor
+            (squeeze-excitation).
+        position_embedding: `remove` removes position embeddings and class tokens, which add constants that no
+            pixel carries.
+        projection: `bcos` makes the last linear layer of an embedding tower a B-cos layer, `linear` leaves it
+            at B = 1.
+        logit_bias: added to every logit. `None` is -log(K - 1), so that each class starts at probability 1/K,
+            or 0 if the network has no classifier.
         temperature: T, by which logits are divided.
-        normalize_weight: rows of norm 1, for training from scratch.
-        max_out: units of which each output of a B-cos layer is the maximum. More than one are drawn at random, all of them:
-            for training from scratch too.
+        normalize_weight: divide weight rows by their norms, for training from scratch.
+        max_out: units per output of a B-cos layer, see `BcosLinear`. Above 1, all weights are drawn anew, for
+            training from scratch.
         mean, std: as in `convert`.
-        asked: names of the choices that must find something to act on; by default those that the caller gives.
+        asked: names of the choices that must find something to act on; by default, those that the caller
+            gives.
 
     Returns:
-        (N, 6, H, W) in [0, 1] -> logits (N, K), with the training modes of `model`. Its `design` has these arguments as they
-        took effect: a choice that found nothing to act on is there as not chosen.
+        A network that maps images (N, 6, H, W) in [0, 1] to logits (N, K), in the training modes of `model`.
+        Its `design` holds these arguments; a choice that found nothing to act on has the value that leaves a
+        network unchanged.
 
     Raises:
-        ConversionError: see `convert`; or a choice that is `asked` for finds nothing to act on.
+        ConversionError: see `convert` and `class_count`; or a choice in `asked` finds nothing to act on; or
+            `activation="remove"` is asked for and a `forward` calls activations as functions.
 
     Source: Arya et al., B-cosification, NeurIPS 2024, section 3.
     """
@@ -151,51 +158,51 @@ def bcosify(
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter of this (dotted) name is a bias, which `bcosify(bias="remove")` takes away."""
+    """Returns True if the parameter of this dotted name is a bias, which `bcosify(bias="remove")` removes."""
     last = name.rpartition(".")[2]
     return last == "bias" or last.endswith("_bias")
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a parameter of this (dotted) name is a position embedding or a class token."""
+    """Returns True if the parameter of this dotted name is a position embedding or a class token."""
     last = name.rpartition(".")[2]
     return last in CLASS_TOKENS or last.startswith(("pos_embed", "positional_embedding"))
 
 
 def _say(network: str, idle: dict[str, Any], asked: frozenset[str]) -> None:
-    """Raises ConversionError where choices that are `asked` for are `idle`: found nothing to act on; logs the other idle ones."""
+    """Raises ConversionError if an idle choice (one without effect) is in `asked`; logs other idle ones."""
     refused = [name for name in idle if name in asked]
     told = ", ".join(f"{name}={idle[name]!r} ({CHOICES[name].wanted})" for name in refused or idle)
     if refused:
         raise ConversionError(
-            f"nothing in {network} for {told} to act on: functions in a forward cannot be changed; make them modules, or leave "
-            "the choice out"
+            f"nothing in {network} for {told} to act on: functions in a forward cannot be changed; "
+            "make them modules, or leave the choice out"
         )
     if idle:
         log.info("nothing in %s for the default %s to act on", network, told)
 
 
 def _drawn(weight: torch.Tensor, max_out: int) -> nn.Parameter:
-    """Weights of `max_out` units for each row of `weight`, as torch's own layers start."""
+    """Random weights, `max_out` rows per row of `weight`, initialised as in torch's own layers."""
     units = nn.Parameter(weight.new_empty(max_out * len(weight), *weight.shape[1:]), weight.requires_grad)
     nn.init.kaiming_uniform_(units, a=math.sqrt(5))
     return units
 
 
 def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None = None) -> int | None:
-    """K, from the last B-cos layer of the converted `network`; `None` if `model` gives features, not logits.
+    """K, the outputs of the last B-cos layer of `network`; `None` if `model` gives features, not logits.
 
-    An `EmbeddingTower` gives features. The last layer of another network is no classifier where a norm or a gate follows it, or a
-    ReLU (unless the layer is a convolution of single places, as in SqueezeNet), or `nn.Identity` stands in the place of a
-    classifier.
+    `network` is the converted `model`. An `EmbeddingTower` gives features. In other networks the last layer
+    is no classifier if it is followed by a norm, a gate or a ReLU (except a ReLU after a 1×1 convolution, as
+    in SqueezeNet), or if an `nn.Identity` has replaced the classifier.
 
     Raises:
-        ConversionError: a single class, for which there is no default `logit_bias`.
+        ConversionError: K is 1 and `logit_bias` is `None`: the default bias needs two classes.
     """
     if isinstance(network.body, EmbeddingTower):
         return None
     layer: Any = _last_as_defined(network) or _last_as_run(network)
-    if layer is None or getattr(model, "num_classes", None) == 0:  # of timm's networks without a classifier
+    if layer is None or getattr(model, "num_classes", None) == 0:  # 0: a timm network without a classifier
         return None
     classes = layer.out_channels if isinstance(layer, BcosConv2d) else layer.out_features
     if classes < 2 and logit_bias is None:
@@ -206,7 +213,7 @@ def class_count(model: nn.Module, network: BcosNetwork, logit_bias: float | None
 
 
 def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
-    """The last B-cos layer in the order of definition, if what is defined after it may follow a classifier."""
+    """The last B-cos layer by order of definition; `None` if a later module cannot follow a classifier."""
     leaves = [
         (name, module) for name, module in network.named_modules() if next(module.children(), None) is None
     ]
@@ -226,7 +233,10 @@ def _last_as_defined(network: BcosNetwork) -> nn.Module | None:
 
 
 def _last_as_run(network: BcosNetwork) -> nn.Module | None:
-    """The B-cos layer that gives the output, but for pools and reshaping, as far as `torch.fx` can trace the network."""
+    """The B-cos layer that gives the output, except for pools and reshaping after it.
+
+    `None` if there is none, or if `torch.fx` cannot trace the network.
+    """
     graph = _traced(network)
     if graph is None:
         return None
@@ -246,7 +256,7 @@ def _sees_single_places(layer: nn.Module) -> bool:
 
 
 def _check_no_functions(network: BcosNetwork) -> None:
-    """Raises ConversionError where activations are functions in a forward pass, as far as `torch.fx` can trace the network."""
+    """Raises ConversionError if a `forward` calls activations as functions, if `torch.fx` can trace it."""
     graph = _traced(network)
     for node in graph.nodes if graph else ():
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -254,14 +264,17 @@ def _check_no_functions(network: BcosNetwork) -> None:
             path = node.meta["path"]
             raise ConversionError(
                 f"activation='remove' cannot take {name} away, a function in the forward of "
-                f"{type(network.body.get_submodule(path)).__name__} at {path or 'the top'!r}: make it a module"
+                f"{type(network.body.get_submodule(path)).__name__} at {path or 'the top'!r}: "
+                "make it a module"
             )
 
 
 def _classifies(network: BcosNetwork, pool: str) -> bool:
-    """Whether what follows the global pool of this name follows from it alone, unlike in a squeeze-excitation.
+    """Returns True if all that follows the global pool of this name depends on the image through it alone.
 
-    Modules of torchvision, timm and this project are known; others are traced, and trusted if they cannot be.
+    The pool of a squeeze-excitation fails this test, because its output is multiplied with features. Pools in
+    the body itself, and in modules of the `KNOWN` packages, pass without a test. Other modules are traced;
+    they pass if they cannot be traced.
     """
     parent = network.get_submodule(pool.rpartition(".")[0])
     if parent is network.body or type(parent).__module__.partition(".")[0] in KNOWN:
@@ -279,11 +292,14 @@ def _classifies(network: BcosNetwork, pool: str) -> bool:
 
 
 def _traced(network: BcosNetwork) -> fx.Graph | None:
-    """The graph of the body, whose nodes have the `path` of the module around them in `meta`; `None` if it cannot be traced."""
+    """The `torch.fx` graph of the body, or `None` if the body cannot be traced.
+
+    `meta["path"]` of a node is the dotted name of the module whose `forward` contains it.
+    """
     tracer = _Tracer()
     try:
         graph = tracer.trace(network.body)
-    except Exception:  # control flow that depends on the input
+    except Exception:  # such as control flow that depends on the input
         return None
     for node in graph.nodes:
         node.meta["path"] = tracer.node_name_to_scope[node.name][0]
@@ -291,25 +307,24 @@ def _traced(network: BcosNetwork) -> fx.Graph | None:
 
 
 class _Tracer(fx.Tracer):
-    """Follows the forward pass of everything but torch's modules and those that explanation mode knows."""
+    """A tracer in whose graphs torch's modules and explainable modules are single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the module is one call in the graph."""
         return isinstance(m, Explainable) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _put(network: nn.Module, name: str, new: nn.Module) -> None:
-    """Replaces the module of this name by `new`, in the same training mode."""
+    """Replaces the module of this dotted name by `new`, in the same training mode."""
     network.set_submodule(name, new.train(network.get_submodule(name).training))
 
 
 def _places(network: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[str]:
-    """Names of the `wanted` modules, in the order of definition; a shared module has several."""
+    """Dotted names of the `wanted` modules, in the order of definition; shared modules have several."""
     return [name for name, module in network.named_modules(remove_duplicate=False) if wanted(module)]
 
 
 def _is_in_a_factor(network: nn.Module, name: str) -> bool:
-    """Whether the module of this name only helps to compute the factor of a layer around it, as in a squeeze-excitation."""
+    """Returns True if the module is inside a `Holdable` and computes its factor (squeeze-excitation)."""
     places = name.split(".")
     return any(
         isinstance(network.get_submodule(".".join(places[:end])), Holdable) for end in range(1, len(places))
@@ -331,25 +346,28 @@ def _is_global_pool(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-# The choices ----------------------------------------------------------------------------------------------------------
+# The choices ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A design choice that changes modules or parameters of the converted network."""
+    """A design choice that changes modules or parameters of the converted network.
 
-    wanted: str  # what it acts on, in words
-    off: Any  # the value that leaves the network as it is; `None`: every value acts
-    find: Callable[
-        [BcosNetwork, int | None], list[str]
-    ]  # (network, K) -> dotted names of what the choice acts on
-    act: Callable[
-        [BcosNetwork, list[str], Any], None
-    ]  # (network, these names, value) changes the network in place
+    Attributes:
+        wanted: description of what the choice acts on, for messages.
+        off: the value that leaves the network unchanged; `None` if every value acts.
+        find: (network, K) -> dotted names of the modules or parameters that the choice acts on.
+        act: (network, these names, value) -> `None`; changes the network in place.
+    """
+
+    wanted: str
+    off: Any
+    find: Callable[[BcosNetwork, int | None], list[str]]
+    act: Callable[[BcosNetwork, list[str], Any], None]
 
 
 def _by(new: Callable[[Any], nn.Module]) -> Callable[[BcosNetwork, list[str], Any], None]:
-    """The action of a choice that replaces each module it finds by `new(module)`."""
+    """An action that replaces each module that the choice finds by `new(module)`."""
 
     def act(network: BcosNetwork, names: list[str], value: Any) -> None:
         for name in names:
@@ -363,7 +381,7 @@ def _biases(network: BcosNetwork, classes: int | None) -> list[str]:
 
 
 def _treat_biases(network: BcosNetwork, names: list[str], value: str) -> None:
-    """Takes all biases away if `value` is `remove`. Biases that decay stay: the optimiser decays them."""
+    """Removes all biases if `value` is `remove`; the optimiser takes care of `decay`."""
     if value == "remove":
         for module in network.modules():
             for name in [name for name in module._parameters if is_bias(name)]:
@@ -375,7 +393,7 @@ def _batch_norms(network: BcosNetwork, classes: int | None) -> list[str]:
 
 
 def _already_converted(network: BcosNetwork, names: list[str], value: str) -> None:
-    """Does nothing: `convert` has made the norms as the choice wants them."""
+    """Does nothing, because `convert` has already treated the norms as chosen."""
 
 
 def _stem_pools(network: BcosNetwork, classes: int | None) -> list[str]:
@@ -399,7 +417,7 @@ def _embeddings(network: BcosNetwork, classes: int | None) -> list[str]:
 
 
 def _without_embeddings(network: BcosNetwork, names: list[str], value: str) -> None:
-    """Puts buffers of zeros where the embeddings were, because the forward passes of the libraries go on adding them."""
+    """Replaces embeddings by buffers of zeros, because the libraries' forward passes still add them."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and is_embedding(name):
@@ -414,7 +432,7 @@ def _projections(network: BcosNetwork, classes: int | None) -> list[str]:
     return [f"{path}.{tower.projection}" for path, tower in towers if tower.projection is not None]
 
 
-CHOICES = {  # in the order in which they act
+CHOICES = {  # applied in this order
     "bias": Choice("a parameter that is a bias", "keep", _biases, _treat_biases),
     "norm": Choice("a BatchNorm", None, _batch_norms, _already_converted),
     "stem_pool": Choice(

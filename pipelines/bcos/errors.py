@@ -1,7 +1,7 @@
-"""Errors about conversions, for the user to mend: one line each."""
+"""The error of a conversion that fails."""
 
 from pipelines.errors import UserError
 
 
 class ConversionError(UserError, ValueError):
-    """A network that cannot be converted: one line that names the module and what to do."""
+    """A network that cannot be converted; the message names the module and says what to do, in one line."""

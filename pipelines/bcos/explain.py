@@ -1,4 +1,12 @@
-"""Dynamic weights W(x), computed here alone, and their contributions and pictures."""
+"""Dynamic weights W(x) of B-cos networks, contribution maps and colour pictures.
+
+    logit_k = Σ_pixels Σ_c W_k(x)_c · x_c + constants           (Böhle et al., TPAMI 2024, eq. 6 to 8)
+
+`dynamic_weights` is the only place where W(x) is computed. Losses, metrics, pictures and the served model all
+call it.
+
+Letters: N images, T targets per image, K classes, C channels (6: RGB and its complement), H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +23,32 @@ from pipelines.bcos.network import BcosNetwork
 
 TINY = 1e-12
 
-# Several classes are explained by several backward passes through one graph; a compiled graph allows one by default.
+# T targets take T backward passes through one graph; with donated buffers, compiled graphs allow only one.
 torch._functorch.config.donated_buffer = False
 
 
 def dynamic_weights(
     model: nn.Module, images: Tensor, targets: Tensor | None = None, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logits, and the rows of W(x) for one class or several classes of each image, from one forward pass.
+    """Logits and the rows of W(x) for one or more classes per image, from one forward pass.
 
     Args:
-        model: a network of `convert` or `bcosify`, in training or evaluation mode, compiled or not, frozen or not. The caller
-            may be in any gradient mode, and in autocast.
+        model: B-cos network of `convert` or `bcosify`; may be in training or evaluation mode, compiled, or
+            frozen. The caller may be in any gradient mode, and in autocast.
         images: (N, 6, H, W) in [0, 1].
-        targets: (N,) class indices, or (N, T) for T classes of each image, which take one backward pass per class. `None`: the
-            class that the model predicts.
-        create_graph: keep the graph of both results, for losses on them: each then carries its full gradient with respect to
-            the parameters (factors are held, not detached). To compile the network, compile the function that computes the loss
-            and calls this one, because compiled code has no second derivative of its own.
+        targets: class indices (N,), or (N, T) for T classes per image, which take T backward passes. `None`
+            explains the predicted classes.
+        create_graph: keep the graph of logits and weights for losses on them. Both then carry their full
+            gradient with respect to the parameters, because factors are held, not detached. To compile such a
+            loss, compile the function that computes it and calls `dynamic_weights`, not the network:
+            torch.compile has no double backward.
 
     Returns:
-        logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W): logit_target = Σ weights·images + the biases' part.
+        Logits (N, K) and weights (N, 6, H, W), or (N, T, 6, H, W) for targets (N, T):
+        logit_target = Σ weights·images + constants of biases and embeddings.
+
+    Raises:
+        RuntimeError: targets (N, T) in compiled code.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, eq. 6 to 8.
     """
@@ -47,7 +60,8 @@ def dynamic_weights(
         if own:
             images = images.detach().requires_grad_()
         if create_graph and torch.is_autocast_enabled(images.device.type):
-            torch.clear_autocast_cache()  # without gradients, a pass before this one cached weights that have none
+            # a forward pass without gradients may have cached weights in half precision that have no graph
+            torch.clear_autocast_cache()
         with _entry_noted(model, explanation) if create_graph and own else nullcontext():
             logits = model(images)
         explanation.of_input = True
@@ -58,7 +72,7 @@ def dynamic_weights(
 
 @contextmanager
 def _entry_noted(model: nn.Module, explanation: Explanation) -> Iterator[None]:
-    """In the block, `explanation.entry` is set to the input of a B-cos network's body: later backward passes can end there."""
+    """Context manager in which a `BcosNetwork` notes the input of its body in `explanation.entry`."""
 
     def note(body: nn.Module, inputs: tuple[Tensor]) -> None:
         explanation.entry = inputs[0]
@@ -72,16 +86,20 @@ def _entry_noted(model: nn.Module, explanation: Explanation) -> Iterator[None]:
 
 
 def predicted(logits: Tensor) -> Tensor:
-    """The class with the highest of the logits (N, K): (N,)."""
+    """Class indices (N,) of the highest logits (N, K)."""
     return logits.detach().argmax(1)
 
 
 def input_gradients(
     logits: Tensor, targets: Tensor | None, point: Tensor, create_graph: bool = False
 ) -> Tensor:
-    """∂logit_target/∂point (N, ...) for targets (N,); (N, T, ...) for targets (N, T); `None`: of the predicted class.
+    """∂logit_target/∂point: (N, ...) for targets (N,) or `None` (predicted classes), else (N, T, ...).
 
-    Logits (N, K) were computed from `point`; each of the T targets takes one backward pass through their graph.
+    Args:
+        logits: (N, K), computed from `point`.
+        targets: (N,), or (N, T), which takes T backward passes through the graph of the logits.
+        point: (N, ...), images or features.
+        create_graph: keep the graph of the gradients.
     """
     targets = predicted(logits) if targets is None else targets
     if targets.ndim == 1:
@@ -96,7 +114,7 @@ def input_gradients(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """In the block no parameter requires a gradient, so that autograd keeps nothing for theirs: up to a third faster."""
+    """Context manager in which no parameter requires a gradient: explanations are up to a third faster."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad = False
@@ -110,7 +128,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _traced(
     model: nn.Module, images: Tensor, targets: Tensor | None, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
-    """`dynamic_weights` in a form that a compiler can trace and differentiate again."""
+    """`dynamic_weights` by `torch.func.grad`, which torch.compile can trace and differentiate again."""
     if targets is not None and targets.ndim == 2:
         raise RuntimeError("compiled dynamic weights are those of one class per image: targets (N,)")
 
@@ -127,9 +145,16 @@ def _traced(
 
 
 def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
-    """Σ_c W_c(x)·x_c, what each pixel adds to the logit; signed. Features and their gradients go, too.
+    """Σ_c W_c(x)·x_c, the signed contribution of each pixel to the logit.
 
-    Images (N, C, H, W) with weights (N, C, H, W) give (N, H, W), with weights (N, T, C, H, W) of T classes (N, T, H, W).
+    Also used with features of a layer and their gradients.
+
+    Args:
+        images: (N, C, H, W).
+        weights: (N, C, H, W), or (N, T, C, H, W) for T classes per image.
+
+    Returns:
+        (N, H, W), or (N, T, H, W).
     """
     return ((images if weights.ndim == 4 else images.unsqueeze(1)) * weights).sum(-3)
 
@@ -137,16 +162,20 @@ def contribution_map(images: Tensor, weights: Tensor) -> Tensor:
 def rgba(
     images: Tensor, weights: Tensor, smooth: int = 15, percentile: float = 99.5, *, one_scale: bool = False
 ) -> Tensor:
-    """The explanation as a picture: colours of the weights, opaque where they are large.
+    """Colour pictures of explanations: the colour of W(x) per pixel, opaque where its norm is large.
 
     Args:
-        images, weights: (N, 6, H, W), as `dynamic_weights` takes and gives them.
-        smooth: side of the mean filter of the opacity, pixels; odd, so that the size is kept.
-        percentile: percentile of an image's smoothed weight norms at which pixels are fully opaque.
-        one_scale: the largest of these percentiles counts for all images, so that their opacities compare.
+        images, weights: (N, 6, H, W), as `dynamic_weights` takes and returns them.
+        smooth: side of the mean filter over the opacity, in pixels; odd, so that the filter keeps the size.
+        percentile: percentile of an image's smoothed weight norms from which pixels are fully opaque.
+        one_scale: divide all images by the largest of their percentiles, so that opacities compare across
+            images.
 
     Returns:
-        (N, H, W, 4), red, green, blue, alpha in [0, 1].
+        (N, H, W, 4): red, green, blue and alpha in [0, 1].
+
+    Raises:
+        ValueError: `smooth` is even.
 
     Source: Böhle et al., B-cos Networks, CVPR 2022, section 3.4; the constants are those of its code.
     """

@@ -1,11 +1,19 @@
 """Holding the input-dependent factors of a network while its dynamic weights W(x) are computed.
 
-A B-cos network is dynamic linear: logit_k = W_k(x)·x + constants, where W_k(x) is the gradient of the logit with respect to the
-input when every input-dependent factor (the B-cos scale, a norm's standard deviation, a gate, an attention matrix) counts as
-constant. Factors are *held* in the backward pass that gives W(x), and only there: they keep their graph, so that a loss on W(x)
-or on the logits still has its full gradient with respect to the parameters. There are two ways to do so, with equal results:
-an autograd function that withholds the factor's gradient while a flag is set (`Explanation`), and, where a compiler traces the
-network, `torch.func.grad`, to which factors are constants that the gradient outside it still sees (`TracedExplanation`).
+A B-cos network is dynamic linear: logit_k = W_k(x)·x + constants. Each layer multiplies a linear function of
+its input by a factor that depends on the input: the B-cos scale, a norm's 1/sqrt(var + ε), a gate, an
+attention matrix. W_k(x) is the gradient of logit k with respect to the input if all these factors count as
+constants.
+
+Factors are *held*, not detached: they are constants only in the backward pass that computes W(x). They keep
+their graph, so a loss on W(x) or on the logits has its full gradient with respect to the parameters. Two ways
+give equal results:
+
+- eager (`Explanation`): an autograd function withholds the factor's gradient while a flag is set;
+- compiled (`TracedExplanation`): W(x) is computed by `torch.func.grad`. Factors are unwrapped from it, which
+  makes them constants inside it and leaves them differentiable outside.
+
+Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
 """
 
 from __future__ import annotations
@@ -19,43 +27,54 @@ from torch import Tensor, nn
 
 
 class Explanation:
-    """The state of one explanation, which layers read: whether their factors are held now, or need no graph at all."""
+    """How all layers of a model treat their factors while one explanation is computed.
+
+    Attributes:
+        detach: no loss on W(x) follows, so factors are detached, which is faster than holding them.
+        holding: factors are constants in the backward passes that run while this is set.
+        of_input: set while a backward pass computes W(x), which needs no gradients of parameters.
+        differentiated: a backward pass has run with `create_graph=True` while factors were held.
+        entry: input of the network's body, if later backward passes (of a loss) need no gradient of the
+            images.
+    """
 
     def __init__(self, detach: bool = False) -> None:
-        self.detach = detach  # no loss on W(x) follows: factors can drop their graph, which is faster
+        self.detach = detach
         self.holding = True
-        self.of_input = False  # whether the pass that runs now is for the gradient of the input alone
-        self.differentiated = False  # whether W(x) was computed with a graph of its own
-        self.entry: Tensor | None = (
-            None  # what the first layer sees, where no gradient of the images is wanted after W(x)
-        )
+        self.of_input = False
+        self.differentiated = False
+        self.entry: Tensor | None = None
 
     @property
     def fused(self) -> bool:
-        """Whether layers compute factor and product in one autograd function, which asks `holds`, instead of by `hold`."""
+        """True if layers may use the autograd functions of `fused`, which call `holds`, instead of `hold`."""
         return not self.detach
 
     def holds(self) -> bool:
-        """Whether factors are constant to the backward pass that asks; notes that it is one with a graph."""
+        """Returns True if the calling backward pass must treat factors as constants.
+
+        Sets `differentiated` if that pass runs with `create_graph=True`.
+        """
         if self.holding and torch.is_grad_enabled():
             self.differentiated = True
         return self.holding
 
     def hold(self, factor: Tensor) -> Tensor:
-        """`factor`, constant to the backward passes that run while `holding` is set."""
+        """`factor`, as a constant in the backward passes that run while `holding` is set."""
         if self.detach:
             return factor.detach()
         return _Held.apply(factor, self) if factor.requires_grad else factor
 
     def observe(self, update: Callable[..., None], *values: Tensor) -> None:
-        """Calls `update(*values)`, which moves a layer's buffers by what its batch shows."""
+        """Calls `update(*values)`, which updates buffers of a layer (running statistics) from its batch."""
         update(*values)
 
 
 class TracedExplanation(Explanation):
-    """Factors are constants of the outermost `torch.func.grad`, in which the network runs; differentiated outside, they are not.
+    """Makes factors constants inside the outermost `torch.func.grad`, in which the network runs.
 
-    What moves a layer's buffers waits until `settle` is called outside: inside, tensors from elsewhere must not change.
+    Updates of buffers wait until `settle` is called outside: inside `torch.func.grad`, tensors that were made
+    outside must not change.
     """
 
     def __init__(self, detach: bool = False) -> None:
@@ -64,32 +83,31 @@ class TracedExplanation(Explanation):
 
     @property
     def fused(self) -> bool:
-        """Never: the compiler fuses, and what it makes of autograd functions inside `torch.func.grad` is wrong."""
+        # the compiler fuses by itself, and compiles autograd functions inside `torch.func.grad` wrongly
         return False
 
     def hold(self, factor: Tensor) -> Tensor:
-        """`factor` as it is outside."""
         return _outside(factor)
 
     def observe(self, update: Callable[..., None], *values: Tensor) -> None:
-        """Keeps the call until `settle`."""
+        """Postpones `update(*values)` until `settle` is called."""
         self._waiting.append((update, tuple(_outside(value) for value in values)))
 
     def settle(self) -> None:
-        """Makes the calls that wait."""
+        """Makes the calls that `observe` has postponed."""
         for update, values in self._waiting:
             update(*values)
         self._waiting.clear()
 
 
 def _outside(value: Tensor) -> Tensor:
-    """The tensor that the outermost `torch.func` transform wraps as `value`; `value` itself if no transform wraps it."""
+    """The tensor that the outermost `torch.func` transform wraps as `value`; `value` if none does."""
     return torch._C._functorch._unwrap_for_grad(value, 1)
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """In the block autograd records, whatever gradient mode the caller is in: `no_grad` or `inference_mode`."""
+    """Context manager in which autograd records, even inside the caller's `no_grad` or `inference_mode`."""
     with (
         torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(),
         torch.enable_grad(),
@@ -98,12 +116,12 @@ def recording() -> Iterator[None]:
 
 
 def usable(tensor: Tensor) -> Tensor:
-    """`tensor`, as a copy if it was made in inference mode, where autograd must not keep it."""
+    """`tensor`, cloned if it is an inference tensor, which autograd cannot save for a backward pass."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _Held(torch.autograd.Function):
-    """The identity, whose gradient is withheld while its explanation holds."""
+    """The identity. Its gradient is `None` while the explanation holds its factors."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, explanation: Explanation) -> Tensor:
@@ -117,26 +135,26 @@ class _Held(torch.autograd.Function):
 
 
 class HoldState:
-    """The explanation that a layer's forward pass is for; a plain object, because a compiler can follow its changes."""
+    """Holds a layer's current explanation; a plain object, because torch.compile can trace changes of it."""
 
     def __init__(self) -> None:
         self.explanation: Explanation | None = None
 
 
 class Explainable(nn.Module):
-    """A layer that knows which explanation its forward pass is for."""
+    """A layer whose forward pass can read the current explanation."""
 
     hold_state: HoldState
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Explainable:
-        """A layer outside explanation mode, also where it is copied or unpickled."""
+        """Gives every new layer, including copied and unpickled ones, a state outside explanation mode."""
         layer = super().__new__(cls)
         object.__setattr__(layer, "hold_state", HoldState())
         return layer
 
     @property
     def explanation(self) -> Explanation | None:
-        """The explanation that this forward pass is for; `None` outside explanation mode."""
+        """The current explanation; `None` outside explanation mode."""
         return self.hold_state.explanation
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,15 +162,15 @@ class Explainable(nn.Module):
 
 
 class Holdable(Explainable):
-    """A layer with an input-dependent factor. In its `forward`, it passes the factor through `hold`."""
+    """A layer with an input-dependent factor, which its `forward` must pass through `hold`."""
 
     def hold(self, factor: Tensor) -> Tensor:
-        """`factor` as the explanation mode of the moment wants it."""
+        """`factor` itself outside explanation mode; held or detached in it, see `Explanation.hold`."""
         explanation = self.hold_state.explanation
         return factor if explanation is None else explanation.hold(factor)
 
     def observe(self, update: Callable[..., None], *values: Tensor) -> None:
-        """Calls `update(*values)`, which moves buffers, when the explanation mode of the moment lets it."""
+        """Calls `update(*values)`, which updates buffers; a traced explanation postpones the call."""
         explanation = self.hold_state.explanation
         if explanation is None:
             update(*values)
@@ -160,19 +178,19 @@ class Holdable(Explainable):
             explanation.observe(update, *values)
 
     def computing_factor(self) -> AbstractContextManager[Any]:
-        """A block in which a factor is computed: without a graph where the explanation needs none."""
+        """Context in which a layer computes its factor: `no_grad` if the explanation detaches factors."""
         explanation = self.hold_state.explanation
         return torch.no_grad() if explanation is not None and explanation.detach else nullcontext()
 
 
 def hold_states(model: nn.Module) -> list[HoldState]:
-    """The states of all layers of `model` that have one."""
+    """The hold states of all explainable layers of `model`."""
     return [module.hold_state for module in model.modules() if isinstance(module, Explainable)]
 
 
 @contextmanager
 def explaining(model: nn.Module, explanation: Explanation | None) -> Iterator[Explanation | None]:
-    """In the block, every explainable layer of `model` has `explanation`; `None`: as outside explanation mode."""
+    """Context manager that sets the explanation of all explainable layers; `None` ends explanation mode."""
     states = hold_states(model)
     before = [state.explanation for state in states]
     try:
@@ -186,17 +204,18 @@ def explaining(model: nn.Module, explanation: Explanation | None) -> Iterator[Ex
 
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """In the block, the gradient of a logit of `model` with respect to its input is the row of W(x).
+    """Context manager in which the gradient of a logit with respect to the input is its row of W(x).
 
-    Factors of a forward pass made in the block are held in the backward passes that follow it. Once one of these was taken with
-    `create_graph=True` (W(x) goes into a loss), they are released when the block ends, so that the loss has its full gradient.
-    Re-entrant and exception-safe; one thread at a time for one model. Autograd records in the block, also where the caller has
-    turned it off; tensors that were made in inference mode before the block must be cloned in it.
+    The factors of a forward pass that runs in the block are held in all backward passes through it. If one of
+    these runs with `create_graph=True` (because W(x) goes into a loss), the factors are released at the end
+    of the block, so that the loss has its full gradient. Autograd records in the block even if the caller has
+    turned it off; inference tensors from before the block must be cloned in it. Re-entrant and
+    exception-safe. Only one thread at a time may explain a model.
 
     Source: Böhle et al., B-cos Alignment, TPAMI 2024, section 3.2.
     """
     current = next((state.explanation for state in hold_states(model)), None)
-    if current is not None and not current.detach:  # nested: the outer block decides when to release
+    if current is not None and not current.detach:  # nested: the outer block releases the factors
         with recording():
             yield model
         return

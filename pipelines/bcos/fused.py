@@ -1,8 +1,12 @@
-"""What makes B-cos networks fast: autograd functions that save less and are cheap to differentiate, and compiler settings.
+"""Autograd functions and compiler settings that make B-cos networks fast.
 
-Each function computes what its layer's formula says (`layers`, `norms`, `activations`), to the same bits; its
-gradients take fewer passes over the activations. Where a loss on W(x) differentiates a gradient, autograd's own formulas would
-save more, add zeros of the size of an activation, or take the slower of two equal convolutions.
+Each function computes the formula of its layer (`layers`, `norms`, `activations`), to the same bits. Its
+gradients take fewer passes over the activations than autograd's. If a loss on W(x) differentiates these
+gradients, autograd's own formulas would save more tensors, add zeros of the size of an activation, or take
+the slower of two equivalent convolutions.
+
+Suffixes of names give the layout: N images, C channels, H x W locations. `linear` is l = w·x, g an incoming
+gradient, `d_name` the gradient with respect to `name`.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from pipelines.bcos.precision import widened
 
 
 class _Square(torch.autograd.Function):
-    """|l|·l / norm for B = 2; saves l and norm alone, one activation instead of autograd's three.
+    """|l|·l / norm, the layer at B = 2; saves l and norm, one activation where autograd saves three.
 
-    Multiplies in the same order as the other branches of `_Bcos._scale`, for the same bits. Otherwise a ReLU behind a sum could
-    open in one branch and stay closed in another.
+    Multiplies in the same order as the other branches of `_Bcos._scale`, so that all branches give the same
+    bits. Otherwise the input of a later ReLU could be positive in one branch and negative in another.
     """
 
     generate_vmap_rule = True
@@ -49,10 +53,11 @@ class _Square(torch.autograd.Function):
 
 
 class _ExplainedSquare(torch.autograd.Function):
-    """`_Square`, and its factor |l| / norm as a second output, which counts as constant while `explanation` holds.
+    """`_Square` with a second output, the factor |l| / norm, which is constant while `explanation` holds.
 
-    The gradient of a held square is g times that second output. If this gradient is differentiated, the factor has a gradient
-    from there and one from the square: `backward` adds both and goes back to l and norm once.
+    The gradient of a held square is g·factor. If a loss differentiates this gradient, the factor has two
+    gradients, one through the second output and one through the square. `backward` adds them and propagates
+    the sum to l and norm once.
     """
 
     generate_vmap_rule = True
@@ -86,7 +91,7 @@ class _ExplainedSquare(torch.autograd.Function):
         graph = torch.is_grad_enabled()  # the caller differentiates this pass: nothing in place
         inverse, sign = norm.reciprocal(), widened(linear).sign()
         d_norm = -(d_factor * factor).sum_to_size(norm.shape) * inverse if ctx.needs_input_grad[1] else None
-        slope = sign * inverse if graph else sign.mul_(inverse)  # of the factor by linear
+        slope = sign * inverse if graph else sign.mul_(inverse)  # ∂factor/∂linear
         of_factor = slope * d_factor if graph else slope.mul_(d_factor)
         d_linear = (
             of_factor if d_linear is None else d_linear + of_factor if graph else d_linear.add_(of_factor)
@@ -95,7 +100,7 @@ class _ExplainedSquare(torch.autograd.Function):
 
 
 def square(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Tensor:
-    """|linear|·linear / norm, the B-cos transformation at B = 2; |linear| / norm is held while `explanation` holds."""
+    """|linear|·linear / norm, the B-cos transformation at B = 2; `explanation` holds |linear| / norm."""
     return (
         _Square.apply(linear, norm)
         if explanation is None
@@ -104,7 +109,7 @@ def square(linear: Tensor, norm: Tensor, explanation: Explanation | None) -> Ten
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """Σ_c x² over the channels, (N, C, H, W) -> (N, 1, H, W); its gradient takes one pass over x."""
+    """Σ_c x²: (N, C, H, W) -> (N, 1, H, W); the gradient takes one pass over x."""
 
     generate_vmap_rule = True
 
@@ -115,9 +120,8 @@ class _SumOfSquares(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Explanation | None], output: Tensor) -> None:
         x_NCHW, explanation = inputs
-        ctx.at_entry = (
-            explanation is not None and x_NCHW is explanation.entry
-        )  # a held norm has no gradient of the input
+        # at the entry no pass needs this gradient: that of W(x) holds the norm, and later ones end here
+        ctx.at_entry = explanation is not None and x_NCHW is explanation.entry
         ctx.save_for_backward(x_NCHW)
         ctx.set_materialize_grads(False)
 
@@ -138,7 +142,7 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stri
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution whose input gradient has `_InputGradient`'s own gradient, for losses on W(x)."""
+    """A convolution whose input gradient, `_InputGradient`, is cheap to differentiate (losses on W(x))."""
 
     generate_vmap_rule = True
 
@@ -159,10 +163,11 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x_NCHW, weight = ctx.saved_tensors
         of_input, of_weight = ctx.needs_input_grad[:2]
-        if ctx.explanation is not None:  # autograd asks for every gradient, also for those that nobody uses
+        if ctx.explanation is not None:
+            # needs_input_grad is also set for gradients that this pass does not use
             of_weight &= not ctx.explanation.of_input
             of_input &= ctx.explanation.of_input or not ctx.at_entry
-        if not torch.is_grad_enabled():  # one call gives both, and lays out the gradient once
+        if not torch.is_grad_enabled():  # one call computes both, and converts g's memory layout once
             return (
                 *_convolution_gradients(gradient, x_NCHW, weight, ctx.geometry, of_input, of_weight),
                 None,
@@ -175,7 +180,11 @@ class _Convolution(torch.autograd.Function):
 
 
 class _InputGradient(torch.autograd.Function):
-    """∂/∂x of g·conv(x, weight). Its gradient by the weight is a convolution's; autograd's formula takes twice the time."""
+    """∂/∂x of g·conv(x, weight).
+
+    Its own gradient with respect to the weight is computed as a convolution's weight gradient, in half the
+    time of autograd's formula.
+    """
 
     generate_vmap_rule = True
 
@@ -201,10 +210,10 @@ class _InputGradient(torch.autograd.Function):
 def _convolution_gradients(
     g_NCHW: Tensor, x_NCHW: Tensor, weight: Tensor, geometry: Geometry, of_input: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """∂/∂x and ∂/∂weight of g·conv(x, weight), `None` for those that are not asked for.
+    """∂/∂x and ∂/∂weight of g·conv(x, weight), or `None` without `of_input` and `of_weight`, respectively.
 
-    `torch.nn.grad` does the same with an expanded stand-in for the missing argument, with which wide layers take three times as
-    long on CPUs.
+    `torch.nn.grad` computes the same, but passes an expanded placeholder for the unused argument, which makes
+    wide layers three times as slow on CPUs.
     """
     if not of_input and not of_weight:
         return None, None
@@ -216,7 +225,7 @@ def _convolution_gradients(
 def convolution(
     x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None
 ) -> Tensor:
-    """`F.conv2d`; where a loss on W(x) may follow, with an input gradient that is cheap to differentiate."""
+    """`F.conv2d`; if a loss on W(x) may follow, its input gradient is cheap to differentiate."""
     if explanation is None or explanation.detach:
         return F.conv2d(x_NCHW, weight, None, *geometry)
     if explanation.fused:
@@ -227,7 +236,7 @@ def convolution(
 def _cheaply_differentiable(
     x_NCHW: Tensor, weight: Tensor, geometry: Geometry, explanation: Explanation | None
 ) -> Tensor:
-    """`_Convolution`, in autocast's type where that is enabled."""
+    """Calls `_Convolution`, with input and weight cast as autocast would cast them."""
     at_entry = explanation is not None and x_NCHW is explanation.entry
     if torch.is_autocast_enabled(x_NCHW.device.type):
         dtype = torch.get_autocast_dtype(x_NCHW.device.type)
@@ -235,13 +244,16 @@ def _cheaply_differentiable(
     return _Convolution.apply(x_NCHW, weight, geometry, explanation, at_entry)
 
 
-@torch.compiler.allow_in_graph  # not traced: see `TracedExplanation.fused`
+@torch.compiler.allow_in_graph  # the compiler must not trace inside, see `TracedExplanation.fused`
 def _traced_convolution(x_NCHW: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return _cheaply_differentiable(x_NCHW, weight, geometry, None)
 
 
 def batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over `axes`, kept; in two passes, which is many times faster than `torch.var_mean` on CPUs."""
+    """Mean and biased variance over `axes`, which are kept as axes of size 1.
+
+    Two passes over x are many times faster than `torch.var_mean` on CPUs.
+    """
     x = widened(x)
     mean = x.mean(axes, keepdim=True)
     centred = x - mean
@@ -250,10 +262,11 @@ def batch_statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class _UncenteredNorm(torch.autograd.Function):
-    """γ·x/sqrt(var + ε) of the batch, its mean and its variance, in as few passes over x as the gradient allows.
+    """γ·x/sqrt(var + ε), mean and var of the batch; forward and backward take few passes over x.
 
-    While `explanation` holds, the variance counts as constant, and the gradient g·γ/sqrt(var + ε) is a function of the output
-    `var`. If this gradient is differentiated, `backward` adds both gradients of the variance and goes through x once.
+    While `explanation` holds, the variance is constant, and the gradient g·γ/sqrt(var + ε) depends on the
+    output `var`. If a loss differentiates this gradient, the variance has two gradients. `backward` adds them
+    and propagates the sum to x once.
     """
 
     @staticmethod
@@ -280,7 +293,7 @@ class _UncenteredNorm(torch.autograd.Function):
                 of_var = -0.5 * weight * inverse**3 * d_scale
                 d_weight, d_var = d_scale * inverse, of_var if d_var is None else d_var + of_var
         if d_var is not None:
-            centred, twice = x - mean, 2 / count * d_var  # products beat a broadcasting addcmul
+            centred, twice = x - mean, 2 / count * d_var  # a product is faster than a broadcasting addcmul
             of_x = centred * twice if torch.is_grad_enabled() else centred.mul_(twice)
             d_x = of_x if d_x is None else d_x.add_(of_x) if not torch.is_grad_enabled() else d_x + of_x
         if d_mean is not None:
@@ -291,7 +304,10 @@ class _UncenteredNorm(torch.autograd.Function):
 def uncentered_norm(
     x: Tensor, weight: Tensor, eps: float, axes: list[int], explanation: Explanation | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """γ·x/sqrt(var + ε), mean and var of a batch over `axes` (kept), the root held while `explanation` holds."""
+    """γ·x/sqrt(var + ε), mean and var of a batch over `axes`; `explanation` holds 1/sqrt(var + ε).
+
+    Mean and var keep `axes` as axes of size 1; var is the biased variance.
+    """
     return _UncenteredNorm.apply(x, weight, eps, axes, explanation)
 
 
@@ -313,7 +329,7 @@ class _ReLU(torch.autograd.Function):
 
 
 def relu(x: Tensor) -> Tensor:
-    """`F.relu`; its gradient is not differentiated by `x` again."""
+    """`F.relu`, whose gradient is not differentiated with respect to x again: that derivative is 0."""
     return _ReLU.apply(x)
 
 
@@ -336,15 +352,15 @@ class _AveragePool(torch.autograd.Function):
 
 
 def average_pool(x_NCHW: Tensor, *options: Any) -> Tensor:
-    """`F.avg_pool2d` with its `options`, kernel, stride and padding as lists; its gradient is not differentiated by x again."""
+    """`F.avg_pool2d`, whose gradient is not differentiated with respect to x again: that derivative is 0.
+
+    `options` are the arguments of `F.avg_pool2d` in their order, with kernel, stride and padding as lists.
+    """
     return _AveragePool.apply(x_NCHW, options)
 
 
 def set_up_compiler() -> None:
-    """Sets how torch.compile treats B-cos networks in this process.
-
-    DDP's own splitting of compiled graphs cannot take B-cos layers. Backward passes compute factors and masks again from the
-    outputs of convolutions: that costs less than to write them to memory and to read them.
-    """
-    torch._dynamo.config.optimize_ddp = False
+    """Sets how torch.compile treats B-cos networks in this process."""
+    torch._dynamo.config.optimize_ddp = False  # DDP's splitting of compiled graphs fails on B-cos layers
+    # backward passes recompute factors and masks from the outputs of convolutions: faster than storing them
     torch._functorch.config.aggressive_recomputation = True

@@ -2,8 +2,14 @@
 
     out = s^(B-1) · (w·x),   s = |w·x| / ‖x‖                      (Böhle et al., TPAMI 2024, eq. 3 and 4)
 
-B-cos networks trained from scratch use ŵ = w/‖w‖ for w (`normalize_weight`), B-cosified ones w itself (Arya et al., 2024).
-`fused` has the autograd functions that make the layers fast. Layouts in names: N batch, C channels, G groups, HW places.
+x is the input vector (of a convolution, one patch), w is one row of the weight, and s = ‖w‖·|cos θ| for the
+angle θ between them. The larger B, the more the output depends on the alignment of x and w. At B = 1 the
+layer is linear. At B > 1 it is dynamic linear: it multiplies x by a weight that depends on x, s^(B-1)·w.
+
+B-cos networks trained from scratch use w/‖w‖ for w (`normalize_weight`), so that s = |cos θ|. B-cosified ones
+use w itself (Arya et al., 2024). `fused` holds the autograd functions that make the layers fast.
+
+Suffixes of names give the layout: N images, C channels, G groups, H x W locations of the feature map.
 """
 
 from __future__ import annotations
@@ -19,25 +25,25 @@ from pipelines.bcos.explanation import Holdable
 from pipelines.bcos.fused import Geometry, convolution, square, sum_of_squares
 from pipelines.bcos.precision import widened
 
-PATCH_EPSILON = 1e-6  # in the root of a patch's norm
-VECTOR_EPSILON = 1e-12  # beside a vector's norm
-COSINE_EPSILON = 1e-6  # beside the cosine, for B other than 2
+PATCH_EPSILON = 1e-6  # added to the sum of squares under the root of a patch's norm
+VECTOR_EPSILON = 1e-12  # added to the norm of a linear layer's input; least norm of a weight row
+COSINE_EPSILON = 1e-6  # added to s if B is not 2
 
 ExponentMode = Literal["fixed", "scheduled", "learned"]
 
 
 class _Bcos(Holdable):
-    """The scale, the exponent, MaxOut and weight normalisation, which both layers share."""
+    """Base class of both layers: the scale s^(B-1), the exponent B, MaxOut and weight normalisation."""
 
     weight: Tensor
     b_mode: ExponentMode
-    b_value: Tensor | None  # B where it follows a schedule: 0-d, saved with the weights
-    b_offset: nn.Parameter | None  # B - 2 where it is learned: 0-d, so that weight decay pulls B towards 2
+    b_value: Tensor | None  # scheduled B: 0-d buffer, saved with the weights
+    b_offset: nn.Parameter | None  # learned B - 2: 0-d; weight decay pulls it towards 0, so B towards 2
     max_out: int
     normalize_weight: bool
 
     def _scale(self, linear: Tensor, norm: Tensor) -> Tensor:
-        """s^(B-1) · linear, with s = |linear| / norm held in explanation mode."""
+        """s^(B-1) · linear, with s = |linear| / norm. Explanation mode holds s^(B-1)."""
         b, explanation = self.b, self.explanation
         b_is_2 = isinstance(b, float) and b == 2
         if b_is_2 and (not torch.compiler.is_compiling() if explanation is None else explanation.fused):
@@ -56,18 +62,17 @@ class _Bcos(Holdable):
         """The weight, with rows of norm 1 if `normalize_weight` is set."""
         if not self.normalize_weight:
             return self.weight
-        axes = tuple(range(1, self.weight.ndim))  # not flattened, which would lose the memory format
+        axes = tuple(range(1, self.weight.ndim))  # flatten(1) would lose the memory format
         return self.weight / torch.linalg.vector_norm(self.weight, dim=axes, keepdim=True).clamp_min(
             VECTOR_EPSILON
         )
 
     @property
     def b(self) -> float | Tensor:
-        """The exponent B >= 1: a number, or a 0-d tensor where it is scheduled or learned (then with its gradient)."""
+        """The exponent B >= 1: a float if it is fixed, a 0-d tensor if it is scheduled or learned."""
         if self.b_offset is not None:
-            return torch.where(
-                self.b_offset < -1, 1.0, 2 + self.b_offset
-            )  # a clamp would have no gradient at 1 itself
+            # not a clamp: its gradient is 0 at B = 1, so B could not leave 1
+            return torch.where(self.b_offset < -1, 1.0, 2 + self.b_offset)
         return self._fixed_b if self.b_value is None else self.b_value
 
     def _is_linear(self) -> bool:
@@ -89,7 +94,6 @@ class _Bcos(Holdable):
         self.max_out, self.normalize_weight = max_out, normalize_weight
 
     def extra_repr(self) -> str:
-        """The layer's arguments, as `print` shows them."""
         b = float(torch.as_tensor(self.b).detach())
         more = f", max_out={self.max_out}" if self.max_out > 1 else ""
         return f"{super().extra_repr()}, b={b:g}{more}" + (
@@ -100,9 +104,14 @@ class _Bcos(Holdable):
 class BcosLinear(_Bcos, nn.Linear):
     """B-cos linear layer: (..., in_features) -> (..., out_features).
 
-    Arguments are those of `nn.Linear`, with `b` the exponent B >= 1, `max_out` the units of which each output is the maximum, and
-    `normalize_weight` for rows of norm 1. `weight` is (out_features*max_out, in_features); unit m of output o is row
-    o*max_out + m. A bias is added after the scaling. At B = 1 the layer is an ordinary linear layer.
+    `weight` is (out_features*max_out, in_features). The bias is added after the scaling.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        b: exponent B >= 1.
+        max_out: units M per output. An output is the maximum of w·x over its M units; row o*max_out + m of
+            `weight` is unit m of output o.
+        normalize_weight: divide each row of `weight` by its norm.
     """
 
     def __init__(
@@ -121,16 +130,14 @@ class BcosLinear(_Bcos, nn.Linear):
             self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
         linear = F.linear(x, self._rows())
         if self.max_out > 1:
             linear = linear.unflatten(-1, (-1, self.max_out)).max(-1).values
         if not self._is_linear():
             with self.computing_factor():
                 squares = widened(x).square().sum(-1, keepdim=True)
-                norm = (
-                    squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON
-                )  # finite second derivatives at 0
+                # the clamp keeps second derivatives finite at x = 0
+                norm = squares.clamp_min(VECTOR_EPSILON**2).sqrt() + VECTOR_EPSILON
             linear = self._scale(linear, norm)
         return linear if self.bias is None else (linear + self.bias).to(linear.dtype)
 
@@ -138,8 +145,9 @@ class BcosLinear(_Bcos, nn.Linear):
 class BcosConv2d(_Bcos, nn.Conv2d):
     """B-cos convolution: (N, in_channels, H, W) -> (N, out_channels, H', W').
 
-    Arguments are those of `nn.Conv2d`, and `b`, `max_out` and `normalize_weight` as in `BcosLinear`. `weight` is
-    (out_channels*max_out, in_channels/groups, kh, kw).
+    Arguments are those of `nn.Conv2d`, with `b`, `max_out` and `normalize_weight` as in `BcosLinear`.
+    `weight` is (out_channels*max_out, in_channels/groups, kh, kw). In a grouped convolution, ‖x‖ is the norm
+    of the patch in the output channel's own group.
     """
 
     def __init__(
@@ -165,7 +173,6 @@ class BcosConv2d(_Bcos, nn.Conv2d):
             self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         x_NCHW, padding = self._padded(x_NCHW)
         geometry: Geometry = (self.stride, padding, self.dilation, self.groups)  # type: ignore[assignment]
         linear = convolution(x_NCHW, self._rows(), geometry, self.explanation)
@@ -178,20 +185,24 @@ class BcosConv2d(_Bcos, nn.Conv2d):
         return linear if self.bias is None else (linear + self.bias[:, None, None]).to(linear.dtype)
 
     def _scale_patches(self, linear_NCHW: Tensor, norm_NGHW: Tensor) -> Tensor:
-        if self.groups in (1, self.out_channels):  # the norm broadcasts as it is
+        if self.groups in (1, self.out_channels):  # the norm's G channels broadcast to the C of the output
             return self._scale(linear_NCHW, norm_NGHW)
         grouped = linear_NCHW.unflatten(1, (self.groups, -1))
         return self._scale(grouped, norm_NGHW.unsqueeze(2)).flatten(1, 2)
 
     def _padded(self, x_NCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input, padded where the convolution and the pool of the norm could not both do it themselves."""
+        """The input, and the zero padding that is left to the convolution and to the sum pool of the norm.
+
+        Both pad with zeros by a number per side. For "same", "valid" and other padding modes, the input is
+        padded here and (0, 0) is left.
+        """
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return x_NCHW, self.padding  # type: ignore[return-value]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x_NCHW, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
 
     def _patch_norm(self, x_NCHW: Tensor, padding: tuple[int, int]) -> Tensor:
-        """sqrt(Σ_patch x² + ε) for each group and place: a sum pool of Σ_c x²; (N, groups, H', W')."""
+        """sqrt(Σ_patch x² + ε) per group, by a sum pool of Σ_c x²: (N, C, H, W) -> (N, G, H', W')."""
         if self.groups == 1 and not torch.compiler.is_compiling():
             squares = sum_of_squares(x_NCHW, self.explanation)
         elif self.groups == x_NCHW.shape[1]:
@@ -204,7 +215,7 @@ class BcosConv2d(_Bcos, nn.Conv2d):
             2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)
         ):
             sums = F.avg_pool2d(squares, self.kernel_size, self.stride, padding, divisor_override=1)
-        else:  # the pool knows neither dilation nor wide padding: a convolution of one channel a group
+        else:  # avg_pool2d has no dilation and pads by at most half the kernel: convolve with ones
             ones = squares.new_ones(self.groups, 1, *self.kernel_size)
             with torch.autocast(squares.device.type, enabled=False):
                 sums = F.conv2d(squares, ones, None, self.stride, padding, self.dilation, self.groups)
@@ -212,14 +223,14 @@ class BcosConv2d(_Bcos, nn.Conv2d):
 
 
 def check_exponent(b: float) -> float:
-    """`b` as a float; raises ValueError below 1."""
+    """Returns `b` as a float; raises ValueError if it is below 1."""
     if not b >= 1:
         raise ValueError(f"B must be at least 1, not {b}")
     return float(b)
 
 
 def layer_b(model: nn.Module) -> dict[str, float]:
-    """The exponent B of each B-cos layer of `model`, by the layer's name."""
+    """The exponent B of each B-cos layer of `model`, keyed by the layer's dotted name."""
     return {
         name: float(torch.as_tensor(layer.b).detach())
         for name, layer in model.named_modules()
@@ -228,10 +239,10 @@ def layer_b(model: nn.Module) -> dict[str, float]:
 
 
 def set_b(model: nn.Module, b: float) -> None:
-    """Sets the exponent of every B-cos layer of `model` whose B follows a schedule.
+    """Sets the exponent of every B-cos layer of `model` whose B is scheduled.
 
     Raises:
-        ValueError: B below 1, or no such layer.
+        ValueError: `b` is below 1, or no layer has a scheduled B.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _Bcos) and layer.b_value is not None]
     if not layers:
@@ -244,7 +255,7 @@ def set_b(model: nn.Module, b: float) -> None:
 
 @torch.no_grad()
 def clamp_b(model: nn.Module) -> None:
-    """Sets every learned exponent of `model` that is below 1 to 1, where it has a gradient again."""
+    """Sets the learned exponents of `model` that are below 1 to 1, where B has a gradient again."""
     for layer in model.modules():
         if isinstance(layer, _Bcos) and layer.b_offset is not None:
             layer.b_offset.clamp_(min=-1)

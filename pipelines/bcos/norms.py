@@ -1,6 +1,7 @@
-"""Normalisation layers whose factor 1/sqrt(var + eps) can be held; their centring is linear in the input and stays.
+"""Normalisation layers whose factor 1/sqrt(var + ε) can be held.
 
-`convert` makes them of torch's norms; it moves BatchNorm's running mean into the bias.
+Only this factor makes a norm non-linear: centring is linear in the input, so that LayerNorm and GroupNorm
+keep it. `convert` replaces torch's norms by these layers; it moves a BatchNorm's running mean into its bias.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pipelines.bcos.precision import widened
 
 
 class BcosBatchNorm(Holdable):
-    """BatchNorm of (N, C, H, W) or (N, C), as B-cos networks use it.
+    """Uncentred BatchNorm of (N, C, H, W) or (N, C): y = γ·x/sqrt(var + ε) + β.
 
-    Uncentred (the default): y = γ·x/sqrt(var + eps) + β, where var is the ordinary, centred variance of the batch (in evaluation
-    mode, the running one); only the subtraction of the mean is gone. `centered=True` keeps that too. The running variance takes
-    the biased batch variance, unlike torch's own. Source: Arya et al., B-cosification, 2024, section 3.2.
+    var is the ordinary, centred variance of the batch, or the running variance in evaluation mode. Only the
+    subtraction of the mean is gone; `centered=True` keeps it. Unlike torch's BatchNorm, the running variance
+    follows the biased batch variance.
+
+    Source: Arya et al., B-cosification, NeurIPS 2024, section 3.2.
     """
 
     weight: nn.Parameter | None
@@ -46,7 +49,6 @@ class BcosBatchNorm(Holdable):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C, ...)."""
         shape = (1, -1) + (1,) * (x.ndim - 2)
         axes = [0, *range(2, x.ndim)]
         weight = None if self.weight is None else self.weight.view(shape)
@@ -71,7 +73,7 @@ class BcosBatchNorm(Holdable):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Moves the running statistics towards the batch's; without a momentum, to their plain average."""
+        """Updates the running statistics: exponential average, or plain average if `momentum` is `None`."""
         self.num_batches_tracked += 1
         step = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_var.lerp_(var.flatten().to(self.running_var.dtype), step)
@@ -79,15 +81,13 @@ class BcosBatchNorm(Holdable):
             self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), step)
 
     def extra_repr(self) -> str:
-        """The layer's arguments, as `print` shows them."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, centered={self.centered}"
 
 
 class BcosLayerNorm(Holdable, nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimensions, with a variance that can be held."""
+    """`nn.LayerNorm` over the last dimensions of (..., *normalized_shape); 1/sqrt(var + ε) can be held."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., *normalized_shape) -> the same."""
         if self.explanation is None:
             return super().forward(x)
         axes = tuple(range(-len(self.normalized_shape), 0))
@@ -102,17 +102,15 @@ class BcosLayerNorm2d(BcosLayerNorm):
     """LayerNorm over the channels of (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class BcosGroupNorm(Holdable, nn.GroupNorm):
-    """`nn.GroupNorm` of (N, C, ...), with a variance that can be held."""
+    """`nn.GroupNorm` of (N, C, ...); 1/sqrt(var + ε) can be held."""
 
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> the same."""
         if self.explanation is None:
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped, dtype = widened(x).unflatten(1, (self.num_groups, -1)), x.dtype

@@ -1,7 +1,9 @@
-"""A copy of an ordinary network that conversion rules can read: its type and its parameters say all that it computes.
+"""A plain copy of an ordinary network, whose types and parameters alone determine what it computes.
 
-PyTorch has ways to change what a module computes from outside its type and its parameters: forward hooks, weights that a hook or
-a parametrization computes from other tensors, a `forward` of one instance. Rules would drop them without an error.
+A conversion rule reads a module's type and parameters, and nothing else. PyTorch can change what a module
+computes in other ways: forward hooks, weights that a hook or a parametrization computes from other tensors, a
+`forward` that is set on one instance. A rule would drop these without an error. `plain_copy` turns them into
+parameters if it can, and otherwise refuses the network.
 """
 
 from __future__ import annotations
@@ -31,23 +33,22 @@ HOOKS = {
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` that computes the same in evaluation mode, whose weights are plain parameters.
+    """A copy of `model` that computes the same in evaluation mode and whose weights are plain parameters.
 
-    Weight norm, spectral norm, other parametrizations and pruning become permanent: the copy has the weights that they compute.
-    Compiled modules are replaced by the modules that they were made of. `model` itself is left untouched.
+    Weight norm, spectral norm, other parametrizations and pruning become permanent: the copy has the weights
+    that they compute. Compiled modules are replaced by their originals. `model` is left untouched.
 
     Raises:
-        ConversionError: a hook, a `forward` of one instance, a parameter without values or of a type that B-cos layers do not
-            have, or something that cannot be copied.
+        ConversionError: `model` has a hook, a `forward` set on an instance, a lazy, complex or quantised
+            parameter, is a TorchScript program, or cannot be copied.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ConversionError(
             "a TorchScript program cannot be converted: give the network that it was made of"
         )
     _check_tensors(model)
-    computed = {
-        id(value): value.detach().clone() for value in _computed(model)
-    }  # copy.deepcopy refuses tensors with a history
+    # `copy.deepcopy` refuses tensors with a graph, so its memo gets detached copies of them
+    computed = {id(value): value.detach().clone() for value in _computed(model)}
     try:
         copied = _compiled_from(copy.deepcopy(model, computed))
     except (RuntimeError, TypeError) as error:
@@ -79,12 +80,13 @@ def _check_tensors(model: nn.Module) -> None:
             )
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise ConversionError(
-                f"{path!r} has a gradient hook, which a conversion would lose: remove it, and add it afterwards"
+                f"{path!r} has a gradient hook, which a conversion would lose: "
+                "remove it, and add it afterwards"
             )
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that are attributes of modules and were computed, as a hook does before each forward pass."""
+    """Non-leaf tensors that are attributes of modules, such as weights that a pre-hook has computed."""
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -92,13 +94,13 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _compiled_from(module: nn.Module) -> nn.Module:
-    """The module inside one of `torch.compile`; another one itself."""
+    """The original of a module that `torch.compile` has wrapped; any other module is returned as it is."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
 
 
 def _made_permanent(module: nn.Module) -> list[str]:
-    """Gives `module` the weights that hooks and parametrizations compute, as parameters; returns what computed them."""
+    """Replaces weights that hooks and parametrizations compute by parameters; returns their kinds."""
     kinds = []
     for hook in reversed(list(module._forward_pre_hooks.values())):
         if isinstance(hook, WeightNorm):
@@ -115,10 +117,11 @@ def _made_permanent(module: nn.Module) -> list[str]:
             prune.remove(module, hook._tensor_name)
             kinds.append("pruning")
     if parametrize.is_parametrized(module):
-        kind: Any = type(module)  # made for this one module, and changed below: the original keeps its own
+        # copy and original share a type, which `remove_parametrizations` changes: give the copy its own type
+        kind: Any = type(module)
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrizations: Any = module.parametrizations
-        parametrizations.eval()  # in training mode, spectral norm moves with each access
+        parametrizations.eval()  # in training mode, each access of the weight updates spectral norm
         for name in list(parametrizations):
             kinds += [type(step).__name__ for step in parametrizations[name]]
             parametrize.remove_parametrizations(module, name)
@@ -130,12 +133,14 @@ def _check_module(module: nn.Module, path: str) -> None:
         for hook in getattr(module, attribute).values():
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise ConversionError(
-                f"a {kind} ({name}) at {path or 'the top'!r} would be lost: remove it by its handle, or make it a module"
+                f"a {kind} ({name}) at {path or 'the top'!r} would be lost: "
+                "remove it by its handle, or make it a module"
             )
     forward = vars(module).get("forward")
     if forward is not None:
         name = getattr(forward, "__qualname__", type(forward).__name__)
         place = f"{type(module).__name__} at {path or 'the top'!r}"
         raise ConversionError(
-            f"the {place} has a forward of its own ({name}), which a conversion would lose: make it a method of a class"
+            f"the {place} has a forward of its own ({name}), which a conversion would lose: "
+            "make it a method of a class"
         )

@@ -1,4 +1,7 @@
-"""Single precision: tensors that keep it under autocast (norms, statistics, cosine factors, logits), and without TF32."""
+"""Keeps single precision where half precision or TF32 would lose too many digits.
+
+Under autocast, norms, statistics, cosine factors and logits stay in float32 (`widened`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +12,10 @@ from torch import Tensor
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """In the block, GPUs compute float32 convolutions in float32, not in torch's default, TF32, which has the digits of float16.
+    """Context manager or decorator: in it, GPUs compute float32 convolutions without TF32.
 
-    W(x)·x then sums to the logit up to rounding. Also a decorator.
+    TF32, torch's default for convolutions, has the digits of float16. Without it, W(x)·x sums to the logit up
+    to the rounding of float32.
     """
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
@@ -21,5 +25,5 @@ def exact_float32() -> Iterator[None]:
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in float32 if it is of half precision, else `x` itself."""
+    """`x` in float32 if it is float16 or bfloat16, else `x` itself."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,4 +1,4 @@
-"""Attribution maps: completeness, explicit formulas, independence of batches, nothing left behind in the model."""
+"""Attribution maps: completeness, formulas, independence of the batch, models that are left untouched."""
 
 import copy
 
@@ -15,7 +15,7 @@ SIZE, CLASSES = 12, 5
 
 
 class Body(nn.Module):
-    """Two convolutions, pooling, a linear layer, all in-place where it can be."""
+    """Two convolutions, a pool and a linear layer, with in-place operations where possible."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -89,9 +89,8 @@ def test_gradcam_is_its_formula(images, layer):
     features = body.stage(
         body.relu1(body.conv1((images[:, :3] - model.mean[:3, None, None]) / model.std[:3, None, None]))
     )
-    weights = (
-        body.head.weight[TARGETS] / features[0, 0].numel()
-    )  # the gradient of the mean, the same at each place
+    # the gradient of the global mean is the same at each location
+    weights = body.head.weight[TARGETS] / features[0, 0].numel()
     expected = torch.einsum("nchw,nc->nhw", features, weights).clamp_min(0)
     maps = attribute(model, images, TARGETS, method="gradcam", layer=layer, resize=False)
     torch.testing.assert_close(maps, expected.detach())
@@ -104,9 +103,8 @@ def test_gradcam_is_its_formula(images, layer):
 
 def test_the_last_features_are_a_container_before_the_pool():
     assert last_features(conventional(), torch.rand(1, 6, SIZE, SIZE)) == "network.stage"
-    assert (
-        last_features(bcos(), torch.rand(1, 6, SIZE, SIZE)) == "body.stage"
-    )  # though it classifies every location
+    # although this network classifies every location
+    assert last_features(bcos(), torch.rand(1, 6, SIZE, SIZE)) == "body.stage"
 
 
 def test_logits_of_a_convolutional_classifier_are_no_features():
@@ -128,7 +126,7 @@ def test_logits_of_a_convolutional_classifier_are_no_features():
         ("densenet121", "features"),
         ("efficientnet_b0", "features"),
         ("vgg11_bn", "features"),
-        ("swin_t", "permute"),  # where its tokens are an image again
+        ("swin_t", "permute"),  # here, tokens become (N, C, H, W)
     ],
 )
 def test_the_last_features_of_torchvision_networks(name, features):
@@ -150,7 +148,7 @@ def test_a_network_that_goes_on_with_tokens_has_no_features_for_gradcam(name):
 
 
 class Meta(nn.Module):
-    """A conventional network without its normalisation."""
+    """A conventional network on six-channel images, without normalisation."""
 
     def __init__(self, network):
         super().__init__()
@@ -166,7 +164,7 @@ def test_integrated_gradients_in_training_mode_leave_the_running_statistics_alon
     kept = copy.deepcopy(model)
     attribute(model, images, TARGETS, method="integrated_gradients")
     with torch.no_grad():
-        kept(images)  # the pass that gives the logits
+        kept(images)  # `attribute` has one such pass, for the logits
     for one, other in zip(model.buffers(), kept.buffers(), strict=True):
         torch.testing.assert_close(one, other)
     assert all(module.training for module in model.modules())
@@ -237,7 +235,7 @@ def test_a_layer_before_an_in_place_activation_is_explained_by_its_own_output(im
     [(m, None) for m in METHODS] + [(m, "body.stage") for m in METHODS if m != "integrated_gradients"],
 )
 def test_a_loss_on_the_maps_has_its_full_gradient(method, layer):
-    """Against finite differences of the maps themselves, in float64."""
+    """Compares with finite differences of the maps, in float64."""
     model = bcos().double()
     images = add_inverse(
         torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

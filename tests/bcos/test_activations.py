@@ -1,4 +1,4 @@
-"""ReLU and average pool as B-cos networks use them."""
+"""ReLU and average pool in B-cos networks: outputs, gradients and gradients of gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention of torch from the same weights: the same outputs in every layout, and an attention matrix that is held."""
+"""Converted attention modules give torch's outputs in every layout, and hold the attention matrix."""
 
 import pytest
 import torch
@@ -33,9 +33,8 @@ MASKS = {
     "none": {},
     "boolean": {"attn_mask": torch.ones(5, 5).triu(1).bool()},
     "float": {"attn_mask": torch.linspace(-1, 1, 25, dtype=DOUBLE).view(5, 5)},
-    "of each head": {
-        "attn_mask": (torch.rand(6, 5, 5) > 0.7) & ~torch.eye(5).bool()
-    },  # each place sees itself
+    # per head; no token is masked from itself, so that no row is masked as a whole
+    "of each head": {"attn_mask": (torch.rand(6, 5, 5) > 0.7) & ~torch.eye(5).bool()},
     "padding": {"key_padding_mask": torch.arange(5) >= torch.tensor([5, 3, 1])[:, None]},
     "float padding": {"key_padding_mask": torch.linspace(-1, 1, 15, dtype=DOUBLE).view(3, 5)},
     "both": {
@@ -119,9 +118,8 @@ def test_encoders_of_torch_are_converted_without_their_fused_inference(options):
         torch.testing.assert_close(found(x, mask=mask), expected)
         for linear in [part for part in found.modules() if isinstance(part, BcosLinear)]:
             linear._configure(2.0, 1, False)
-        assert not torch.allclose(
-            found(x, mask=mask), expected, rtol=1e-2
-        )  # torch's own inference would not know of B
+        # torch's fused inference would ignore B, and the outputs would be equal
+        assert not torch.allclose(found(x, mask=mask), expected, rtol=1e-2)
     assert sum(isinstance(part, Holdable) for part in found.modules()) == 2 * (1 + 3 + 2) + 1 + 2 * (
         "activation" in options
     )

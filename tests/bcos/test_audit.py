@@ -1,4 +1,4 @@
-"""What functional forms in a forward pass the audit finds, and that it finds none where there are none."""
+"""The audit finds functions in a forward pass that are not held, and nothing in sound networks."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def written_to(x, write):
     return x
 
 
-# a function of (N, 4, H, W), and the operations that the audit should name
+# name -> function of features (N, 4, H, W), operations that the audit must name
 PLANTED = {
     "silu": (F.silu, ["silu"]),
     "gelu": (F.gelu, ["gelu"]),
@@ -92,7 +92,7 @@ class Functional(nn.Module):
 
 
 class Ending(nn.Module):
-    """Two logits of whatever comes."""
+    """Two logits from features of any channel count."""
 
     def forward(self, x):
         return x.flatten(1).sum(1, keepdim=True).expand(-1, 2)

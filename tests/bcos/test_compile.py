@@ -1,4 +1,7 @@
-"""Compiled networks compute what eager ones do, in and out of explanation mode, in one graph each and without recompiling."""
+"""Compiled networks compute what eager ones do, in and out of explanation mode.
+
+They compile to one graph per mode, and never recompile.
+"""
 
 import copy
 
@@ -62,7 +65,9 @@ def test_a_compiled_loss_on_weights_and_logits_has_the_eager_gradient(choices, t
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    for one, other in zip(compiled.buffers(), eager.buffers(), strict=True):  # running statistics moved once
+    for one, other in zip(
+        compiled.buffers(), eager.buffers(), strict=True
+    ):  # one update of running statistics
         torch.testing.assert_close(one, other)
 
 
@@ -88,7 +93,8 @@ def test_a_compiled_network_toggles_explanation_mode_without_recompiling():
 def test_a_compiled_network_explains_several_classes_from_one_forward_pass():
     eager = small_network().eval()
     compiled = copy.deepcopy(eager)
-    compiled.compile(fullgraph=True, backend="inductor")  # it alone frees what a second backward pass needs
+    # only inductor frees tensors (donated buffers) that a second backward pass needs
+    compiled.compile(fullgraph=True, backend="inductor")
     images, _ = batch()
     targets = torch.tensor([[0, 1, 2]] * len(images))
     for one, other in zip(

@@ -1,4 +1,4 @@
-"""Explained cosines: contributions sum to them, and the published ways equal their formulas, written with `detach`."""
+"""Explained cosines: contributions sum to them, and published variants equal formulas with `detach`."""
 
 import math
 
@@ -25,7 +25,7 @@ VIT = {"layers": 2, "width": 24, "head_width": 12, "patch_size": 8, "image_size"
 
 
 def tower(config=RN, **choices):
-    """A B-cosified tower of 16 features without constants, float64, and a batch of images."""
+    """A B-cosified tower with 16 features and no constants in float64, and a batch of images."""
     torch.manual_seed(0)
     images = add_inverse(pictures(3, 64).double())
     source = shake(open_clip.model._build_vision_tower(16, config))

@@ -1,4 +1,4 @@
-"""Design choices act, or say that they did not: an error where they were asked for."""
+"""Design choices take effect, or else are recorded as off, or refused if the caller asked for them."""
 
 import logging
 import math
@@ -12,7 +12,8 @@ import torchvision
 from open_clip.modified_resnet import ModifiedResNet
 from torch import nn
 
-import pipelines.models.rules.open_clip  # noqa: F401  (a test takes the rules away, and puts back those that were there)
+# imported here, so that the test that removes all rules restores these, too
+import pipelines.models.rules.open_clip  # noqa: F401
 from pipelines.bcos import BcosConv2d, ConversionError, LocationsToBatch, add_inverse, bcosify, convert
 from pipelines.models import ModelSpec, assemble, build, load, published, read_spec, save
 from tests.support.families import pictures, relative, settle, shake
@@ -139,14 +140,13 @@ def test_a_model_of_an_earlier_version_still_loads(tmp_path):
     spec = ModelSpec("xfixup_resnet18", ("a", "b"), 16, "bcos", options={"width": 4})
     save(tmp_path, assemble(spec), spec)
     path = tmp_path / "model.json"
-    path.write_text(
-        path.read_text().replace('"uncentered"', '"uncentered_unshifted"')
-    )  # said so though there is no norm
+    # earlier versions recorded the choice of norm even if the network had no norm
+    path.write_text(path.read_text().replace('"uncentered"', '"uncentered_unshifted"'))
     assert read_spec(tmp_path).design["norm"] == "uncentered_unshifted"
     load(tmp_path)
 
 
-# Towers ---------------------------------------------------------------------------------------------------------------
+# Towers -----------------------------------------------------------------------------------------------------
 
 
 def without(name, head):
@@ -180,7 +180,7 @@ def test_an_embedding_tower_has_no_logit_bias(name):
 
 
 class HeadFirst(nn.Module):
-    """A network whose classifier is defined before the rest."""
+    """A network whose classifier is defined before its features."""
 
     def __init__(self, last=True):
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_classifier_is_found_wherever_it_is_defined():
 
 
 class Excited(nn.Module):
-    """A gate that pools, before a global pool that is a function."""
+    """A network with a gate that has a global pool, and whose own global pool is a function."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ def test_the_pool_of_a_gate_is_not_taken_for_that_of_the_classifier():
         bcosify(Excited(), gap_reorder=True)
 
 
-# Position embeddings --------------------------------------------------------------------------------------------------
+# Position embeddings ----------------------------------------------------------------------------------------
 
 TRANSFORMERS = {
     "timm": (
@@ -250,7 +250,7 @@ def test_without_position_embedding_the_order_of_patches_does_not_matter(library
     torch.manual_seed(0)
     make, names = TRANSFORMERS[library]
     source, images = shake(make()), add_inverse(pictures(2, 32).double())
-    moved = images.roll(8, dims=3)  # by one patch: the same patches elsewhere
+    moved = images.roll(8, dims=3)  # by the width of one patch
     networks = (
         bcosify(source, position_embedding=choice, logit_bias=0.0).double() for choice in ("keep", "remove")
     )
@@ -264,7 +264,7 @@ def test_without_position_embedding_the_order_of_patches_does_not_matter(library
     assert removed.design["position_embedding"] == "remove"
 
 
-# Rules ----------------------------------------------------------------------------------------------------------------
+# Rules ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm", "open_clip"])
@@ -305,10 +305,8 @@ def test_missing_rules_are_an_error(monkeypatch):
 
 
 def test_published_designs_are_what_their_networks_have():
-    without_effect = {
-        "b-cos-v2:vitc_ti": {"stem_pool": "keep"},
-        "b-cosification:resnet18": {},
-    }  # a ViT has no pool to replace
+    # a ViT has no stem pool to replace
+    without_effect = {"b-cos-v2:vitc_ti": {"stem_pool": "keep"}, "b-cosification:resnet18": {}}
     for name, unchosen in without_effect.items():
         spec = published.published_spec(name)
         design = assemble(spec).design

@@ -1,4 +1,4 @@
-"""Held, not detached: what W(x) is, and what a loss on it and on the logits has for a gradient."""
+"""Factors are held, not detached: W(x) is exact, and losses on W(x) and on logits have full gradients."""
 
 import copy
 
@@ -43,7 +43,7 @@ def images(count=4, size=7):
 
 
 class TwoLayers(nn.Module):
-    """A B-cos network small enough for its W(x) to be written down: two linear maps of a vector, B = 2, and their scales."""
+    """Two B-cos layers with B = 2 on images of one pixel, whose W(x) is a short formula (`explicit`)."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class TwoLayers(nn.Module):
 
 
 def explicit(first, second, x, target):
-    """Logits and W(x) of `TwoLayers`, from the formula alone: W = diag(s2)[t] V2 diag(s1) V1."""
+    """Logits and W(x) of `TwoLayers` by the formula W = diag(s2)[t] V2 diag(s1) V1, s the scales."""
 
     def scales(weight, x):
         linear = x @ weight.T
@@ -264,8 +264,8 @@ def test_opacities_on_one_scale_compare():
 
 def test_rgba_shows_the_colour_that_the_weights_ask_for():
     weights = torch.zeros(1, 6, 5, 5)
-    weights[:, 0] = 1.0  # red counts for the class ...
-    weights[:, 4] = weights[:, 5] = 0.5  # ... and so does the absence of green and blue
+    weights[:, 0] = 1.0  # red speaks for the class
+    weights[:, 4] = weights[:, 5] = 0.5  # and so does the absence of green and blue
     x = add_inverse(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 5, 5))
     red, green, blue, alpha = rgba(x, weights, smooth=1)[0, 2, 2]
     assert (red, green, blue, alpha) == pytest.approx((1, 0, 0, 1))
@@ -314,7 +314,7 @@ def test_explanations_are_the_same_whatever_gradient_mode_their_caller_is_in(mod
     model, target = small_network().eval().requires_grad_(not frozen), torch.tensor([0, 1, 2, 0])
     expected_logits, expected = dynamic_weights(model, images(), target)
     with MODES[mode]():
-        x, classes = images(), target.clone()  # in inference mode these are inference tensors
+        x, classes = images(), target.clone()  # inference tensors if the mode is inference mode
         for create_graph in (False, True):
             logits, weights = dynamic_weights(model, x, classes, create_graph=create_graph)
             torch.testing.assert_close(logits, expected_logits)
@@ -341,7 +341,7 @@ def test_autocast_without_gradients_before_an_explanation_leaves_its_gradients()
     x = images().float()
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            model(x)  # autocast keeps its copies of the weights, without their graph
+            model(x)  # autocast caches half-precision weights, here without a graph
         _, weights = dynamic_weights(model, x, target, create_graph=True)
     weights.square().sum().backward()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():

@@ -34,7 +34,7 @@ CONVOLUTIONS = [
 
 
 def by_patches(layer, x):
-    """The layer's definition, patch by patch: an im2col for each group."""
+    """The output of the layer by its definition, with an im2col per group."""
     kernel, groups = layer.kernel_size, layer.groups
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

@@ -1,4 +1,4 @@
-"""What decides a network's function from outside its types and parameters: it survives the conversion, or is refused by name."""
+"""Hooks, parametrizations and forwards of instances survive the conversion, or are refused by name."""
 
 import copy
 import warnings
@@ -32,7 +32,7 @@ def same(model, converted, dtype=torch.float32, tolerance=1e-5):
 
 
 def trained(change):
-    """The change, and then a forward pass in training mode, after which its weights have a history."""
+    """Applies `change` and a forward pass in training mode, after which computed weights have a graph."""
 
     def changed(layer):
         layer = change(layer).train()
@@ -199,7 +199,7 @@ def test_ties_that_a_conversion_would_cut_are_refused():
     model = Tied()
     model.norms[1].bias = model.norms[0].bias
     norms = convert(model).body.norms
-    assert norms[0].bias is norms[1].bias  # means are equal, so the biases that take them in are
+    assert norms[0].bias is norms[1].bias  # equal running means give equal derived biases
     model.norms[1].running_mean += 1
     with pytest.raises(ConversionError, match=r"'norms.0' and 'norms.1' share"):
         convert(model)
@@ -219,7 +219,7 @@ def test_frozen_parameters_stay_frozen_and_others_are_trained():
 
 def test_each_module_keeps_its_training_mode():
     model = network().train()
-    model[3].eval()  # as a frozen norm
+    model[3].eval()  # a frozen norm
     converted = convert(model)
     assert {name: module.training for name, module in converted.body.named_modules()} == {
         name: module.training for name, module in model.named_modules()

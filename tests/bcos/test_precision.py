@@ -1,4 +1,4 @@
-"""Under bfloat16 autocast norms, statistics, cosines and logits are those of float32, and nothing else is widened."""
+"""Under bfloat16 autocast, norms, statistics, cosines and logits are float32, and nothing else is."""
 
 import copy
 from contextlib import suppress
@@ -23,7 +23,7 @@ HALF = torch.bfloat16
 
 
 def test_float32_is_exact_in_the_block_and_as_it_was_after_it():
-    assert torch.backends.cudnn.allow_tf32  # torch's own choice
+    assert torch.backends.cudnn.allow_tf32  # torch's default
     with suppress(ZeroDivisionError), exact_float32():
         assert not torch.backends.cudnn.allow_tf32
         raise ZeroDivisionError
