@@ -1,6 +1,11 @@
-"""CLIP's two towers by name, config file, tag or weights file: images and texts become embeddings of one space.
+"""CLIP's image and text towers, which embed images and texts in one space.
 
-open_clip is imported when a tower is built: networks of other libraries need nothing of it.
+N images, H × W pixels, T texts, L tokens, D features of an embedding.
+
+A tower's architecture is named by open_clip (`RN50`) or described by a JSON file in open_clip's format. Its
+weights are a tag of open_clip (`openai`) or a file. A *plain* name is one without the prefix `open_clip:`.
+
+open_clip is imported when it is first needed, so that other networks do not depend on it.
 """
 
 from __future__ import annotations
@@ -37,37 +42,38 @@ from pipelines.storage.paths import users_path
 
 log = logging.getLogger(__name__)
 
-PREFIX, CUSTOM = "open_clip:", "custom"  # of names; `open_clip:custom` has its whole config in the options
-TEXT_PARTS = {
+PREFIX, CUSTOM = "open_clip:", "custom"  # `open_clip:custom` takes its whole config from the options
+TEXT_PARTS = {  # top-level children of open_clip's `CLIP` that belong to its text tower
     "positional_embedding",
     "text_projection",
     "token_embedding",
     "transformer",
     "ln_final",
-}  # at the top of a `CLIP`
-_told_of_length: set[int] = set()  # contexts of which the log has said that texts are cut
+}
+_told_of_length: set[int] = set()  # context lengths for which the log has warned that texts are cut
 
 
 def open_clip(module: str = "") -> Any:
-    """The package open_clip, or one of its modules; raises ModelError where it is not installed."""
+    """Imports open_clip, or its module `module` (`.tokenizer`); raises ModelError if it is not installed."""
     try:
         return importlib.import_module(f"open_clip{module}")
     except ImportError as error:
         raise ModelError(f"towers of open_clip need the package open_clip_torch ({error})") from None
 
 
-# Configs --------------------------------------------------------------------------------------------------------------
+# Configs ----------------------------------------------------------------------------------------------------
 
 
 def clip_config(name: str) -> dict[str, Any]:
-    """open_clip's model config: `embed_dim`, `vision_cfg`, `text_cfg`, and where given `quick_gelu` and others.
+    """Returns open_clip's config of a CLIP: `embed_dim`, `vision_cfg`, `text_cfg`, and optional keys.
 
     Args:
-        name: a built-in name (`RN50`, `ViT-B-32`, `ViT-B-16-SigLIP`), or a JSON file of one's own in open_clip's format, also
-            an `open_clip_config.json`; with or without `open_clip:` before it.
+        name: a name of open_clip (`RN50`, `ViT-B-32`, `ViT-B-16-SigLIP`), or a JSON file in open_clip's
+            format (an `open_clip_config.json` too). The prefix `open_clip:` is optional.
 
     Raises:
-        ModelError: an unknown name (the nearest ones are given), or a file that is no such config.
+        ModelError: the name is unknown (the message gives the nearest ones), or the file is not such a
+            config.
     """
     plain = name.removeprefix(PREFIX)
     if is_config_file(plain):
@@ -77,13 +83,14 @@ def clip_config(name: str) -> dict[str, Any]:
         known = open_clip().list_models()
         near = ", ".join(difflib.get_close_matches(plain, known, 5, 0.3)) or "see open_clip.list_models()"
         raise ModelError(
-            f"unknown model {name!r} of open_clip; near it: {near}; or a .json file with a config of one's own"
+            f"unknown model {name!r} of open_clip; near it: {near}; "
+            "or a .json file with a config of one's own"
         )
     return config
 
 
 def is_config_file(plain: str) -> bool:
-    """Whether a name of open_clip's, without its prefix, is that of a JSON file."""
+    """Returns True if the plain name is a JSON file's."""
     return plain.endswith(".json")
 
 
@@ -107,10 +114,11 @@ def _config_of_file(source: str) -> dict[str, Any]:
 
 
 def resolved_name(name: str, options: dict[str, Any], part: str = "vision_cfg") -> tuple[str, dict[str, Any]]:
-    """`name` and `options` that `build` takes where the JSON file of `name` is not; others as they are.
+    """Returns a name and options that build the same tower without the JSON file in `name`.
 
-    A file becomes `open_clip:custom` with `embed_dim`, `quick_gelu` and `part` as options: `vision_cfg` of the image tower,
-    `text_cfg` of the text tower, for `build_text_tower`.
+    The name becomes `open_clip:custom`, and the file's `embed_dim`, `quick_gelu` and `part` become options.
+    `part` is `vision_cfg` for an image tower (`build`) and `text_cfg` for a text tower (`build_text_tower`).
+    If `name` is not a JSON file, both are returned unchanged.
     """
     if not (name.startswith(PREFIX) and is_config_file(name)):
         return name, options
@@ -118,12 +126,15 @@ def resolved_name(name: str, options: dict[str, Any], part: str = "vision_cfg") 
 
 
 def embedding_width(name: str, options: dict[str, Any]) -> int:
-    """D, of the image tower that `build` gives for `name` and `options`."""
+    """D, the width of the embeddings of the image tower `build(name, options=options)`."""
     return _tower_config(name.removeprefix(PREFIX), "vision_cfg", options)["embed_dim"]
 
 
 def _tower_config(plain: str, part: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`embed_dim`, `quick_gelu` and `part` (`vision_cfg` or `text_cfg`) of a config, with the entries of `options`."""
+    """`embed_dim`, `quick_gelu` and `part` of the config, overridden by `options`.
+
+    `part` is `vision_cfg` or `text_cfg`. Options other than these three override entries inside `part`.
+    """
     config: dict[str, Any] = {} if plain == CUSTOM else clip_config(plain)
     top = {"embed_dim", "quick_gelu", part}
     found = {**config, **{key: value for key, value in options.items() if key in top}}
@@ -138,20 +149,24 @@ def _tower_config(plain: str, part: str, options: dict[str, Any]) -> dict[str, A
     }
 
 
-# The image tower ------------------------------------------------------------------------------------------------------
+# The image tower --------------------------------------------------------------------------------------------
 
 
 def build_image_tower(
     plain: str, weights: str = "none", sha256: str | None = None, options: dict[str, Any] | None = None
 ) -> nn.Module:
-    """The image tower (N, 3, H, W), normalised, -> embeddings (N, D); arguments and errors as of `build`.
+    """Builds an image tower: normalised images (N, 3, H, W) -> embeddings (N, D), not normalised.
 
     Args:
-        plain: name or file as `clip_config` takes it, or `custom`, whose config is in the options.
-        weights: `none`, a tag of open_clip, or a file or URL: of a CLIP, of an image tower, or, for the towers that open_clip
-            takes from timm, of timm's network alone, whose projection then stays as it was drawn.
-        sha256: of the file.
-        options: entries of `vision_cfg` that differ, and `embed_dim`.
+        plain: a name or file, see `clip_config`; or `custom`, which takes the config from `options`.
+        weights: `none`, a tag of open_clip, or a file or URL with a CLIP or an image tower. For a tower whose
+            trunk is a timm network, the file may hold that network alone; the tower's projection then stays
+            random.
+        sha256: digest that the weights file must have.
+        options: entries of `vision_cfg` to override, and `embed_dim`.
+
+    Raises:
+        ModelError, WeightsError: see `build`.
     """
     config = _tower_config(plain, "vision_cfg", options or {})
     vision = {**config["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
@@ -168,7 +183,7 @@ def build_image_tower(
 
 
 def _load_image_tower(tower: nn.Module, state: StateDict, source: str) -> None:
-    """Loads what is of the image tower in `state`, or the weights of timm's network alone."""
+    """Loads the image tower's part of `state`; a timm network's weights go into the tower's trunk alone."""
     visual = {key: value for key, value in state.items() if key.startswith("visual.")}
     if not visual:
         own = fitted(state, tower, source)
@@ -181,7 +196,10 @@ def _load_image_tower(tower: nn.Module, state: StateDict, source: str) -> None:
 
 
 def _load_trunk(trunk: nn.Module, state: StateDict, source: str) -> None:
-    """Loads the weights of timm's network alone, without its classifier; keys of another library are paired in order."""
+    """Loads a timm network's weights, except its classifier, into the trunk of a tower.
+
+    If the keys are another library's, tensors are matched by their order and shapes (`paired`).
+    """
     own = trunk.state_dict().keys()
     wanted = {key for key in own if not key.endswith("num_batches_tracked")}
     found = fitted(state, trunk, source)
@@ -194,11 +212,11 @@ def _load_trunk(trunk: nn.Module, state: StateDict, source: str) -> None:
     log.info("weights %s: of the network before the projection alone, which stays as it was drawn", source)
 
 
-# Weights --------------------------------------------------------------------------------------------------------------
+# Weights ----------------------------------------------------------------------------------------------------
 
 
 def _weights(plain: str, weights: str, sha256: str | None, quick_gelu: bool) -> tuple[StateDict, str]:
-    """The state dict of a file or tag, and what errors call it."""
+    """The state dict of a file or tag, and its name in error messages."""
     if names_a_file(weights):
         return read_state_dict(weights, sha256), weights
     if sha256 is not None:
@@ -215,17 +233,22 @@ def _weights(plain: str, weights: str, sha256: str | None, quick_gelu: bool) -> 
         )
     try:
         path = open_clip().download_pretrained(published)
-    except Exception as error:  # of the hub's client, of requests, of urllib
+    except Exception as error:  # from huggingface_hub, requests or urllib
         place = published.get("hf_hub", "").rstrip("/") or published.get("url", "")
         raise WeightsError(
-            f"weights {weights!r} of {PREFIX}{plain} cannot be downloaded ({one_line(error)}): fetch them elsewhere from "
-            f"{place} (open_clip_model.safetensors or open_clip_pytorch_model.bin) and give that file"
+            f"weights {weights!r} of {PREFIX}{plain} cannot be downloaded ({one_line(error)}): "
+            f"fetch them elsewhere from {place} (open_clip_model.safetensors or open_clip_pytorch_model.bin) "
+            "and give that file"
         ) from None
     return read_state_dict(str(path)), f"{weights!r} of {PREFIX}{plain}"
 
 
 def tag_config(plain: str, tag: str) -> dict[str, Any]:
-    """open_clip's description of a tag's weights: places, `mean`, `std`, `interpolation`; raises WeightsError."""
+    """Returns open_clip's record of a tag's weights: URL or hub name, `mean`, `std`, `interpolation`.
+
+    Raises:
+        WeightsError: open_clip has no such tag for `plain`.
+    """
     found = open_clip().get_pretrained_cfg(plain, tag)
     if not found:
         known = tags_of(plain)
@@ -237,17 +260,19 @@ def tag_config(plain: str, tag: str) -> dict[str, Any]:
 
 
 def tags_of(plain: str) -> list[str]:
-    """The tags of weights that open_clip has for a name."""
+    """Tags of the weights that open_clip has for a plain name."""
     return open_clip().list_pretrained_tags_by_model(plain)
 
 
 def preprocess_config(plain: str, weights: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The image size of a tower, and `mean`, `std`, `interpolation`, `resize_mode` as far as they are said of its weights.
+    """Returns the tower's `image_size` and, if known, how images are prepared for its weights.
 
-    A tag says them, or the `preprocess_cfg` of an `open_clip_config.json`.
+    The latter are `mean`, `std`, `interpolation` and `resize_mode`. They come from open_clip's record of the
+    tag, or from `preprocess_cfg` in an `open_clip_config.json`.
 
     Raises:
-        ModelError, WeightsError: an unknown name; an unknown tag.
+        ModelError: the name is unknown.
+        WeightsError: the tag is unknown.
     """
     said: dict[str, Any] = {}
     if weights != "none" and not names_a_file(weights):
@@ -258,14 +283,16 @@ def preprocess_config(plain: str, weights: str, options: dict[str, Any]) -> dict
     return {**said, "image_size": size if isinstance(size, int) else size[-1]}
 
 
-# The text tower -------------------------------------------------------------------------------------------------------
+# The text tower ---------------------------------------------------------------------------------------------
 
 
 class TextTower(nn.Module):
-    """Texts -> embeddings (T, D); the keys of its state dict are those of the `text.` part of open_clip's `CustomTextCLIP`.
+    """Text tower of a CLIP: texts -> embeddings (T, D).
+
+    Its state dict has the keys that the text tower has in open_clip's `CustomTextCLIP`, all below `text.`.
 
     Attributes:
-        config: `embed_dim`, `text_cfg`, `quick_gelu`, as in a config of open_clip; JSON has it all.
+        config: `embed_dim`, `text_cfg`, `quick_gelu`, as in a config of open_clip; JSON-serialisable.
         width: D.
     """
 
@@ -284,10 +311,12 @@ class TextTower(nn.Module):
         self._tokenizer: Any = None
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (T, L) int64, padded; a longer text is cut to the context L, which the log says once.
+        """Token ids (T, L) int64, padded to the context length L.
+
+        Longer texts are cut. The log warns of that once per context length.
 
         Raises:
-            ModelError: an empty text; a tokenizer that is not on this machine.
+            ModelError: a text is empty, or the tokenizer's files are not on this machine.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if empty := [index for index, text in enumerate(texts) if not text.strip()]:
@@ -318,7 +347,7 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Embeddings (T, D) float32 of norm 1, in the order of `texts`, computed `batch_size` texts at a time."""
+        """Embeddings (T, D) of `texts`, float32, norm 1; computed `batch_size` texts at a time."""
         device = next(self.parameters()).device
         found = [
             F.normalize(self(self.tokens(texts[start : start + batch_size]).to(device)).float(), dim=-1)
@@ -328,34 +357,36 @@ class TextTower(nn.Module):
 
 
 def _tokenizer(text_cfg: dict[str, Any]) -> Any:
-    """open_clip's tokenizer for a text tower; raises ModelError if its files are not on this machine."""
+    """Returns open_clip's tokenizer for a text tower; raises ModelError if its files are missing here."""
     more, name = text_cfg.get("tokenizer_kwargs") or {}, text_cfg.get("hf_tokenizer_name")
     module = open_clip(".tokenizer")
     if not name:
         return module.SimpleTokenizer(**more)
     try:
         return module.HFTokenizer(name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **more)
-    except Exception as error:  # of transformers, of the hub's client, of requests
+    except Exception as error:  # from transformers, huggingface_hub or requests
         raise ModelError(
-            f"the tokenizer {name!r} of the text tower is not here ({one_line(error)}): it needs the package transformers, and "
-            f"the files tokenizer.json and tokenizer_config.json of huggingface.co/{name}; give their folder as "
-            "text_cfg.hf_tokenizer_name"
+            f"the tokenizer {name!r} of the text tower is not here ({one_line(error)}): "
+            "it needs the package transformers, "
+            f"and the files tokenizer.json and tokenizer_config.json of huggingface.co/{name}; "
+            "give their folder as text_cfg.hf_tokenizer_name"
         ) from None
 
 
 def build_text_tower(
     name: str, weights: str = "none", sha256: str | None = None, options: dict[str, Any] | None = None
 ) -> TextTower:
-    """The text tower of a CLIP.
+    """Builds the text tower of a CLIP.
 
     Args:
-        name: as `clip_config` takes it, or `open_clip:custom` with `embed_dim` and `text_cfg` in the options.
-        weights: `none`, a tag of open_clip, or a file or URL: of a CLIP or of a text tower.
-        sha256: of the file.
-        options: entries of `text_cfg` that differ, and `embed_dim`.
+        name: a name or file, see `clip_config`; or `open_clip:custom`, with `embed_dim` and `text_cfg` in
+            `options`.
+        weights: `none`, a tag of open_clip, or a file or URL with a CLIP or a text tower.
+        sha256: digest that the weights file must have.
+        options: entries of `text_cfg` to override, and `embed_dim`.
 
     Raises:
-        ModelError, WeightsError: as of `build`.
+        ModelError, WeightsError: see `build`.
     """
     plain = name.removeprefix(PREFIX)
     config = _tower_config(plain, "text_cfg", options or {})
@@ -367,7 +398,7 @@ def build_text_tower(
 
 
 def _load_text_tower(tower: TextTower, state: StateDict, source: str) -> None:
-    """Loads what is of the text tower in `state`: under `text.`, or at the top as in open_clip's plain `CLIP`."""
+    """Loads the text tower's part of `state`: keys below `text.`, or those of `TEXT_PARTS` if it has none."""
     text = {
         key: value
         for key, value in state.items()
@@ -382,7 +413,7 @@ def _load_text_tower(tower: TextTower, state: StateDict, source: str) -> None:
 
 
 def save_text_tower(directory: str | Path, tower: TextTower) -> None:
-    """Writes `text.safetensors` and `text.json` to a folder, beside the model of the image tower."""
+    """Writes the text tower to `text.safetensors` and `text.json` in `directory`, beside the image tower."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in tower.state_dict().items()}
@@ -393,11 +424,12 @@ def save_text_tower(directory: str | Path, tower: TextTower) -> None:
 
 @torch.inference_mode(False)
 def load_text_tower(directory: str | Path) -> TextTower:
-    """The text tower in a folder or at a URL, in evaluation mode.
+    """Loads the text tower in a folder or at a URL, in evaluation mode.
 
     Raises:
-        FileNotFoundError: there is none.
-        WeightsError: the weights are not of the tower that its config describes.
+        FileNotFoundError: the folder has no text tower.
+        DamagedFileError: `text.json` is not a text tower's config.
+        WeightsError: the weights do not fit the config.
     """
     if not has_text_tower(directory):
         raise FileNotFoundError(
