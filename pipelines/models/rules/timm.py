@@ -1,8 +1,14 @@
 """Conversion rules for timm's module types.
 
-timm writes most of its attention and its gates as functions inside `forward`. Where what depends on the input passes through a
-child on its way (the softmax through `attn_drop`, the gate through `gate` or `act`), that child is made to hold it and `forward`
-stays timm's own; only where there is no such child, a subclass overrides `forward`.
+A *factor* is a function of the input that multiplies features: an attention matrix, a gate, a norm's scale.
+Explanation mode must hold it, but timm computes most factors inside a `forward`. If the factor passes through
+a child there (the softmax through `attn_drop`, a gate through `gate` or `act`), the rule makes that child
+hold its output, and timm's `forward` is kept. If there is no such child, a subclass overrides `forward`.
+
+The *linear path* is the one of the features that factors multiply. Its layers become B-cos layers. Layers
+that only compute a factor stay ordinary.
+
+N images, C channels, H × W places, L tokens, D features of a head.
 """
 
 from __future__ import annotations
@@ -36,43 +42,46 @@ from pipelines.bcos.norms import BcosLayerNorm2d
 
 layers, models = timm.layers, timm.models
 
-# Linear as they are ---------------------------------------------------------------------------------------------------
+# Linear already ---------------------------------------------------------------------------------------------
 
 
 register_conversion(
-    layers.DropPath, layers.DropBlock2d, layers.PatchDropout, layers.PatchDropoutWithIndices, layers.LayerScale,
-    layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame, layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth,
-    layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d, layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
-    layers.adaptive_avgmax_pool.FastAdaptiveMaxPool, layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
-    layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool, PReLU,
-    models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
+    layers.DropPath, layers.DropBlock2d, layers.PatchDropout, layers.PatchDropoutWithIndices,
+    layers.LayerScale, layers.LayerScale2d, layers.BlurPool2d, layers.AvgPool2dSame,
+    layers.pool2d_same.MaxPool2dSame, layers.SpaceToDepth, layers.DepthToSpace, layers.AdaptiveAvgMaxPool2d,
+    layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d, layers.adaptive_avgmax_pool.FastAdaptiveMaxPool,
+    layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool, layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool,
+    PReLU, models.mlp_mixer.Affine, models.metaformer.Scale, models.fastvit.LayerScale2d,
     models.swiftformer.LayerScale2d, models.efficientformer.Flat, models.levit.Downsample,
 )(keep)  # fmt: skip
-# Positions do not depend on the image: their layers stay ordinary.
+# Positions do not depend on the image, so layers that compute their embeddings or biases stay ordinary.
 register_conversion(
-    layers.RelPosBias, layers.RelPosMlp, layers.RelPosBiasTf, layers.RotaryEmbedding, layers.RotaryEmbeddingCat,
-    layers.RotaryEmbeddingMixed, layers.RotaryEmbeddingDinoV3, layers.FourierEmbed, models.beit.RelativePositionBias,
-    models.xcit.PositionalEncodingFourier, models.edgenext.PositionalEncodingFourier,
+    layers.RelPosBias, layers.RelPosMlp, layers.RelPosBiasTf, layers.RotaryEmbedding,
+    layers.RotaryEmbeddingCat, layers.RotaryEmbeddingMixed, layers.RotaryEmbeddingDinoV3, layers.FourierEmbed,
+    models.beit.RelativePositionBias, models.xcit.PositionalEncodingFourier,
+    models.edgenext.PositionalEncodingFourier,
 )(keep)  # fmt: skip
-# Blocks and networks whose own parameters are tokens, positions, masks and layer scales, none of them a factor.
+# The own parameters of these types are tokens, positions, masks and layer scales: none of them is a factor.
 register_conversion(
-    models.vision_transformer.VisionTransformer, models.deit.VisionTransformerDistilled, models.beit.Beit, models.beit.Block,
-    models.eva.Eva, models.eva.EvaBlock, models.eva.EvaBlockPostNorm, models.cait.Cait, models.cait.LayerScaleBlock,
-    models.cait.LayerScaleBlockClassAttn, models.xcit.Xcit, models.xcit.XCABlock, models.xcit.ClassAttentionBlock,
-    models.convnext.ConvNeXtBlock, models.inception_next.MetaNeXtBlock, models.edgenext.ConvBlock,
-    models.edgenext.SplitTransposeBlock, models.rdnet.DenseBlock, models.swin_transformer.SwinTransformerBlock,
-    models.swin_transformer_v2.SwinTransformerV2Block, models.swin_transformer_v2_cr.SwinTransformerV2CrBlock,
-    models.mlp_mixer.ResBlock, models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
+    models.vision_transformer.VisionTransformer, models.deit.VisionTransformerDistilled, models.beit.Beit,
+    models.beit.Block, models.eva.Eva, models.eva.EvaBlock, models.eva.EvaBlockPostNorm, models.cait.Cait,
+    models.cait.LayerScaleBlock, models.cait.LayerScaleBlockClassAttn, models.xcit.Xcit, models.xcit.XCABlock,
+    models.xcit.ClassAttentionBlock, models.convnext.ConvNeXtBlock, models.inception_next.MetaNeXtBlock,
+    models.edgenext.ConvBlock, models.edgenext.SplitTransposeBlock, models.rdnet.DenseBlock,
+    models.swin_transformer.SwinTransformerBlock, models.swin_transformer_v2.SwinTransformerV2Block,
+    models.swin_transformer_v2_cr.SwinTransformerV2CrBlock, models.mlp_mixer.ResBlock,
+    models.pit.PoolingVisionTransformer, models.visformer.Visformer, models.nest.NestLevel,
     models.nfnet.NormFreeBlock, models.volo.VOLO, models.vision_transformer_relpos.VisionTransformerRelPos,
     models.convit.ConVit, models.tnt.TNT, models.vision_transformer_sam.VisionTransformerSAM,
 )(convert_children)  # fmt: skip
 
 
 @register_conversion(
-    models.byobnet.RepVggBlock, models.byobnet.MobileOneBlock, models.fastvit.MobileOneBlock, models.crossvit.CrossVit,
+    models.byobnet.RepVggBlock, models.byobnet.MobileOneBlock, models.fastvit.MobileOneBlock,
+    models.crossvit.CrossVit,
 )  # fmt: skip
 def _branches(module: nn.Module, conversion: Conversion) -> nn.Module:
-    """Several layers of these may take the image, not only the first."""
+    # several parallel layers take the image, not just the first; the weight W of each becomes [W, -W]/2
     layers_of_image = [
         layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3
     ]
@@ -82,16 +91,16 @@ def _branches(module: nn.Module, conversion: Conversion) -> nn.Module:
     return conversion.children(module)
 
 
-# Layers and norms that are torch's own under another name -------------------------------------------------------------
+# Norms, convolutions and pools that extend or replace torch's -----------------------------------------------
 
 
 class HeldRmsNorm(Holdable, layers.RmsNorm):
-    """timm's RMS norm, x / sqrt(mean x² + ε), with a root that can be held."""
+    """timm's RMS norm, x / sqrt(mean x² + ε); the factor 1 / sqrt(...) can be held."""
 
     channels_first = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., *normalized_shape), or (N, C, ...) where `channels_first`, -> the same."""
+        """(..., *normalized_shape) or, if `channels_first`, (N, C, ...) -> the same shape."""
         if self.explanation is None and not self.channels_first:
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         axes = (1,) if self.channels_first else tuple(range(-len(self.normalized_shape), 0))
@@ -128,13 +137,14 @@ def _layer_norm_2d(module: nn.Module, conversion: Conversion) -> nn.Module:
 
 register_conversion(layers.RmsNorm, layers.RmsNormFp32)(recast_to(HeldRmsNorm))
 register_conversion(layers.RmsNorm2d, layers.norm.RmsNorm2dFp32)(recast_to(HeldRmsNorm2d))
-for _base, _renamed, _with_activation in (
+for _base, _renamed, _with_activation in (  # base type, types that equal it, types that add an activation
     (nn.BatchNorm2d, (), (layers.BatchNormAct2d,)),
     (nn.GroupNorm, (layers.GroupNorm, layers.GroupNorm1, models.metaformer.GroupNorm1NoBias),
      (layers.GroupNormAct, layers.norm_act.GroupNorm1Act)),
     (nn.LayerNorm, (layers.LayerNorm, layers.LayerNormFp32, models.metaformer.LayerNormNoBias),
      (layers.LayerNormAct, layers.norm_act.LayerNormActFp32)),
-    (layers.LayerNorm2d, (layers.LayerNorm2dFp32, layers.norm.LayerNormExp2d, models.metaformer.LayerNorm2dNoBias),
+    (layers.LayerNorm2d,
+     (layers.LayerNorm2dFp32, layers.norm.LayerNormExp2d, models.metaformer.LayerNorm2dNoBias),
      (layers.LayerNormAct2d, layers.norm_act.LayerNormAct2dFp32)),
     (layers.RmsNorm, (), (layers.norm_act.RmsNormAct, layers.norm_act.RmsNormActFp32)),
     (layers.RmsNorm2d, (), (layers.norm_act.RmsNormAct2d, layers.norm_act.RmsNormAct2dFp32)),
@@ -144,10 +154,10 @@ for _base, _renamed, _with_activation in (
 
 
 class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
-    """x + β + γ·x·n(x), n a channel's norm over the image by its mean over channels; n can be held."""
+    """x + β + γ·x·n with n_c = ‖x_c‖ / mean_c ‖x_c‖, x_c channel c of an image; n can be held."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) or (N, C, H, W), as the layer was built for, -> the same."""
+        """(N, H, W, C) or (N, C, H, W), as the layer was built, -> the same shape."""
         norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
         relative = self.hold(norms / (norms.mean(self.channel_dim, keepdim=True) + self.eps))
         x = x + self.weight.view(self.wb_shape) * (x * relative)
@@ -155,15 +165,14 @@ class HeldGlobalResponseNorm(Holdable, layers.grn.GlobalResponseNorm):
 
 
 class LearnableAffine(models.hgnet.LearnableAffineBlock):
-    """s·x + b, where the bias may have been removed."""
+    """s·x + b; `bcosify` may have removed the bias b."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
         return self.scale * x if self.bias is None else self.scale * x + self.bias
 
 
 class BcosConv2dSame(BcosConv2d):
-    """B-cos convolution with TensorFlow's padding: as many zeros as make the output ceil(input / stride) large."""
+    """B-cos convolution with TensorFlow's `SAME` padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
@@ -184,7 +193,7 @@ def _conv_same(module: nn.Module, conversion: Conversion) -> nn.Module:
     layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame
 )
 def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -> nn.Module:
-    """The standardised weight becomes the weight, for good: B-cos layers take it as it is, or normalise it themselves."""
+    """Standardises the weight once, at conversion; the B-cos layer does not standardise in `forward`."""
     rows = module.weight.detach().flatten(1)
     rows = F.batch_norm(rows[None], None, None, training=True, momentum=0.0, eps=module.eps)[0]
     if hasattr(module, "gain"):
@@ -200,7 +209,7 @@ def _standardised_conv(module: layers.ScaledStdConv2d, conversion: Conversion) -
 def _global_average(
     module: layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, conversion: Conversion
 ) -> nn.Module:
-    """As the module that `gap_reorder` looks for, where it pools images."""
+    """Replaces a pool over H and W by `nn.AdaptiveAvgPool2d`, which `gap_reorder` expects."""
     channels_last = module.dim == (1, 2)
     if not channels_last and module.dim != (2, 3):
         return module
@@ -213,7 +222,7 @@ def _global_average(
     return nn.Sequential(*steps)
 
 
-# Activations x·g(x) ---------------------------------------------------------------------------------------------------
+# Activations x·g(x) -----------------------------------------------------------------------------------------
 
 
 class GatedHardMish(Gate):
@@ -226,7 +235,6 @@ class HeldStarReLU(Holdable, models.metaformer.StarReLU):
     """s·relu(x)² + b, as relu(x) times the gate s·relu(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
         x = self.relu(x)
         x = x * self.hold(self.scale * x)
         return x if self.bias is None else x + self.bias
@@ -246,10 +254,9 @@ for _gate, *_types in (
 
 
 class HeldSquaredReLU(Holdable, models.metaformer.SquaredReLU):
-    """relu(x)², as relu(x) times itself as the gate."""
+    """relu(x)², as relu(x) times the gate relu(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
         x = self.relu(x)
         return x * self.hold(x)
 
@@ -258,23 +265,22 @@ register_conversion(models.metaformer.StarReLU)(recast_to(HeldStarReLU))
 register_conversion(models.metaformer.SquaredReLU)(recast_to(HeldSquaredReLU))
 
 
-# Gates: what they multiply is on the way of the image, what computes them is not, and stays ordinary ------------------
+# Gates: layers that compute a gate stay ordinary ------------------------------------------------------------
 
 
 class Factor(Holdable):
-    """A module whose output is an input-dependent factor, which can be held."""
+    """Wraps a module whose output is a factor, and holds that output in explanation mode."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the module, held in explanation mode."""
         return self.hold(self.module(x))
 
 
 def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
-    """The rule of a type whose child `name` gives the factor, and whose children `converted` alone are on the image's way."""
+    """Returns a rule for a type whose child `name` outputs a factor and whose linear path is `converted`."""
 
     def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
         setattr(module, name, Factor(getattr(module, name)))
@@ -284,9 +290,9 @@ def _factor(name: str, converted: tuple[str, ...] = ()) -> Rule:
 
 
 register_conversion(
-    layers.SEModule, layers.EffectiveSEModule, layers.squeeze_excite.SqueezeExciteCl, layers.EcaModule, layers.CecaModule,
-    layers.GatherExcite, layers.cbam.ChannelAttn, layers.cbam.SpatialAttn, layers.cbam.LightSpatialAttn,
-    models._efficientnet_blocks.SqueezeExcite,
+    layers.SEModule, layers.EffectiveSEModule, layers.squeeze_excite.SqueezeExciteCl, layers.EcaModule,
+    layers.CecaModule, layers.GatherExcite, layers.cbam.ChannelAttn, layers.cbam.SpatialAttn,
+    layers.cbam.LightSpatialAttn, models._efficientnet_blocks.SqueezeExcite,
 )(_factor("gate"))  # fmt: skip
 register_conversion(models.hgnet.EseModule, models.senet.SEModule)(_factor("sigmoid"))
 register_conversion(layers.cbam.LightChannelAttn)(_factor("fc2"))
@@ -300,23 +306,24 @@ register_conversion(models.mambaout.GatedConvBlock)(
 )
 register_conversion(models.mlp_mixer.SpatialGatingUnit)(_factor("proj"))
 
-# Attention: the softmax passes through `attn_drop`, which holds it; q, k, v are linear, the output projection is B-cos --
+# Attention whose matrix passes through a child, which then holds it -----------------------------------------
+
+# The projections to q, k and v stay linear, the output projection becomes B-cos.
 
 
 class HeldDropout(Holdable, nn.Dropout):
-    """Dropout of an attention matrix, which can be held."""
+    """Dropout of an attention matrix; its output can be held."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
         return self.hold(super().forward(x))
 
 
 def _attention(original: type[nn.Module], *converted: str, through: str = "attn_drop") -> None:
-    """Registers the rule of an attention module whose matrix passes `through` a child.
+    """Registers the rule of an attention module whose matrix passes through its child `through`.
 
-    On the image's way are the output projection and `converted`.
+    The output projection `proj` and the children `converted` (dotted: descendants) are on the linear path.
     """
-    # fused attention gives no matrix to hold, so in explanation mode it steps back
+    # fused attention has no matrix to hold, so it is off in explanation mode
     fused_unless_explained = property(lambda layer: getattr(layer, through).explanation is None)
     name = f"Held_{original.__module__.rpartition('.')[2]}_{original.__name__}"
     held = type(
@@ -324,7 +331,7 @@ def _attention(original: type[nn.Module], *converted: str, through: str = "attn_
         (original,),
         {"fused_attn": fused_unless_explained, "__module__": __name__, "__doc__": original.__doc__},
     )
-    globals()[name] = held  # where pickle looks for it
+    globals()[name] = held  # pickle looks classes up in their module
 
     @register_conversion(original)
     def rule(module: nn.Module, conversion: Conversion) -> nn.Module:
@@ -352,22 +359,23 @@ _attention(models.twins.GlobalSubSampleAttn, "sr", "norm")
 _type: type[nn.Module]
 for _type in (
     layers.attention2d.Attention2d, models.beit.Attention, models.cait.ClassAttn, models.cait.TalkingHeadAttn,
-    models.convit.GPSA, models.convit.MHSA, models.crossvit.CrossAttention, models.edgenext.CrossCovarianceAttn,
-    models.fastvit.Attention, models.gcvit.WindowAttentionGlobal, models.maxxvit.Attention2d, models.maxxvit.AttentionCl,
-    models.metaformer.Attention, models.nest.Attention, models.swin_transformer.WindowAttention,
-    models.swin_transformer_v2.WindowAttention, models.swin_transformer_v2_cr.WindowMultiHeadAttention, models.tnt.Attention,
-    models.twins.LocallyGroupedAttn, models.vision_transformer_relpos.RelPosAttention,
-    models.vision_transformer_sam.Attention, models.visformer.Attention, models.volo.Attention, models.volo.ClassAttention,
-    models.volo.OutlookAttention, models.xcit.XCA,
+    models.convit.GPSA, models.convit.MHSA, models.crossvit.CrossAttention,
+    models.edgenext.CrossCovarianceAttn, models.fastvit.Attention, models.gcvit.WindowAttentionGlobal,
+    models.maxxvit.Attention2d, models.maxxvit.AttentionCl, models.metaformer.Attention,
+    models.nest.Attention, models.swin_transformer.WindowAttention,
+    models.swin_transformer_v2.WindowAttention, models.swin_transformer_v2_cr.WindowMultiHeadAttention,
+    models.tnt.Attention, models.twins.LocallyGroupedAttn, models.vision_transformer_relpos.RelPosAttention,
+    models.vision_transformer_sam.Attention, models.visformer.Attention, models.volo.Attention,
+    models.volo.ClassAttention, models.volo.OutlookAttention, models.xcit.XCA,
 ):  # fmt: skip
     _attention(_type)
 
 
 class HeldAttentionPoolLatent(Holdable, layers.AttentionPoolLatent):
-    """Attention pooling by learned queries, with a matrix that can be held."""
+    """Attention pooling by learned queries; the attention matrix can be held."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(N, L, C) -> (N, C), or (N, queries, C) where the queries are not pooled."""
+        """(N, L, C) -> (N, C), or (N, queries, C) if the outputs of the queries are not pooled."""
         if self.pos_embed is not None:
             x = x + self.pos_embed
         q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -380,7 +388,7 @@ class HeldAttentionPoolLatent(Holdable, layers.AttentionPoolLatent):
 
 
 class _BiasedByDistance(Holdable):
-    """Attention with a learned bias for each distance between two places (LeViT and its kin), whose matrix can be held."""
+    """Attention with a learned bias per distance of two places, as in LeViT; the matrix can be held."""
 
     num_heads: int
     scale: float
@@ -388,7 +396,7 @@ class _BiasedByDistance(Holdable):
     attention_bias_idxs: Tensor
 
     def _heads(self, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        """(N, L, heads·D), or maps (N, heads·D, H, W), -> (N, heads, L, size) for each size; they sum to D."""
+        """(N, L, heads·D) or (N, heads·D, H, W) -> one (N, heads, L, size) per size; sizes sum to D."""
         tokens = x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).split(sizes, dim=-1)
 
@@ -410,7 +418,7 @@ class HeldEfficientFormerAttention(_BiasedByDistance, models.efficientformer.Att
     """EfficientFormer's attention."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> the same."""
+        """(N, L, C) -> (N, L, C)."""
         return self.proj(self._attend(*self._heads(self.qkv(x), self.key_dim, self.key_dim, self.val_dim)))
 
 
@@ -418,7 +426,7 @@ class HeldTinyVitAttention(_BiasedByDistance, models.tiny_vit.Attention):
     """TinyViT's attention, which starts with a norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> the same."""
+        """(N, L, C) -> (N, L, C)."""
         return self.proj(
             self._attend(*self._heads(self.qkv(self.norm(x)), self.key_dim, self.key_dim, self.val_dim))
         )
@@ -428,7 +436,7 @@ class HeldLevitAttention(_BiasedByDistance, models.levit.Attention):
     """LeViT's attention."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C), or (N, C, H, W) where it is made of convolutions, -> the same."""
+        """(N, L, C) or, if `use_conv`, (N, C, H, W) -> the same shape."""
         out = self._attend(*self._heads(self.qkv(x), self.key_dim, self.key_dim, self.val_dim))
         return self.proj(_as_maps(out, *x.shape[-2:]) if self.use_conv else out)
 
@@ -437,7 +445,7 @@ class HeldLevitDownsample(_BiasedByDistance, models.levit.AttentionDownsample):
     """LeViT's attention with fewer queries than keys."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C), or (N, C, H, W) where it is made of convolutions, -> the same with 1/stride of the places a side."""
+        """(N, L, C) or, if `use_conv`, (N, C, H, W) -> the same layout, grid sides divided by the stride."""
         queries = self.q(x)
         out = self._attend(
             *self._heads(queries, self.key_dim), *self._heads(self.kv(x), self.key_dim, self.val_dim)
@@ -446,10 +454,10 @@ class HeldLevitDownsample(_BiasedByDistance, models.levit.AttentionDownsample):
 
 
 class HeldAttention2d(_BiasedByDistance, models.efficientformer_v2.Attention2d):
-    """EfficientFormer v2's attention with talking heads, plus a convolution of the values."""
+    """EfficientFormer v2's attention with talking heads, plus convolved values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
+        """(N, C, H, W) -> (N, C, H, W)."""
         if self.stride_conv is not None:
             x = self.stride_conv(x)
         v = self.v(x)
@@ -465,7 +473,7 @@ class HeldAttention2d(_BiasedByDistance, models.efficientformer_v2.Attention2d):
 
 
 class HeldAttention2dDownsample(_BiasedByDistance, models.efficientformer_v2.Attention2dDownsample):
-    """EfficientFormer v2's attention with queries at half the resolution, plus a convolution of the values."""
+    """EfficientFormer v2's attention with queries at half the resolution, plus convolved values."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
@@ -480,22 +488,22 @@ class HeldAttention2dDownsample(_BiasedByDistance, models.efficientformer_v2.Att
 
 
 class HeldChannelAttention(Holdable, models.davit.ChannelAttention):
-    """DaViT's attention between channels: the matrix is softmax(kᵀ·v), and weighs q."""
+    """DaViT's attention between channels: the matrix softmax(kᵀ·v) (D × D) weighs the channels of q."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> the same."""
+        """(N, L, C) -> (N, L, C)."""
         q, k, v = (
             self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)
         )  # (N, heads, D, L)
         return self.proj(attend(self, k, v, q, scale=self.scale).permute(0, 3, 1, 2).flatten(2))
 
 
-# attention that is overridden: what becomes of it, and which of its children are on the image's way (q, k, v are linear, up to
-# the norms between them)
 def _overridden(held: type[nn.Module], converted: tuple[str, ...]) -> Rule:
+    """Returns a rule that recasts a module to `held` and converts its linear path, `converted`."""
     return lambda module, conversion: conversion.recast(conversion.children(module, converted), held)
 
 
+# original type, its subclass, and the linear path, which includes norms before and after q, k and v
 for _type, _held, _names in (
     (layers.AttentionPoolLatent, HeldAttentionPoolLatent, ("proj", "proj_drop", "norm", "mlp")),
     (models.davit.ChannelAttention, HeldChannelAttention, ("proj",)),
@@ -517,28 +525,29 @@ for _type, _held, _names in (
     register_conversion(_type)(_overridden(_held, _names))
 
 
-# Without this, a walk would convert the children of these types and miss what their `forward` does with the input
+# Refused types: converting just their children would miss the factors that their `forward` computes.
 @register_conversion(
     layers.attention2d.MultiQueryAttentionV2, layers.attention_pool.AttentionPoolPrr, layers.AttentionPool2d,
     layers.RotAttentionPool2d, layers.bottleneck_attn.BottleneckAttn, layers.coord_attn.CoordAttn,
     layers.coord_attn.EfficientLocalAttn, layers.coord_attn.SimpleCoordAttn, layers.coord_attn.StripAttn,
-    layers.diff_attention.DiffAttention, layers.GlobalContext, layers.halo_attn.HaloAttn, layers.lambda_layer.LambdaLayer,
-    layers.non_local_attn.BilinearAttnTransform, layers.NonLocalAttn, layers.other_pool.SimPool1d,
-    layers.other_pool.SimPool2d, models._efficientnet_blocks.CondConvResidual, models.coat.FactorAttnConvRelPosEnc,
-    models.coat.ConvRelPosEnc, models.cpubone.ConvAttention,
-    models.davit.ChannelAttentionV2, models.efficientvim.EfficientViMBlock,
-    models.efficientvim.HSMSSD, models.efficientvit_mit.LiteMLA, models.efficientvit_msra.CascadedGroupAttention,
-    models.focalnet.FocalModulation,
-    models.gemma4_vit.Gemma4Attention, models.gemma4_vit.Gemma4GatedMlp, models.ghostnet.GhostModuleV2,
-    models.ghostnet.GhostModuleV3, models.hiera.MaskUnitAttention, models.hieradet_sam2.MultiScaleAttention,
-    models.iformer.SHMA, models.lowformer.ConvAttention, models.mobilevit.LinearSelfAttention,
-    models.mvitv2.MultiScaleAttention, models.mvitv2.MultiScaleAttentionPoolFirst, models.shvit.SHSA,
+    layers.diff_attention.DiffAttention, layers.GlobalContext, layers.halo_attn.HaloAttn,
+    layers.lambda_layer.LambdaLayer, layers.non_local_attn.BilinearAttnTransform, layers.NonLocalAttn,
+    layers.other_pool.SimPool1d, layers.other_pool.SimPool2d, models._efficientnet_blocks.CondConvResidual,
+    models.coat.FactorAttnConvRelPosEnc, models.coat.ConvRelPosEnc, models.cpubone.ConvAttention,
+    models.davit.ChannelAttentionV2, models.efficientvim.EfficientViMBlock, models.efficientvim.HSMSSD,
+    models.efficientvit_mit.LiteMLA, models.efficientvit_msra.CascadedGroupAttention,
+    models.focalnet.FocalModulation, models.gemma4_vit.Gemma4Attention, models.gemma4_vit.Gemma4GatedMlp,
+    models.ghostnet.GhostModuleV2, models.ghostnet.GhostModuleV3, models.hiera.MaskUnitAttention,
+    models.hieradet_sam2.MultiScaleAttention, models.iformer.SHMA, models.lowformer.ConvAttention,
+    models.mobilevit.LinearSelfAttention, models.mvitv2.MultiScaleAttention,
+    models.mvitv2.MultiScaleAttentionPoolFirst, models.shvit.SHSA,
     models.swiftformer.EfficientAdditiveAttention, models.vision_transformer.ParallelScalingBlock,
     models.vision_transformer.DiffParallelScalingBlock, models.vitamin.GeGluMlp,
 )  # fmt: skip
 def _refused(module: nn.Module, conversion: Conversion) -> nn.Module:
     name = type(module).__name__
     raise ConversionError(
-        f"no conversion rule for {name} at {conversion.path!r} (its forward multiplies functions of the input, which nothing "
-        f"holds): write one with @register_conversion({name})"
+        f"no conversion rule for {name} at {conversion.path!r} "
+        "(its forward multiplies functions of the input, which nothing holds): "
+        f"write one with @register_conversion({name})"
     )
