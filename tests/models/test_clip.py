@@ -344,7 +344,7 @@ def test_texts_are_encoded_in_order_whatever_the_batch(text):
 
 
 def test_a_long_text_is_cut_and_the_log_says_so_once(text, caplog, monkeypatch):
-    monkeypatch.setattr(clip, "_told_of_length", set())
+    monkeypatch.setattr(clip.text_tower, "_told_of_length", set())
     exact = " ".join(["dog"] * 10)  # with start and end tokens, as long as the context
     text.tokens([exact])
     assert not caplog.messages
