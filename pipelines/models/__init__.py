@@ -1,4 +1,7 @@
-"""Networks by name, their weights, and models on disk. Importing this registers the conversion rules."""
+"""Networks by name, their weights, and models on disk.
+
+Importing this package registers the conversion rules for torchvision and timm.
+"""
 
 from pipelines.models import rules  # registers the conversion rules
 from pipelines.models.clip import (

@@ -1,4 +1,9 @@
-"""The content of a checkpoint file, whatever its name: safetensors, or torch's formats with a list of harmless types."""
+"""Reads checkpoint files without running code from them.
+
+The content, not the file name, tells the format: safetensors, or one of the two of `torch.save` (zip and
+legacy). A pickle may hold tensors, NumPy arrays and the harmless types listed here. Any other type is
+refused, because constructing it could run code.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,8 @@ import torch
 from pipelines.models.errors import WeightsError
 from pipelines.storage.errors import one_line
 
-LONGEST_HEADER = 100_000_000  # bytes, of safetensors: after its length, in 8 bytes, it begins with a brace
-STARTS = {  # of files that are no checkpoint -> what they are, and what to do
+LONGEST_HEADER = 100_000_000  # bytes; a safetensors file is: header length (8 bytes), header (JSON), data
+STARTS = {  # first bytes of a file that is no checkpoint -> what the file is, and what to do
     b"\x1f\x8b": "packed by gzip: unpack it",
     b"BZh": "packed by bzip2: unpack it",
     b"\xfd7zXZ": "packed by xz: unpack it",
@@ -35,10 +40,10 @@ STARTS = {  # of files that are no checkpoint -> what they are, and what to do
 
 
 def read_content(path: Path, source: str) -> Any:
-    """What was saved in the file at `path`: of safetensors a dict of tensors. No code from the file is run.
+    """Returns the object in the file at `path` (safetensors: a dict of tensors); errors call it `source`.
 
     Raises:
-        WeightsError: another format, a damaged file, or one that holds more than tensors and harmless types.
+        WeightsError: the file has another format, is damaged, or holds more than tensors and harmless types.
     """
     start = _start(path, source)
     try:
@@ -51,12 +56,12 @@ def read_content(path: Path, source: str) -> Any:
         return _unpickled(path)
     except WeightsError as error:
         raise WeightsError(f"weights {source}: {error}") from None
-    except Exception as error:  # damaged files fail in every way
+    except Exception as error:  # safetensors, zipfile and torch.load raise many types on damaged files
         raise WeightsError(f"weights {source}: not a readable weights file ({one_line(error)})") from None
 
 
 def _start(path: Path, source: str) -> bytes:
-    """The first bytes of the file."""
+    """The first 64 bytes of the file; raises WeightsError if it is empty or cannot be opened."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -68,7 +73,7 @@ def _start(path: Path, source: str) -> bytes:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises WeightsError unless the zip archive is one of torch.save."""
+    """Raises WeightsError unless `torch.save` wrote the zip archive."""
     names = zipfile.ZipFile(path).namelist()
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last:
@@ -86,9 +91,9 @@ def _check_archive(path: Path) -> None:
 
 
 def _unpickled(path: Path) -> Any:
-    """The content of a file of torch.save, in its zip or its older format."""
+    """The object in a file written by `torch.save`, in the zip or the legacy format."""
     with warnings.catch_warnings(), torch.serialization.safe_globals([*_harmless(), *_stand_ins(path)]):
-        warnings.simplefilter("ignore")  # about pickle protocols
+        warnings.simplefilter("ignore")  # torch.load warns about pickle protocols
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -96,23 +101,25 @@ def _unpickled(path: Path) -> Any:
             if found is None:
                 raise
             raise WeightsError(
-                f"refused, it holds more than tensors: to read a {found[1] or found[2]} would run code. If you trust the file, "
-                "load it with torch.load(FILE, weights_only=False), and save its state dict alone"
+                f"refused, it holds more than tensors: to read a {found[1] or found[2]} would run code. "
+                "If you trust the file, load it with torch.load(FILE, weights_only=False), "
+                "and save its state dict alone"
             ) from None
 
 
-# What beside tensors may be in a checkpoint. Constructing these has no effect; nothing else is imported or called ------
+# Types other than tensors that a checkpoint may hold --------------------------------------------------------
+
+# Constructing one of them has no side effect. No other type is imported or called.
 
 
 class _Ignored:
-    """Stands for an object of a training framework, such as its configuration, which is not looked at."""
+    """Stand-in for an object of a training framework, such as its configuration; drops all arguments."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Ignored:
-        """Takes any arguments."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        """Takes any state."""
+        pass
 
 
 def _dict(*_: Any) -> dict[Any, Any]:
@@ -123,7 +130,7 @@ def _list(*_: Any) -> list[Any]:
     return []
 
 
-FRAMEWORKS = (
+FRAMEWORKS = (  # the objects of types whose names start like this become `_Ignored`
     *(
         "lightning.",
         "lightning_fabric.",
@@ -135,7 +142,7 @@ FRAMEWORKS = (
     ),
     *("torch.amp.", "torch.cuda.amp.", "torch.nn.modules.loss.", "torch.optim."),
 )
-DICTS = (  # subclasses of dict, which become one
+DICTS = (  # subclasses of dict; their objects are read as plain dicts
     *(
         "easydict.EasyDict",
         "fvcore.common.config.CfgNode",
@@ -154,7 +161,7 @@ DICTS = (  # subclasses of dict, which become one
 
 
 def _harmless() -> list[Any]:
-    """The allow-list in the form of torch.serialization.safe_globals."""
+    """Types, and pairs (type or function, name in the pickle), for `torch.serialization.safe_globals`."""
     plain = [
         argparse.Namespace,
         types.SimpleNamespace,
@@ -188,8 +195,8 @@ def _harmless() -> list[Any]:
 
 
 def _stand_ins(path: Path) -> list[Any]:
-    """Stand-ins for the objects of training frameworks in a checkpoint, as `torch.serialization.safe_globals` takes them."""
-    with contextlib.suppress(Exception):  # the older format, or a damaged file: torch.load says so
+    """Pairs (`_Ignored`, type name) for the training-framework types in a checkpoint; see `_harmless`."""
+    with contextlib.suppress(Exception):  # legacy format or damaged file: torch.load reports the error
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         known = {name for _, name in filter(lambda each: isinstance(each, tuple), _harmless())}
         return [(_Ignored, name) for name in unknown if name not in known and name.startswith(FRAMEWORKS)]

@@ -1,4 +1,9 @@
-"""The CIFAR ResNets of He et al., 2016, section 4.2, with parameter-free (option A) shortcuts."""
+"""ResNets for CIFAR, with parameter-free (option A) shortcuts.
+
+N images, C channels, H × W pixels or places, K classes.
+
+Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 
 class PadShortcut(nn.Module):
-    """Option A: every `stride`-th place, and zero channels for those that are new."""
+    """Option A shortcut: subsamples a feature map by `stride` and adds `new_channels` channels of zeros."""
 
     def __init__(self, stride: int, new_channels: int) -> None:
         super().__init__()
@@ -17,20 +22,22 @@ class PadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + new_channels, H/stride, W/stride)."""
         before = self.new_channels // 2
-        x = F.avg_pool2d(
-            x, 1, self.stride
-        )  # of one place: a strided slice, but its gradient keeps the memory format
+        # equals a strided slice, but its gradient keeps the memory format
+        x = F.avg_pool2d(x, 1, self.stride)
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class CifarResNet(nn.Module):
-    """Depth 6n + 2: a 3×3 stem, three stages of n blocks, global average pooling, one linear layer.
+    """A 3×3 stem, three stages of n blocks, global average pooling and one linear layer: depth 6n + 2.
 
     Args:
-        depth: 6n + 2.
+        depth: 6n + 2, for n ≥ 1.
         num_classes: K.
-        width: channels of the first stage; the second and third have twice and four times as many.
-        stem_stride: of the first convolution; 1 for 32 px, 2 brings 64 px to the same cost.
+        width: channels of the first stage; the second stage has twice as many, the third four times as many.
+        stem_stride: stride of the first convolution: 1 for images of 32 px, 2 for 64 px at the same cost.
+
+    Raises:
+        ValueError: `depth` is not 6n + 2.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, width: int = 16, stem_stride: int = 1) -> None:

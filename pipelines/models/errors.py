@@ -1,11 +1,11 @@
-"""Errors about models, for the user to mend: one line each."""
+"""Errors about models and weights that the user can mend; each message is one line."""
 
 from pipelines.errors import UserError
 
 
 class ModelError(UserError, ValueError):
-    """An architecture that does not exist, does not take the options given, or does not fit its use."""
+    """An architecture does not exist, does not take the given options, or does not fit its use."""
 
 
 class WeightsError(UserError, ValueError):
-    """A weights file that is missing, altered, unsafe or not of this network."""
+    """A weights file is missing, altered, unsafe, or belongs to another network."""

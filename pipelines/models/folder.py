@@ -1,4 +1,8 @@
-"""The files of a model's folder: image tower or classifier, and the text tower beside it where there is one."""
+"""Names of the files in a model's folder, and local copies of them.
+
+A folder holds one model (a classifier or an image tower), and may hold a text tower beside it. Each is a
+safetensors file with the weights and a JSON file that says how to build the network.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,21 @@ TEXT_WEIGHTS, TEXT_CONFIG = "text.safetensors", "text.json"
 
 
 def has_text_tower(directory: str | Path) -> bool:
-    """Whether a text tower lies beside the model in a folder or at a URL."""
+    """Returns True if the folder or URL holds a text tower."""
     return exists(f"{directory}/{TEXT_CONFIG}")
 
 
 def model_file_names(directory: str | Path) -> tuple[str, ...]:
-    """Names of the files that make up the model in a folder or at a URL; the weights of the model are the last."""
+    """Names of the model's files in a folder or at a URL, text tower included; its weights come last."""
     return (*((TEXT_CONFIG, TEXT_WEIGHTS) if has_text_tower(directory) else ()), CONFIG, WEIGHTS)
 
 
 @contextmanager
 def local_folder(directory: str | Path, names: Iterable[str] = (CONFIG, WEIGHTS)) -> Iterator[Path]:
-    """A local folder with the files `names`: `directory` itself, or for a URL a temporary folder with copies of them."""
+    """Yields a local folder with the files `names`.
+
+    It is `directory` itself if that is local. For a URL it is a temporary folder with copies of the files.
+    """
     if not is_remote(directory):
         yield Path(fsspec.core.strip_protocol(directory) if "://" in str(directory) else directory)
         return

@@ -1,4 +1,4 @@
-"""Whether a network takes images of the data's size: found out on grey images, before anything is launched."""
+"""Checks with grey images, before a launch, that a network takes images of the data's size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.storage.errors import one_line
 
 @torch.no_grad()
 def pass_grey_images(model: nn.Module, size: int) -> None:
-    """Two grey images of `size` pixels through a model of this project in evaluation mode; raises what the model raises."""
+    """Runs `model` in evaluation mode on grey images (2, 6, size, size); the model's errors pass through."""
     training = model.training
     model.eval()(torch.full((2, 6, size, size), 0.5))
     model.train(training)
@@ -24,9 +24,10 @@ def pass_grey_images(model: nn.Module, size: int) -> None:
 
 @contextmanager
 def image_size_errors(spec: ModelSpec, size: int) -> Iterator[None]:
-    """Turns an error in the block into a `ModelError` of one line if it is because the network takes no images of `size` pixels.
+    """Replaces an error in the block by a one-line `ModelError` if the image size is its cause.
 
-    All other errors stay as they are.
+    The size is the cause if the network of `spec` fails on an image of `size` × `size` pixels. The message
+    names a size that the network takes, if one is known. All other errors pass through.
     """
     try:
         yield
@@ -45,7 +46,7 @@ def image_size_errors(spec: ModelSpec, size: int) -> Iterator[None]:
 
 
 def _sizes(network: nn.Module) -> Iterator[int]:
-    """Sides of the images that the network was made for, as timm's and torchvision's networks say it."""
+    """Image sides, in pixels, that modules of timm and torchvision store as the ones they were built for."""
     for module in network.modules():
         for size in (getattr(module, "img_size", None), getattr(module, "image_size", None)):
             if isinstance(size, int | tuple | list):
@@ -57,7 +58,7 @@ def _sizes(network: nn.Module) -> Iterator[int]:
 
 @torch.no_grad()
 def _takes(network: nn.Module, size: int) -> bool:
-    """Whether the network, as `build` gives it, takes an image of `size` pixels."""
+    """Returns True if the network, as `build` returns it, takes an image (1, 3, size, size)."""
     try:
         network(torch.zeros(1, 3, size, size))
     except Exception:

@@ -1,4 +1,4 @@
-"""How images are prepared for the weights of a network: what timm, torchvision and open_clip say about their weights."""
+"""How images must be prepared for given weights, as timm, torchvision and open_clip publish it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ from pipelines.storage.files import read_json
 
 log = logging.getLogger(__name__)
 
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of OpenAI's CLIP
+# of OpenAI's CLIP
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Normalisation and evaluation view that weights were trained for; `None` is what their publisher does not say.
+    """Normalisation and evaluation view of published weights; `None` if their publisher does not say.
 
     Attributes:
         mean, std: of RGB in [0, 1].
-        normalisation_known: whether the publisher says `mean` and `std`; otherwise they are ImageNet's, or for a tower of
-            open_clip those of OpenAI's CLIP.
-        image_size: side of the square that the network sees, pixels.
-        crop_pct: `image_size` over the shorter side that images are resized to before the centre crop.
-        interpolation: of that resizing: `bilinear`, `bicubic`, ...
-        options: of the constructor, which the weights need.
+        normalisation_known: True if the publisher gives `mean` and `std`. Otherwise they are ImageNet's or,
+            for a tower of open_clip, OpenAI's CLIP's.
+        image_size: side of the square input, pixels.
+        crop_pct: `image_size` / shorter side of the image before the centre crop.
+        interpolation: of the resizing before the crop: `bilinear`, `bicubic`, ...
+        options: arguments of the network's constructor that the weights require.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -51,7 +49,7 @@ class Preprocessing:
 
     @property
     def view(self) -> dict[str, Any]:
-        """Image size, crop and interpolation, as far as they are known."""
+        """`image_size`, `crop_pct` and `interpolation`, without those that are `None`."""
         known = {
             "image_size": self.image_size,
             "crop_pct": self.crop_pct,
@@ -67,12 +65,14 @@ class Preprocessing:
 
 
 def preprocessing_of(name: str, weights: str, options: dict[str, Any] | None = None) -> Preprocessing:
-    """What is known about the preprocessing for `weights` of the network `name`; arguments are those of `build`.
+    """Returns the published preprocessing for `weights` of the network `name`; arguments as in `build`.
 
-    A file says something if timm's `config.json` lies beside it, as on the Hugging Face Hub.
+    For a weights file, it is read from timm's `config.json` in the same folder (as on the Hugging Face Hub),
+    if any.
 
     Raises:
-        ModelError, WeightsError: an unknown name; an unknown tag.
+        ModelError: the name is unknown.
+        WeightsError: the tag is unknown.
     """
     library, plain = library_of(name)
     if library == "open_clip":
@@ -106,16 +106,19 @@ def chosen_preprocessing(
     eval_resize: int | None = None,
     section: str = "model",
 ) -> Preprocessing:
-    """The preprocessing for `weights`, with `mean` and `std` where they are given, the default where nobody says any.
+    """Returns the preprocessing for `weights`, with the user's `mean` and `std` if these are given.
 
-    The log says in one line what was taken, and in another one what contradicts the weights.
+    The log says where the normalisation comes from, warns if the user's contradicts the weights', and says
+    how the weights' evaluation view differs from the user's.
 
     Args:
         name, weights, options: as in `build`.
-        mean, std: params of the user; `None`: the weights' own.
-        image_size: side of the images here, pixels.
-        eval_resize: shorter side before the centre crop here, pixels; `None`: the whole image is resized to the square.
-        section: of the params, for the log.
+        mean, std: the user's; `None` takes those of the weights, or the default if their publisher gives
+            none.
+        image_size: side of the user's square images, pixels.
+        eval_resize: shorter side of the user's images before the centre crop, pixels; `None` resizes the
+            whole image to the square.
+        section: section of `params.yaml` with these values, for the log.
     """
     known = preprocessing_of(name, weights, options)
     given = {key: tuple(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
@@ -149,10 +152,7 @@ def _of_torchvision(name: str, tag: str) -> Preprocessing:
     weights = kinds[tag.replace(f"{kinds.__name__}.", "")]
     view = weights.transforms()
     options: dict[str, Any] = {}
-    if name in (
-        "googlenet",
-        "inception_v3",
-    ):  # their pretrained weights want another normalisation, which the network makes itself
+    if name in ("googlenet", "inception_v3"):  # the network itself changes the normalisation to its weights'
         options = {"transform_input": True} | ({"aux_logits": False} if name == "googlenet" else {})
     elif name.startswith("vit_"):
         options = {"image_size": weights.meta["min_size"][0]}
@@ -169,11 +169,9 @@ def _of_timm(name: str, options: dict[str, Any]) -> Preprocessing:
 
 
 def _of_open_clip(plain: str, weights: str, options: dict[str, Any]) -> Preprocessing:
-    """What open_clip says about the weights; the size is that of the tower."""
     config = preprocess_config(plain, weights, options)
-    crop = (
-        1.0 if config.get("resize_mode") == "shortest" else None
-    )  # otherwise the whole image is squeezed to the square
+    # other modes resize the whole image to the square, without a crop
+    crop = 1.0 if config.get("resize_mode") == "shortest" else None
     view: dict[str, Any] = {
         "image_size": config["image_size"],
         "crop_pct": crop,
@@ -185,7 +183,7 @@ def _of_open_clip(plain: str, weights: str, options: dict[str, Any]) -> Preproce
 
 
 def _of_config(config: dict[str, Any]) -> Preprocessing:
-    """What timm's `pretrained_cfg` says."""
+    """The preprocessing in timm's `pretrained_cfg`."""
     view: dict[str, Any] = {"crop_pct": config.get("crop_pct"), "interpolation": config.get("interpolation")}
     size = config["input_size"][-1] if config.get("input_size") else None
     if not config.get("mean") or not config.get("std"):
@@ -194,18 +192,18 @@ def _of_config(config: dict[str, Any]) -> Preprocessing:
 
 
 def _beside(weights: str) -> Preprocessing:
-    """What the `config.json` beside a local file says."""
+    """The preprocessing in the `config.json` beside a local weights file."""
     if "://" in weights:
         return Preprocessing()
     try:
         config = read_json(Path(weights).expanduser().parent / "config.json")
         return _of_config(config["pretrained_cfg"])
-    except (OSError, TypeError, KeyError, ValueError):  # none, or one of other software
+    except (OSError, TypeError, KeyError, ValueError):  # no config.json, or one of other software
         return Preprocessing()
 
 
 def _of_library(name: str, default: Preprocessing) -> str:
-    """What the library's own weights of the network want, if that is not the normalisation of `default`, for the log."""
+    """Hint for the log: the normalisation of the library's own weights, if it differs from `default`'s."""
     library, plain = library_of(name)
     known = default
     if library == "timm":
@@ -214,7 +212,10 @@ def _of_library(name: str, default: Preprocessing) -> str:
         known = _of_open_clip(plain, tags[0], {})
     if _close(known.mean, default.mean):
         return ""
-    return f" ({library}'s own want mean {_few(known.mean)}, std {_few(known.std)}: set mean and std if these are such weights)"
+    return (
+        f" ({library}'s own want mean {_few(known.mean)}, std {_few(known.std)}: "
+        "set mean and std if these are such weights)"
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,11 +1,12 @@
-"""The published checkpoints of B-cos networks as models of this project, read from a local file.
+"""Loads the published checkpoints of B-cos networks as models of this project.
 
-Two repositories publish them, by the names that `load_published` takes:
+Two repositories publish checkpoints. `load_published` names them as follows.
 
-- `b-cos-v2:ARCHITECTURE` (B-cos/B-cos-v2; Böhle et al., TPAMI 2024): B-cos from scratch. Weight rows of norm 1, no activations,
-  and an input that is not normalised. Its ordinary ViTs are `build("simple_vit_s", weights=FILE)` and the like.
-- `b-cosification:ARCHITECTURE` (shrebox/B-cosification; Arya et al., NeurIPS 2024): B-cosified, with the design that is the
-  default of `bcosify`.
+- `b-cos-v2:ARCHITECTURE` (B-cos/B-cos-v2; Böhle et al., TPAMI 2024): B-cos networks trained from scratch,
+  with weight rows of norm 1, no activations, and an input that is not normalised. The repository's ordinary
+  ViTs load by `build("simple_vit_s", weights=FILE)`.
+- `b-cosification:ARCHITECTURE` (shrebox/B-cosification; Arya et al., NeurIPS 2024): B-cosified networks, with
+  the default design of `bcosify`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from pipelines.models.vit import SIMPLE_VITS, VITCS
 from pipelines.models.weights import StateDict, load_strictly, read_state_dict
 
 CLASSES, IMAGE_SIZE = 1000, 224
-CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}  # of a block, past the permutation and the activation
-DENSENET_PARTS = (
+# published index of a layer in a block -> torchvision's, which counts the permutation and the activation too
+CONVNEXT_PARTS = {"1": "2", "2": "3", "3": "5"}
+DENSENET_PARTS = (  # children of `features`; published keys give their index
     *("conv0", "norm0", "relu0", "pool0"),
     *(
         "denseblock1",
@@ -44,10 +46,10 @@ DENSENET_PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Publication:
-    """The properties that the checkpoints of one repository share."""
+    """Properties that the checkpoints of one repository share."""
 
-    architectures: tuple[str, ...]  # as `build` takes them
-    prefixes: tuple[str, ...]  # of their keys: one of these is before all keys of a file
+    architectures: tuple[str, ...]  # names for `build`
+    prefixes: tuple[str, ...]  # all keys of a file begin with the same one of these
     design: dict[str, Any]  # keyword arguments of `bcosify`
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -70,19 +72,20 @@ PUBLICATIONS = {
             *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
             "resnext50_32x4d",
             *(f"densenet{depth}" for depth in (121, 161, 169, 201)),
-            "convnext_tiny",  # both ConvNeXts as published with norms of places ("pn"), not those of the batch ("bnu")
+            # the ConvNeXts published with position norms ("pn"), not those with batch norms ("bnu")
+            "convnext_tiny",
             "convnext_base",
             *SIMPLE_VITS,
             *VITCS,
         ),
-        ("0.", ""),  # a ViT is the first of two modules, before the logits' bias
+        ("0.", ""),  # a published ViT is the first of two modules; the second adds the logit bias
         {**_ALL, **_LOGITS, "activation": "remove", "normalize_weight": True},
         (0.0,) * 6,
         (1.0,) * 6,
     ),
     "b-cosification": Publication(
         ("resnet18", "resnet50", "densenet121", *SIMPLE_VITS, *VITCS),
-        ("model.model.", "model."),  # the trainer's checkpoint, or its network alone
+        ("model.model.", "model."),  # keys in the trainer's checkpoint, and in its network alone
         {**_ALL, **_LOGITS, "activation": "keep", "normalize_weight": False, "gap_reorder": True},
         IMAGENET_MEAN,
         IMAGENET_STD,
@@ -93,20 +96,21 @@ PUBLICATIONS = {
 def load_published(
     name: str, source: str, *, classes: tuple[str, ...] | None = None, sha256: str | None = None
 ) -> tuple[nn.Module, ModelSpec]:
-    """The published model `name` with the weights in `source`, in evaluation mode, and the spec that `save` wants with it.
+    """Loads the published model `name`, in evaluation mode; returns it with its spec.
 
     Args:
         name: `b-cos-v2:resnet18`, `b-cosification:vitc_ti`, ...
-        source: a file or URL, as published.
-        classes: names of the 1000 classes of ImageNet, in the order of their WordNet ids; by default torchvision's.
-        sha256: of the file.
+        source: file or URL of the published checkpoint.
+        classes: names of ImageNet's 1000 classes, in the order of their WordNet ids; by default
+            torchvision's.
+        sha256: digest that the file must have.
 
     Returns:
-        (N, 6, H, W) in [0, 1] -> logits (N, 1000), and its spec.
+        The model, (N, 6, H, W) in [0, 1] -> logits (N, 1000), and the spec to `save` it with.
 
     Raises:
-        ModelError: no such model was published; another number of classes.
-        WeightsError: a file that is missing, altered, unsafe or of another network.
+        ModelError: no such model was published, or `classes` are not 1000.
+        WeightsError: the file is missing, altered, unsafe, or holds another network.
     """
     spec = published_spec(name, classes)
     model = assemble(spec, check=False)
@@ -115,13 +119,14 @@ def load_published(
 
 
 def published_spec(name: str, classes: tuple[str, ...] | None = None) -> ModelSpec:
-    """How the published model `name` is built; arguments and errors as of `load_published`."""
+    """Returns the spec of the published model `name`; arguments and errors as in `load_published`."""
     publication, architecture = _publication(name)
     if classes is None:
         classes = tuple(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
     if len(classes) != CLASSES:
         raise ModelError(f"{name} was trained for the {CLASSES} classes of ImageNet, not for {len(classes)}")
-    reorder = {"gap_reorder": architecture not in SIMPLE_VITS + VITCS}  # ViTs from scratch average first
+    # b-cos-v2: CNNs classify each place, then average; ViTs average first
+    reorder = {"gap_reorder": architecture not in SIMPLE_VITS + VITCS}
     return ModelSpec(
         name=architecture,
         classes=classes,
@@ -134,12 +139,13 @@ def published_spec(name: str, classes: tuple[str, ...] | None = None) -> ModelSp
 
 
 def translated(name: str, state: StateDict, source: str) -> StateDict:
-    """`state`, with the published keys and shapes, under the keys and in the shapes of the network of `published_spec(name)`.
+    """Returns `state` with the keys and shapes of the network that `published_spec(name)` describes.
 
-    Keys that have no counterpart stay as they are, for `load_strictly` to name. Running means go: uncentred norms have none.
+    Keys without a counterpart stay, so that `load_strictly` names them in its error. Running means are
+    dropped, because uncentred norms have none.
 
     Raises:
-        WeightsError: keys of another repository.
+        WeightsError: the keys do not begin as those of the repository do.
     """
     publication, architecture = _publication(name)
     prefix = next(
@@ -149,24 +155,21 @@ def translated(name: str, state: StateDict, source: str) -> StateDict:
         wanted = " or ".join(map(repr, publication.prefixes))
         found = next(key for key in state if not key.startswith(publication.prefixes))
         raise WeightsError(
-            f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: is it from elsewhere?"
+            f"weights {source} of {name}: its keys start with {wanted}, not like {found!r}: "
+            "is it from elsewhere?"
         )
     found_state = {}
     for key, value in state.items():
         if key.endswith(".running_mean"):
             continue
-        key = re.sub(
-            r"\.linear\.weight$", ".weight", key.removeprefix(prefix)
-        )  # the plain layer inside a B-cos layer
+        # a published B-cos layer holds its weight in a child `linear`
+        key = re.sub(r"\.linear\.weight$", ".weight", key.removeprefix(prefix))
         if architecture.startswith("convnext"):
             key = _convnext_key(key)
         if architecture.startswith("densenet") and name.startswith("b-cosification"):
             key = _densenet_key(key)
-        if _is_pointwise(key) and value.shape[2:] == (
-            1,
-            1,
-        ):  # published as a 1×1 convolution, a linear layer here
-            value = value.flatten(1)
+        if _is_pointwise(key) and value.shape[2:] == (1, 1):
+            value = value.flatten(1)  # from a published 1×1 convolution to a linear layer
         found_state[f"body.{key}"] = value
     return found_state
 
@@ -185,12 +188,16 @@ def _publication(name: str) -> tuple[Publication, str]:
 
 
 def _is_pointwise(key: str) -> bool:
-    """Whether the layer is the classifier of a CNN, or one of the two linear layers in a block of a ConvNeXt."""
+    """Returns True for the classifier of a CNN and for the two linear layers in a ConvNeXt block."""
     return re.search(r"^(fc|classifier|classifier\.2)\.weight$|\.block\.[35]\.weight$", key) is not None
 
 
 def _convnext_key(key: str) -> str:
-    """There the stem is two modules, here one of two; there blocks do not permute, and their activations are gone."""
+    """Translates a published ConvNeXt key to torchvision's.
+
+    As published, the stem is two modules of `features` instead of one module with two children, and blocks
+    have neither permutations nor activations.
+    """
     key = re.sub(r"^features\.([2-9])\.", lambda found: f"features.{int(found[1]) - 1}.", key)
     key = re.sub(r"^features\.([01])\.weight$", r"features.0.\1.weight", key)
     key = re.sub(r"\.block\.([123])\.", lambda found: f".block.{CONVNEXT_PARTS[found[1]]}.", key)
@@ -198,7 +205,10 @@ def _convnext_key(key: str) -> str:
 
 
 def _densenet_key(key: str) -> str:
-    """There the parts of `features`, and those of the transitions, go by their positions."""
+    """Translates a published DenseNet key to torchvision's.
+
+    As published, the children of `features` and of its transitions have indices instead of names.
+    """
     found = re.fullmatch(r"features\.(\d+)\.(.*)", key)
     if found is None or int(found[1]) >= len(DENSENET_PARTS):
         return key

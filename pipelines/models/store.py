@@ -1,4 +1,9 @@
-"""Models on disk: `model.safetensors` beside `model.json`, which says how to build the network. Nothing is unpickled."""
+"""Assembles models from their specs, and saves and loads them.
+
+On disk, a model is `model.safetensors` (its state dict) beside `model.json` (its `ModelSpec`: how to build
+the network). Nothing is unpickled. A model takes images (N, 6, H, W) in [0, 1] and returns logits (N, K) or
+embeddings (N, D).
+"""
 
 from __future__ import annotations
 
@@ -25,31 +30,36 @@ from pipelines.storage.files import file_digest, read_json, staged, write_json
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """All that it takes to build a model of this project, except its weights."""
+    """Everything needed to build a model of this project, except its weights.
 
-    name: str  # as `build` takes it
-    classes: tuple[str, ...]  # none for an image tower
-    image_size: int  # side of the square it was trained on, pixels
+    Attributes:
+        name: the network's name, see `build`.
+        classes: names of the K classes; empty for an image tower.
+        image_size: side of the square training images, pixels.
+        kind: `bcos` for a B-cos network, `conventional` for an ordinary one.
+        task: `embedding` for an image tower; otherwise that of the classifier.
+        mean, std: normalisation of RGB in [0, 1], or of all six channels.
+        options: arguments of the network's constructor.
+        design: keyword arguments of `bcosify`; on disk with the values that took effect.
+        weights_view: `Preprocessing.view` of the weights that training began with.
+        zero_shot: `scale` and `width` (D) of a zero-shot classifier; empty for all other models.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
     kind: Literal["conventional", "bcos"]
-    task: Literal["multiclass", "multilabel", "embedding"] = (
-        "multiclass"  # an embedding is what an image tower gives
-    )
+    task: Literal["multiclass", "multilabel", "embedding"] = "multiclass"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the architecture's constructor
-    design: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # keyword arguments of `bcosify`; on disk as they took effect
-    weights_view: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # of the weights it began with: `Preprocessing.view`
-    zero_shot: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # `scale`, `width`: an image tower with texts as classes
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    design: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights_view: dict[str, Any] = dataclasses.field(default_factory=dict)
+    zero_shot: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ConventionalNetwork(nn.Module):
-    """An ordinary network as a model of this project: (N, 6, H, W) in [0, 1] -> (N, K), from the first three channels."""
+    """Wraps an ordinary network to take (N, 6, H, W) in [0, 1]; it gets the normalised RGB channels."""
 
     mean: Tensor
     std: Tensor
@@ -74,26 +84,29 @@ class ConventionalNetwork(nn.Module):
 
 
 def build_network(spec: ModelSpec) -> nn.Module:
-    """The network of `spec`, with random weights: without classes for an image tower."""
+    """Builds the network of `spec` with random weights; an image tower gets no classifier."""
     embeds = spec.task == "embedding" or spec.zero_shot
     return build(spec.name, num_classes=None if embeds else len(spec.classes), options=spec.options)
 
 
 def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool = True) -> nn.Module:
-    """The model that `spec` describes, from `network` (as `build` gives it; by default one with random weights).
+    """Returns the model that `spec` describes, made from `network`.
 
-    An image tower that becomes a B-cos network has no logit bias, and its projection stays behind its pooling, unless the design
-    says otherwise. A zero-shot classifier has no texts yet: its weights bring them.
+    For a B-cosified image tower, `logit_bias` is 0 and `gap_reorder` is False unless the design sets them.
+    The text embeddings of a zero-shot classifier are placeholders (ones) until its weights are loaded.
+
+    Args:
+        spec: the model to make.
+        network: a network from `build`; by default one with random weights.
+        check: raise if a design choice other than the default finds nothing to act on. Off for saved models,
+            whose design is known to have taken effect.
 
     Raises:
-        ConversionError: see `bcosify`; a design choice that is not the default finds nothing to act on, if `check` is set. For
-            models that were made before, it is not: their design is what they have.
+        ConversionError: see `bcosify` and `check`.
     """
     if spec.zero_shot:
         tower = assemble(tower_spec(spec), network, check=check)
-        texts = torch.ones(
-            len(spec.classes), spec.zero_shot["width"]
-        )  # in the place of those that the weights bring
+        texts = torch.ones(len(spec.classes), spec.zero_shot["width"])  # (K, D)
         return ZeroShotNetwork(tower, texts, spec.zero_shot["scale"])
     network = network or build_network(spec)
     if spec.kind == "conventional":
@@ -106,21 +119,23 @@ def assemble(spec: ModelSpec, network: nn.Module | None = None, *, check: bool =
 
 
 def tower_spec(spec: ModelSpec) -> ModelSpec:
-    """The spec of the image tower in a zero-shot classifier."""
+    """Returns the spec of the image tower in a zero-shot classifier."""
     return dataclasses.replace(spec, task="embedding", classes=(), zero_shot={})
 
 
 def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Writes `model` (as `assemble` makes it from `spec`) to `directory`, with the design choices as they took effect.
+    """Writes `model`, which `assemble` made from `spec`, to `directory`.
 
-    A config file in the name of an image tower goes into its options, so that the model loads where that file is not.
+    The written spec has the design choices that took effect. If the spec names an image tower by a config
+    file, the written spec holds that config in its options, so that the model loads without the file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state, stored = {}, set()
     for key, value in model.state_dict().items():
         place = value.untyped_storage().data_ptr()
-        shared = place in stored  # a tied parameter is written under each of its names
+        # safetensors refuses shared memory, so a tied parameter is written once per name
+        shared = place in stored
         stored.add(place)
         state[key] = value.detach().cpu().clone() if shared else value.detach().cpu().contiguous()
     with staged(directory / WEIGHTS) as path:
@@ -133,13 +148,14 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     write_json(directory / CONFIG, dataclasses.asdict(spec))
 
 
-@torch.inference_mode(False)  # parameters made in inference mode could not be explained
+@torch.inference_mode(False)  # autograd, and so explanations, cannot use parameters made in inference mode
 def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
-    """The model in `directory` (or at any fsspec URL), in evaluation mode, and its spec.
+    """Loads the model in `directory` (or at an fsspec URL), in evaluation mode; returns it with its spec.
 
     Raises:
-        FileNotFoundError: no model there.
-        WeightsError: the weights are not of the model that its spec describes.
+        FileNotFoundError: there is no model.
+        DamagedFileError: `model.json` is not a spec.
+        WeightsError: the weights do not fit the model that the spec describes.
     """
     with local_folder(directory) as folder:
         spec = read_spec(folder)
@@ -149,13 +165,14 @@ def load(directory: str | Path) -> tuple[nn.Module, ModelSpec]:
 
 
 def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
-    """The model that `spec` describes, with the weights of the model in `directory` (or at a URL) for all but its classifier.
+    """Returns the model of `spec` with the weights in `directory` (or at a URL), except the classifier's.
 
-    The classifier, the last linear layer, keeps the random weights that it is made with.
+    The classifier, the last linear layer in the order of definition, keeps its random initial weights.
 
     Raises:
-        FileNotFoundError: no model there.
-        WeightsError: the weights are not of such a model.
+        FileNotFoundError: there is no model.
+        DamagedFileError: `model.json` is not a spec.
+        WeightsError: the weights do not fit such a model.
     """
     with local_folder(directory) as folder:
         read_spec(folder)
@@ -169,7 +186,12 @@ def load_backbone(directory: str | Path, spec: ModelSpec) -> nn.Module:
 
 
 def read_spec(directory: str | Path) -> ModelSpec:
-    """The spec of the model in `directory`; raises FileNotFoundError."""
+    """Reads the spec of the model in `directory`.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        DamagedFileError: `model.json` is not a spec.
+    """
     content = read_json(Path(directory) / CONFIG)
     if content is None:
         raise FileNotFoundError(f"no model in {directory}: {CONFIG} and {WEIGHTS} are wanted there")
@@ -182,7 +204,7 @@ def read_spec(directory: str | Path) -> ModelSpec:
 
 
 def digest(directory: str | Path) -> str:
-    """The sha256 of the model in `directory`: of its weights and its spec, and of the text tower beside it."""
+    """Returns a sha256 over the model's files: its weights, its spec and, if any, its text tower."""
     content = hashlib.sha256()
     for name in reversed(model_file_names(directory)):
         content.update(bytes.fromhex(file_digest(Path(directory) / name)))

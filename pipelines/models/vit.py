@@ -1,7 +1,10 @@
-"""SimpleViT and ViT-C as ordinary networks, as the B-cos papers use them, and their conversion rules.
+"""The ordinary SimpleViT and ViT-C that the B-cos papers start from, and their conversion rules.
 
-Layouts in names: N images, h × w patches, L tokens, D features. Modules are called what they are called in the published
-checkpoints, so that those of the ordinary networks load as they are.
+N images, C channels, H × W pixels, p pixels per side of a patch, h × w patches, L = h·w tokens, D features of
+a token, K classes.
+
+Modules have the names of the published checkpoints, so that those of the ordinary networks load without
+translation.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from pipelines.bcos.attention import attend
 from pipelines.bcos.convert import keep
 
 HEAD_FEATURES = 64
-SIZES = {  # features, blocks
+SIZES = {  # D, number of blocks
     "ti": (192, 12),
     "s": (384, 12),
     "b": (768, 12),
     "l": (1024, 14),
 }
-STEMS = {  # channels of the convolutions before a ViT-C; where their number grows, the stride is 2
+STEMS = {  # output channels of each convolution in a ViT-C's stem
     "ti": (24, 48, 96, 192),
     "s": (48, 96, 192, 384),
     "b": (64, 128, 128, 256, 256, 512),
@@ -33,14 +36,14 @@ VITCS = tuple(f"vitc_{size}" for size in SIZES)
 
 
 class Patches(nn.Module):
-    """The pixels of each patch in a row, channels last: (N, C, h·p, w·p) -> (N, h, w, p·p·C)."""
+    """Flattens each patch, channels last: (N, C, h·p, w·p) -> (N, h, w, p·p·C)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, h·p, w·p) -> (N, h, w, p·p·C); raises ValueError where a side is no multiple of p."""
+        """(N, C, h·p, w·p) -> (N, h, w, p·p·C); raises ValueError if a side is not a multiple of p."""
         if images.shape[-2] % self.size or images.shape[-1] % self.size:
             height, width = images.shape[-2:]
             raise ValueError(
@@ -51,7 +54,7 @@ class Patches(nn.Module):
 
 
 class PatchLinear(nn.Linear):
-    """A linear layer on patches of `in_channels` channels, as `Patches` gives them."""
+    """A linear layer on the output of `Patches`; `in_channels` is C, which conversion needs."""
 
     def __init__(self, in_channels: int, patch_size: int, out_features: int) -> None:
         super().__init__(in_channels * patch_size**2, out_features)
@@ -59,13 +62,13 @@ class PatchLinear(nn.Linear):
 
 
 class SineCosinePositions(nn.Module):
-    """The positions of patches, added to them: sines and cosines of both coordinates, no parameters, any grid.
+    """Adds sine-cosine position embeddings to patches on a grid of any size; it has no parameters.
 
     Source: Beyer et al., Better plain ViT baselines for ImageNet-1k, 2022.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, h, w, D) -> the same, plus (h, w, D): the quarters of D are sin x, cos x, sin y, cos y."""
+        """(N, h, w, D) -> (N, h, w, D); the quarters of an embedding are sin x, cos x, sin y, cos y."""
         height, width, features = patches.shape[-3:]
         steps = torch.arange(features // 4, device=patches.device) / (features // 4 - 1)
         frequencies = 10_000.0**-steps
@@ -75,7 +78,7 @@ class SineCosinePositions(nn.Module):
 
 
 class Attention(Holdable):
-    """Multi-head attention after a norm, without biases: (N, L, D) -> (N, L, D). Its matrix can be held."""
+    """Norm, then multi-head attention without biases; the attention matrix can be held."""
 
     def __init__(self, features: int, heads: int) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class Attention(Holdable):
 
 
 def _feed_forward(features: int, hidden: int) -> nn.Sequential:
-    """Two linear layers around a GELU, after a norm: (N, L, D) -> (N, L, D)."""
+    """Norm, linear layer, GELU, linear layer: (N, L, D) -> (N, L, D)."""
     layers = OrderedDict(
         norm=nn.LayerNorm(features),
         linear1=nn.Linear(features, hidden),
@@ -103,7 +106,7 @@ def _feed_forward(features: int, hidden: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """A block: attention and feed-forward, each beside a shortcut."""
+    """One block: attention and feed-forward network, each with a residual connection."""
 
     def __init__(self, features: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -117,20 +120,25 @@ class Encoder(nn.Module):
 
 
 class SimpleViT(nn.Module):
-    """A plain vision transformer: patches, sine-cosine positions, blocks, the mean of the tokens, one linear layer.
+    """A plain vision transformer that averages its tokens; with `conv_stem`, a ViT-C.
 
-    It takes images of any size whose sides are multiples of the patch (with a stem: of any size).
+    Patches, sine-cosine positions, blocks, the mean of the tokens, a norm and a linear layer. The sides of
+    images must be multiples of the patch size. A ViT-C with `patch_size=1` takes images of any size.
 
     Args:
-        dim: features of a token, D; a multiple of 4 and of `heads`.
-        depth: blocks.
-        heads: of each attention.
+        dim: D; at least 8, and a multiple of 4 and of `heads`.
+        depth: number of blocks.
+        heads: attention heads per block.
         num_classes: K.
-        patch_size: side of a patch, pixels (with a stem: places of its output).
-        conv_stem: channels of the 3×3 convolutions before the patches, each with a GroupNorm of one group and a GELU; stride 2
-            where channels get more. This makes it a ViT-C.
+        patch_size: side of a patch: pixels or, after a stem, places of the stem's output.
+        conv_stem: output channels of the stem's 3×3 convolutions. Each is followed by a GroupNorm of one
+            group and a GELU, and has stride 2 if it has more output than input channels.
 
-    Source: Beyer et al., 2022; Xiao et al., Early Convolutions Help Transformers See Better, 2021; Böhle et al., TPAMI 2024.
+    Raises:
+        ValueError: `dim` does not fit.
+
+    Source: Beyer et al., 2022; Xiao et al., Early Convolutions Help Transformers See Better, 2021; Böhle et
+    al., TPAMI 2024.
     """
 
     def __init__(
@@ -167,9 +175,7 @@ class SimpleViT(nn.Module):
         patches = self.positional_embedding(self.to_patch_embedding(images))
         grid = patches.shape[1:3]
         tokens_NLD = self.transformer(patches.flatten(1, 2))
-        features = tokens_NLD.transpose(1, 2).unflatten(
-            2, grid
-        )  # as a pool of places takes them: (N, D, h, w)
+        features = tokens_NLD.transpose(1, 2).unflatten(2, grid)  # (N, D, h, w), for a spatial pool
         return self.linear_head(self.pool(features).flatten(1))
 
 
@@ -185,9 +191,10 @@ def _stem(channels: tuple[int, ...]) -> nn.Sequential:
 
 
 def simple_vit(name: str, num_classes: int = 1000, **options: object) -> SimpleViT:
-    """`simple_vit_SIZE` (patches of 16 pixels) or `vitc_SIZE` (stem, patches of one place, a block less), SIZE ti, s, b or l.
+    """Builds `simple_vit_SIZE` or `vitc_SIZE`, SIZE being ti, s, b or l.
 
-    `options` are further arguments of `SimpleViT`, which override those of the name.
+    A `simple_vit` has patches of 16 pixels. A `vitc` has a stem, patches of one place, and one block less.
+    `options` are arguments of `SimpleViT` that override those of the name.
     """
     kind, size = name.rsplit("_", 1)
     dim, depth = SIZES[size]
@@ -197,7 +204,7 @@ def simple_vit(name: str, num_classes: int = 1000, **options: object) -> SimpleV
     return SimpleViT(**{**arguments, "num_classes": num_classes, **options})  # type: ignore[arg-type]
 
 
-# Conversion -----------------------------------------------------------------------------------------------------------
+# Conversion -------------------------------------------------------------------------------------------------
 
 
 register_conversion(Patches, SineCosinePositions)(keep)
@@ -207,7 +214,7 @@ register_conversion(Attention)(lambda module, conversion: conversion.children(mo
 @register_conversion(PatchLinear)
 def _patch_linear(module: PatchLinear, conversion: Conversion) -> nn.Module:
     weight = module.weight
-    if module is conversion.image_layer:  # channels come last: [W, -W]/2 for each pixel of the patch
+    if module is conversion.image_layer:  # channels are last: each pixel's weight W becomes [W, -W]/2
         of_pixel = weight.unflatten(1, (-1, module.in_channels))
         weight = conversion.derived(weight, torch.cat([of_pixel, -of_pixel], dim=2).flatten(1) / 2)
     plain = nn.Linear(weight.shape[1], len(weight), module.bias is not None)

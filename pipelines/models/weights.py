@@ -1,4 +1,8 @@
-"""Weights files: read by their content, without running code from them, and checked key by key before they are used."""
+"""Reads state dicts from weights files or URLs, fits their keys to a network, and loads them strictly.
+
+Training scripts wrap state dicts in other dicts and put prefixes before their keys. Known wrappers and
+prefixes are removed. Then every key and shape must fit the network.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ SUFFIXES = (
     *("bin", "ckpt", "gz", "h5", "model", "msgpack", "npz", "onnx", "pickle", "pkl"),
     *("pt", "pt2", "pth", "safetensors", "tar", "th", "torchscript", "weights", "zip"),
 )
-WRAPPERS = (
+WRAPPERS = (  # keys under which training scripts save a state dict
     "state_dict",
     "model_state_dict",
     "model_state",
@@ -38,39 +42,33 @@ WRAPPERS = (
     "params",
     "weights",
 )
-AVERAGED = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "params_ema",
-)  # moving averages of the same weights
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "net.",
-    "network.",
-)  # put before all keys by wrappers of networks
-INSIDE = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)  # put anywhere in a key
+# keys under which they save moving averages of the weights
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")  # wrappers put them before all keys
+# torch's wrappers put these anywhere in a key
+INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def names_a_file(weights: str) -> bool:
-    """Whether `weights` is a local file or URL, and no tag of a library: an existing file, or a name that looks like one."""
+    """Returns True if `weights` is a file or URL, not a tag: the file exists, or the name looks like one."""
     looks = re.search(rf"[/\\]|\.({'|'.join(SUFFIXES)})$|^\w+://", weights, re.IGNORECASE)
     return looks is not None or Path(users_path(weights)).is_file()
 
 
 def read_state_dict(source: str, sha256: str | None = None) -> StateDict:
-    """The tensors of a local file or URL, by parameter name.
+    """Returns the tensors in a local file or at a URL, by parameter name.
 
-    What training scripts put around a state dict (`WRAPPERS`; moving averages only where there is nothing else), and the
-    `module.` and `_orig_mod.` of DataParallel and torch.compile in its keys, are taken off.
+    The state dict is the content itself or lies under a key of `WRAPPERS`, else of `AVERAGED` (moving
+    averages), else under the only key whose value holds tensors. Prefixes that DataParallel, torch.compile,
+    FSDP and activation checkpointing put into keys are removed.
+
+    Args:
+        source: path or URL; downloads are kept in torch's hub cache.
+        sha256: digest that the file must have.
 
     Raises:
-        WeightsError: no such file, another sha256, a file that cannot be read without running code, or no state dict in it.
+        WeightsError: the file does not exist, has another sha256, cannot be read without running code, or has
+            no state dict.
     """
     path = _local(source, sha256)
     if sha256 is not None and (actual := file_digest(path)) != sha256:
@@ -81,12 +79,12 @@ def read_state_dict(source: str, sha256: str | None = None) -> StateDict:
 
 
 def fitted(state: StateDict, network: nn.Module, source: str) -> StateDict:
-    """`state` under the keys of `network`: without what stands before them, such as Lightning's `model.`.
+    """Returns `state` without a prefix that keeps its keys from fitting `network`, such as `model.`.
 
-    Keys of other things beside the network (losses, metrics) are left out then, and the log says so.
+    Keys without that prefix (of losses or metrics) are left out, and the log names them.
 
     Raises:
-        WeightsError: there are several such networks in `state`.
+        WeightsError: `state` holds several such networks.
     """
     wanted = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
     if not wanted or wanted <= state.keys():
@@ -97,8 +95,8 @@ def fitted(state: StateDict, network: nn.Module, source: str) -> StateDict:
     usual = [prefix for prefix in whole if re.fullmatch(f"({'|'.join(map(re.escape, PREFIXES))})+", prefix)]
     if len(usual or whole) > 1:
         raise WeightsError(
-            f"weights {source}: several networks of this architecture, under {', '.join(map(repr, usual or whole))}: "
-            "save the state_dict of one of them"
+            f"weights {source}: several networks of this architecture, "
+            f"under {', '.join(map(repr, usual or whole))}: save the state_dict of one of them"
         )
     prefix = (usual or whole or [_common(state)])[0]
     others = [key for key in state if not key.startswith(prefix)]
@@ -108,9 +106,9 @@ def fitted(state: StateDict, network: nn.Module, source: str) -> StateDict:
 
 
 def paired(state: StateDict, network: nn.Module) -> StateDict | None:
-    """The tensors of `state` under the keys of `network`, in the order of both; `None` if a shape differs.
+    """Renames the tensors of `state` to the keys of `network` in order; returns `None` if a shape differs.
 
-    `state` may have up to two tensors more, those of a classifier that `network` lacks.
+    `state` may end in up to two more tensors, those of a classifier that `network` does not have.
     """
     own, values = network.state_dict(), list(state.values())
     if not 0 <= len(values) - len(own) <= 2 or any(
@@ -121,10 +119,10 @@ def paired(state: StateDict, network: nn.Module) -> StateDict | None:
 
 
 def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
-    """Loads `state` into `model`.
+    """Loads `state` into `model`; all keys but `num_batches_tracked` must be there.
 
     Raises:
-        WeightsError: one line that names the missing, unexpected and misshaped keys, of each kind the first few.
+        WeightsError: keys are missing, unexpected or misshaped; the message names the first few of each.
     """
     own = model.state_dict()
     optional = {key for key in own if key.endswith("num_batches_tracked")}
@@ -148,12 +146,15 @@ def load_strictly(model: nn.Module, state: StateDict, source: str) -> None:
 
 
 def few(keys: list[str], most: int = 5) -> str:
-    """The first of `keys`, and how many more there are."""
+    """Text with the first `most` of `keys` and the number of the others."""
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _common(state: StateDict) -> str:
-    """The prefix of wrappers that all keys have: then the error about missing and unexpected keys names the others."""
+    """Longest sequence of `PREFIXES` before all keys, to be removed from them.
+
+    Then an error about missing and unexpected keys names only the keys that really differ.
+    """
     prefix = ""
     while more := next(
         (each for each in PREFIXES if state and all(key.startswith(prefix + each) for key in state)), None
@@ -170,7 +171,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _local(source: str, sha256: str | None) -> Path:
-    """The file itself, or its copy in torch's hub cache."""
+    """The local file, or the copy of the URL in torch's hub cache."""
     if urlparse(source).scheme not in ("http", "https"):
         path = Path(users_path(source))
         if path.is_dir():
@@ -180,7 +181,8 @@ def _local(source: str, sha256: str | None) -> Path:
             )
         if not path.is_file():
             raise WeightsError(
-                f"weights {source}: no such file (none, a tag of the library, a local file or an http address is wanted)"
+                f"weights {source}: no such file "
+                "(none, a tag of the library, a local file or an http address is wanted)"
             )
         return path
     name = hashlib.sha256(source.encode()).hexdigest()[:16] + "-" + Path(urlparse(source).path).name
@@ -195,7 +197,7 @@ def _local(source: str, sha256: str | None) -> Path:
 
 
 def _state_dict(content: object, source: str) -> StateDict:
-    """The state dict in the content of a checkpoint; raises WeightsError that lists what is inside instead."""
+    """The state dict in a checkpoint's content; raises WeightsError with its keys if there is none."""
     inner = content
     while isinstance(inner, Mapping) and (key := _wrapper(inner)) is not None:
         averaged = [name for name in AVERAGED if name != key and isinstance(inner.get(name), Mapping)]
@@ -207,14 +209,15 @@ def _state_dict(content: object, source: str) -> StateDict:
     tensors = _tensors(inner)
     if not tensors:
         raise WeightsError(
-            f"weights {source}: no state dict where one is looked for (the file itself, or {', '.join(WRAPPERS)} in it). "
+            f"weights {source}: no state dict where one is looked for "
+            f"(the file itself, or {', '.join(WRAPPERS)} in it). "
             f"It holds {_described(content)}. Save the network's state_dict() alone"
         )
     return tensors
 
 
 def _wrapper(content: Mapping[object, object]) -> str | None:
-    """The key under which `content` has its state dict; `None` if it is one itself, or has none."""
+    """The key of the state dict in `content`; `None` if `content` is itself a state dict, or has none."""
     usual = next(
         (key for key in (*WRAPPERS, *AVERAGED) if isinstance(content.get(key), Mapping) and content[key]),
         None,
@@ -230,7 +233,7 @@ def _wrapper(content: Mapping[object, object]) -> str | None:
 
 
 def _tensors(content: object) -> StateDict:
-    """The tensors and arrays of a mapping by name, without the numbers and texts beside them."""
+    """The tensors and arrays in a mapping, as tensors by name; all other values are left out."""
     if not isinstance(content, Mapping):
         return {}
     found = {
@@ -240,12 +243,12 @@ def _tensors(content: object) -> StateDict:
     }
     try:
         return {key: torch.as_tensor(value) for key, value in found.items()}
-    except (TypeError, ValueError):  # arrays of texts or objects
+    except (TypeError, ValueError):  # arrays of strings or objects
         return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 
 def _described(content: object, depth: int = 2) -> str:
-    """What a checkpoint holds, in words: its keys, and the shapes of its tensors."""
+    """Describes a checkpoint's content for an error message: its keys, and the shapes of its tensors."""
     if isinstance(content, Tensor | np.ndarray):
         return str(tuple(content.shape))
     if not isinstance(content, Mapping):

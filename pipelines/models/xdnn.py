@@ -1,11 +1,17 @@
-"""X-DNN ResNets: without norms, kept trainable by Fixup initialisation, and without biases.
+"""X-DNN ResNets: ResNets without biases and norms, trainable because of Fixup initialisation.
 
-Nothing in them but convolutions, ReLUs and pools, so f(c·z) = c·f(z) for c > 0. The gradient is then the same all along the line
-from z = 0, the mean image: input × gradient equals integrated gradients, and sums to the logit.
+N images, H × W pixels, K classes; z the normalised image.
 
-Source: Zhang et al., Fixup Initialization, ICLR 2019; Hesse et al., Fast Axiomatic Attribution for Neural Networks, NeurIPS 2021.
-Modules are called what they are called in the latter's public code, so that its checkpoint, `xfixup_resnet50_model_best.pth.tar`,
-loads as it is. With the biases, its networks have lost Fixup's scalar multipliers too.
+These networks f consist of layers without biases, ReLUs and pools. Hence f(c·z) = c·f(z) for c > 0, and the
+gradient is constant along the line from the mean image (z = 0) to z. So input × gradient equals integrated
+gradients, and sums to the logit.
+
+Modules have the names of Hesse et al.'s public code, so that its checkpoint
+`xfixup_resnet50_model_best.pth.tar` loads without translation. As in that code, Fixup's scalar biases and
+multipliers are left out.
+
+Source: Zhang et al., Fixup Initialization, ICLR 2019; Hesse et al., Fast Axiomatic Attribution for Neural
+Networks, NeurIPS 2021.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-DEPTHS = {  # blocks of the four stages, and their type
+DEPTHS = {  # depth -> number of blocks per stage, type of block
     18: ((2, 2, 2, 2), BasicBlock),
     34: ((3, 4, 6, 3), BasicBlock),
     50: ((3, 4, 6, 3), Bottleneck),
@@ -25,13 +31,17 @@ XFIXUPS = {f"xfixup_resnet{depth}": depth for depth in DEPTHS}
 
 
 class XFixupResNet(nn.Module):
-    """A ResNet without norms and biases: a stem, four stages of blocks, global average pooling, one linear layer.
+    """A stem, four stages of blocks, global average pooling and one linear layer; no norms, no biases.
 
     Args:
         depth: a key of `DEPTHS`.
         num_classes: K.
-        width: inner channels of the blocks of the first stage; they double with each stage.
-        stem_stride: 4: a 7×7 convolution and a max pool, of stride 2 each; 1 (for 32 px) or 2 (for 64 px): one 3×3 convolution.
+        width: inner channels of the blocks in the first stage; they double with each stage.
+        stem_stride: 4 makes the stem a 7×7 convolution and a max pool of stride 2 each; 1 (for 32 px) or 2
+            (for 64 px) makes it one 3×3 convolution.
+
+    Raises:
+        ValueError: `stem_stride` or `width` is out of range.
     """
 
     def __init__(self, depth: int, num_classes: int = 1000, width: int = 64, stem_stride: int = 4) -> None:
@@ -63,10 +73,15 @@ class XFixupResNet(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Fixup: the classifier and the last of a branch's m convolutions are 0, its others scaled by L^(-1/(2m-2)), L branches.
+        """Fixup initialisation, for L residual branches of m convolutions each.
 
-        A step then changes the function about as much at any depth. Made B-cos at B = 2, such zeros would stay: there w = 0 has
-        no gradient, so it is trained weights that can be B-cosified. Source: Zhang et al., section 3.
+        The classifier and the last convolution of each branch are 0. The branch's other convolutions are
+        scaled by L^(-1/(2m-2)). An optimiser step then changes the function by about the same amount at any
+        depth.
+
+        B-cosify trained weights only: in a B-cos layer with B = 2, a weight of 0 has gradient 0 and stays 0.
+
+        Source: Zhang et al., section 3.
         """
         blocks = [module for module in self.modules() if isinstance(module, BasicBlock | Bottleneck)]
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out")

@@ -1,4 +1,9 @@
-"""Zero-shot classifiers: an image tower whose classes are texts."""
+"""Zero-shot classifiers: an image tower, and one text embedding per class.
+
+    logit_k = scale · cos(e, t_k),   e the image's embedding, t_k that of class k's prompts
+
+N images, H × W pixels, K classes (texts), D features of an embedding.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +28,18 @@ from pipelines.storage.files import staged
 if TYPE_CHECKING:
     from pipelines.models.store import ModelSpec
 
-PLACE = "{}"  # of the name in a template
+PLACE = "{}"  # placeholder of the class name in a template
 PLAIN = ("a photo of a {}.",)
 
 
 class ZeroShotNetwork(nn.Module):
-    """Images (N, 6, H, W) in [0, 1] -> scale·cos (N, K) of their embeddings with those of K texts.
+    """Images (N, 6, H, W) in [0, 1] -> logits (N, K), the scaled cosines of their embeddings with K texts.
 
-    `dynamic_weights` explains several texts of an image from one forward pass. In explanation mode the norm of the embedding is
-    held, so that the contributions of a cosine sum to it; without `hold_norm` it is differentiated, as published.
+    `dynamic_weights` explains several texts per image from one forward pass.
+
+    With `hold_norm`, explanation mode holds the norm of the image's embedding, so that a cosine's
+    contributions sum to the cosine. Otherwise the norm is differentiated, as in the published code, and they
+    sum to 0.
     """
 
     logit_bias = 0.0
@@ -43,16 +51,15 @@ class ZeroShotNetwork(nn.Module):
 
     @property
     def mean(self) -> Tensor:
-        """(6,) the image whose contribution is zero."""
+        """(6,), subtracted from the channels: the image whose contributions are 0."""
         return self.tower.mean  # type: ignore[return-value]
 
     @property
     def std(self) -> Tensor:
-        """(6,) by which the channels are divided."""
+        """(6,), by which the channels are divided."""
         return self.tower.std  # type: ignore[return-value]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 6, H, W) in [0, 1] -> (N, K)."""
         return self.head(self.tower(images))
 
 
@@ -67,19 +74,20 @@ def zero_shot_classifier(
     batch_size: int = 256,
     cache: str | None = None,
 ) -> tuple[ZeroShotNetwork, ModelSpec]:
-    """The classifier of `names` that an image tower and a text tower make, in evaluation mode, and the spec for `save`.
+    """Returns the zero-shot classifier of the classes `names`, in evaluation mode, and its spec.
 
     Args:
         tower: the image tower, or its folder or URL.
-        spec: of the image tower.
-        text_tower: of the same space.
-        names: of the classes, in their order.
-        templates: as `templates_of` takes them.
-        scale: of the cosines.
-        batch_size, cache: as of `zero_shot_weights`.
+        spec: the image tower's; for a folder or URL, the spec there is used instead.
+        text_tower: the text tower of the same CLIP.
+        names: of the classes, in order.
+        templates: see `templates_of`.
+        scale: factor of the cosines.
+        batch_size, cache: see `zero_shot_weights`.
 
     Raises:
-        ModelError: towers of different widths, a scale that is no finite number above 0; see `zero_shot_weights`.
+        ModelError: the towers have different widths, or the scale is not finite and above 0; see
+            `zero_shot_weights`.
     """
     if not isinstance(tower, nn.Module):
         from pipelines.models.store import load
@@ -106,19 +114,23 @@ def zero_shot_weights(
     batch_size: int = 256,
     cache: str | None = None,
 ) -> Tensor:
-    """Text embeddings (K, D) float32 of norm 1 of K classes: the mean of each class's normalised prompt embeddings.
+    """Returns text embeddings (K, D) of K classes, float32, on the CPU, with rows of norm 1.
+
+    A class's embedding is the normalised mean of the normalised embeddings of its prompts, one prompt per
+    template.
 
     Args:
-        tower: of the texts.
-        names: of the classes, each once.
-        templates: as `templates_of` takes them.
-        batch_size: texts that are encoded at a time, which bounds the memory.
-        cache: folder for results, by text tower, names and templates; `None`: none is read or written.
+        tower: the text tower.
+        names: of the classes, all different.
+        templates: see `templates_of`.
+        batch_size: prompts per forward pass, which bounds the memory.
+        cache: folder in which results are kept, by text tower, names and templates; `None` keeps none.
 
     Raises:
-        ModelError: no name, an empty one, or one that is there twice; see `templates_of`.
+        ModelError: there is no name, an empty one, or the same one twice; see `templates_of`.
 
-    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021, section 3.1.4.
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021,
+        section 3.1.4.
     """
     patterns = templates_of(templates)
     check_names(names)
@@ -144,9 +156,10 @@ def zero_shot_weights(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ModelError unless there are names of classes, none of them empty and each there once.
+    """Raises ModelError if there are no class names, or one is empty or occurs twice.
 
-    open_clip's names of ImageNet are taken as they are published: two pairs of classes share a name (missile, sunglasses).
+    open_clip's names of ImageNet are accepted, although two pairs of classes share a name (missile,
+    sunglasses).
     """
     if not names:
         raise ModelError("no names of classes")
@@ -162,13 +175,14 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates with a place `{}` for the name of a class.
+    """Returns prompt templates, each with the placeholder `{}` for the name of a class.
 
     Args:
-        templates: `imagenet` (open_clip's 80), `simple` (its 7), `plain` (`a photo of a {}.`), or templates of one's own.
+        templates: `imagenet` (open_clip's 80), `simple` (open_clip's 7), `plain` (`a photo of a {}.`), or a
+            list of templates.
 
     Raises:
-        ModelError: an unknown name, no template, or one without a place for the name.
+        ModelError: the name is unknown, the list is empty, or a template has no placeholder.
     """
     if isinstance(templates, str):
         known = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
@@ -188,7 +202,7 @@ def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """open_clip's names of the 1000 classes of ImageNet, in the order of their WordNet ids."""
+    """Returns open_clip's names of ImageNet's 1000 classes, in the order of their WordNet ids."""
     return tuple(open_clip().IMAGENET_CLASSNAMES)
 
 

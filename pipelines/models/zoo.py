@@ -1,4 +1,8 @@
-"""`build(name, weights)`: networks of torchvision, timm and open_clip by name, CIFAR and X-DNN ResNets, SimpleViTs, ViT-Cs."""
+"""`build(name, weights)` makes an ordinary network by name, with random, published or local weights.
+
+Names are those of torchvision, timm and open_clip, and of this project's own networks (`OWN`): CIFAR ResNets,
+X-DNN ResNets, SimpleViTs and ViT-Cs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from pipelines.models.xdnn import XFIXUPS, XFixupResNet
 log = logging.getLogger(__name__)
 
 
-OWN: dict[str, Callable[..., nn.Module]] = {  # constructors of the networks that no library has
+OWN: dict[str, Callable[..., nn.Module]] = {  # constructors of this project's own networks
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{name: partial(simple_vit, name) for name in SIMPLE_VITS + VITCS},
     **{name: partial(XFixupResNet, depth) for name, depth in XFIXUPS.items()},
@@ -37,23 +41,31 @@ def build(
     sha256: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The network `name` with `weights`; it takes normalised images (N, 3, H, W) and gives logits (N, K), or embeddings (N, D).
+    """Builds a network: normalised images (N, 3, H, W) -> logits (N, K), or embeddings (N, D).
 
     Args:
-        name: `resnet20` (also `cifar_resnet20`; CIFAR: 8, 14, 20, 32, 44, 56, 110), `simple_vit_s` or `vitc_s` (sizes ti, s, b,
-            l), `xfixup_resnet50` (X-DNN: 18, 34, 50, 101, 152), a torchvision name, a timm name; `torchvision:name` and
-            `timm:name` say which library, where both have it torchvision's is taken. `open_clip:RN50` is the image tower of a
-            CLIP, whose output is an embedding; also `open_clip:FILE.json`, see `clip.clip_config`.
-        weights: `none` for random ones, a tag of the library (torchvision: `IMAGENET1K_V2`, `DEFAULT`; timm: `pretrained` or the
-            tag after the dot; open_clip: `openai`), or a local file (which a tag of the same name never hides) or URL.
-        num_classes: K; where the weights' head has another number, it is replaced by a new one, and the log says so. By
-            default the weights' own, or the library's default. An image tower has no classes.
-        sha256: of the weights file, checked before it is read.
-        options: further keyword arguments of the architecture's constructor; of an image tower, see `clip.build_image_tower`.
+        name: one of the following. If torchvision and timm both have a name, torchvision's network is built.
+
+            - `resnet20` or `cifar_resnet20`: CIFAR ResNets of depth 8, 14, 20, 32, 44, 56, 110
+            - `xfixup_resnet50`: X-DNN ResNets of depth 18, 34, 50, 101, 152
+            - `simple_vit_s`, `vitc_s`: in sizes ti, s, b, l
+            - a name of torchvision or timm; `torchvision:NAME` and `timm:NAME` say which
+            - `open_clip:RN50`, `open_clip:FILE.json`: the image tower of a CLIP, see `clip.clip_config`
+        weights: `none` (random), a tag of the library, or a local file or URL. Tags are torchvision's
+            (`IMAGENET1K_V2`, `DEFAULT`), timm's (`pretrained`, or the tag after the dot) or open_clip's
+            (`openai`). A local file takes precedence over a tag of the same name.
+        num_classes: K. If the classifier of the weights has another number of classes, a new one with random
+            weights replaces it, and the log says so. By default K is the weights' own or the library's
+            default. An image tower takes no `num_classes`.
+        sha256: digest that the weights file must have, checked before the file is read.
+        options: further arguments of the network's constructor; for an image tower, see
+            `clip.build_image_tower`.
 
     Raises:
-        ModelError: an unknown name (the nearest ones are given), or options that the architecture does not take.
-        WeightsError: a weights file that is missing, altered, unsafe or of another network; an unknown tag.
+        ModelError: the name is unknown (the message gives the nearest ones), or the network does not take the
+            options.
+        WeightsError: the weights file is missing, altered, unsafe, or of another network, or the tag is
+            unknown.
     """
     library, plain = library_of(name)
     of_file = weights != "none" and names_a_file(weights)
@@ -100,7 +112,7 @@ def _from_file(
 def _constructors(
     library: str, plain: str, options: dict[str, Any]
 ) -> tuple[Constructor, Callable[[str], nn.Module]]:
-    """A function that makes the network with a number of classes, and one that makes it with a library's weights."""
+    """Functions that make the network with random weights for K classes, and with the weights of a tag."""
 
     def by_classes(make: Callable[..., nn.Module]) -> Constructor:
         return lambda classes: make(**({} if classes is None else {"num_classes": classes}), **options)
@@ -120,7 +132,11 @@ def _constructors(
 
 
 def library_of(name: str) -> tuple[Literal["own", "torchvision", "timm", "open_clip"], str]:
-    """The library that has the network `name`, and its name there; raises ModelError with the nearest names."""
+    """Returns the library that has the network `name`, and its name there.
+
+    Raises:
+        ModelError: no library has it; the message gives the nearest names.
+    """
     if name.startswith(clip.PREFIX):
         plain = name.removeprefix(clip.PREFIX)
         if plain != clip.CUSTOM:
@@ -147,19 +163,19 @@ def _no_tags(tag: str) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Names and modules of the linear layers, the last of which is the classifier."""
+    """Names and modules of the linear layers; the last one is taken to be the classifier."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _classes_of(state: StateDict, like: nn.Module) -> int | None:
-    """The number of classes that `state` was trained for, from the shape of its classifier."""
+    """K, from the shape in `state` of the classifier of `like`; `None` if `like` or `state` lacks it."""
     heads = _linear_layers(like)
     weight = state.get(f"{heads[-1][0]}.weight") if heads else None
     return None if weight is None else len(weight)
 
 
 def _with_head(model: nn.Module, num_classes: int | None, weights: str) -> nn.Module:
-    """`model` with a classifier of `num_classes`: its own, or a new one if that has another number."""
+    """`model` with its own classifier if that has `num_classes` classes, otherwise with a new random one."""
     if num_classes is None:
         return model
     heads = _linear_layers(model)

@@ -1,4 +1,4 @@
-"""A sample of docs/architectures.md at small size: the command that writes it measures what it says."""
+"""The command that writes docs/architectures.md, on a sample of its networks at small size."""
 
 import dataclasses
 

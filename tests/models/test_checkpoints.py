@@ -1,4 +1,4 @@
-"""Weights files as training scripts write them: read by their content, nothing of them is run, and what is wrong is said."""
+"""Weights files as training scripts write them: read by content, without running code."""
 
 import argparse
 import collections

@@ -39,7 +39,7 @@ SIZE = 64
 
 @pytest.fixture
 def config(tmp_path):
-    """A config file of one's own with a small tower of timm's."""
+    """A config file in open_clip's format, with a small timm network as the image tower's trunk."""
     path = tmp_path / "my.json"
     path.write_text(json.dumps(CONFIG))
     return str(path)
@@ -287,7 +287,7 @@ def test_an_image_tower_is_a_model_like_others(tmp_path, kind, vision):
     spec = ModelSpec(f"open_clip:{config}", (), SIZE, kind, task="embedding")
     model, images = assemble(spec).eval(), torch.rand(2, 6, SIZE, SIZE)
     models.save(tmp_path / "tower", model, spec)
-    config.unlink()  # the model loads where its config is not
+    config.unlink()  # the model loads without its config file
     loaded, read = models.load(tmp_path / "tower")
     assert torch.equal(loaded(images), model(images))
     assert loaded(images).shape == (2, 16)
@@ -297,7 +297,7 @@ def test_an_image_tower_is_a_model_like_others(tmp_path, kind, vision):
 
 def test_conversion_preserves_the_embeddings_of_a_tower_of_timms(config):
     tower = build(f"open_clip:{config}")
-    tower(torch.rand(8, 3, SIZE, SIZE))  # statistics of a batch
+    tower(torch.rand(8, 3, SIZE, SIZE))  # moves the running statistics
     spec = ModelSpec(
         f"open_clip:{config}",
         (),
@@ -344,8 +344,8 @@ def test_texts_are_encoded_in_order_whatever_the_batch(text):
 
 
 def test_a_long_text_is_cut_and_the_log_says_so_once(text, caplog, monkeypatch):
-    monkeypatch.setattr(clip, "_told_of_length", set())
-    exact = " ".join(["dog"] * 10)  # with start and end as long as the context
+    monkeypatch.setattr(clip.text_tower, "_told_of_length", set())
+    exact = " ".join(["dog"] * 10)  # with start and end tokens, as long as the context
     text.tokens([exact])
     assert not caplog.messages
     tokens = text.tokens(["a dog", f"{exact} dog dog", exact])

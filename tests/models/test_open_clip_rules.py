@@ -1,4 +1,4 @@
-"""open_clip's image towers, shrunk: `convert` preserves the embedding, and W(x) is the Jacobian with the factors frozen."""
+"""open_clip's image towers, shrunk: `convert` keeps embeddings; W(x) is the Jacobian at fixed factors."""
 
 import copy
 import pickle
@@ -70,14 +70,12 @@ TOWERS = {
         "timm_proj": "none",
     },
 }
-WIDTHS = {
-    "ViT parallel": 24,
-    "ViT cascade": 24,
-}  # open_clip's code for these takes no other embedding than of the tokens' width
+# open_clip's code for these needs an embedding as wide as the tokens
+WIDTHS = {"ViT parallel": 24, "ViT cascade": 24}
 
 
 def tower(name, **changes):
-    """The tower with drawn weights, of 16 features."""
+    """The tower with random weights and embeddings of 16 features."""
     torch.manual_seed(0)
     config = {**TOWERS[name], **changes}
     return shake(open_clip.model._build_vision_tower(WIDTHS.get(name, 16), config, quick_gelu=name == "ViT"))
@@ -127,7 +125,7 @@ def test_a_tower_has_no_logit_bias_and_no_classifier(name):
         bcosify(tower(name), gap_reorder=True)
 
 
-# The projection -------------------------------------------------------------------------------------------------------
+# The projection ---------------------------------------------------------------------------------------------
 
 PROJECTIONS = {
     "RN": "attnpool.c_proj",
@@ -180,7 +178,7 @@ def test_a_frozen_tower_stays_frozen():
     assert not any(parameter.requires_grad for parameter in bcosify(source).parameters())
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# Parts ------------------------------------------------------------------------------------------------------
 
 
 def test_the_attention_pool_keeps_the_names_of_the_original_and_q_k_v_stay_linear():
@@ -234,9 +232,8 @@ def test_a_resnet_without_position_embedding_takes_images_of_any_size():
 
 def test_scaled_cosine_attention_compares_directions():
     torch.manual_seed(0)
-    source = shake(
-        Attention(24, 3, scaled_cosine=True)
-    )  # open_clip's own forward fails: its `bmm` takes no heads
+    # the reference is written out here, because open_clip's own forward fails: its `bmm` takes no heads
+    source = shake(Attention(24, 3, scaled_cosine=True))
     x = torch.randn(2, 7, 24)
     q, k, v = (
         F.linear(x, source.in_proj_weight, source.in_proj_bias).view(2, 7, 3, 3, 8).permute(2, 0, 3, 1, 4)

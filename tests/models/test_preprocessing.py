@@ -1,4 +1,4 @@
-"""Preprocessing belongs to the weights: their publisher's numbers are taken, and what differs from them is said."""
+"""Preprocessing comes from the publisher of the weights; the log says if the user's differs."""
 
 import json
 import logging
@@ -28,7 +28,8 @@ def test_timms_weights_have_the_numbers_of_their_config(name, tag, registered):
     config, known = timm.get_pretrained_cfg(registered), preprocessing_of(name, tag)
     assert (known.mean, known.std) == (config.mean, config.std)
     assert known.view == {
-        "image_size": config.input_size[-1], "crop_pct": config.crop_pct, "interpolation": config.interpolation
+        "image_size": config.input_size[-1],
+        "crop_pct": config.crop_pct, "interpolation": config.interpolation
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Published checkpoints: every key of theirs finds its place, and the network computes what its formulas say.
+"""Published checkpoints: every key finds its place, and the network computes the papers' formulas.
 
-The files themselves are large and elsewhere. `Weights` draws tensors of their names and shapes while a reference, written
-from the papers' formulas on these names alone, computes the logits; what the project makes of the same tensors must agree.
+The files themselves are too large for tests. Instead, a reference computes the logits by the papers' formulas
+from tensors with the published names and shapes, which `Weights` draws when the reference first asks for
+them. The project's model with the same tensors must give the same logits.
 """
 
 import math
@@ -23,14 +24,14 @@ MEAN, STD = [0.485, 0.456, 0.406, 0.515, 0.544, 0.594], [0.229, 0.224, 0.225] * 
 
 
 class Weights(dict):
-    """A state dict that draws what it is asked for; `bcosified` as published by B-cosification, or else by B-cos-v2."""
+    """A state dict that draws tensors on demand, for B-cosification (`bcosified`) or B-cos-v2."""
 
     def __init__(self, bcosified, prefix=""):
         super().__init__()
         self.bcosified, self.prefix = bcosified, prefix
 
     def draw(self, name, *shape, low=None):
-        """The tensor of this name, as float64; at first use, normal with rows of about norm 1, or uniform in [low, 2]."""
+        """The tensor `name` in float64, drawn at first use: normal (norm of rows ≈ 1), or from [low, 2]."""
         key = self.prefix + name
         if key not in self:
             self[key] = (
@@ -41,7 +42,7 @@ class Weights(dict):
         return self[key].double()
 
     def bcos(self, name, x, units, kernel=1, stride=1, padding=0, groups=1):
-        """|w·x|·(w·x)/‖x‖ for each patch; w of norm 1 where trained from scratch."""
+        """|w·x|·(w·x)/‖x‖ for each patch; w of norm 1 for B-cos-v2."""
         weight = self.draw(f"{name}.linear.weight", units, x.shape[1] // groups, kernel, kernel)
         if not self.bcosified:
             weight = weight / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
@@ -57,7 +58,7 @@ class Weights(dict):
         return out * out.abs() / (x.square().sum(-1, keepdim=True).sqrt() + 1e-12)
 
     def batch_norm(self, name, x):
-        """γ·x/σ, with the batch's own variance as the running one; its running mean is of no account."""
+        """γ·x/σ, with the running variance set to the batch's; the running mean is not used."""
         self.draw(f"{name}.running_mean", x.shape[1])
         self[f"{self.prefix}{name}.num_batches_tracked"] = torch.tensor(7)
         self[f"{self.prefix}{name}.running_var"] = x.var((0, 2, 3), correction=0).float()
@@ -112,7 +113,7 @@ def resnet(weights, images, depths, bottleneck, groups=1, width=64):
 
 
 def densenet(weights, images, depths, growth, channels):
-    parts = ["conv0", "norm0", "relu0", "pool0"]  # of `features`, which B-cosification counts
+    parts = ["conv0", "norm0", "relu0", "pool0"]  # children of `features`; B-cosification's keys have indices
     for stage in range(4):
         parts += [f"denseblock{stage + 1}", f"transition{stage + 1}" if stage < 3 else "norm5"]
 
@@ -228,7 +229,7 @@ VITS = {
 
 
 def published(name, images):
-    """A state dict of the published names and shapes, and the logits (N, 1000) that it means."""
+    """A state dict with the published names and shapes, and the logits (N, 1000) of its network."""
     publication, architecture = name.split(":")
     prefix = "model.model." if publication == "b-cosification" else "0." if architecture in VITS else ""
     weights = Weights(publication == "b-cosification", prefix)
@@ -242,7 +243,7 @@ FAMILIES = ((resnet, RESNETS), (densenet, DENSENETS), (convnext, CONVNEXTS), (vi
 
 @pytest.fixture(scope="module")
 def resnet18(tmp_path_factory):
-    """A file like the one of B-cos-v2."""
+    """A file like B-cos-v2's ResNet-18."""
     path = tmp_path_factory.mktemp("published") / "resnet_18-68b4160fff.pth"
     with torch.no_grad():
         torch.save(published("b-cos-v2:resnet18", torch.rand(2, 6, 64, 64).double())[0], path)
@@ -297,7 +298,7 @@ def test_the_ordinary_vits_of_bcos_v2_have_the_names_of_this_projects(architectu
     ordinary = {}
     for key, value in state.items():
         name = key.removeprefix("model.model.").removesuffix(".weight")
-        layer = name.removesuffix(".linear")  # the plain one in a B-cos layer
+        layer = name.removesuffix(".linear")  # the ordinary layer in a B-cos layer
         ordinary[f"{layer}.weight"] = value.shape
         if not layer.endswith(("to_qkv", "to_out")):
             ordinary[f"{layer}.bias"] = value.shape[:1]

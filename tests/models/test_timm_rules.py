@@ -1,4 +1,4 @@
-"""Each of timm's families, shrunk: `convert` preserves the function, and W(x) is the Jacobian with the factors frozen."""
+"""timm's families, shrunk: `convert` keeps the function; W(x) is the Jacobian with factors frozen."""
 
 import copy
 import pickle
@@ -94,7 +94,7 @@ CAFORMER = {
 }
 MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 24, "num_classes": 10}
 
-BUILT = {  # whose factories fix what is too large for a test
+BUILT = {  # networks whose factories fix sizes that are too large for a test
     "efficientnet": lambda: efficientnet._gen_efficientnet("efficientnet_b0", 0.25, 0.1, num_classes=10),
     "tf_efficientnet": lambda: efficientnet._gen_efficientnet(
         "efficientnet_b0", 0.25, 0.1, num_classes=10, pad_type="same"

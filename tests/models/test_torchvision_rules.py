@@ -1,4 +1,4 @@
-"""torchvision's families, a small member of each: the conversion preserves the function, W(x) is right, nothing is missed."""
+"""torchvision's families, shrunk: `convert` preserves the function, W(x) is right, no layer is missed."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""SimpleViT and ViT-C: what they compute, on any grid, and that they convert like every other network."""
+"""SimpleViT and ViT-C: their function on any grid, and their conversion."""
 
 import math
 

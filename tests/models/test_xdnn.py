@@ -1,4 +1,4 @@
-"""X-DNN ResNets: homogeneous, so that input × gradient is integrated gradients; trainable at any depth, without norms."""
+"""X-DNN ResNets: input × gradient equals integrated gradients; they train at any depth."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def _few_threads():
 
 
 def small(name, options=SMALL, *, initial=False):
-    """A small network with five classes; where not `initial`, what starts at 0 is random instead."""
+    """A small network with five classes; unless `initial`, weights that start at 0 are random instead."""
     torch.manual_seed(0)
     network = build(name, num_classes=5, options=options)
     return network if initial else shake(network)
@@ -51,7 +51,7 @@ def model_of(name, options):
     ).eval()
 
 
-# What they compute -----------------------------------------------------------------------------------------------------
+# Function ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", XFIXUPS)
@@ -83,7 +83,7 @@ def test_input_x_gradient_is_integrated_gradients_and_sums_to_the_logit(name, op
         torch.tensor([0, 1, 2, 4]),
     )
     maps = attribute(model, images, targets, method="input_x_gradient")
-    # In float64: in float32 rounding takes a few ReLUs of deep networks across their kink, which can change a map by some 1e-3.
+    # In float32, rounding takes a few ReLUs of deep networks across 0, which changes a map by about 1e-3.
     assert relative(maps, attribute(model, images, targets, method="integrated_gradients", steps=8)) <= 1e-7
     model, images = model.float(), images.float()
     logits = model(images).detach().gather(1, targets[:, None])[:, 0]
@@ -105,7 +105,7 @@ def test_a_network_with_norms_and_biases_has_neither_property():
     assert relative(maps.sum((1, 2)), model(images).detach().gather(1, targets[:, None])[:, 0]) > 0.05
 
 
-# How they start and train ----------------------------------------------------------------------------------------------
+# Initialisation and training --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["xfixup_resnet18", "xfixup_resnet50"])
@@ -143,7 +143,7 @@ def test_the_other_convolutions_of_a_branch_are_scaled_with_the_number_of_branch
 
 def test_activations_stay_bounded_at_any_depth_from_the_first_steps_on():
     def trained(network, steps=4):
-        """Second moments of the last features before and after, and how far the logits came."""
+        """Second moments of the last features before and after training, and the largest |logit| after it."""
         torch.manual_seed(1)
         images, targets = torch.randn(10, 3, 16, 16), torch.arange(10) % 5
         features = []
@@ -199,7 +199,7 @@ def test_a_loss_on_the_map_reaches_every_parameter():
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
-# Weights and bad input -------------------------------------------------------------------------------------------------
+# Weights and bad input --------------------------------------------------------------------------------------
 
 
 def test_a_file_as_the_published_trainer_writes_it_loads(tmp_path, monkeypatch, caplog):
@@ -253,7 +253,7 @@ def test_what_does_not_exist_is_said_in_one_line(name, arguments, error, told):
     assert "\n" not in str(raised.value)
 
 
-# Conversion ------------------------------------------------------------------------------------------------------------
+# Conversion -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), NETWORKS)

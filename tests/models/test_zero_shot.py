@@ -46,7 +46,7 @@ def tower():
 
 @pytest.fixture
 def sizes(text):
-    """The numbers of texts that the text tower has encoded at a time."""
+    """The number of texts in each forward pass of the text tower."""
     sizes = []
     handle = text.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     yield sizes

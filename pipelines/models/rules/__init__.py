@@ -1,4 +1,8 @@
-"""Conversion rules for the block types of torchvision and timm; importing this registers them."""
+"""Conversion rules for the module types of torchvision, timm and open_clip.
+
+Importing this package registers those of torchvision and timm. `pipelines.bcos.convert` imports `open_clip`
+when it converts a module of open_clip.
+"""
 
 import warnings
 
@@ -9,7 +13,7 @@ from pipelines.models.rules import torchvision as _torchvision
 
 if TorchVersion(timm_version) >= "1.0.31":
     from pipelines.models.rules import timm as _timm
-else:  # its module types come and go from version to version
+else:  # timm's module types change between versions
     warnings.warn(
         f"networks of timm {timm_version} do not convert: the rules here are for 1.0.31 or newer",
         stacklevel=2,

@@ -1,8 +1,10 @@
-"""Conversion rules for open_clip's image towers (`ModifiedResNet`, `VisionTransformer`, `TimmModel`) and their blocks.
+"""Conversion rules for open_clip's image towers (`ModifiedResNet`, `VisionTransformer`, `TimmModel`).
 
-Convolutions, feed-forward layers and the output projections of attention become B-cos layers. The projections to q, k and v stay
-linear, and so does the last layer of a tower, see `EmbeddingTower`. Layouts in names: N images, L tokens, C features, H heads,
-D features of a head.
+Convolutions, feed-forward layers and the output projections of attention become B-cos layers. The projections
+to q, k and v stay linear, and so does the last layer of a tower (see `EmbeddingTower`).
+
+N images, L tokens, C features of a token, H heads, D features of a head, h × w places of a feature map. In
+the shapes of towers: H × W pixels, D features of an embedding.
 """
 
 from __future__ import annotations
@@ -36,22 +38,20 @@ from pipelines.bcos.network import EmbeddingTower
 from pipelines.bcos.norms import BcosLayerNorm
 from pipelines.bcos.precision import widened
 
-# Layers and blocks ----------------------------------------------------------------------------------------------------
+# Layers and blocks ------------------------------------------------------------------------------------------
 
 
 class HeldLayerNorm(BcosLayerNorm):
-    """LayerNorm whose result has the type of its input, under autocast too."""
+    """LayerNorm whose output has the dtype of its input, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> the same."""
         return super().forward(x).to(x.dtype)
 
 
 class HeldLayerNormFp32(BcosLayerNorm):
-    """LayerNorm in float32 at least, whose result has the type of its input."""
+    """LayerNorm computed in float32 at least, whose output has the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> the same."""
         return super().forward(widened(x)).to(x.dtype)
 
 
@@ -63,11 +63,11 @@ register_conversion(
     Bottleneck, Transformer, CustomTransformer, ResidualAttentionBlock, CustomResidualAttentionBlock
 )(convert_children)
 
-# Attention ------------------------------------------------------------------------------------------------------------
+# Attention --------------------------------------------------------------------------------------------------
 
 
 class HeldAttention(Holdable, Attention):
-    """open_clip's attention with its options, whose matrix can be held."""
+    """open_clip's attention with all its options; the attention matrix can be held."""
 
     num_heads: int
     logit_scale_max: float
@@ -83,7 +83,7 @@ class HeldAttention(Holdable, Attention):
     out_drop: nn.Module
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(N, L, C) -> the same; a mask is float, added to the logits (N, H, L, L)."""
+        """(N, L, C) -> (N, L, C); a float `attn_mask` is added to the attention logits (N, H, L, L)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, L, D) each
         scale = None
@@ -105,15 +105,17 @@ def _attention(module: Attention, conversion: Conversion) -> nn.Module:
 
 @register_conversion(AttentionalPooler)
 def _attentional_pooler(module: AttentionalPooler, conversion: Conversion) -> nn.Module:
-    """The queries are learned: they do not depend on the image, and their norm stays ordinary."""
+    # the queries are learned and do not depend on the image, so their norm stays ordinary
     return conversion.children(module, ["attn", "ln_k"])
 
 
 class HeldAttentionPool2d(Holdable, AttentionPool2d):
-    """open_clip's attention pool, whose matrix can be held.
+    """open_clip's attention pool; the attention matrix can be held.
 
-    Of the tokens, only the first, the mean of all places, is ever used as a query. With a single query, W_k is applied to the
-    query and W_v to the mixed tokens, not to each token: q·(W_k x) = (W_kᵀ q)·x, and Σ_l a_l (W_v x_l) = W_v Σ_l a_l x_l.
+    Its only query q comes from the first token, the mean of all places. Therefore W_k is applied to q, and
+    W_v to the weighted mean of the tokens x_l, instead of to each token:
+
+        q·(W_k x_l) = (W_kᵀ q)·x_l,   Σ_l a_l (W_v x_l) = W_v Σ_l a_l x_l
     """
 
     num_heads: int
@@ -131,9 +133,8 @@ class HeldAttentionPool2d(Holdable, AttentionPool2d):
             logits_NHL = torch.einsum(
                 "nhd,hdc->nhc", q_NHD, self._of_heads(self.k_proj.weight)
             ) @ tokens_NLC.transpose(1, 2)
-            if (
-                self.k_proj.bias is not None
-            ):  # the same for all tokens: changes nothing, but gives the bias its gradient of 0
+            if self.k_proj.bias is not None:
+                # equal for all tokens, so the softmax ignores it; the bias still gets a gradient (of 0)
                 logits_NHL = logits_NHL + (q_NHD * self._of_heads(self.k_proj.bias)).sum(-1, keepdim=True)
             matrix_NHL = (logits_NHL * q_NHD.shape[-1] ** -0.5).softmax(-1)
         mixed_NHC = self.hold(matrix_NHL) @ tokens_NLC
@@ -141,21 +142,21 @@ class HeldAttentionPool2d(Holdable, AttentionPool2d):
         return self.c_proj(values if self.v_proj.bias is None else values + self.v_proj.bias)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, 1 + h·w, C): the mean of all places, then each place, plus their position embeddings."""
+        """(N, C, h, w) -> (N, 1 + h·w, C): mean of all places, then each place, plus position embeddings."""
         places_NLC = features.flatten(2).transpose(1, 2)
         tokens_NLC = torch.cat([places_NLC.mean(1, keepdim=True), places_NLC], 1)
-        if "positional_embedding" not in self._parameters:  # removed: images of any size can be pooled
+        if "positional_embedding" not in self._parameters:  # removed by `bcosify`: takes maps of any size
             return tokens_NLC
         return tokens_NLC + self.positional_embedding.to(tokens_NLC.dtype)
 
     def _of_heads(self, projected: Tensor, dim: int = 0) -> Tensor:
-        """`projected`, whose axis `dim` has C rows, with two axes instead: heads, and features of a head."""
+        """Splits axis `dim`, of H·D features, into two axes (H, D)."""
         return projected.unflatten(dim, (self.num_heads, -1))
 
 
 register_conversion(AttentionPool2d)(recast_to(HeldAttentionPool2d))
 
-# Towers ---------------------------------------------------------------------------------------------------------------
+# Towers -----------------------------------------------------------------------------------------------------
 
 
 class ResNetTower(EmbeddingTower, ModifiedResNet):
@@ -170,13 +171,13 @@ def _modified_resnet(module: ModifiedResNet, conversion: Conversion) -> nn.Modul
 
 
 class TransformerTower(EmbeddingTower, VisionTransformer):
-    """CLIP's vision transformer: (N, 6, H, W) -> (N, D). `proj` is a linear layer, of a matrix of the original."""
+    """CLIP's vision transformer: (N, 6, H, W) -> (N, D); the matrix `proj` becomes a linear layer."""
 
     transformer: nn.Module
     proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 6, H, W) -> (N, D), also where open_clip's own attentional pools give (N, 1, D)."""
+        """(N, 6, H, W) -> (N, D); an attentional pool with one query gives (N, 1, C), which is squeezed."""
         pooled, _ = self._pool(self.transformer(self._embeds(x)))  # type: ignore[operator]
         return self.proj(pooled if pooled.ndim == 2 else pooled.squeeze(1))
 
@@ -187,8 +188,8 @@ def _vision_transformer(module: VisionTransformer, conversion: Conversion) -> nn
         module.pool_type == "none" and getattr(module, "attn_pool_contrastive", None) is None
     ):
         raise ConversionError(
-            f"the tower at {conversion.path or 'the top'!r} gives tokens, not an embedding for each image: build it with "
-            "output_tokens=False and a pool_type of 'tok' or 'avg'"
+            f"the tower at {conversion.path or 'the top'!r} gives tokens, not an embedding for each image: "
+            "build it with output_tokens=False and a pool_type of 'tok' or 'avg'"
         )
     tower: Any = conversion.recast(conversion.children(module), TransformerTower)
     matrix = tower.proj
@@ -204,7 +205,7 @@ def _vision_transformer(module: VisionTransformer, conversion: Conversion) -> nn
 
 
 class TimmTower(EmbeddingTower, TimmModel):
-    """A network of timm and a head: (N, 6, H, W) -> (N, D)."""
+    """A timm network (`trunk`) and a head: (N, 6, H, W) -> (N, D)."""
 
 
 @register_conversion(TimmModel)
@@ -218,7 +219,7 @@ def _timm_model(module: TimmModel, conversion: Conversion) -> nn.Module:
 
 
 def _projection_of(tower: TimmModel) -> str | None:
-    """Name of the last linear layer: of the head or, where the head has none, of the trunk's classifier, if it has one."""
+    """Name of the last linear layer: in the head, or else the trunk's classifier; `None` if there is none."""
     for name in ("head.proj", "head.mlp.fc2"):
         if name in dict(tower.named_modules()):
             return name

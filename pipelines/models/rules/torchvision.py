@@ -1,7 +1,10 @@
-"""Conversion rules for torchvision's block types whose forward passes are not modules alone, and for the CIFAR ResNets.
+"""Conversion rules for torchvision's module types, and for the shortcut of the CIFAR ResNets.
 
-What computes a factor alone (the fully connected layers of a squeeze-excitation, the projections to q and k, the network of Swin
-v2's position biases) stays as it is: nothing of the image flows through it linearly, so it has no row in W(x).
+Only types whose forward pass does more than call children need a rule. Layers that only compute a factor stay
+as they are: the fully connected layers of a squeeze-excitation, the projections to q and k, the network of
+Swin v2's position biases. W(x) takes factors as constants, so these layers have no part in it.
+
+N images, C channels, H × W places of a map or image.
 """
 
 from __future__ import annotations
@@ -26,19 +29,19 @@ register_conversion(
     PadShortcut, torchvision.ops.Permute, torchvision.ops.StochasticDepth,
     maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
 )(keep)  # fmt: skip
-# Their own parameters are linear: a layer scale multiplies; a class token and position embeddings are constants.
+# Linear in their children's outputs: a layer scale multiplies, class token and position embeddings are added.
 register_conversion(convnext.CNBlock, vision_transformer.VisionTransformer, vision_transformer.Encoder)(
     convert_children
 )
 
 
-# Networks whose pools and activations are functions: here they are modules, under the names of the originals -----------
+# Networks whose pools and activations are functions: here they are modules ----------------------------------
 
 
 def _in_order(
     module: nn.Module, conversion: Conversion, *steps: str | tuple[str, nn.Module]
 ) -> nn.Sequential:
-    """The network as a sequence: children by name, converted, and what stands in for functions, with a name each."""
+    """A sequence of `steps`: names of children, which are converted, or pairs (name, new module)."""
     sequence = nn.Sequential()
     for step in steps:
         name, part = (step, conversion.child(getattr(module, step), step)) if isinstance(step, str) else step
@@ -77,14 +80,16 @@ def _basic_conv(module: nn.Module, conversion: Conversion) -> nn.Module:
     return _in_order(module, conversion, "conv", "bn", ("relu", nn.ReLU(inplace=True)))
 
 
-# GoogLeNet and Inception: one output, six channels ---------------------------------------------------------------------
+# GoogLeNet and Inception: one output, six input channels ----------------------------------------------------
 
 
 class _SixChannels(nn.Module):
-    """Changes the normalisation of z and of -z alike, as the originals change that of z in their `_transform_input`.
+    """Changes the normalisation of z and -z, as `_transform_input` changes that of z in the original.
 
-    Its shift is a constant that no pixel carries. `transform_input = False` on the original, and a mean and deviation of 0.5 in
-    the conversion, are the same without.
+    z is the normalised RGB image; a B-cos network sees both.
+
+    The shift is a constant that no pixel carries. `transform_input = False` in the original and mean and std
+    of 0.5 in the conversion give the same function without it.
     """
 
     transform_input: bool
@@ -109,23 +114,21 @@ class _Inception3(_SixChannels, torchvision.models.Inception3):
 
 @register_conversion(torchvision.models.GoogLeNet)
 def _googlenet(module: torchvision.models.GoogLeNet, conversion: Conversion) -> nn.Module:
-    """Its auxiliary classifiers served its own training; a network here has one output."""
-    module.aux_logits, module.aux1, module.aux2 = False, None, None
+    module.aux_logits, module.aux1, module.aux2 = False, None, None  # models here have one output
     return conversion.recast(conversion.children(module), _GoogLeNet)
 
 
 @register_conversion(torchvision.models.Inception3)
 def _inception(module: torchvision.models.Inception3, conversion: Conversion) -> nn.Module:
-    """As GoogLeNet."""
     module.aux_logits, module.AuxLogits = False, None
     return conversion.recast(conversion.children(module), _Inception3)
 
 
-# Factors ---------------------------------------------------------------------------------------------------------------
+# Squeeze-excitation and LayerNorm ---------------------------------------------------------------------------
 
 
 class _GlobalMean(nn.Module):
-    """The pool of a squeeze-excitation, which is no global pool of the network."""
+    """Pool of a squeeze-excitation; its type tells `gap_reorder` that it is not the network's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)
@@ -147,23 +150,26 @@ def _layer_norm_2d(module: convnext.LayerNorm2d, conversion: Conversion) -> nn.M
     return conversion.recast(conversion.by_rule_of(nn.LayerNorm, module), BcosLayerNorm2d)
 
 
-# Attention in windows --------------------------------------------------------------------------------------------------
+# Attention in windows ---------------------------------------------------------------------------------------
 
 
 def _to_windows(x_NHWC: Tensor, size: list[int]) -> Tensor:
-    """(N, H, W, C) -> (N·windows, places of a window, C)."""
+    """(N, H, W, C) -> (N·windows, places per window, C)."""
     x = x_NHWC.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def _from_windows(windows: Tensor, size: list[int], height: int, width: int) -> Tensor:
-    """The inverse of `_to_windows`: -> (N, height, width, C)."""
+    """Inverse of `_to_windows`: (N·windows, places per window, C) -> (N, height, width, C)."""
     x = windows.unflatten(1, size).unflatten(0, (-1, height // size[0], width // size[1]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _across_the_edge(x_NHWC: Tensor, size: list[int], shift: list[int]) -> Tensor:
-    """-100 between places that a cyclic shift brought into one window from opposite edges, else 0: (windows, places, places)."""
+    """Attention bias (windows, places, places): -100 between places from opposite edges of the map.
+
+    The cyclic shift brings such places into one window. All other pairs have bias 0.
+    """
     regions = []
     for axis in (0, 1):
         length = x_NHWC.shape[1 + axis]
@@ -175,7 +181,7 @@ def _across_the_edge(x_NHWC: Tensor, size: list[int], shift: list[int]) -> Tenso
 
 
 class _ShiftedWindows(Holdable):
-    """Swin's attention: the forward pass of both versions, with the attention matrix held."""
+    """Attention of Swin v1 and v2 in shifted windows, with the attention matrix held."""
 
     window_size: list[int]
     shift_size: list[int]
@@ -184,10 +190,10 @@ class _ShiftedWindows(Holdable):
     dropout: float
     qkv: nn.Linear
     proj: nn.Module
-    logit_scale: Tensor | None  # of v2, which compares directions
+    logit_scale: Tensor | None  # for v2, whose attention logits are scaled cosines
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
+        """(N, H, W, C) -> (N, H, W, C)."""
         height, width = x.shape[1:3]
         size = self.window_size
         x = F.pad(x, (0, 0, 0, -width % size[1], 0, -height % size[0]))
@@ -210,9 +216,9 @@ class _ShiftedWindows(Holdable):
         return x[:, :height, :width].contiguous()
 
     def _attention(self, windows: Tensor, bias: Tensor) -> Tensor:
-        """(windows, places, C) -> the same, before the projection."""
+        """(windows, places, C) -> (windows, places, C), before the output projection."""
         qkv_bias, scale = self.qkv.bias, None
-        if self.logit_scale is not None and qkv_bias is not None:  # v2 has no bias of k
+        if self.logit_scale is not None and qkv_bias is not None:  # v2 sets the bias of k to 0
             q_bias, k_bias, v_bias = qkv_bias.chunk(3)
             qkv_bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])  # type: ignore[assignment]
         qkv = F.linear(windows, self.qkv.weight, qkv_bias)
@@ -244,14 +250,14 @@ def _shifted_windows(module: swin_transformer.ShiftedWindowAttention, conversion
 
 
 class _RelativeAttention(Holdable, maxvit.RelativePositionalMultiHeadAttention):
-    """MaxViT's attention, with its matrix held."""
+    """MaxViT's attention, with the attention matrix held."""
 
     to_qkv: nn.Linear
     merge: nn.Module
     scale_factor: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, groups, places, C) -> the same."""
+        """(N, groups, places, C) -> (N, groups, places, C)."""
         q, k, v = (
             self.to_qkv(x.flatten(0, 1))
             .unflatten(-1, (3, self.n_heads, self.head_dim))
