@@ -1,11 +1,11 @@
-"""README and the pages in docs/: links, names and commands in them are real, and the examples of docs/adding.md run."""
+"""README and the pages in docs/: links, names and commands are real, and the examples of docs/adding.md run."""
 
 import ast
 import importlib
 import re
 import shlex
 import subprocess
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from stages.tools import explain_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+GENERATED = {"architectures.md", "params.md"}
 COMING = {"docs/params.md", "docs/images/front.png"}  # made by commands that are not merged yet
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PLACEHOLDER = re.compile(r"NAME|STAGE|<\w+>|confident|leaves")  # names of what a reader adds
@@ -46,7 +47,7 @@ def prose_of(page: Path) -> str:
 
 @cache
 def commands_of(page: Path) -> list[list[str]]:
-    """The shell commands of a page's indented blocks, split into words; those that leave something out (`...`) are not among them."""
+    """The shell commands of a page's indented blocks, split into words, except those that have a `...`."""
     indented = [line[4:] for line in FENCE.sub("", text_of(page)).splitlines() if line.startswith("    ")]
     lines = "\n".join(indented).replace("\\\n", " ").splitlines()
     known = re.compile(r"(export \S+ )*(dvc|python|make|mlflow|\.venv/bin/\S+|pip) ")
@@ -68,13 +69,25 @@ def tracked() -> tuple[str, ...]:
     return tuple(f"/{path}" for path in listed.stdout.split("\n"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def checked(overrides: tuple[str, ...]) -> params.Params:
-    """The params that `dvc exp run -S OVERRIDE ...` composes; raises where Hydra or the schema refuses them."""
+    """The params that `dvc exp run -S OVERRIDE ...` composes; raises if Hydra or the schema refuses them."""
     with initialize_config_dir(str(ROOT / "pipelines/recipes"), version_base=None):
         config = compose("config", overrides=list(overrides))
     OmegaConf.resolve(config)
     return params.validate(OmegaConf.to_container(config))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name
+)
+def test_lines_of_prose_are_short(page):
+    lines = [line for line in prose_of(page).splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 130] == []
+
+
+def test_the_readme_is_one_page():
+    assert len(text_of(ROOT / "README.md").splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -93,7 +106,13 @@ def test_files_that_are_named_are_there(page):
     for name in re.findall(r"`([\w./<>-]+)`", prose_of(page)):
         if name.endswith(SUFFIXES) and not PLACEHOLDER.search(name) and f"docs/{name}" not in COMING:
             assert any(path.endswith(f"/{name}") for path in tracked()), name
-        if name.endswith("/") and name.split("/")[0] in ("pipelines", "stages", "infra", "tests", "benchmarks"):
+        if name.endswith("/") and name.split("/")[0] in (
+            "pipelines",
+            "stages",
+            "infra",
+            "tests",
+            "benchmarks",
+        ):
             assert (ROOT / name).is_dir(), name
 
 
@@ -158,7 +177,9 @@ def test_the_examples_of_what_can_be_added_run(tmp_path, monkeypatch):
 
 def method_of_example(found):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6 * 4 * 4, 3))
-    method: Classification = found["Confident"](network, "multiclass", 3, SimpleNamespace(mixup=0, entropy_weight=1.0))
+    method: Classification = found["Confident"](
+        network, "multiclass", 3, SimpleNamespace(mixup=0, entropy_weight=1.0)
+    )
     prepared = method.prepare({"image": torch.rand(2, 3, 4, 4), "label": torch.tensor([0, 2])})
     losses = method.loss(network, prepared)
     assert set(losses) == set(method.losses)
