@@ -1,4 +1,4 @@
-"""README and the pages in docs/: links, names and commands are real, and the examples of docs/adding.md run."""
+"""README and docs/: links, names and commands are real, and the examples of docs/adding.md run."""
 
 import ast
 import importlib
