@@ -61,7 +61,7 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder has a readable record of an execution."""
+        """True if the folder has a readable record of an execution."""
         return self._head() is not None
 
     def begin(
