@@ -206,7 +206,7 @@ def describe(stage: PipelineStage) -> Stage:
 
 
 def commit(name: str) -> None:
-    """Records the stage's outputs and inputs as they are in `dvc.lock` (`dvc commit --force`)."""
+    """Records the stage's present outputs and inputs in `dvc.lock` (`dvc commit --force`)."""
     with open_repo() as repo:
         repo.commit(name, force=True)
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
-# Environment variables that are sent to the job. None may hold a secret.
+# Environment variables that are sent to the job. They hold no secrets.
 SENT = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
