@@ -8,7 +8,7 @@ SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 .PHONY: help setup repro test test-fast test-infra lint types bench architectures clean lock
 
-help: ## what there is
+help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv from requirements.lock (once)
@@ -21,21 +21,21 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
-repro: setup ## run the pipeline, whatever of it changed
+repro: setup ## run all stages of the pipeline that have changed
 	@dvc repro
 	@python -m stages.tools.summary
 
-test: setup ## all tests but those that start servers
+test: setup ## all tests except those that start servers
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-fast: setup ## what to run before each commit: tests without the graph of stages, Ray, the compiler and other processes
+test-fast: setup ## tests for each commit: without the stage graph, Ray, torch.compile and other processes
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not graph and not ray and not compile and not processes and not infra"
 
-test-infra: setup ## a cluster on this machine: Ray with a token, S3, MLflow on PostgreSQL (installed where there is none: Debian, as root)
+test-infra: setup ## tests with servers: Ray, S3, MLflow on PostgreSQL (installed if missing: Debian, as root)
 	@ls -d /usr/lib/postgresql/*/bin > /dev/null 2>&1 || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends postgresql)
 	@$(BIN)/python -m pytest -m infra tests/infra
 
-lint: setup ## ruff (lint, format), import-linter (who imports whom), deptry (what is declared)
+lint: setup ## ruff (lint, format), import-linter (layers of imports), deptry (declared dependencies)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
@@ -44,14 +44,14 @@ lint: setup ## ruff (lint, format), import-linter (who imports whom), deptry (wh
 types: setup ## mypy
 	@$(BIN)/mypy
 
-bench: setup ## speed and memory against plain baselines, on the GPU where there is one
+bench: setup ## speed and memory against plain baselines, on the GPU if there is one
 	@python -m benchmarks.step
 	@python -m benchmarks.distillation
 	@python -m benchmarks.guidance
 	@python -m benchmarks.gridpg
 	@dvc repro --quiet shard && python -m benchmarks.loader
 
-architectures: setup ## convert every family of networks anew: docs/architectures.md
+architectures: setup ## convert every family of networks and write docs/architectures.md
 	@python -m benchmarks.architectures --write docs/architectures.md
 
 lock: ## resolve pyproject.toml anew into requirements.lock
@@ -61,6 +61,6 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	@.lock/bin/python -m pip freeze --exclude-editable --all | grep -v '^pip==' > requirements.lock
 	@rm -rf .lock
 
-clean: ## remove what the pipeline made (not .venv, not the DVC cache)
+clean: ## remove the outputs of the pipeline (not .venv, not the DVC cache)
 	@rm -rf data models reports runs mlflow.db mlartifacts .mypy_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m infra.job`: what a job that `infra.submit` submitted runs on the cluster, in its working directory."""
+"""`python -m infra.job`: the entry point of a submitted job, in its working directory on the cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pipelines.workflow.submitted_job import PLACE, deliver, pull_inputs, read_o
 
 
 def main() -> int:
-    """Copies the inputs here, runs the stages, publishes their outputs; returns the exit status of the first that failed."""
+    """Fetches the inputs, runs the stages and publishes their outputs.
+
+    Returns 0, or the exit status of the first stage that fails.
+    """
     try:
         order = read_order(Path())
         pull_inputs(order.inputs, Path())
@@ -25,9 +28,8 @@ def main() -> int:
         if status := subprocess.call(stage.command, shell=True, env=told):
             return status
     try:
-        tracked = [
-            str(path) for path in Path("runs").glob("**/tracking")
-        ]  # maybe on no server, and this directory is the job's
+        # The journals of tracked runs, because these may be on no server and this directory is temporary.
+        tracked = [str(path) for path in Path("runs").glob("**/tracking")]
         deliver(order, [*(path for stage in order.stages for path in stage.outputs), *tracked])
     except (OSError, DataError) as error:
         sys.exit(f"the outputs do not get to {order.place}: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""The working directory of a job: the code as it is here, without data, models, environments or what git ignores."""
+"""The working directory of a job: this working tree without data, models and files that git ignores."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from infra.project import SubmitError, git
 
-LIMIT = 100 * 2**20  # bytes; Ray's own is 500 MiB, all of it in the head's memory
+LIMIT = 100 * 2**20  # bytes; Ray's own limit is 500 MiB, and the head keeps all of it in memory
 LEFT_OUT = {".dvc", ".git", ".venv", "data", "mlartifacts", "mlruns", "models", "reports", "runs"}
 
 
 def pack(target: Path) -> int:
-    """Copies the code to the new folder `target`; returns its bytes.
+    """Copies the code to the new folder `target` and returns its size in bytes.
 
     Raises:
-        SubmitError: it is too large; names the folder that most of it lies in.
+        SubmitError: the code is too large; the message names the largest folder.
     """
     files = [
         path
@@ -29,8 +29,9 @@ def pack(target: Path) -> int:
     if (total := sizes.total()) > LIMIT:
         (largest, size), *_ = sizes.most_common(1)
         raise SubmitError(
-            f"the working directory has {total / 2**20:.0f} MiB, {size / 2**20:.0f} of them in {largest}; at most "
-            f"{LIMIT / 2**20:.0f} are sent: move it away or name it in .gitignore (shards and models go through the storage)"
+            f"the working directory has {total / 2**20:.0f} MiB, {size / 2**20:.0f} of them in {largest}; "
+            f"at most {LIMIT / 2**20:.0f} are sent: move it away or name it in .gitignore "
+            "(shards and models go through the storage)"
         )
     for path in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -39,5 +40,8 @@ def pack(target: Path) -> int:
 
 
 def wanted(path: Path) -> bool:
-    """Whether a file goes along. Ray would leave out what a `.gitignore` names, which is what the job is to find."""
+    """Returns True if a file belongs to the package.
+
+    `.gitignore` files do not, because Ray would leave out the files that they name.
+    """
     return path.is_file() and path.name != ".gitignore" and path.parts[0] not in LEFT_OUT

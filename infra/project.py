@@ -1,4 +1,4 @@
-"""The DVC side of a submitted stage: its params, what it needs, what it leaves, its entry in `dvc.lock`."""
+"""The DVC side of a submitted stage: its params, its inputs and outputs, its entry in `dvc.lock`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 PARAMS = Path("params.yaml")
-DATA = ("data", "models")  # folders of what stages make and later ones need
-TRAINS = "training.workers"  # a stage with this param runs on workers
-ALSO = ("explain", "search")  # and these
+DATA = ("data", "models")  # folders with outputs of stages that later stages need
+TRAINS = "training.workers"  # stages that depend on this param run on workers
+ALSO = ("explain", "search")  # further stages that run on workers
 
 
 class SubmitError(UserError, RuntimeError):
-    """A stage cannot be submitted, or did not come back: one line that names the cause."""
+    """A stage cannot be submitted, or its outputs cannot be fetched. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Stage:
     """A stage as DVC resolved it.
 
     Attributes:
-        name: as DVC addresses it, `bcosify@pretrained`.
-        command: that runs it.
-        inputs: folders that earlier stages made and it depends on.
-        outputs: files and folders that it makes.
-        state: sha256 of what DVC records of its command, dependencies and params.
+        name: name as DVC addresses it, e.g. `bcosify@pretrained`.
+        command: shell command that runs the stage.
+        inputs: folders of earlier stages' outputs that the stage depends on.
+        outputs: files and folders that the stage makes.
+        state: sha256 over DVC's record of its command, dependencies and params.
     """
 
     name: str
@@ -55,11 +55,12 @@ class Stage:
 
 @contextmanager
 def params_set(overrides: Sequence[str], changes: dict[str, Any]) -> Iterator[Params]:
-    """Sets values in `params.yaml` and yields the params; if the block raises, the file is again what it was.
+    """Sets values in `params.yaml` and yields the params. If the block raises, the file is restored.
 
     Args:
-        overrides: as of `dvc exp run -S`; where there are any, the params are composed anew from the recipes.
-        changes: dotted key -> value, set after that.
+        overrides: overrides as for `dvc exp run -S`. If there are any, the params are composed anew from the
+            recipes.
+        changes: dotted key -> value, set after the overrides.
     """
     before = PARAMS.read_bytes()
     params = set_params(overrides, changes)
@@ -72,7 +73,7 @@ def params_set(overrides: Sequence[str], changes: dict[str, Any]) -> Iterator[Pa
 
 
 def set_params(overrides: Sequence[str], changes: dict[str, Any]) -> Params:
-    """Sets values in `params.yaml`, which is changed if all of it is right, and returns the params; see `params_set`."""
+    """Sets values in `params.yaml` if all are valid, and returns the params. Arguments as in `params_set`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PARAMS.name)
         shutil.copy2(PARAMS, path)
@@ -86,7 +87,7 @@ def set_params(overrides: Sequence[str], changes: dict[str, Any]) -> Params:
 
 
 def compose(path: Path, overrides: Sequence[str]) -> None:
-    """Composes params from the project's recipes, as `dvc exp run` does."""
+    """Composes params from the project's recipes, as `dvc exp run -S` does, and writes them to `path`."""
     from dvc.utils.hydra import compose_and_dump
 
     with open_repo() as repo:
@@ -94,12 +95,12 @@ def compose(path: Path, overrides: Sequence[str]) -> None:
         recipes = os.path.join(repo.root_dir, hydra["config_dir"])
         try:
             compose_and_dump(str(path), recipes, None, hydra["config_name"], repo.root_dir, list(overrides))
-        except Exception as error:  # of Hydra, which has no common kind
+        except Exception as error:  # Hydra's errors have no common base class
             raise SubmitError(f"{' '.join(overrides)}: {one_line(error)}") from None
 
 
 def change(path: Path, changes: dict[str, Any]) -> None:
-    """Sets dotted keys of a params file."""
+    """Sets dotted keys in a params file."""
     from dvc.utils.hydra import apply_overrides
 
     if changes:
@@ -107,17 +108,17 @@ def change(path: Path, changes: dict[str, Any]) -> None:
 
 
 def stages(name: str) -> list[Stage]:
-    """The stages that DVC knows by this name: one, or all of a matrix.
+    """Returns the stages that DVC finds under this name: one, or all of a matrix.
 
     Raises:
-        SubmitError: there is none, it does not run on workers, or what it needs is not here.
+        SubmitError: there is no such stage, it does not run on workers, or an input is missing here.
     """
     with open_repo() as repo:
         return _stages(repo, name)
 
 
 def stages_of(job: str) -> list[Stage]:
-    """The stages that `job_of` named this job after; raises `SubmitError` as `stages`."""
+    """Returns the stages that a job runs, by its name (see `job_of`); raises `SubmitError` like `stages`."""
     with open_repo() as repo:
         names = {
             name
@@ -129,18 +130,18 @@ def stages_of(job: str) -> list[Stage]:
         ]
         if not found:
             raise SubmitError(
-                f"{job[:100]!a} is no job of a stage in dvc.yaml; wanted is STORAGE/jobs/STAGE-NUMBER, as was printed"
+                f"{job[:100]!a} is no job of a stage in dvc.yaml; "
+                "wanted is STORAGE/jobs/STAGE-NUMBER, as was printed"
             )
         return _stages(repo, found[0])
 
 
 def job_of(stage: str, number: str) -> str:
-    """The name of a job that runs a stage, or all stages of a matrix; `number` is of 8 hexadecimal digits."""
+    """Returns the name of a job for a stage or a matrix of stages; `number` has 8 hexadecimal digits."""
     return f"{stage.replace('@', '-')}-{number}"
 
 
 def _stages(repo: Repo, name: str) -> list[Stage]:
-    """See `stages`."""
     from dvc.exceptions import DvcException
     from dvc.stage.exceptions import StageNotFound
 
@@ -160,7 +161,7 @@ def _stages(repo: Repo, name: str) -> list[Stage]:
 
 
 def submittable(repo: Repo) -> list[PipelineStage]:
-    """The stages that run on workers."""
+    """Returns the stages that run on workers."""
     from dvc.dependency.param import ParamsDependency
 
     def trains(stage: PipelineStage) -> bool:
@@ -170,7 +171,10 @@ def submittable(repo: Repo) -> list[PipelineStage]:
 
 
 def check_no_links(outputs: Sequence[str]) -> None:
-    """Raises `SubmitError` if an output or a folder around it is a link, unless the output is one to DVC's cache."""
+    """Raises `SubmitError` if an output or a folder around it is a link.
+
+    An output itself may be a link into DVC's cache.
+    """
     with open_repo() as repo:
         cache = Path(repo.cache.local.path).resolve()
     for output in outputs:
@@ -183,7 +187,7 @@ def check_no_links(outputs: Sequence[str]) -> None:
 
 
 def describe(stage: PipelineStage) -> Stage:
-    """The stage as it is now, its dependencies hashed."""
+    """Returns the stage as it is now, with its dependencies hashed anew."""
     from dvc.stage.serialize import to_single_stage_lockfile
 
     stage.save_deps()
@@ -202,13 +206,16 @@ def describe(stage: PipelineStage) -> Stage:
 
 
 def commit(name: str) -> None:
-    """Records the stage's outputs and inputs as they are: `dvc commit`."""
+    """Records the stage's present outputs and inputs in `dvc.lock` (`dvc commit --force`)."""
     with open_repo() as repo:
         repo.commit(name, force=True)
 
 
 def version() -> tuple[str, bool]:
-    """The checked-out git commit, and whether tracked files differ from it (`dvc.lock` and `params.yaml` aside)."""
+    """Returns the checked-out git commit, and True if tracked files differ from it.
+
+    Differences in `dvc.lock` and `params.yaml` do not count.
+    """
     try:
         sha = git("rev-parse", "HEAD").strip()
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", f":!{PARAMS}")
@@ -218,12 +225,12 @@ def version() -> tuple[str, bool]:
 
 
 def git(*arguments: str) -> str:
-    """What git says."""
+    """Returns the output of a git command."""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def open_repo() -> Repo:
-    """The DVC project of the working directory."""
+    """Opens the DVC project of the working directory; raises `SubmitError` if there is none."""
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 

@@ -1,7 +1,7 @@
-"""`python -m infra.submit STAGE [KEY=VALUE ...]`: runs a training stage on a Ray cluster and brings its outputs back.
+"""`python -m infra.submit STAGE [KEY=VALUE ...]`: runs a stage on a Ray cluster, fetches its outputs.
 
-The code goes along as the job's working directory, shards and models through the storage, which also has the checkpoints.
-Afterwards `dvc status` of the stage is clean. Credentials are the cluster's own: none is sent.
+The code is sent as the job's working directory. Shards, models and checkpoints go through the storage.
+Afterwards `dvc status` of the stage is clean. No credentials are sent, because the cluster has its own.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
+# Environment variables that are sent to the job. They hold no secrets.
 SENT = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_DEFAULT_REGION",
     "AWS_REGION",
     "MLFLOW_TRACKING_URI",
-)  # no secrets
-FROM_HERE = 15.0  # seconds for which the storage may fail while a person waits
-CONNECT, READY = 10.0, 60.0  # seconds
+)
+FROM_HERE = 15.0  # seconds for which the storage may fail; short, because a person waits
+CONNECT, READY = 10.0, 60.0  # seconds to reach a cluster; until a cluster that has just started takes jobs
 INTERRUPTED = 130
-CODE = "code.zip"  # of one folder, as Ray wants a zip at a URL
+CODE = "code.zip"  # has one folder at its top, as Ray expects of a zip at a URL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.submit", description=(__doc__ or "").partition(": ")[2]
     )
@@ -100,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def workers(text: str) -> int | list[int]:
-    """`N` or `MIN:MAX` as the params have it."""
+    """Parses `N` or `MIN:MAX` to the form of the param `training.workers`."""
     numbers = [int(part) for part in text.split(":")]
     if len(numbers) > 2 or min(numbers) < 1:
         raise ValueError(text)
@@ -108,10 +109,10 @@ def workers(text: str) -> int | list[int]:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the job server.
+    """Returns a client of the job server.
 
     Raises:
-        SubmitError: there is no address, nothing answers there, or it refuses the token.
+        SubmitError: there is no address, no server answers there, or it refuses the token.
     """
     url = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or ""
     parts = urlsplit(url)
@@ -125,7 +126,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         ).close()
     except OSError as error:
         raise SubmitError(f"no Ray cluster at {url}: {error}") from None
-    os.environ[ADDRESS] = url  # it wins over the argument
+    os.environ[ADDRESS] = url  # because Ray prefers this variable to the argument
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -147,7 +148,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
-    """Uploads a job's inputs and submits it; returns its name."""
+    """Uploads a job's inputs, submits the job and returns its name."""
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
         code = Path(folder, "code")
         metadata = prepare(client, options, code)
@@ -167,7 +168,7 @@ def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
 
 
 def prepare_only(options: argparse.Namespace) -> int:
-    """Uploads a job's inputs and its code, for a scheduler that is not asked from here."""
+    """Uploads a job's inputs and code without submitting it: an external scheduler starts the job."""
     with tempfile.TemporaryDirectory(prefix="submit-") as folder:
         place = prepare(None, options, Path(folder, "code"))["place"]
         shutil.make_archive(str(Path(folder, "code")), "zip", folder, "code")
@@ -177,7 +178,7 @@ def prepare_only(options: argparse.Namespace) -> int:
 
 
 def send(client: JobSubmissionClient, **job: Any) -> None:
-    """Submits a job; a head that has just started is given time to become ready."""
+    """Submits a job. A head that has just started gets `READY` seconds to take it."""
     end = time.monotonic() + READY
     while True:
         try:
@@ -190,12 +191,12 @@ def send(client: JobSubmissionClient, **job: Any) -> None:
 
 
 def prepare(client: JobSubmissionClient | None, options: argparse.Namespace, code: Path) -> dict[str, str]:
-    """Checks all that the job can be refused for, then uploads its inputs; returns what is known of it.
+    """Checks the job for all errors that can be found here, then uploads its inputs. Returns its metadata.
 
     Args:
-        client: of the cluster, which is asked whether it has what the job needs; or none.
-        options: the command line.
-        code: a new folder, which becomes the working directory of the job, with its order.
+        client: client of the cluster, whose resources are checked; `None` skips that check.
+        options: the parsed command line.
+        code: path of a new folder, which becomes the working directory of the job, with its order.
     """
     changes = {} if options.workers is None else {"training.workers": options.workers}
     with project.params_set(options.overrides, changes) as params:
@@ -221,7 +222,8 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace, cod
             upload.check()
         check_storage(storage, place)
         print(
-            f"job {job}: {size / 2**20:.1f} MiB of code, commit {commit[:10]}{' and changes' if dirty else ''}",
+            f"job {job}: {size / 2**20:.1f} MiB of code, "
+            f"commit {commit[:10]}{' and changes' if dirty else ''}",
             flush=True,
         )
         inputs = [publish_input(upload) for upload in uploads]
@@ -235,25 +237,25 @@ def prepare(client: JobSubmissionClient | None, options: argparse.Namespace, cod
 
 
 def needed(chosen: Sequence[Stage], params: Params) -> list[str]:
-    """The folders of earlier stages that the job needs, sorted."""
+    """Returns the sorted folders of earlier stages that the job needs."""
     paths = {path for stage in chosen for path in stage.inputs}
-    if any(stage.name == "search" for stage in chosen):  # of `guide` too
+    if any(stage.name == "search" for stage in chosen):  # it may search `guide`
         paths |= {path for path in (f"data/shards/{params.guide.dataset}",) if Path(path).is_dir()}
     return sorted(paths)
 
 
 def check_sent(paths: Sequence[Path], code: Path) -> None:
-    """Raises `SubmitError` unless the job finds what its stages read on this machine in its working directory."""
+    """Raises `SubmitError` unless the job's working directory `code` has the files that its stages read."""
     for path in paths:
         if path.is_absolute() or not (code / path).exists():
             raise SubmitError(
-                f"{path}: the job would not find it: of this machine's files those of the project go along that git does not "
-                "ignore, by relative paths; or say a URL"
+                f"{path}: the job would not find it: of this machine's files those of the project go along "
+                "that git does not ignore, by relative paths; or say a URL"
             )
 
 
 def least_workers(stage: str, params: Params) -> int:
-    """How many workers a stage has at the least; raises `SubmitError` if it would not run on any."""
+    """Returns the minimum number of a stage's workers; raises `SubmitError` if it would run without any."""
     if stage == "search":
         return params.search.concurrency * max(1, params.search.workers)
     least = (
@@ -265,7 +267,7 @@ def least_workers(stage: str, params: Params) -> int:
 
 
 def check_workers(client: JobSubmissionClient | None, least: int, training: TrainingParams) -> None:
-    """Raises `SubmitError` if the nodes of the cluster never have room for so many workers."""
+    """Raises `SubmitError` if the cluster has no room for `least` workers and cannot grow."""
     if client is None:
         return
     nodes = ask(client, "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=1")[
@@ -275,13 +277,15 @@ def check_workers(client: JobSubmissionClient | None, least: int, training: Trai
     if room_for([node["resources_total"] for node in nodes], each) < least and not autoscales(client):
         has = {kind: sum(node["resources_total"].get(kind, 0) for node in nodes) for kind in each}
         raise SubmitError(
-            f"--workers, --gpus-per-worker: {least} workers need {least * each['GPU']:g} GPUs and {least * each['CPU']:g} CPUs; "
-            f"the cluster has {has['GPU']:g} GPUs and {has['CPU']:g} CPUs on {len(nodes)} nodes, and no autoscaler to add some"
+            f"--workers, --gpus-per-worker: {least} workers need {least * each['GPU']:g} GPUs "
+            f"and {least * each['CPU']:g} CPUs; "
+            f"the cluster has {has['GPU']:g} GPUs and {has['CPU']:g} CPUs on {len(nodes)} nodes, "
+            "and no autoscaler to add some"
         )
 
 
 def room_for(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """How many workers that need `each` of the resources fit on the nodes together, every one on a single node."""
+    """Returns how many workers fit on the nodes. A worker needs the resources `each`, all on one node."""
     wanted = {kind: amount for kind, amount in each.items() if amount > 0}
     return sum(
         min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes
@@ -289,13 +293,13 @@ def room_for(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) ->
 
 
 def autoscales(client: JobSubmissionClient) -> bool:
-    """Whether the cluster may get more nodes by itself."""
+    """Returns True if the cluster has an autoscaler that can add nodes."""
     status = ask(client, "/api/cluster_status")["clusterStatus"]
     return is_autoscaled(None if status is None else status["autoscalerReport"].get("nodeTypeMapping"))
 
 
 def ask(client: JobSubmissionClient, path: str) -> Any:
-    """What the cluster's dashboard answers."""
+    """Returns the data that the cluster's dashboard has at `path`."""
     response = client._do_request("GET", path)
     if response.status_code != 200:
         raise SubmitError(f"{client.get_address()}{path}: status {response.status_code}")
@@ -303,7 +307,7 @@ def ask(client: JobSubmissionClient, path: str) -> Any:
 
 
 def check_storage(storage: str, place: str) -> None:
-    """Raises `SubmitError` unless a file can be written in the storage from here."""
+    """Raises `SubmitError` unless this machine can write to the storage."""
     try:
         filesystem, root = files.file_system(place)
         files.make_folder(filesystem, root)
@@ -317,7 +321,7 @@ def check_storage(storage: str, place: str) -> None:
 
 
 def sent() -> dict[str, str]:
-    """What of the environment the job gets: addresses, unless there is a password in one."""
+    """Returns the environment variables for the job: addresses, without local ones and those with a login."""
     values = {name: os.environ[name] for name in SENT if os.environ.get(name)}
     return {
         name: value
@@ -327,7 +331,7 @@ def sent() -> dict[str, str]:
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Prints a job's log to its end, then brings its outputs; returns its exit status."""
+    """Prints a job's log to its end, then fetches its outputs; returns its exit status."""
     try:
         details = details_of(client, job)
         try:
@@ -351,7 +355,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
 
 def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
-    """What the cluster knows of a job."""
+    """Returns the cluster's record of a job; raises `SubmitError` if it has none."""
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
@@ -364,13 +368,13 @@ def details_of(client: JobSubmissionClient, job: str) -> JobDetails:
 
 
 async def show(client: JobSubmissionClient, job: str) -> None:
-    """Prints the log of a job as it is written, to its end."""
+    """Prints the log of a job while it is written, to its end."""
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
 
 
 def stop(client: JobSubmissionClient, job: str) -> int:
-    """Asks the cluster to end a job."""
+    """Asks the cluster to stop a job; returns 0."""
     details_of(client, job)
     print(f"job {job}: {'stopping' if client.stop_job(job) else 'had ended before'}")
     return 0

@@ -1,7 +1,8 @@
-"""The outputs of a submitted job come here: checked in a folder of their own, then moved, then recorded by DVC.
+"""Fetches the outputs of a submitted job: checks them in a folder of their own, moves them, tells DVC.
 
-Outputs are those that DVC names here. Of the storage nothing is believed: `submitted_job.read_result` and `fetch_result` refuse
-what is not plain files of the stated bytes, and this module what does not belong to an output.
+The outputs of a stage are those in this machine's `dvc.yaml`. The content of the storage is not trusted.
+`submitted_job.read_result` and `fetch_result` refuse everything but plain files with the stated content. This
+module refuses files that belong to no output.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from pipelines.tracking.server import tracking_uri, where_to_look
 from pipelines.tracking.sync import sync
 from pipelines.workflow.submitted_job import Result, fetch_result, read_result
 
-JOURNALS = re.compile(
-    "runs/.+/tracking/.+"
-)  # files of the runs that the job tracked; they do not become files here
+# Journals of the runs that the job tracked. They are logged to MLflow, but not kept as files.
+JOURNALS = re.compile("runs/.+/tracking/.+")
 
 
 def take(place: str) -> int:
-    """Puts the outputs of a finished job where its stages would have, and has DVC record them.
+    """Puts the outputs of a finished job where its stages would have put them, and records them in DVC.
 
     Raises:
-        SubmitError, StorageError: they are not whole, not what the job delivered or not outputs of its stages, or code, params
-            or inputs are no longer what was submitted. Then nothing here has changed.
+        SubmitError, StorageError: outputs are missing, damaged or do not belong to the job's stages, or code,
+            params or inputs have changed since the job was submitted. Then nothing here is changed.
     """
     place = place.rstrip("/")
     stages = project.stages_of(place.rpartition("/")[2])
@@ -59,7 +59,7 @@ def take(place: str) -> int:
 
 
 def check(result: Result, outputs: Sequence[str], place: str) -> None:
-    """Raises `SubmitError` unless every file belongs to an output (or is of a tracked run), and every output has some."""
+    """Raises `SubmitError` unless each file belongs to an output or a journal, and each output has files."""
     found = set()
     for file in result.files:
         output = next(
@@ -67,7 +67,8 @@ def check(result: Result, outputs: Sequence[str], place: str) -> None:
         )
         if output is None and not JOURNALS.fullmatch(file.name):
             raise SubmitError(
-                f"{place}: {file.name[:200]} is in no output of the stage ({', '.join(outputs)}): nothing is taken"
+                f"{place}: {file.name[:200]} is in no output of the stage ({', '.join(outputs)}): "
+                "nothing is taken"
             )
         found.add(output)
     missing = [output for output in outputs if output not in found]
@@ -77,17 +78,16 @@ def check(result: Result, outputs: Sequence[str], place: str) -> None:
 
 @contextmanager
 def put_in_place(taken: Path, outputs: Sequence[str], before: Path) -> Iterator[None]:
-    """Moves outputs from the folder `taken` to the working directory; if the block raises, what was there is put back.
+    """Moves outputs from `taken` to the working directory. If the block raises, the old ones are restored.
 
     Args:
-        taken: has the outputs by their names.
-        outputs: files and folders.
-        before: a new folder for what was there.
+        taken: folder with the new outputs, by their names.
+        outputs: names of the files and folders to move.
+        before: path of a new folder for the old outputs.
     """
     before.mkdir()
-    undo: list[
-        tuple[Path, Path, bool]
-    ] = []  # an output, where that was moved which was there, and whether there was some
+    # Per output: its path, where the old one was moved to, and whether there was an old one.
+    undo: list[tuple[Path, Path, bool]] = []
     try:
         for number, output in enumerate(outputs):
             target, old = Path(output), before / str(number)
@@ -107,7 +107,7 @@ def put_in_place(taken: Path, outputs: Sequence[str], before: Path) -> Iterator[
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, link or folder, if it is there."""
+    """Deletes a file, link or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -115,7 +115,10 @@ def remove(path: Path) -> None:
 
 
 def track(taken: Path, place: str) -> None:
-    """Logs the runs of a job that no server has, but one in the job's own directory. A run that cannot be logged is one line."""
+    """Logs the runs of a job to MLflow that it logged nowhere, or only to files in its own directory.
+
+    A failure prints one line and ends the logging.
+    """
     for path in sorted(taken.glob("runs/**/tracking/run.json")):
         journal = Journal(path.parents[1])
         try:
@@ -124,9 +127,8 @@ def track(taken: Path, place: str) -> None:
                 run = sync(journal, tracking_uri())
                 look = where_to_look(tracking_uri(), run.info.experiment_id, run.info.run_id)
                 print(f"MLflow run {head['stage']} {run.info.run_id}: {look}")
-        except (
-            Exception
-        ) as error:  # the outputs are here, whatever is wrong with a server or with what was tracked
+        # No error of a server or a journal may fail `take`, because the outputs are here already.
+        except Exception as error:
             again = f"python -m infra.submit --take {place}"
             print(
                 f"not logged to MLflow: {one_line(error)}; nothing is lost: log it later with `{again}`",

@@ -1,4 +1,4 @@
-"""Stage `backbone`: the model whose features the classifier to be guided starts from, in `models/backbone`."""
+"""Stage `backbone`: saves the model from which the guided classifier starts to `models/backbone`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Saves the backbone of the params here, anew if its alias in the registry has moved."""
+    """Saves the model that `guide.backbone` names. An alias of the registry is resolved each time."""
     with stage() as params:
         save_model_from(params.guide.backbone, Path("models/backbone"))
 

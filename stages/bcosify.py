@@ -1,4 +1,7 @@
-"""Stage `bcosify START`: the B-cos network made from the pretrained model, or from scratch, in `models/bcosify/START`."""
+"""Stage `bcosify START`: trains a B-cos network from START and saves it to `models/bcosify/START`.
+
+START is `pretrained` (B-cosify the model of the stage `pretrain`) or `scratch` (random weights).
+"""
 
 import sys
 
@@ -9,7 +12,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main(start: str) -> None:
-    """Trains the B-cos network that starts `pretrained` or from `scratch`, if `bcosify.starts` has it."""
+    """Trains the B-cos network if `bcosify.starts` lists its start."""
     with stage() as params:
         if start in params.bcosify.starts:
             train_stage(tasks.bcosify(params, start))

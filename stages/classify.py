@@ -1,4 +1,4 @@
-"""Stage `classify`: a classifier of the data of `guide`, the backbone with a new head, in `models/classify`."""
+"""Stage `classify`: trains the backbone with a new head on the data of `guide`, to `models/classify`."""
 
 from pipelines.workflow import tasks
 from pipelines.workflow.running import stage
@@ -6,7 +6,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main() -> None:
-    """Trains the classifier before its guidance."""
+    """Trains the classifier, before its guidance."""
     with stage() as params:
         train_stage(tasks.classify(params))
 

@@ -1,4 +1,7 @@
-"""Stage `clip TOWER`: the B-cosified image tower of `models/image_text/TOWER` beside its text tower, in `models/clip/TOWER`."""
+"""Stage `clip TOWER`: B-cosifies the image tower in `models/image_text/TOWER`.
+
+Saves it, with the text tower, to `models/clip/TOWER`. TOWER is `cnn` or `vit`.
+"""
 
 import sys
 
@@ -9,7 +12,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main(tower: str) -> None:
-    """B-cosifies the image tower of `cnn` or `vit`, if `clip.towers` has it."""
+    """B-cosifies the image tower if `clip.towers` lists it."""
     with stage() as params:
         if tower in params.clip.towers:
             train_stage(tasks.clip(params, tower))

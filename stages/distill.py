@@ -1,4 +1,7 @@
-"""Stage `distill RUN`: a student of the teacher in `models/teacher`, in `models/distill/RUN`."""
+"""Stage `distill RUN`: trains a student of the teacher in `models/teacher`, to `models/distill/RUN`.
+
+RUN is `kd` (logits alone) or `e2kd` (logits and explanations).
+"""
 
 import sys
 
@@ -9,7 +12,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main(run: str) -> None:
-    """Trains the student of `kd` or `e2kd`, if `distill.runs` has it."""
+    """Trains the student if `distill.runs` lists its run."""
     with stage() as params:
         if run in params.distill.runs:
             train_stage(tasks.distill(params, run))

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: all models on the test split, with figures and pictures in `reports/evaluate`."""
+"""Stage `evaluate`: evaluates all models on the test split; results are in `reports/evaluate`."""
 
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation.gallery import draw_gallery
@@ -14,9 +14,10 @@ OUT = REPORTS / "evaluate"
 
 
 def main() -> None:
-    """Evaluates the conventional model, the B-cos networks and the published ones, then the teacher with its students.
+    """Evaluates the conventional, B-cos and published networks, then the teacher and its students.
 
-    Students are evaluated beside their teacher, on grids of their own, so that they do not decide on the grids of the others.
+    Grids are made of images that all models of a group classify correctly. Students form a group of their own
+    with their teacher, so that a weak student does not reduce the grids of the other models.
     """
     with stage() as params:
         models, followers = (

@@ -1,4 +1,4 @@
-"""Stage `evaluate_clip`: original and B-cosified image towers, in figures and pictures in `reports/evaluate_clip`."""
+"""Stage `evaluate_clip`: evaluates original and B-cosified image towers; see `reports/evaluate_clip`."""
 
 from pipelines.evaluation.text_gallery import draw_text_gallery
 from pipelines.storage.files import write_json
@@ -13,7 +13,7 @@ OUT = REPORTS / "evaluate_clip"
 
 
 def main() -> None:
-    """Evaluates the towers of `clip.towers`, and draws what texts look at in images of `clip.located`."""
+    """Evaluates the towers of `clip.towers`, and draws explanations of texts in images of `clip.located`."""
     with stage() as whole:
         params, folders = whole.for_clip(whole.clip.located), towers(whole)
         if not folders:

@@ -1,4 +1,7 @@
-"""Stage `evaluate_guidance`: the classifier before and after guidance; figures and pictures in `reports/evaluate_guidance`."""
+"""Stage `evaluate_guidance`: evaluates the classifier before and after guidance.
+
+Figures and pictures are in `reports/evaluate_guidance`.
+"""
 
 from dataclasses import asdict
 
@@ -16,7 +19,10 @@ OUT = REPORTS / "evaluate_guidance"
 
 
 def main() -> None:
-    """Evaluates both on the splits of the params, also by the attribution that was guided; pictures are of the last split."""
+    """Evaluates both classifiers on each split of `guide.splits`, also with the guided attribution.
+
+    Pictures show the last split.
+    """
     with stage() as whole:
         params, models = (
             whole.for_guide(),

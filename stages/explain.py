@@ -1,4 +1,4 @@
-"""Stage `explain`: the teacher's logits and maps of the training images, stored once, in `data/explanations`."""
+"""Stage `explain`: stores the teacher's logits and maps of the training images in `data/explanations`."""
 
 from pipelines.storage.files import write
 from pipelines.workflow.places import STORED_EXPLANATIONS
@@ -7,7 +7,7 @@ from pipelines.workflow.storing import store
 
 
 def main() -> None:
-    """Stores the explanations that the runs with frozen explanations learn from; without such a run, a note that says so."""
+    """Stores the explanations if a run of `distill.runs` learns from frozen ones, otherwise a note."""
     with stage() as params:
         STORED_EXPLANATIONS.mkdir(parents=True, exist_ok=True)
         if any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):

@@ -1,4 +1,4 @@
-"""Stage `fetch DATASET`: download or generate it, verify it, leave it with a manifest in `data/raw/DATASET`."""
+"""Stage `fetch DATASET`: downloads or generates a data set and verifies it, to `data/raw/DATASET`."""
 
 import sys
 from pathlib import Path
@@ -14,9 +14,9 @@ def main(name: str) -> None:
     with stage() as params:
         dataset = params.datasets[name]
         origin = dataset.model_dump(mode="json", exclude={"shard_size", "val_count", "split_seed"})
-        cache = Path(
-            run_directory("runs", f"fetch-{name}", origin)
-        )  # partial downloads outlive the stage's outputs
+        # Outside the stage's outputs, which DVC deletes before it runs the stage again: partial downloads are
+        # kept.
+        cache = Path(run_directory("runs", f"fetch-{name}", origin))
         with keyed(f"datasets.{name}", dataset):
             sources.get(dataset).fetch(Path("data/raw", name), cache)
 

@@ -1,4 +1,4 @@
-"""Stage `guide`: the classifier trained on, its explanations guided onto the objects by boxes, in `models/guide`."""
+"""Stage `guide`: trains the classifier with boxes that guide its explanations, to `models/guide`."""
 
 from pipelines.workflow import tasks
 from pipelines.workflow.running import stage
@@ -6,7 +6,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main() -> None:
-    """Guides the classifier."""
+    """Trains the classifier with guidance."""
     with stage() as params:
         train_stage(tasks.guide(params))
 

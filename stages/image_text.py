@@ -1,4 +1,7 @@
-"""Stage `image_text TOWER`: an image tower and its text tower, trained on captions, in `models/image_text/TOWER`."""
+"""Stage `image_text TOWER`: trains an image tower and its text tower on images with captions.
+
+Saves both to `models/image_text/TOWER`. TOWER is `cnn` or `vit`.
+"""
 
 import sys
 
@@ -9,7 +12,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main(tower: str) -> None:
-    """Trains the pair of `cnn` or `vit`, if `clip.towers` has it."""
+    """Trains the pair of towers if `clip.towers` lists it."""
     with stage() as params:
         if tower in params.clip.towers:
             train_stage(tasks.image_text(params, tower))

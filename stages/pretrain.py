@@ -1,4 +1,4 @@
-"""Stage `pretrain`: the conventional model, in `models/pretrain`."""
+"""Stage `pretrain`: trains the conventional model and saves it to `models/pretrain`."""
 
 from pipelines.workflow import tasks
 from pipelines.workflow.running import stage
@@ -6,7 +6,7 @@ from pipelines.workflow.training import train_stage
 
 
 def main() -> None:
-    """Trains the conventional model of the params."""
+    """Trains the conventional model."""
     with stage() as params:
         train_stage(tasks.pretrain(params))
 

@@ -1,4 +1,4 @@
-"""Stage `register`: the B-cosified model and its evidence as a version in the model registry; run again, it changes nothing."""
+"""Stage `register`: puts the B-cosified model and its evidence into the model registry. Idempotent."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pipelines.workflow.running import stage
 def main() -> None:
     """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`.
 
-    The metric that selected the model's epoch, on the validation split, decides whether it becomes the candidate.
+    The validation metric that selected the model's epoch decides whether the version becomes the candidate.
     """
     with stage() as params:
         start = params.bcosify.starts[0]

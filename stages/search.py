@@ -1,4 +1,4 @@
-"""Stage `search`: the work of a stage many times over, with other params each time; the Pareto front in `reports/search`."""
+"""Stage `search`: runs a training stage many times with different params; see `reports/search`."""
 
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from pipelines.workflow.trials import (
 
 
 def main() -> None:
-    """Searches; trials that are on record already are not run again."""
+    """Runs the trials that are not on record yet, and reports the Pareto front of all."""
     with stage() as params:
         check_space(params, "params.yaml: search.space")
         task = task_of(params, {})

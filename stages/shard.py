@@ -1,4 +1,4 @@
-"""Stage `shard DATASET`: `data/raw/DATASET` as WebDataset tars with a manifest in `data/shards/DATASET`."""
+"""Stage `shard DATASET`: packs `data/raw/DATASET` into WebDataset tars, in `data/shards/DATASET`."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def main(name: str) -> None:
-    """Shards the data set called `name` in the params."""
+    """Writes the shards and the manifest of the data set called `name` in the params."""
     with stage() as params:
         dataset, out = params.datasets[name], Path("data/shards", name)
         source = sources.get(dataset)

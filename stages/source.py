@@ -1,4 +1,7 @@
-"""Stage `source DATASET`: the code that reads the data set, with the sha256 of each file, in `data/code/DATASET.json`."""
+"""Stage `source DATASET`: lists the code that reads the data set, in `data/code/DATASET.json`.
+
+The list has the sha256 of each file. `fetch` and `shard` depend on it, not on the code of other data sets.
+"""
 
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from pipelines.workflow.running import stage
 
 
 def main(name: str) -> None:
-    """Writes down the code that the data set called `name` depends on, without the code of other data sets."""
+    """Lists the code that the data set called `name` in the params depends on."""
     with stage() as params:
         files = code_files(*sources.modules(params.datasets[name]))
         write_json(

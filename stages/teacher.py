@@ -1,4 +1,4 @@
-"""Stage `teacher`: the model that students learn from, in `models/teacher`."""
+"""Stage `teacher`: saves the model that students learn from to `models/teacher`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Saves the teacher of the params here, anew if its alias in the registry has moved."""
+    """Saves the model that `distill.teacher` names. An alias of the registry is resolved each time."""
     with stage() as params:
         save_model_from(params.distill.teacher, Path("models/teacher"))
 

@@ -7,18 +7,17 @@ import pytest
 
 import pipelines  # noqa: F401  (sets how OpenMP waits, before torch is imported)
 
-GROUPS = ("graph", "ray")  # markers of tests that share a fixture of minutes
+GROUPS = ("graph", "ray")  # markers of tests that share a fixture whose setup takes minutes
 NUMBERS = itertools.count()
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_WORKER:
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # workers of pytest share the cores; torch reads it when it is imported
-    )
+    # Workers of pytest share the cores. torch reads this when it is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests that use Ray. Of several workers of pytest, one runs all of a group, and groups start first."""
+    """Marks tests that use Ray. One pytest worker runs all tests of a group, and groups start first."""
     for item in items:
         if "ray_workers" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
@@ -31,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_threads() -> Iterator[None]:
-    """The number of torch's threads, which `launch` sets, is a test's own."""
+    """Restores the number of torch's threads after each test, because `launch` sets it."""
     import torch
 
     threads = torch.get_num_threads()
@@ -41,10 +40,9 @@ def own_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_shard_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copies of remote shards are a test's own."""
-    folder = (
-        tmp_path_factory.getbasetemp() / f"shard-cache-{next(NUMBERS)}"
-    )  # `mktemp` would list all folders each time
+    """Gives each test its own cache of remote shards."""
+    # Not `mktemp`, which lists all folders on each call.
+    folder = tmp_path_factory.getbasetemp() / f"shard-cache-{next(NUMBERS)}"
     folder.mkdir()
     monkeypatch.setenv("SHARD_CACHE", str(folder))
     return folder
@@ -52,7 +50,7 @@ def own_shard_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 @pytest.fixture(scope="session")
 def ray_workers() -> Iterator[None]:
-    """One Ray with room for three workers, for all tests that need one; `tests.support.toy` travels to them by value."""
+    """Starts one Ray with room for three workers, to which `tests.support.toy` is pickled by value."""
     from ray import cloudpickle
 
     from pipelines.params import TrainingParams

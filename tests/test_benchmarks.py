@@ -1,4 +1,4 @@
-"""Benchmarks start, those of speed on machines that have torch alone."""
+"""Benchmarks start; those of speed also on machines with torch alone."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Secrets of addresses are in no error and no redacted text."""
+"""Errors and redacted texts have no secrets of addresses."""
 
 import pytest
 

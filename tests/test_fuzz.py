@@ -1,6 +1,6 @@
-"""Broken params and weights: each is read, or ends with a line that names it; nothing else is written to.
+"""Broken params and weights are read, or end with a line that names them. Nothing else is written to.
 
-270 of them, drawn by seeds. `tests/data/test_fuzz.py` has the data sets.
+There are 270 random cases with fixed seeds. `tests/data/test_fuzz.py` has the data sets.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The folder to which alone a test may write."""
+    """The only folder to which a test may write."""
     with own_project(tmp_path, monkeypatch) as folder:
         yield folder
 
 
-# Params ---------------------------------------------------------------------------------------------------------------
+# Params -----------------------------------------------------------------------------------------------------
 
 
 def test_params(project):
@@ -45,12 +45,11 @@ def test_params(project):
         else:
             path.write_bytes(broken(text, draw))
         said = outcome(lambda: load(path), lines=None)
-        assert said == OK or all(line.startswith(f"{path}: ") for line in said.splitlines()), (
-            said
-        )  # a line for each fault
+        # The message has a line for each fault.
+        assert said == OK or all(line.startswith(f"{path}: ") for line in said.splitlines()), said
 
 
-# Weights --------------------------------------------------------------------------------------------------------------
+# Weights ----------------------------------------------------------------------------------------------------
 
 TENSORS = {"conv.weight": torch.arange(24.0).reshape(4, 3, 1, 2), "conv.bias": torch.ones(4)}
 

@@ -1,4 +1,7 @@
-"""MLflow: runs, kept on disk first; the model registry; the served model. mlflow is imported here alone, when it is used."""
+"""Tracking with MLflow: runs (written to disk first), the model registry and the served model.
+
+Only this package imports mlflow, and only when it is used.
+"""
 
 from pipelines.tracking.provenance import lock_hash
 from pipelines.tracking.registry import (

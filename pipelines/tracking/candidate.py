@@ -1,4 +1,8 @@
-"""Which version of a registered model has the alias that machines give (`candidate`). A person is never overruled."""
+"""Decides which version of a registered model gets the alias that machines assign (`candidate`).
+
+A person's decision always wins. Machines mark the versions that they gave the alias with the tag
+`alias.<alias>`, which tells their assignments from those of a person.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +16,40 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-DECISION = (
-    "decision"  # tag: a person approved or rejected the version; machines give it no alias from then on
-)
+# Tag: a person approved or rejected the version. Machines give it no alias after that.
+DECISION = "decision"
 DATA = "dataset.digest"  # tag: the data that the version's metrics were measured on
-OFFERED, GIVEN, PASSED = (
-    "offered",
-    "given",
-    "passed on",
-)  # values of the tag `alias.<alias>`, which a machine alone sets
+# Values of the tag `alias.<alias>`: the version is about to get the alias, has got it, or has lost it to
+# another version.
+OFFERED, GIVEN, PASSED = "offered", "given", "passed on"
 
 
 def nominate(
     client: MlflowClient, version: ModelVersion, alias: str, metric: str | None, higher_is_better: bool
 ) -> str:
-    """Gives `version` the alias unless the version that has it is better, or a person decided otherwise.
+    """Gives `version` the alias unless its present holder is better or a person decided otherwise.
 
-    If a person takes the alias away from a version or gives it to another one, it stays so.
+    If a person removes the alias from a version or gives it to another one, machines leave it there.
 
     Args:
-        client: of the registry.
-        version: with the tag `metric.<metric>`.
-        alias: its name.
-        metric: which decides; None: the alias is only given if no version has it.
+        client: client of the registry.
+        version: the version to nominate, with the tag `metric.<metric>`.
+        alias: name of the alias.
+        metric: metric that decides between two versions. If `None`, the alias is only given if no version has
+            it.
         higher_is_better: whether a higher value of the metric is better.
 
     Returns:
-        What became of the alias, in words that follow the version's name.
+        The outcome, as a phrase that follows the version's name: `alias candidate`, or `without alias
+        candidate, ...`.
     """
     name, number, mark = version.name, str(version.version), f"alias.{alias}"
     holder = _holder(client, name, alias)
     if holder is None or str(holder.version) != number:
         if reason := _against(version, _same(client, version), holder, mark, metric, higher_is_better):
             return f"without alias {alias}, {reason}"
-        client.set_model_version_tag(
-            name, number, mark, OFFERED
-        )  # a call that ends before the alias is given can be repeated
+        # Set first: if this call is killed before the alias is given, it can be repeated.
+        client.set_model_version_tag(name, number, mark, OFFERED)
         if holder is not None:
             client.set_model_version_tag(name, str(holder.version), mark, PASSED)
         client.set_registered_model_alias(name, alias, number)
@@ -58,13 +60,15 @@ def nominate(
 
 
 def _holder(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version that has the alias."""
     number = client.get_registered_model(name).aliases.get(alias)
     return None if number is None else client.get_model_version(name, str(number))
 
 
 def _same(client: MlflowClient, version: ModelVersion) -> list[ModelVersion]:
-    """`version`, and the other versions with the same model: it is registered again if their files were lost."""
+    """Returns `version` and all other versions of the same model.
+
+    There are others if the files of a version were lost, because the model is then registered again.
+    """
     digest = version.tags.get(DIGEST)
     found = client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if digest else []
     return [
@@ -81,7 +85,10 @@ def _against(
     metric: str | None,
     higher_is_better: bool,
 ) -> str:
-    """Why `version`, or one with the `same` model, may not have the alias of `holder`; empty if it may."""
+    """Returns why `version` may not get the alias that `holder` has; empty if it may.
+
+    `same` are the versions with the model of `version`, and `mark` is the tag `alias.<alias>`.
+    """
     if decision := next((item.tags[DECISION] for item in same if DECISION in item.tags), None):
         return f"for a person decided on it ({decision})"
     if holder is not None and str(holder.version) in [str(item.version) for item in same]:
@@ -105,6 +112,6 @@ def _against(
 
 
 def _value(version: ModelVersion, metric: str) -> float | None:
-    """The metric of a version, None if it was not measured."""
+    """Returns the metric of a version, `None` if it was not measured."""
     value = float(version.tags.get(f"metric.{metric}", "nan"))
     return value if math.isfinite(value) else None

@@ -1,4 +1,10 @@
-"""The journal of a stage's tracked run on disk, written before and without any server."""
+"""The journal of a stage's tracked run: files on disk, written before any server is asked.
+
+<directory>/tracking/run.json        the head: key, stage, status, params, tags, data sets, ...
+<directory>/tracking/metrics.jsonl   one `MetricRow` per line
+<directory>/tracking/sent.json       the MLflow run, and how many lines of the metrics it has
+<directory>/tracking/artifacts/      files to upload
+"""
 
 from __future__ import annotations
 
@@ -25,7 +31,7 @@ class MetricRow(TypedDict):
     timestamp: int
 
 
-UNREADABLE_TAG = "journal.unreadable_lines"  # tells how many lines of the metrics were skipped
+UNREADABLE_TAG = "journal.unreadable_lines"  # tag: number of lines of the metrics that were skipped
 _KEYS = {
     "key",
     "stage",
@@ -42,10 +48,10 @@ _KEYS = {
 
 
 class Journal:
-    """One execution of a stage in `<directory>/tracking/`.
+    """One execution of a stage, recorded in `<directory>/tracking/`.
 
-    The folder has `run.json`, `metrics.jsonl`, `sent.json` (which lines of the metrics the server has) and a tree of `artifacts`.
-    Nothing is held in memory: any process may read the folder, which changes nothing in it, and the one that tracks may append.
+    The object holds no state in memory. Any process may read the folder; only the process that tracks the run
+    may write.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -55,7 +61,7 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether an execution was tracked here, as far as it can be read."""
+        """True if the folder has a readable record of an execution."""
         return self._head() is not None
 
     def begin(
@@ -66,10 +72,12 @@ class Journal:
         tags: Mapping[str, str],
         key: str | None = None,
     ) -> None:
-        """Opens the journal of the unfinished execution found here, which then goes on, or of a new one.
+        """Opens the journal: continues the unfinished execution found here, or starts a new one.
 
-        The params of one that goes on stay those it started with; its tags become `tags`. `key` names one that began elsewhere.
-        A head that a crash has left unreadable counts as none: the stage that runs again makes all of it again.
+        An execution that continues keeps its params and its key, and gets `tags` beside its own. A new one
+        gets `key`, which names an execution that began on another machine, or a random key. If a crash left
+        `run.json` unreadable, the journal starts anew, because the stage that runs again logs everything
+        again.
         """
         head = self._head()
         if head is not None and head["status"] != "FINISHED":
@@ -101,7 +109,7 @@ class Journal:
 
     @property
     def head(self) -> dict[str, Any]:
-        """Everything but metrics and artifacts; raises `DamagedFileError` if there is none that can be read."""
+        """Content of `run.json`. Raises `DamagedFileError` if the file is missing or unreadable."""
         head = self._head()
         if head is None:
             raise DamagedFileError(f"{self.root / 'run.json'}: missing or unreadable: run the stage again")
@@ -112,11 +120,14 @@ class Journal:
         return head if head and head.keys() >= _KEYS else None
 
     def update(self, **values: Any) -> None:
-        """Replaces values of the head."""
+        """Replaces values in `run.json`."""
         files.write_json(self.root / "run.json", {**self.head, **values})
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> int:
-        """Appends metrics that are not there yet, and returns their number: a metric keeps its first value per step."""
+        """Appends metrics that are not there yet, because a metric keeps its first value per step.
+
+        Returns how many it has appended.
+        """
         known = {(row["key"], row["step"]) for row in self.metrics()}
         rows = [row for row in metric_rows(metrics, step) if (row["key"], row["step"]) not in known]
         if rows:
@@ -124,7 +135,10 @@ class Journal:
         return len(rows)
 
     def _append(self, lines: bytes) -> None:
-        """Appends to the metrics and syncs them to the disk; a line before that a kill has cut is ended, so that it cuts none."""
+        """Appends to `metrics.jsonl` and syncs it to disk.
+
+        If a kill has cut the last line short, that line is ended first, so that the new ones stay readable.
+        """
         path = self.root / "metrics.jsonl"
         with open(path, "a+b") as file:
             if file.tell() > 0:
@@ -137,34 +151,34 @@ class Journal:
         files.sync_folder(self.root)
 
     def metrics(self, start: int = 0) -> list[MetricRow]:
-        """All metrics in their order, from line `start` of the file on; lines that cannot be read are left out."""
+        """Returns the readable metrics from line `start` of the file on, in their order."""
         return [row for row in self._lines()[start:] if row is not None]
 
     def _lines(self) -> list[MetricRow | None]:
-        """The lines of the metrics, None for one that cannot be read."""
+        """Returns the lines of `metrics.jsonl`, `None` for an unreadable one."""
         path = self.root / "metrics.jsonl"
         return [_row(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
 
     @property
     def line_count(self) -> int:
-        """Lines of the metrics, readable or not."""
+        """Number of lines in `metrics.jsonl`, readable or not."""
         return len(self._lines())
 
     def sent(self, run_id: str) -> int | None:
-        """How many lines of the metrics MLflow's run has; None if that is not known."""
+        """Returns how many lines of the metrics the MLflow run has, `None` if that is unknown."""
         note = files.read_record(self.root / "sent.json", dict) or {}
         return note.get("lines") if note.get("run_id") == run_id else None
 
     def note_sent(self, run_id: str, lines: int) -> None:
-        """Notes that MLflow's run has so many lines of the metrics."""
+        """Records that the MLflow run has the first `lines` lines of the metrics."""
         files.write_json(self.root / "sent.json", {"run_id": run_id, "lines": lines})
 
     def forget_sent(self) -> None:
-        """Notes that it is not known which metrics the server has."""
+        """Records that it is unknown which metrics the server has."""
         files.remove(self.root / "sent.json")
 
     def add_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Copies a file, or a folder's files, to `folder` of the run's artifacts."""
+        """Copies a file or a folder to `folder` of the run's artifacts."""
         path, target = Path(path), self.artifacts / folder
         target.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -173,14 +187,14 @@ class Journal:
             shutil.copy2(path, target / path.name)
 
     def add_dataset(self, dataset: Mapping[str, str]) -> None:
-        """Adds a data set (the fields of mlflow's `Dataset`, and `context`) unless it is there."""
+        """Adds a data set (the fields of MLflow's `Dataset`, and `context`) unless it is recorded already."""
         head = self.head
         if dict(dataset) not in head["datasets"]:
             self.update(datasets=[*head["datasets"], dict(dataset)])
 
 
 def _row(line: bytes) -> MetricRow | None:
-    """The metric in a line; None if it has none."""
+    """Returns the metric in a line, `None` if the line is not one."""
     try:
         row: MetricRow = json.loads(line)
         return row if isinstance(row, dict) and row.keys() == MetricRow.__required_keys__ else None
@@ -189,7 +203,7 @@ def _row(line: bytes) -> MetricRow | None:
 
 
 def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:
-    """`metrics` as rows with the present time."""
+    """Returns `metrics` as rows with the present time."""
     timestamp = now()
     return [
         {"key": key, "value": float(value), "step": step, "timestamp": timestamp}
@@ -198,5 +212,5 @@ def metric_rows(metrics: Mapping[str, float], step: int) -> list[MetricRow]:
 
 
 def now() -> int:
-    """Milliseconds since 1970."""
+    """Returns the time in milliseconds since 1970 (UTC)."""
     return int(time.time() * 1000)

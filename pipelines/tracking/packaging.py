@@ -1,4 +1,4 @@
-"""What a registered version is made of: the model, the code that serves it, and the packages that this code needs."""
+"""Packages a model for the registry, with the code that serves it and the requirements of this code."""
 
 from __future__ import annotations
 
@@ -19,35 +19,19 @@ if TYPE_CHECKING:
 
     from pipelines.models import ModelSpec
 
-CODE = (
-    "__init__.py",
-    "errors.py",
-    "process.py",
-    "bcos",
-    "models",
-    "storage",
-)  # of `pipelines`: what `served.py` imports
-REQUIREMENTS = (
-    "fsspec",
-    "mlflow",
-    "numpy",
-    "safetensors",
-    "timm",
-    "torch",
-    "torchvision",
-)  # what that code imports
-ARTIFACTS = (
-    "weights",
-    "config",
-    "text_weights",
-    "text_config",
-)  # names of `model_files` for the code that serves the model
+# Files and folders of `pipelines` that `served.py` imports.
+CODE = ("__init__.py", "errors.py", "process.py", "bcos", "models", "storage")
+# Packages that this code imports.
+REQUIREMENTS = ("fsspec", "mlflow", "numpy", "safetensors", "timm", "torch", "torchvision")
+# Names under which `served.py` finds the files that `model_files` lists, in the same order.
+ARTIFACTS = ("weights", "config", "text_weights", "text_config")
 
 
 def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, name: str) -> str:
-    """Logs the model in `directory` with the code that serves it as an output of `run`; its id.
+    """Logs the model in `directory` and the code that serves it as an output of `run`; returns its id.
 
-    MLflow lets a registered model have characters in its name that a logged one may not have; the logged one gets `_` for them.
+    The names of MLflow's registered models may have characters that those of logged models may not have. The
+    logged model's name has `_` instead.
     """
     prepare()
     import mlflow.pyfunc
@@ -63,9 +47,8 @@ def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, 
         mlflow.pyfunc.save_model(
             f"{folder}/model",
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts=dict(
-                zip(ARTIFACTS, map(str, model_files(directory)), strict=False)
-            ),  # a text tower is not always there
+            # Not strict, because only some models have the two files of a text tower.
+            artifacts=dict(zip(ARTIFACTS, map(str, model_files(directory)), strict=False)),
             code_paths=[str(_copy_code(Path(folder, "code")))],
             pip_requirements=requirements(spec),
             signature=_signature(spec),
@@ -80,13 +63,16 @@ def log_model(client: MlflowClient, run: Run, directory: Path, spec: ModelSpec, 
 
 
 def requirements(spec: ModelSpec) -> list[str]:
-    """What the model needs, in the versions installed here, without a build's name (`+cpu`), which no package index knows."""
+    """Returns the packages that the served model needs, pinned to the versions installed here.
+
+    A build's label such as `+cpu` is dropped, because package indices do not have it.
+    """
     packages = REQUIREMENTS + (("open_clip_torch",) if spec.name.startswith("open_clip:") else ())
     return [f"{package}=={installed(package).partition('+')[0]}" for package in packages]
 
 
 def _copy_code(folder: Path) -> Path:
-    """Copies `CODE` to a package `pipelines` in `folder`; its path."""
+    """Copies `CODE` to a package `pipelines` in `folder` and returns the path of the package."""
     package, copy = Path(pipelines.__file__).parent, folder / "pipelines"
     copy.mkdir(parents=True)
     for name in CODE:
@@ -98,7 +84,7 @@ def _copy_code(folder: Path) -> Path:
 
 
 def _signature(spec: ModelSpec) -> Any:
-    """Images (-1, 3, H, W) float32 -> logits (-1, K) or embeddings (-1, D), with the params of `ServedModel.predict`."""
+    """Signature of `ServedModel.predict`: images (-1, 3, H, W) to logits (-1, K) or embeddings (-1, D)."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec

@@ -1,4 +1,4 @@
-"""Where a run comes from: the commit, the inputs as DVC recorded them, the versions of what computed it."""
+"""Where a run comes from: the git commit, the hashes of its inputs, the versions of Python and torch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ import yaml
 from pipelines.storage.files import file_digest
 from pipelines.storage.paths import project_root
 
-DIGEST = "content.sha256"  # tag: which model it is, see `content_digest`
-MODEL = ("model.safetensors", "model.json")  # files of a model, as `pipelines.models` writes them
+DIGEST = "content.sha256"  # tag: `content_digest` of the model's files
+MODEL = ("model.safetensors", "model.json")  # files of a model, as `pipelines.models.save` writes them
 TEXT_TOWER = ("text.safetensors", "text.json")
 EXPERIMENT = "dvc.experiment"  # tag: name of the DVC experiment
 
 
 def git_tags(directory: str | Path | None = None) -> dict[str, str]:
-    """The commit that `directory` (the working directory) has checked out, and whether files differ from it.
+    """Returns tags with the checked-out commit and whether tracked files differ from it.
 
-    `dvc.lock` is left out of the difference: it changes with every stage. Outside a repository the tags are those that
-    a submitted job is told (`SUBMITTED_COMMIT`, `SUBMITTED_DIRTY`), or none.
+    The repository is that of `directory`, by default of the working directory. Changes of `dvc.lock` do not
+    count, because every stage changes it. Outside a repository, a submitted job takes the tags from its
+    environment (`SUBMITTED_COMMIT`, `SUBMITTED_DIRTY`); elsewhere there are none.
     """
 
     def git(*arguments: str) -> str:
@@ -46,20 +47,20 @@ def git_tags(directory: str | Path | None = None) -> dict[str, str]:
 
 
 def lock_hash(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") -> str:
-    """One sha256 over a stage's inputs as `dvc.lock` records them.
+    """Returns one sha256 over a stage's inputs as `dvc.lock` records them.
 
-    While a stage runs, its own entry in the lock is still that of its last execution; what the stages before it made has
-    just been recorded. So each input is looked up among the outputs of all stages.
+    While a stage runs, the lock has the inputs of its last execution, but already the outputs of the stages
+    before it. So each input is looked up among the outputs of all stages.
 
     Args:
-        inputs: name -> path of an input, or any text that identifies one that no stage makes.
-        lock_file: the lock; none there is an empty one.
+        inputs: name -> path of an input, or any text that identifies an input that no stage makes.
+        lock_file: path of the lock; a missing file counts as an empty one.
     """
     return hashlib.sha256(json.dumps(input_hashes(inputs, lock_file), sort_keys=True).encode()).hexdigest()
 
 
 def input_hashes(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") -> dict[str, str]:
-    """For each input the hash that `dvc.lock` records of it or of the folder it lies in; else the text itself."""
+    """Returns the hash that `dvc.lock` records of each input or a folder around it; else the text itself."""
     recorded = _recorded_outputs(Path(lock_file))
 
     def find(path: str) -> str:
@@ -70,19 +71,19 @@ def input_hashes(inputs: Mapping[str, str], lock_file: str | Path = "dvc.lock") 
 
 
 def experiment_tags() -> dict[str, str]:
-    """The name of the DVC experiment that this stage is part of; nothing under `dvc repro`."""
+    """Returns a tag with the name of the DVC experiment that runs this stage; empty under `dvc repro`."""
     name = os.environ.get("DVC_EXP_NAME")
     return {EXPERIMENT: name} if name else {}
 
 
 def model_files(directory: str | Path) -> list[Path]:
-    """The files of the model in a folder, in the order of `content_digest`; with those of a text tower that lies beside it."""
+    """Returns the files of the model in a folder, then those of its text tower if the folder has one."""
     names = MODEL + (TEXT_TOWER if all(Path(directory, name).is_file() for name in TEXT_TOWER) else ())
     return [Path(directory, name) for name in names]
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """sha256 over the names and contents of `files`, in their order."""
+    """Returns the sha256 over the names and contents of `files`, in their order."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {file_digest(path)}\n".encode())
@@ -90,12 +91,12 @@ def content_digest(files: Iterable[Path]) -> str:
 
 
 def version_tags() -> dict[str, str]:
-    """Versions of python and torch."""
+    """Returns tags with the versions of Python and torch."""
     return {"python": platform.python_version(), "torch": version("torch")}
 
 
 def _relative(path: str) -> str:
-    """`path` as the lock writes it: relative to the project where it lies inside."""
+    """Returns `path` as the lock writes it: relative to the project if it lies inside."""
     for root in (Path.cwd(), project_root()):
         if Path(path).is_relative_to(root):
             return Path(path).relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""The model registry: versions with the evidence that a reviewer needs, loadable without unpickling anything."""
+"""The model registry: versions with the evidence that a reviewer needs. Loading one unpickles nothing."""
 
 from __future__ import annotations
 
@@ -48,14 +48,12 @@ if TYPE_CHECKING:
 
     from pipelines.models import ModelSpec, TextTower
 
-EVIDENCE, TRAINING = (
-    "evidence.sha256",
-    "training.run",
-)  # tags of a version; the second is the id of an MLflow run
+# Tags of a version: a hash of its evidence, and the id of the MLflow run that trained its model.
+EVIDENCE, TRAINING = "evidence.sha256", "training.run"
 
 
 class TrackingError(UserError, RuntimeError):
-    """The registry cannot do it: one line that names the registry and the cause."""
+    """The registry does not answer or refuses a request. The message names its address and the cause."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,11 @@ class Registered:
     """A version in the registry.
 
     Attributes:
-        name: of the registered model.
-        version: its number.
-        run_id: of its registration.
-        digest: of the model's files.
-        created: False if it was there already.
+        name: name of the registered model.
+        version: number of the version.
+        run_id: MLflow run of the registration.
+        digest: sha256 over the model's files.
+        created: False if the version existed before.
     """
 
     name: str
@@ -84,16 +82,16 @@ class Registered:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a reviewer sees of a version.
+    """The evidence on a version that a reviewer sees.
 
     Attributes:
-        version: in the registry.
-        spec: of its model.
+        version: the version in the registry.
+        spec: spec of its model.
         metrics: name -> value.
-        pictures: files.
-        dataset: that the metrics were measured on, as `describe_dataset` gives it.
-        tags: of the version, besides those that the evidence gives it.
-        has_text_tower: whether a text tower is with the model.
+        pictures: picture files.
+        dataset: data set that the metrics were measured on, as `describe_dataset` returns it.
+        tags: further tags of the version, besides those of metrics and data set.
+        has_text_tower: whether the model comes with a text tower.
     """
 
     version: ModelVersion
@@ -122,27 +120,29 @@ def register(
 ) -> Registered:
     """Registers the model unless this exact version is registered already. Idempotent.
 
-    Two versions are the same if the files of their models are, with those of a text tower. A version whose artifacts are not all
-    there is passed over. New metrics or pictures of a registered model go to its version. Tags of a new version lead to the
-    run that trained it and to its DVC experiment.
+    Two versions are the same if the files of their models, text towers included, are the same. A version that
+    has lost artifacts does not count. New metrics or pictures of a registered model are added to its version.
+    Tags of the version point to the MLflow run that trained the model and to its DVC experiment.
 
     Args:
-        model_directory: as `pipelines.models.save` writes it.
-        experiment: MLflow's experiment, for the run of the registration.
-        name: of the registered model.
-        alias: given to the version if no version has it, or if it is not worse than the one that has it; see `nominate`.
-        metrics: name -> value, what the reviewer decides on.
-        manifest: of the shards that the metrics were measured on (`manifest.json`).
-        dataset: its name.
+        model_directory: folder of the model, as `pipelines.models.save` writes it.
+        experiment: MLflow experiment of the registration's run.
+        name: name of the registered model.
+        alias: alias for the version if no version has it, or if this one is not worse than its holder; see
+            `nominate`.
+        metrics: name -> value; the reviewer decides on these.
+        manifest: content of `manifest.json` of the shards that the metrics were measured on.
+        dataset: name of that data set.
         pictures: files for the reviewer.
-        params: of the run of the registration; nested values.
+        params: params of the registration's run; nested values.
         tags: further tags of the version.
-        compare: the one of `metrics` by which versions are compared for the alias; None: an alias that is held stays.
+        compare: the one of `metrics` that decides about the alias. If `None`, a version that has the alias
+            keeps it.
         higher_is_better: whether a higher value of that metric is better.
 
     Raises:
-        TrackingError: the registry does not answer, or refuses.
-        FileNotFoundError: no model in the directory.
+        TrackingError: the registry does not answer or refuses a request.
+        FileNotFoundError: the directory has no model.
     """
     from pipelines.models import read_spec
 
@@ -156,12 +156,12 @@ def register(
             client, uri, directory, spec, digest, name, experiment, params or {}, measured_on
         )
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
-        kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # what it first came from
+        kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # the first origin stays
         has_text = len(model_files(directory)) > len(MODEL)
         _show(
             client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}, has_text)
         )
-        version = client.get_model_version(name, str(version.version))  # with the tags that it now has
+        version = client.get_model_version(name, str(version.version))  # with its new tags
         told = nominate(client, version, alias, compare, higher_is_better)
         run = client.get_run(str(version.run_id))
     done = "is in the registry already" if found else "registered"
@@ -171,16 +171,16 @@ def register(
 
 
 def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
-    """The torch module of a model, in evaluation mode, and its spec; nothing is unpickled.
+    """Returns the torch module of a model, in evaluation mode, and its spec. Unpickles nothing.
 
     Args:
-        uri: `models:/name@alias`, `models:/name/version`, or a folder: one that `pipelines.models.save` wrote, or a copy of a
-            version's artifacts.
+        uri: `models:/name@alias`, `models:/name/version`, or a folder: one that `pipelines.models.save`
+            wrote, or a copy of a version's artifacts.
 
     Raises:
-        TrackingError: the registry does not answer, or has no such version.
-        FileNotFoundError: no model in the folder.
-        WeightsError: the weights are not of the model that its spec describes.
+        TrackingError: the registry does not answer or has no such version.
+        FileNotFoundError: the folder has no model.
+        WeightsError: the weights do not fit the model that the spec describes.
     """
     from pipelines.models import load as load_directory
 
@@ -189,7 +189,7 @@ def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
 
 
 def load_text_tower(uri: str | Path) -> TextTower:
-    """The text tower with the model at `uri`, in evaluation mode; arguments and errors are those of `load`."""
+    """Returns the text tower of the model at `uri`, in evaluation mode. Arguments and errors as in `load`."""
     from pipelines.models import load_text_tower as load_from_directory
 
     with model_folder(uri) as folder:
@@ -198,7 +198,11 @@ def load_text_tower(uri: str | Path) -> TextTower:
 
 @contextmanager
 def model_folder(uri: str | Path) -> Iterator[Path]:
-    """In the block, a folder on this machine with the files of a model; arguments and errors are those of `load`."""
+    """Yields a local folder with the files of a model. `uri` is that of `load`.
+
+    Raises:
+        TrackingError: the registry does not answer or has no such version.
+    """
     if not str(uri).startswith("models:/"):
         folder = Path(uri)
         inner = folder / "artifacts"
@@ -220,8 +224,8 @@ def model_folder(uri: str | Path) -> Iterator[Path]:
 
 
 def _find(client: MlflowClient, name: str, digest: str, directory: Path) -> ModelVersion | None:
-    """The newest version with this content whose artifacts are whole."""
-    # No name in the filter: it may have quotes, which MLflow's filters cannot escape.
+    """Returns the newest version of `name` with this content and all its artifacts, `None` without one."""
+    # The filter leaves the name out, because it may have quotes, which MLflow's filters cannot escape.
     versions = [
         item for item in client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'") if item.name == name
     ]
@@ -246,8 +250,8 @@ def _add(
     params: Mapping[str, Any],
     dataset: Mapping[str, str],
 ) -> ModelVersion:
-    """A new version of `name` with the model in `directory`, from a run of its own."""
-    _create_name(client, name)  # first: it refuses a bad one
+    """Creates a version of `name` with the model in `directory`, under an MLflow run of its own."""
+    _create_name(client, name)  # first, because MLflow refuses an invalid name here
     tags = {"stage": "register", **version_tags(), **git_tags(), **experiment_tags(), DIGEST: digest}
     head = {
         "key": secrets.token_hex(8),
@@ -271,7 +275,7 @@ def _add(
 
 
 def _create_name(client: MlflowClient, name: str) -> None:
-    """Makes the registered model `name` if there is none."""
+    """Creates the registered model `name` unless it exists."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -282,7 +286,7 @@ def _create_name(client: MlflowClient, name: str) -> None:
 
 
 def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str]:
-    """Tags that lead from a version to the newest run that trained its model, and to the DVC experiment."""
+    """Returns tags that name the newest run that trained a version's model, and the DVC experiment."""
     runs = client.search_runs(
         [experiment], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time DESC"]
     )
@@ -294,7 +298,7 @@ def _origin(client: MlflowClient, experiment: str, digest: str) -> dict[str, str
 
 
 def _show(client: MlflowClient, evidence: Evidence) -> None:
-    """Puts metrics, pictures, tags and a description on the version, where they are not those it has."""
+    """Puts metrics, pictures, tags and a description on the version unless it has this very evidence."""
     from mlflow.entities import Metric
 
     version, metrics, dataset = evidence.version, evidence.metrics, evidence.dataset
@@ -320,7 +324,7 @@ def _show(client: MlflowClient, evidence: Evidence) -> None:
 
 
 def _description(evidence: Evidence) -> str:
-    """What a reviewer reads, in markdown."""
+    """Returns the version's description for a reviewer, in Markdown."""
     version, spec, dataset, tags = evidence.version, evidence.spec, evidence.dataset, evidence.tags
     origin = {"MLflow run": tags.get(TRAINING), "DVC experiment": tags.get(EXPERIMENT)}
     led = [f"{what} `{value}`" for what, value in origin.items() if value]
@@ -332,7 +336,8 @@ def _description(evidence: Evidence) -> str:
     uri = f"models:/{version.name}/{version.version}"
     lines = [
         f"**{spec.name}** ({spec.kind}, {spec.task}), {gives}, {spec.image_size} x {spec.image_size} px.",
-        f"Measured on `{dataset['name']}` ({', '.join(f'{split} {count}' for split, count in samples.items())}).",
+        f"Measured on `{dataset['name']}` "
+        f"({', '.join(f'{split} {count}' for split, count in samples.items())}).",
         *([f"Trained by {', '.join(led)}."] if led else []),
         *("", "| metric | value |", "| --- | --- |", *rows, ""),
         *(f"Pictures, artifacts of run `{version.run_id}`:", "", *paths, ""),
@@ -347,7 +352,8 @@ def _description(evidence: Evidence) -> str:
             "```",
             "",
         ),
-        f"Without this project's code: `mlflow.pyfunc.load_model`; images (N, 3, {spec.image_size}, {spec.image_size}) float32,",
+        f"Without this project's code: `mlflow.pyfunc.load_model`; "
+        f"images (N, 3, {spec.image_size}, {spec.image_size}) float32,",
         "RGB in [0, 1]; "
         + ("it gives embeddings." if embeds else "`params={'explain': True}` gives contribution maps."),
     ]
@@ -355,7 +361,7 @@ def _description(evidence: Evidence) -> str:
 
 
 def _artifacts(client: MlflowClient, name: str, version: str) -> Any:
-    """The artifact repository of a version."""
+    """Returns MLflow's artifact repository of a version."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     location = client.get_model_version_download_uri(name, version)
@@ -366,7 +372,7 @@ def _artifacts(client: MlflowClient, name: str, version: str) -> Any:
 
 @contextmanager
 def _one_line(uri: str) -> Iterator[None]:
-    """Turns what MLflow, its libraries and the way to it raise into a `TrackingError`."""
+    """Turns errors of MLflow, its libraries and the connection into a `TrackingError`."""
     prepare()
     try:
         yield

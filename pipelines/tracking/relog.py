@@ -1,6 +1,6 @@
-"""`python -m pipelines.tracking.relog RUN_DIRECTORY...`: logs runs whose tracking server was dead, a search with its trials.
+"""`python -m pipelines.tracking.relog RUN_DIRECTORY...`: logs runs that the tracking server missed.
 
-Safe to repeat.
+A search is logged with its trials. Safe to repeat.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipelines.tracking.server import tracking_uri
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Logs each run directory to `MLFLOW_TRACKING_URI`; the number of those that could not be."""
+    """Logs each run directory to `MLFLOW_TRACKING_URI`; returns the number of runs that it could not log."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.tracking.relog", description=__doc__)
     parser.add_argument(
         "directories", nargs="+", metavar="RUN_DIRECTORY", help="such as runs/pretrain/0123456789ab"

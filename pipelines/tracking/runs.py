@@ -1,4 +1,7 @@
-"""One MLflow run a stage execution. The journal on disk is the truth; the server is brought to it when it answers."""
+"""One MLflow run per stage execution.
+
+The journal on disk is the truth. The server is brought up to date with it whenever the server answers.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ from pipelines.tracking.sync import KEY, PARENT_TAG, log_metrics, log_rows, sync
 
 LONGEST_VALUE = 6000  # characters of a param, MLflow's limit
 LONGEST_DIGEST = 36  # characters of a data set's digest, MLflow's limit
-LEAST_REST = 10.0  # seconds that a server which did not answer is left alone
-TRIALS = "trials"  # where in a run's directory the journals of its children are
+LEAST_REST = 10.0  # minimum of seconds before a server that did not answer is asked again
+TRIALS = "trials"  # folder in a run's directory, with the journals of its child runs
 
 
 @contextmanager
@@ -45,23 +48,25 @@ def stage_run(
     key: str | None = None,
     taken_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[StageRun]:
-    """Tracks one execution of a stage. An unfinished one found in `directory` (the stage was killed) goes on as the same run.
+    """Tracks one execution of a stage.
 
-    A tracking server that does not answer, at the start or later, costs seconds and one line that says how to log the run
-    later; nothing of it raises.
+    If `directory` has an unfinished execution, because the stage was killed or failed, its run is continued.
+    A tracking server that does not answer, at the start or later, costs seconds and one printed line that
+    says how to log the run later. It raises nothing.
 
     Args:
-        stage: its name, which the run gets.
-        experiment: MLflow's experiment.
-        params: nested values; keys are joined with dots.
-        directory: the persistent folder of this stage and its inputs (`runs/<stage>/<hash>`); where it is a URL, the folder
-            with the same end here.
+        stage: name of the stage and of the run.
+        experiment: MLflow experiment.
+        params: nested values; their keys are joined with dots.
+        directory: persistent folder of this stage and its inputs (`runs/<stage>/<hash>`). If it is a URL, the
+            journal is in the local folder `runs/<stage>/<hash>`.
         inputs: name -> path (or identifying text) of each input, for `lock_hash`.
-        key: `StageRun.key` of an unfinished execution whose journal is lost with its machine: it goes on as the same run.
-        taken_over: asked where the block raises: whether another process goes on with this run.
+        key: `StageRun.key` of an unfinished execution whose journal was lost with its machine; its run is
+            continued.
+        taken_over: called if the block raises. Returns True if another process has taken this run over.
 
     Yields:
-        The run. It ends FINISHED, or FAILED where the block raises and no other process goes on with it.
+        The run. It ends as FINISHED, or as FAILED if the block raises and no other process has taken it over.
     """
     run = StageRun.begin(stage, experiment, params, directory, inputs or {}, key)
     try:
@@ -84,15 +89,15 @@ def child_run(
     metrics: Mapping[str, float],
     status: str,
 ) -> None:
-    """Logs work that is over, such as a trial of a search, as a child of `parent`; done again, it changes nothing.
+    """Logs completed work, such as a trial of a search, as a child run of `parent`. Idempotent.
 
     Args:
-        parent: the run of the whole.
-        name: of the child.
-        experiment: MLflow's experiment, that of `parent`.
+        parent: run of the stage.
+        name: name of the child run.
+        experiment: MLflow experiment, that of `parent`.
         params: nested values.
-        directory: the persistent folder of this work alone; its last part names the journal among those of `parent`.
-        history: records of epochs, see `StageRun.history`.
+        directory: persistent folder of this work alone. The child's journal gets the name of its last part.
+        history: records of epochs, as in `StageRun.history`.
         metrics: further figures, logged at the last epoch.
         status: FINISHED, FAILED or KILLED.
     """
@@ -103,15 +108,14 @@ def child_run(
         for record in records:
             journal.add_metrics(record["metrics"], record["epoch"])
         journal.add_metrics(metrics, records[-1]["epoch"] if records else 0)
-        journal.update(
-            status=status, ended=now(), warned=parent.run_id is None
-        )  # one line on a dead server is enough
+        # If the server is dead, the parent has said so already.
+        journal.update(status=status, ended=now(), warned=parent.run_id is None)
     if parent.run_id is not None and not journal.head["logged"]:
         log(journal, tracking_uri(), announce=False)
 
 
 class StageRun:
-    """A stage's run: everything logged is on disk before a server is asked."""
+    """The tracked run of a stage. Everything is on disk before it goes to a server."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self._journal = journal
@@ -131,16 +135,13 @@ class StageRun:
         inputs: Mapping[str, str],
         key: str | None = None,
     ) -> StageRun:
-        """Opens the journal and, where the server answers, the run."""
+        """Opens the journal, and the run if the server answers."""
         journal, uri = Journal(_local(directory)), tracking_uri()
         if journal.exists and journal.head["status"] == "FINISHED" and not journal.head["logged"]:
-            log(
-                journal, uri
-            )  # a finished execution that no server has yet: try before a new one takes its place
+            log(journal, uri)  # last chance for the finished execution before the new one replaces it
             if not journal.head["logged"]:
-                journal.update(
-                    status="FAILED"
-                )  # not finished until it is logged: the new execution goes on with it
+                # Unfinished until it is logged, so that the new execution continues it.
+                journal.update(status="FAILED")
         tags = {
             "stage": stage,
             **version_tags(),
@@ -149,9 +150,8 @@ class StageRun:
             "dvc.inputs": lock_hash(inputs),
         }
         tags |= {f"dvc.input.{name}": redacted(value) for name, value in input_hashes(inputs).items()}
-        known = (
-            key if isinstance(key, str) and KEY.fullmatch(key) else None
-        )  # it may come from a storage that others write to
+        # The key may come from a storage that others can write to.
+        known = key if isinstance(key, str) and KEY.fullmatch(key) else None
         journal.begin(stage, experiment, flatten(params), tags, known)
         run = cls(journal, uri)
         run.run_id = log(journal, uri)
@@ -159,51 +159,54 @@ class StageRun:
 
     @property
     def directory(self) -> Path:
-        """Where the journal lies; `python -m pipelines.tracking.relog` takes it."""
+        """Folder of the journal, the argument of `python -m pipelines.tracking.relog`."""
         return self._journal.directory
 
     def tag(self, key: str, value: str) -> None:
-        """Sets a tag, which the server gets when the stage ends."""
+        """Sets a tag. The server gets it when the stage ends."""
         self._journal.update(tags={**self._journal.head["tags"], key: redacted(value)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Logs `values` (names like `val/accuracy`) at `step`. A metric keeps the first value it has at a step."""
+        """Logs `values` (names like `val/accuracy`) at `step`. A metric keeps its first value per step."""
         self._journal.add_metrics(values, step)
         if self.run_id is not None and not self._journal.head["warned"]:
             with _warning(self._journal, self._uri):
                 log_metrics(connect(self._uri), self.run_id, self._journal)
 
     def history(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Completes the per-epoch metrics from a training's history (`Result.history`); what is there already stays."""
+        """Adds the metrics of a training's history (`Result.history`) that the journal does not have yet."""
         missing = sum([self._journal.add_metrics(record["metrics"], record["epoch"]) for record in records])
-        if missing:  # a worker on another machine may have logged them
+        if missing:  # a worker on another machine may have sent them to the server
             self._journal.forget_sent()
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Keeps a copy of a file or folder; uploaded to `folder` of the run's artifacts when the stage ends."""
+        """Keeps a copy of a file or folder, which is uploaded to `folder` of the run when the stage ends."""
         self._journal.add_artifact(path, folder)
 
     def pictures(self, paths: Iterable[str | Path]) -> None:
-        """`artifact` to `pictures`, for each path."""
+        """Keeps each path as an artifact in `pictures`."""
         for path in paths:
             self.artifact(path, "pictures")
 
     def model(self, directory: str | Path) -> None:
-        """Keeps a model's files as artifacts in `model`, and tags the run with their digest, by which `register` finds it."""
+        """Keeps a model's files as artifacts in `model`.
+
+        Tags the run with the digest of these files, by which `register` finds it.
+        """
         for path in model_files(directory):
             self.artifact(path, "model")
         self.tag(DIGEST, content_digest(model_files(directory)))
 
     def dataset(self, manifest: Mapping[str, Any], *, name: str, context: str) -> None:
-        """Makes the data set of a shard `manifest` an input of the run; `context` says what for."""
+        """Records the data set of a shard `manifest` as an input of the run; `context` names its purpose."""
         self._journal.add_dataset(describe_dataset(manifest, name=name, context=context))
 
     def epoch_logger(self) -> EpochLogger:
-        """For `Job.on_epoch`."""
+        """Returns a logger of epochs for `Job.on_epoch`."""
         return EpochLogger(self._uri, self.run_id, str(self.directory))
 
     def end(self, status: str) -> None:
-        """Closes the journal and logs all of it, and what of its children is not logged. `status` is FINISHED or FAILED."""
+        """Closes the journal and logs it, then the unlogged child runs. `status` is FINISHED or FAILED."""
         self._journal.update(status=status, ended=now())
         if log(self._journal, self._uri, announce=False) is not None:
             for child in children(self.directory):
@@ -213,24 +216,26 @@ class StageRun:
 
 @dataclass
 class EpochLogger:
-    """Logs epochs from the worker process that trains; picklable, and never raises for a server's sake.
+    """Logs epochs from the worker process that trains. Picklable; errors of a server never propagate.
 
-    A server that does not answer costs no more than a tenth of the time; once it answers it gets what it missed.
-    On a machine that does not see `directory` it logs to the server alone; `StageRun.history` completes what it missed.
+    Waiting for a server that does not answer takes at most a tenth of the time. Once it answers, it gets the
+    epochs that it missed. On a machine without access to `directory`, only the server gets the metrics.
+    `StageRun.history` adds those that it missed.
 
     Attributes:
-        uri: the tracking server, absolute.
-        run_id: MLflow's id of the run; None where there was no server at the start: then the journal alone is written.
-        directory: the folder of the journal, absolute.
+        uri: absolute address of the tracking server.
+        run_id: MLflow's id of the run. `None` if no server answered at the start; then only the journal is
+            written.
+        directory: absolute path of the journal's folder.
     """
 
     uri: str
     run_id: str | None
     directory: str
-    _ask_at: float = field(default=0.0, init=False)  # on this process's clock; not before
+    _ask_at: float = field(default=0.0, init=False)  # earliest `monotonic()` of the next request
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Logs `record["metrics"]` at step `record["epoch"]`; a record that was logged before changes nothing."""
+        """Logs `record["metrics"]` at step `record["epoch"]`; a record logged before changes nothing."""
         journal = Journal(self.directory)
         if here := journal.exists:
             journal.add_metrics(record["metrics"], record["epoch"])
@@ -250,12 +255,14 @@ class EpochLogger:
 
 
 def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
-    """Brings the server to `journal` and returns the run's id; None, and one line, where it does not answer.
+    """Brings the server up to date with `journal`. Returns the run's id, `None` if the server fails.
+
+    A failure prints one line, once per execution.
 
     Args:
-        journal: with its `run.json`.
-        uri: of the server, absolute.
-        announce: print where the run is to be seen.
+        journal: an existing journal.
+        uri: absolute address of the server.
+        announce: print where to look at the run.
     """
     with _warning(journal, uri):
         run = sync(journal, uri)
@@ -269,7 +276,7 @@ def log(journal: Journal, uri: str, announce: bool = True) -> str | None:
 
 
 def children(directory: str | Path) -> list[Journal]:
-    """The journals of the children of the run whose folder this is."""
+    """Returns the journals of the child runs of the run in `directory`."""
     return [
         journal for path in sorted(Path(directory, TRIALS).glob("*")) if (journal := Journal(path)).exists
     ]
@@ -277,24 +284,25 @@ def children(directory: str | Path) -> list[Journal]:
 
 @contextmanager
 def _warning(journal: Journal, uri: str) -> Iterator[None]:
-    """Turns whatever a server raises into one line, said once an execution."""
+    """Turns any error of a server into one printed line, once per execution."""
     try:
         yield
-    except Exception as error:  # a tracking server must never end a training, whatever is wrong with it
+    except Exception as error:  # no error of a tracking server, of whatever type, may end a training
         if journal.exists and journal.head["warned"]:
             return
         if journal.exists:
             journal.update(warned=True)
         shown_directory = os.path.relpath(journal.directory, project_root())
         print(
-            f"MLflow at {redacted(uri)} {complaint(error)}; nothing is lost, the run is kept in {shown_directory}: "
+            f"MLflow at {redacted(uri)} {complaint(error)}; nothing is lost, "
+            f"the run is kept in {shown_directory}: "
             f"log it later with `python -m pipelines.tracking.relog {shown_directory}`",
             file=sys.stderr,
         )
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested `params` as MLflow takes them: dotted keys, redacted text (lists as JSON), cut at its limit."""
+    """Returns nested `params` for MLflow: dotted keys, redacted text (lists as JSON), cut at its limit."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
@@ -308,7 +316,10 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) -> dict[str, str]:
-    """A shard manifest as the fields of an mlflow `Dataset`, and its `context`. The digest is the head of the checksum."""
+    """Returns a shard manifest as the fields of MLflow's `Dataset`, and its `context`.
+
+    The digest is the start of the manifest's checksum.
+    """
     splits = manifest["splits"]
     samples = {split: sum(shard["count"] for shard in shards) for split, shards in splits.items()}
     profile = {"samples": samples, "shards": {split: len(shards) for split, shards in splits.items()}}
@@ -324,9 +335,10 @@ def describe_dataset(manifest: Mapping[str, Any], *, name: str, context: str) ->
 
 
 def _local(directory: str | Path) -> Path:
-    """The folder of the journal: `directory`, or `runs/<stage>/<hash>` in the project's folder if that is at a URL.
+    """Returns the journal's folder: `directory`, or `runs/<stage>/<hash>` in the project if that is a URL.
 
-    An experiment that DVC runs in a copy of the project has a journal of its own there, for DVC deletes the copy at its end.
+    DVC runs some experiments in a copy of the project, and deletes the copy at the end. So the journal of
+    such an experiment is in the project itself, in a folder of its own.
     """
     text, root = str(directory), project_root()
     copy = os.environ.get("DVC_EXP_NAME", "copy") if Path.cwd() != root else None

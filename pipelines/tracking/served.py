@@ -1,6 +1,7 @@
-"""The served model: what MLflow runs behind `mlflow models serve` and `mlflow.pyfunc.load_model`.
+"""The served model, which `mlflow models serve` and `mlflow.pyfunc.load_model` run.
 
-This file travels with each registered version, as models-from-code; the weights beside it are safetensors.
+MLflow stores this file with each registered version (models from code); the weights beside it are
+safetensors. Shapes: N images, H x W pixels, K classes, D dimensions of an embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
 
 
 class InputError(MlflowException):
-    """Input that cannot be scored, in one short line. MLflow's server would put the whole input before it; the line stays."""
+    """Input that cannot be scored; the message is one short line.
+
+    MLflow's server tries to put the whole input in front of the message. The setter of `message` ignores
+    that.
+    """
 
     def __init__(self, line: str) -> None:
         self._line = line
@@ -29,7 +34,6 @@ class InputError(MlflowException):
 
     @property
     def message(self) -> str:
-        """The line."""
         return self._line
 
     @message.setter
@@ -37,14 +41,13 @@ class InputError(MlflowException):
 
 
 class ServedModel(PythonModel):
-    """RGB images in, logits and on request explanations out; of an image tower embeddings."""
+    """Returns the logits of RGB images, and on request explanations. An image tower returns embeddings."""
 
     def load_context(self, context: Any) -> None:
         """Builds the network from the version's `model.json` and `model.safetensors`."""
         self.model, self.spec = pipelines.models.load(Path(context.artifacts["config"]).parent)
-        self.one_at_a_time = (
-            threading.Lock()
-        )  # explanation mode is a state of the model; MLflow's server calls from threads
+        # Explanation mode is a state of the model, and MLflow's server calls from several threads.
+        self.one_at_a_time = threading.Lock()
 
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
@@ -52,18 +55,18 @@ class ServedModel(PythonModel):
         """Scores images.
 
         Args:
-            context: MLflow's, not used.
+            context: MLflow's context, not used.
             model_input: (N, 3, H, W) float32, RGB in [0, 1].
-            params: `explain` (bool): give contribution maps too. `targets` (list of N class indices): what to explain, by
-                default each image's highest logit.
+            params: `explain` (bool): return contribution maps too. `targets` (list of N class indices): the
+                classes to explain, by default the class of each image's highest logit.
 
         Returns:
-            `logits` (N, K), of an image tower `embeddings` (N, D); where explained also `targets` (N,) and `contributions`
-            (N, H, W): what each pixel adds to the target's logit.
+            `logits` (N, K), or `embeddings` (N, D) of an image tower. With `explain` also `targets` (N,) and
+            `contributions` (N, H, W), the amount that each pixel adds to the target's logit.
 
         Raises:
-            InputError: images of another shape or range, a target that is no class, a model that does not explain itself, an
-                image tower that is to be explained.
+            InputError: the images have another shape or range, or a target is not a class. With `explain`
+                also: the model is conventional or an image tower, which have no contribution maps.
         """
         images = add_inverse(_check_images(model_input))
         with self.one_at_a_time:
@@ -87,7 +90,7 @@ class ServedModel(PythonModel):
         return {"logits": logits.numpy(), "targets": targets.numpy(), "contributions": maps.detach().numpy()}
 
     def _targets(self, targets: list[int], images: torch.Tensor) -> torch.Tensor:
-        """(N,) the given targets, checked, or the top classes."""
+        """Returns the given targets (N,) after a check, or without any the top classes."""
         if len(targets) == 0:
             with torch.no_grad():
                 return self.model(images).argmax(1)
@@ -102,11 +105,11 @@ class ServedModel(PythonModel):
 
 
 def _check_images(images: np.ndarray) -> torch.Tensor:
-    """(N, 3, H, W) float32 in [0, 1]."""
+    """Returns `images` as a float32 tensor; raises `InputError` unless they are (N, 3, H, W) in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise InputError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
     tensor = torch.from_numpy(np.array(images, dtype=np.float32))
-    if not (tensor.min() >= 0 and tensor.max() <= 1):  # also where there is a NaN
+    if not (tensor.min() >= 0 and tensor.max() <= 1):  # also true if there is a NaN
         raise InputError(f"images must be in [0, 1], not {tensor.min():.4g} to {tensor.max():.4g}")
     return tensor
 

@@ -1,4 +1,4 @@
-"""The tracking server: its address, made absolute, and a quiet client that gives up on a dead one within seconds."""
+"""The tracking server: its absolute address, and a quiet client that gives up on it within seconds."""
 
 from __future__ import annotations
 
@@ -21,33 +21,28 @@ from pipelines.storage.retry import CLIENTS
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SETTINGS = {  # where the environment does not say otherwise
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # or each run is reported to MLflow's makers
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # no lines on database migrations and registrations
+SETTINGS = {  # for variables that the environment does not set
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # otherwise each run is reported to MLflow's makers
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # hides the lines on database migrations and registrations
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 retries of 120 s would hold up training for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # MLflow's default, 7 retries of 120 s, would hold up training for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
 }
-LIBRARIES = {
-    "alembic",
-    "mlflow",
-    "sqlalchemy",
-    "sqlite3",
-} | CLIENTS  # whose errors are MLflow's own, for one who asks it
-UPLOAD_TIMEOUT = "600"  # seconds: a server answers an upload when its own storage has it
-_SQLITE = re.compile(
-    r"sqlite(?P<driver>\+\w+)?:///(?P<path>[^?]+)(?P<query>\?.*)?"
-)  # the path is percent-encoded
+LIBRARIES = {"alembic", "mlflow", "sqlalchemy", "sqlite3"} | CLIENTS  # their errors count as MLflow's own
+UPLOAD_TIMEOUT = "600"  # seconds; a server answers an upload only when its own storage has the file
+# The path is percent-encoded.
+_SQLITE = re.compile(r"sqlite(?P<driver>\+\w+)?:///(?P<path>[^?]+)(?P<query>\?.*)?")
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, by default `sqlite:///mlflow.db` in the project's folder; the same from every directory."""
+    """Returns `MLFLOW_TRACKING_URI`, by default `sqlite:///mlflow.db` in the project; always absolute."""
     return absolute_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db", project_root())
 
 
 def absolute_uri(uri: str, root: Path) -> str:
-    """`uri` with a relative SQLite file, `file:` URI or plain path made absolute, seen from `root`; others as they are."""
+    """Makes a relative SQLite file, `file:` URI or plain path absolute from `root`; keeps any other `uri`."""
     if match := _SQLITE.fullmatch(uri):
         return uri if match["path"] == ":memory:" else _sqlite_uri(root / unquote(match["path"]), match)
     if uri.startswith("file:"):
@@ -58,9 +53,10 @@ def absolute_uri(uri: str, root: Path) -> str:
 
 
 def _sqlite_uri(path: Path, given: re.Match[str]) -> str:
-    """The SQLite address of `path`, with the driver and the query of the address that was `given`.
+    """Returns the SQLite address of `path` with the driver and query of the `given` address.
 
-    SQLAlchemy decodes the path. MLflow makes a folder of it as it stands, unless the address names a driver.
+    SQLAlchemy decodes the path, but MLflow creates its folder under the encoded name unless the address names
+    a driver.
     """
     encoded = str(path).replace("%", "%25").replace("?", "%3F")
     driver = given["driver"] or ("+pysqlite" if "%" in encoded else "")
@@ -68,13 +64,13 @@ def _sqlite_uri(path: Path, given: re.Match[str]) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Where a new experiment keeps artifacts: beside a SQLite file; None (the server decides) for anything else."""
+    """Returns the folder of a new experiment's artifacts beside a SQLite file; `None` for a server."""
     match = _SQLITE.fullmatch(uri)
     return (Path(unquote(match["path"])).parent / "mlartifacts").as_uri() if match else None
 
 
 def where_to_look(uri: str, experiment_id: str | None = None, run_id: str | None = None) -> str:
-    """What opens the tracking server, or a run on it: an address, or a command for a database file."""
+    """Returns the address of the tracking server or of a run; for a database file, the command to view it."""
     if uri.startswith("http"):
         run = "" if run_id is None else f"/#/experiments/{experiment_id}/runs/{run_id}"
         return f"{redacted(uri).rstrip('/')}{run}"
@@ -82,7 +78,7 @@ def where_to_look(uri: str, experiment_id: str | None = None, run_id: str | None
 
 
 def complaint(error: Exception) -> str:
-    """What is wrong with the server, in a few words that follow its name."""
+    """Returns the cause of a server's `error`, as a phrase that follows the server's name."""
     if cause := re.search(r"\[Errno -?\d+\] [^'\")\]]+|timed? ?out", str(error)):
         return f"is not reachable ({cause[0]})"
     first = str(error).strip().partition("\n")[0]
@@ -90,13 +86,13 @@ def complaint(error: Exception) -> str:
 
 
 def is_of_mlflow(error: Exception) -> bool:
-    """Whether MLflow, a library that it uses or the way to it raised the error, and not this project's code."""
+    """Returns True if MLflow, one of its libraries or the connection raised the error, not this project."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in LIBRARIES
 
 
 @contextmanager
 def alone(uri: str, work: str) -> Iterator[None]:
-    """Waits until no other process here does this `work` on the same SQLite file. For a server it does nothing."""
+    """Lets one process of this machine at a time do `work` on a SQLite file. Does nothing for a server."""
     match = _SQLITE.fullmatch(uri)
     if match is None or match["path"] == ":memory:":
         yield
@@ -109,13 +105,16 @@ def alone(uri: str, work: str) -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Sets what mlflow reads when it is imported; called before each import of it."""
+    """Sets the environment variables that mlflow reads on import. Must be called before each import of it."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the server at `uri`, which is not asked anything yet (but a database file is created, by one process)."""
+    """Returns a client of the server at `uri`, without a request to it.
+
+    If `uri` is a database file that does not exist, one process at a time creates it.
+    """
     prepare()
     from mlflow import MlflowClient
 
@@ -124,18 +123,21 @@ def connect(uri: str) -> MlflowClient:
 
 
 def as_default(uri: str) -> AbstractContextManager[None]:
-    """Makes `uri` the process's own tracking address meanwhile: a registry in a database resolves `models:/` through that."""
+    """Makes `uri` the process's tracking address in the block.
+
+    A registry in a database needs this to resolve `models:/`.
+    """
     return environment("MLFLOW_TRACKING_URI", uri)
 
 
 def uploading() -> AbstractContextManager[None]:
-    """Gives requests the time that files take, unless the environment set the time."""
+    """Gives requests in the block the timeout of uploads, unless the environment sets a timeout."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     return environment(name, UPLOAD_TIMEOUT if os.environ[name] == SETTINGS[name] else os.environ[name])
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of the experiment `name`, created where there is none."""
+    """Returns the id of the experiment `name`, which it creates if there is none."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -145,6 +147,6 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(name)  # another process has created it meanwhile
+            experiment = client.get_experiment_by_name(name)  # another process has just created it
             assert experiment is not None
     return experiment.experiment_id

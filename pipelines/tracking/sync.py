@@ -1,4 +1,4 @@
-"""Brings an MLflow run to what a journal says. Doing it again changes nothing."""
+"""Brings an MLflow run up to date with a journal. Idempotent."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 T = TypeVar("T")
-KEY = re.compile(r"[\w-]+")  # of a journal: it is pasted into MLflow's filters
-KEY_TAG = "journal"  # names the journal on the server, so that the run is found again from it
-PARENT_TAG = "journal.parent"  # of a child's journal: the key of the journal that it belongs to
+KEY = re.compile(r"[\w-]+")  # valid keys of a journal, which are pasted into MLflow's filters
+KEY_TAG = "journal"  # tag of a run: the key of its journal, by which the run is found again
+PARENT_TAG = "journal.parent"  # tag of a child's journal: the key of its parent's journal
 
 
 def sync(journal: Journal, uri: str) -> Run:
-    """Logs all of `journal` to the server at `uri`, to its run there or to a new one; returns the run.
+    """Logs all of `journal` to its run on the server at `uri`, created if needed; returns the run.
 
     Raises:
-        Exception: whatever the server or the way to it raises; the journal is as it was.
+        Exception: any error of the server or the connection. The journal loses nothing.
     """
     client = connect(uri)
     head = journal.head
@@ -46,7 +46,10 @@ def sync(journal: Journal, uri: str) -> Run:
 
 
 def find_or_create_run(client: MlflowClient, uri: str, head: Mapping[str, Any]) -> Run:
-    """The run of the journal with this `head`; raises `ValueError` if its key is not one."""
+    """Returns the run of the journal with this `head`, which it creates if needed.
+
+    Raises `ValueError` if the key of the journal is not a valid one.
+    """
     if not KEY.fullmatch(head["key"]):
         raise ValueError(f"the key {head['key']!r} of a run has more than letters, digits, _ and -")
     experiment = experiment_id(client, uri, head["experiment"])
@@ -58,7 +61,10 @@ def find_or_create_run(client: MlflowClient, uri: str, head: Mapping[str, Any]) 
 
 
 def parent_tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> dict[str, str]:
-    """What makes `run` the child, as MLflow shows it, of the run that its journal names; nothing until that is logged."""
+    """Returns the tag by which MLflow shows `run` as a child; empty until the parent's run is logged.
+
+    `tags` are those of the journal, which name the parent's journal.
+    """
     if PARENT_TAG not in tags:
         return {}
     found = client.search_runs(
@@ -70,7 +76,7 @@ def parent_tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> dict[
 def log_params_and_tags(
     client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> None:
-    """Logs the params that the run has not (MLflow never changes one) and the tags that differ."""
+    """Logs the params that the run does not have (MLflow never changes one) and the tags that differ."""
     from mlflow.entities import Param, RunTag
 
     missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
@@ -82,10 +88,11 @@ def log_params_and_tags(
 
 
 def log_metrics(client: MlflowClient, run_id: str, journal: Journal) -> None:
-    """Logs the metrics of the journal that the run does not have, in one request per 1000.
+    """Logs the metrics of the journal that the run does not have.
 
-    The journal says which those are. Where it does not (it is younger than the run, because its machine was lost, or another
-    machine has logged beside it) the server is asked. A request whose answer was lost is made again: MLflow drops equal rows.
+    The journal records which metrics the run has. If it does not, the server is asked. That happens if the
+    journal is younger than the run, because its machine was lost, or if another machine has logged too. A
+    request whose answer is lost can be repeated, because MLflow drops equal rows.
     """
     lines, sent = journal.line_count, journal.sent(run_id)
     rows = journal.metrics(sent or 0)
@@ -102,7 +109,7 @@ def log_metrics(client: MlflowClient, run_id: str, journal: Journal) -> None:
 
 
 def log_rows(client: MlflowClient, run_id: str, rows: Sequence[MetricRow]) -> None:
-    """Logs the rows."""
+    """Logs the rows, at most 1000 per request."""
     from mlflow.entities import Metric
 
     for some in chunks([Metric(**row) for row in rows], 1000):
@@ -110,7 +117,10 @@ def log_rows(client: MlflowClient, run_id: str, rows: Sequence[MetricRow]) -> No
 
 
 def log_dataset(client: MlflowClient, run_id: str, dataset: Mapping[str, str]) -> None:
-    """Makes a data set (see `describe_dataset`) an input of the run; MLflow keeps one of a name and digest."""
+    """Records a data set (see `describe_dataset`) as an input of the run.
+
+    MLflow keeps one entry per name and digest, so repeating it changes nothing.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     fields = {key: value for key, value in dataset.items() if key != "context"}
@@ -119,5 +129,5 @@ def log_dataset(client: MlflowClient, run_id: str, dataset: Mapping[str, str]) -
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """`items` in pieces of at most `size`: MLflow refuses longer requests."""
+    """Splits `items` into pieces of at most `size`, because MLflow refuses longer requests."""
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,1 +1,1 @@
-"""How a stage runs: what it trains, where its things lie, what its outcome depends on, what it reports."""
+"""How a stage runs: what it trains, where its files are, what its outcome depends on, what it reports."""

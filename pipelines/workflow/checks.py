@@ -1,4 +1,4 @@
-"""What a training stage or the search can be refused for, found out before anything is uploaded or started."""
+"""Checks a training stage, `explain` or the search for errors before anything is uploaded or started."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ NOWHERE = "runs/none"  # the directory of a run that has no checkpoints
 
 
 def check_stage(name: str, params: Params) -> list[Path]:
-    """Does what the stage would do before its first step, with this machine's shards and models; uploads nothing.
+    """Raises the error that would end the stage before its first step. Reads local files, uploads nothing.
 
     Args:
-        name: of a training stage, of `explain` or of `search`, as DVC addresses it: `bcosify@pretrained`.
-        params: that it would run with.
+        name: name of a training stage, `explain` or `search`, as DVC addresses it, e.g. `bcosify@pretrained`.
+        params: the params of the stage.
 
     Returns:
-        What the stage reads on this machine beside what earlier stages made: a file of weights, the run that it resumes.
+        Paths of local files that the stage reads and that no earlier stage made: its weights file and the run
+        that it resumes.
 
     Raises:
-        UserError, FileNotFoundError: the stage would be refused.
+        UserError, FileNotFoundError: the stage would fail with this error.
     """
-    here = replaced(
-        params, {"storage.root": "runs"}
-    )  # at a URL, workers would read there: tasks upload what they need
+    # A local storage, because with one at a URL tasks would upload what their workers read.
+    here = replaced(params, {"storage.root": "runs"})
     stage, _, which = name.partition("@")
     if stage == "explain":
         check_explain(here)
@@ -55,13 +55,13 @@ def check_stage(name: str, params: Params) -> list[Path]:
 
 
 def check_task(task: Task) -> None:
-    """Raises the error with which the training of `task` would end before its first step."""
+    """Raises the error that would end the training of `task` before its first step."""
     with keyed(task.section, task.optim), keyed("training", task.params.training):
         check(task.job(NOWHERE))
 
 
 def check_explain(params: Params) -> None:
-    """Raises the error with which the stage `explain` would end before it explains an image."""
+    """Raises the error that would end the stage `explain` before its first image."""
     if not any(getattr(params.distill, run).explanations == "frozen" for run in params.distill.runs):
         return
     teacher, shards = read_spec(model_folder("teacher")), shards_of(params.dataset)

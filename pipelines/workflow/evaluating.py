@@ -1,4 +1,4 @@
-"""Which models a stage evaluates, under which names in reports, and on which workers."""
+"""Collects the models that a stage evaluates, names them for reports, and evaluates them on workers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pipelines.training import launch
 from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
 
 CODE = ("pipelines.evaluation", "pipelines.workflow.evaluating")  # modules that compute an evaluation
-BCOS_NAMES = {
-    "pretrained": "bcosified",
-    "scratch": "bcos_from_scratch",
-}  # start of a B-cos network -> its name in reports
+# Start of a B-cos network (`bcosify.starts`) -> its name in reports.
+BCOS_NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}
+# Names that a published network may not have.
 OWN_NAMES = {"conventional", *BCOS_NAMES.values(), "teacher", "kd", "e2kd", "shards", "pretrain", *BCOS_NAMES}
 
 
 def classifiers(params: Params, classes: Sequence[str]) -> dict[str, Path]:
-    """Folders of the published networks, the conventional model and the B-cos networks, by their names in reports."""
+    """Returns the folders of the published, conventional and B-cos networks, by their names in reports."""
     own = {"conventional": "pretrain"} | {
         BCOS_NAMES[start]: f"bcosify/{start}" for start in params.bcosify.starts
     }
@@ -29,13 +28,16 @@ def classifiers(params: Params, classes: Sequence[str]) -> dict[str, Path]:
 
 
 def students(params: Params) -> dict[str, Path]:
-    """Folders of the teacher and its students, by their names in reports."""
+    """Returns the folders of the teacher and its students, by their names in reports."""
     folders = {"teacher": "teacher"} | {run: f"distill/{run}" for run in params.distill.runs}
     return {name: model_folder(folder) for name, folder in folders.items()}
 
 
 def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
-    """Folders of the published networks, by name, made here from their checkpoints; `classes` are those of the data."""
+    """Builds the published networks from their checkpoints and returns their folders, by name.
+
+    `classes` are the class names of the data.
+    """
     folders = {}
     for name, published in params.evaluate.published.items():
         if name in OWN_NAMES:
@@ -53,7 +55,10 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
 def evaluate_models(
     params: Params, folders: Mapping[str, Path], *arguments: Any
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """`evaluate_with_correctness` of the models in `folders` on `evaluate.workers`; `arguments` follow the params."""
+    """Runs `evaluate_with_correctness` for the models in `folders` on `evaluate.workers` workers.
+
+    `arguments` are the arguments of that function after the params.
+    """
     training = params.training.with_loader(params.data.loader_workers).model_copy(
         update={"workers": params.evaluate.workers}
     )

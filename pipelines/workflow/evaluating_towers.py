@@ -1,4 +1,4 @@
-"""Which image towers the stage `evaluate_clip` evaluates, on which data sets, and on which workers."""
+"""The image towers that the stage `evaluate_clip` evaluates, their data sets and their workers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from pipelines.params import Params, keyed
 from pipelines.training import launch
 from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
 
-CODE = (
-    "pipelines.evaluation.text_gallery",
-    "pipelines.workflow.evaluating_towers",
-)  # modules that compute this evaluation
+# Modules that compute this evaluation.
+CODE = ("pipelines.evaluation.text_gallery", "pipelines.workflow.evaluating_towers")
 
 
 def towers(params: Params) -> dict[str, Path]:
-    """Folders of the image towers of the run, originals and B-cosified, by their names in reports."""
+    """Returns the folders of the original and B-cosified image towers, by their names in reports."""
     folders = {f"{tower}_original": f"image_text/{tower}" for tower in params.clip.towers}
     folders |= {f"{tower}_bcos": f"clip/{tower}" for tower in params.clip.towers}
     return {name: model_folder(folder) for name, folder in folders.items()}
 
 
 def evaluate_towers(params: Params, folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Zero-shot accuracy, linear probes, retrieval and text localisation of image towers, each on its data set of `clip`.
+    """Returns zero-shot accuracy, linear probes, retrieval and text localisation of image towers.
 
-    With `clip.evaluate.text2concept`, those B-cos classifiers too, mapped into the space of each original tower.
+    Each is measured on its data set of `clip`. The B-cos classifiers of `clip.evaluate.text2concept` are
+    evaluated too, mapped into the embedding space of each original tower.
     """
     clip = params.clip
     evaluations: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
@@ -61,7 +60,7 @@ def evaluate_towers(params: Params, folders: Mapping[str, Path]) -> dict[str, An
 def _launched(
     params: Params, dataset: str, evaluate: Callable[..., dict[str, Any]], *models: Any
 ) -> dict[str, Any]:
-    """What `evaluate` finds of `models` on `dataset`, on the workers of `clip.evaluate`."""
+    """Runs `evaluate` for `models` on `dataset`, on the workers of `clip.evaluate`."""
     clip = params.clip
     training = params.training.with_loader(clip.data.loader_workers).model_copy(
         update={"workers": clip.evaluate.workers}

@@ -1,8 +1,8 @@
-"""What an outcome depends on, said once: code, params, models and data.
+"""The code, params, models and data that an outcome depends on, defined in one place.
 
-A run's directory is named by a hash of these (`storage.paths.run_directory`), so that a stage goes on with its own checkpoints
-and never with stale ones. `dvc.yaml` lists the same code and params; tests/workflow/test_identity.py holds the two
-together.
+A run's directory is named by a hash of them (`storage.paths.run_directory`). So a stage resumes from its own
+checkpoints, never from stale ones. `dvc.yaml` lists the same code and params; tests/workflow/test_identity.py
+compares the two.
 """
 
 from __future__ import annotations
@@ -23,25 +23,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(pipelines.__file__).parents[1]
 PACKAGES = ("pipelines", "stages", "infra")
-RECORDING = (
-    "pipelines.tracking",
-    "pipelines.progress",
-)  # code that records and shows, and decides no outcome
-TRAINING = (
-    "pipelines.workflow.tasks",
-    "pipelines.training",
-)  # modules that train a task, with all they import
+# Modules that record and display, which changes no outcome.
+RECORDING = ("pipelines.tracking", "pipelines.progress")
+# Modules that train a task; their imports count too.
+TRAINING = ("pipelines.workflow.tasks", "pipelines.training")
 
-COMPUTATION = {
-    "workers",
-    "precision",
-    "accumulate",
-    "channels_last",
-    "compile",
-}  # params.training that change what is computed
-SPEED = {"loader_workers", "verify"}  # params.data that change the speed alone
+# Params of `training` that change the result.
+COMPUTATION = {"workers", "precision", "accumulate", "channels_last", "compile"}
+SPEED = {"loader_workers", "verify"}  # params of `data` that change only the speed
 
-INPUTS: dict[str, tuple[str, ...]] = {  # params of a searched stage's training that are not searched
+# Searched stage -> params outside the searchable ones that its training depends on.
+INPUTS: dict[str, tuple[str, ...]] = {
     "bcosify": ("model",),
     "distill": ("distill.shots", "distill.shots_seed", "distill.frozen"),
     "guide": (),
@@ -50,18 +42,19 @@ INPUTS: dict[str, tuple[str, ...]] = {  # params of a searched stage's training 
 
 
 def of_data(data: DataParams) -> dict[str, Any]:
-    """The params of data that an outcome depends on."""
+    """Returns the params of `data` that an outcome depends on."""
     return data.model_dump(mode="json", exclude=SPEED)
 
 
 def of_computation(training: TrainingParams) -> dict[str, Any]:
-    """The params of the training loop that an outcome depends on."""
+    """Returns the params of `training` that an outcome depends on."""
     return training.model_dump(mode="json", include=COMPUTATION)
 
 
 def of_training(task: Task) -> tuple[Any, ...]:
-    """The params and stored inputs that the weights of a training depend on."""
-    # Of a Pareto front another epoch can be chosen without training again.
+    """Returns the params and stored inputs that the trained weights depend on."""
+    # With several objectives, `select` only chooses an epoch of the Pareto front, which needs no new
+    # training.
     optim = task.optim.model_dump(mode="json", exclude={"select"} if len(task.optim.objectives) > 1 else None)
     return (
         task.params.seed,
@@ -76,9 +69,9 @@ def of_training(task: Task) -> tuple[Any, ...]:
 
 
 def of_search(params: Params, task: Task) -> tuple[Any, ...]:
-    """What the trials of a search depend on besides their values.
+    """Returns the params and stored inputs that trials of a search depend on, without the values it draws.
 
-    The values that are drawn are no part of it: the search stays the same if one of its points becomes the params.
+    A search therefore stays the same if the values of one of its trials become the params.
     """
     drawn = {f"{params.search.section}.epochs", *(dimension.key for dimension in params.search.space)}
     places = (*params.search.searchable, *INPUTS[params.search.stage.partition("@")[0]])
@@ -91,11 +84,11 @@ def of_search(params: Params, task: Task) -> tuple[Any, ...]:
     return (fixed, how, computation, params.evaluate, task.stored_index())
 
 
-# Code -----------------------------------------------------------------------------------------------------------------
+# Code -------------------------------------------------------------------------------------------------------
 
 
 def code_digest(*modules: str) -> str:
-    """The sha256 over the project's files that run when `modules` are used."""
+    """Returns the sha256 over the project's files that run when `modules` are used."""
     content = hashlib.sha256()
     for path in code_files(*modules):
         content.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
@@ -103,10 +96,10 @@ def code_digest(*modules: str) -> str:
 
 
 def code_files(*modules: str) -> list[Path]:
-    """The project's files that run when `modules` are used: their own and those of their transitive imports, sorted.
+    """Returns the sorted files of `modules` and of all modules of this project that they import in turn.
 
-    Imports are read from the syntax tree, those inside functions too. Imports under `if TYPE_CHECKING` do not run, and those of
-    `RECORDING` decide nothing. Files without a statement are left out.
+    Imports are read from the syntax tree, including those inside functions. Left out are imports under `if
+    TYPE_CHECKING`, because they do not run, modules of `RECORDING`, and files without a statement.
     """
     found: set[str] = set()
     left = list(modules)
@@ -121,7 +114,7 @@ def code_files(*modules: str) -> list[Path]:
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    """Modules of this project that importing `module` and calling its functions imports, the packages around it among them."""
+    """Returns the project's modules that `module` imports (also inside functions), and its parent package."""
     found = {module.rpartition(".")[0]} - {""}
     path = _file(module)
     tree = ast.parse("" if path is None else path.read_text())
@@ -130,15 +123,13 @@ def _imports(module: str) -> frozenset[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         else:
-            found |= {
-                str(node.module),
-                *(f"{node.module}.{alias.name}" for alias in node.names),
-            }  # a name may be a module
+            # An imported name may be a module itself.
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return frozenset(name for name in found if _file(name) is not None)
 
 
 def _names_rules(node: Any) -> bool:
-    """Whether a node is the name of a module with conversion rules, as a string: `convert` imports it when it needs it."""
+    """Returns True for a string that names a module of conversion rules: `convert` imports it on demand."""
     return (
         isinstance(node, ast.Constant)
         and isinstance(node.value, str)
@@ -147,7 +138,7 @@ def _names_rules(node: Any) -> bool:
 
 
 def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements of a syntax tree, without those for type checkers."""
+    """Yields the import statements of a syntax tree, without those under `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -159,7 +150,7 @@ def _import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @cache
 def _file(module: str) -> Path | None:
-    """The file of a module or package of this project, None if it is not one."""
+    """Returns the file of a module or package, `None` if it is not one of this project."""
     place = ROOT.joinpath(*module.split("."))
     in_project = module.partition(".")[0] in PACKAGES
     return next(
@@ -170,6 +161,6 @@ def _file(module: str) -> Path | None:
 
 @cache
 def _has_statements(path: Path) -> bool:
-    """Whether a file has a statement besides its docstring."""
+    """Returns True if a file has a statement besides its docstring."""
     body = ast.parse(path.read_text()).body
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)

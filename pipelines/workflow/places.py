@@ -1,4 +1,8 @@
-"""Where the things of a stage lie: on this machine, and where every worker sees them."""
+"""Where shards, models and explanations are: on this machine, and where every worker can read them.
+
+With a local storage both are the same folder. With a storage at a URL, the functions `..._for_all` upload the
+files there.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +25,28 @@ STORED_EXPLANATIONS = Path("data/explanations")
 
 
 def shards_of(dataset: str) -> str:
-    """The absolute root of a data set's shards."""
+    """Returns the absolute folder of a data set's shards."""
     return str(Path("data/shards", dataset).absolute())
 
 
 def model_folder(name: str) -> Path:
-    """The absolute folder of the model that a stage leaves, such as `bcosify/pretrained`."""
+    """Returns the absolute folder of a stage's model, e.g. `bcosify/pretrained`."""
     return Path("models", name).absolute()
 
 
 def is_shared(params: Params) -> bool:
-    """Whether the storage is at a URL: workers may be on other machines, and read there."""
+    """Returns True if the storage is at a URL, from which workers on other machines read."""
     return "://" in params.storage.root
 
 
 def shards_for_all(params: Params) -> str:
-    """The root of the run's shards that every worker sees."""
+    """Returns the root of the run's shards that every worker can read."""
     shards = shards_of(params.dataset)
     return publish_shards(shards, params.storage.root) if is_shared(params) else shards
 
 
 def model_for_all(params: Params, folder: Path) -> str:
-    """The place that every worker sees of the model in a folder here."""
+    """Returns where every worker can read the model in the local `folder`."""
     if not is_shared(params):
         return str(folder)
     url = f"{params.storage.root.rstrip('/')}/models/{models.digest(folder)[:16]}"
@@ -50,19 +54,22 @@ def model_for_all(params: Params, folder: Path) -> str:
 
 
 def models_for_all(params: Params, folders: Mapping[str, Path]) -> dict[str, str]:
-    """`model_for_all` of each folder, by the same names."""
+    """Returns `model_for_all` of each folder, by the same names."""
     return {name: model_for_all(params, folder) for name, folder in folders.items()}
 
 
 def explanations_for_all(params: Params, root: str | None) -> str | None:
-    """The root that every worker sees of the stored explanations whose index is in a folder here."""
+    """Returns where every worker can read the stored explanations whose index is in the folder `root`."""
     if root is None or not (is_shared(params) or "root" in read_index(root)):
         return root
     return publish_explanations(root, params.storage.root)
 
 
 def absolute_weights(model: NetworkT) -> NetworkT:
-    """`model` with the absolute path and sha256 of a local weights file, because workers may run in another folder."""
+    """Returns `model` with the absolute path and the sha256 of its weights file, if that is a local one.
+
+    The path is absolute because workers may run in another folder.
+    """
     path = users_path(model.weights)
     if not Path(path).is_file():
         return model
@@ -70,9 +77,10 @@ def absolute_weights(model: NetworkT) -> NetworkT:
 
 
 def of_config_file(model: NetworkT, part: str) -> NetworkT:
-    """`model`, a tower of open_clip, with the content of its config file if it names one, because workers may not have the file.
+    """Returns `model`, a tower of open_clip, with the content of its config file instead of the path.
 
-    `part` is `vision_cfg` of an image tower or `text_cfg` of a text tower.
+    Workers may not have the file. `part` is `vision_cfg` of an image tower or `text_cfg` of a text tower. A
+    model that names no config file is returned unchanged.
     """
     if not model.name.endswith(".json"):
         return model
@@ -81,9 +89,9 @@ def of_config_file(model: NetworkT, part: str) -> NetworkT:
 
 
 def save_model_from(source: str, out: Path) -> None:
-    """Saves the model at `source`, a folder, a file in one or `models:/name@alias` of the registry, in the folder `out`.
+    """Saves the model at `source`, and its text tower if it has one, to the folder `out`.
 
-    A text tower that lies beside it goes along.
+    `source` is a folder, a file in one, or `models:/name@alias` of the registry.
     """
     if not source.startswith("models:/"):
         source = users_path(source)

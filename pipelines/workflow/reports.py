@@ -1,4 +1,4 @@
-"""What a stage reports: JSON for DVC's metrics and plots, tables for a person."""
+"""The reports of a stage: JSON and CSV for DVC's metrics and plots, tables for the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.workflow.places import REPORTS
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, float]:
-    """Nested figures as `a/b/c` -> value."""
+    """Flattens nested figures to `a/b/c` -> value."""
     found: dict[str, float] = {}
     for key, value in nested.items():
         inner = flat(value) if isinstance(value, Mapping) else {"": value}
@@ -27,9 +27,10 @@ def flat(nested: Mapping[str, Any]) -> dict[str, float]:
 
 
 def report_training(name: str, result: Result, objectives: Sequence[str]) -> None:
-    """Writes `reports/<name>/metrics.json` (the best epoch) and `history.json` (all epochs, for plots).
+    """Writes `metrics.json` (best epoch) and `history.json` (all epochs, for plots) to `reports/<name>`.
 
-    With several objectives, `front.json` lists the epochs of their Pareto front, their checkpoints, and which one was chosen.
+    With several objectives, `front.json` lists the epochs on their Pareto front with their checkpoints, and
+    marks the one that was chosen.
     """
     best, folder = result.best, REPORTS / name
     write_json(folder / "metrics.json", {"epoch": best["epoch"], **best["metrics"]})
@@ -52,9 +53,10 @@ def report_training(name: str, result: Result, objectives: Sequence[str]) -> Non
 
 
 def leave_out(name: str, key: str) -> None:
-    """Runs the item `name` of a stage's matrix, which the param `key` excludes: a note in `models/<name>` and empty reports.
+    """Writes empty reports and a note in `models/<name>` for a matrix item that the param `key` excludes.
 
-    So DVC removes what an earlier run of the item left, and a stage can depend on each item by name.
+    With these outputs DVC deletes those of an earlier run of the item, and other stages can depend on every
+    item by name.
     """
     write_json(Path("models", name, "left-out.json"), {"because of": key})
     write_json(REPORTS / name / "metrics.json", {})
@@ -62,7 +64,7 @@ def leave_out(name: str, key: str) -> None:
 
 
 def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
-    """Writes one row per model and explanation, for `dvc plots`."""
+    """Writes a CSV table for `dvc plots`: grid pointing game and EPG, one row per model and explanation."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["explanation", "gridpg", "epg"])
@@ -74,9 +76,14 @@ def write_localisation(path: Path, models: Mapping[str, Any]) -> None:
 
 
 def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], trials: int) -> Table:
-    """The trials on the front of a search of `trials` trials.
+    """Returns a table of the trials on the Pareto front of a search.
 
-    `stages.tools.search_apply` makes an experiment of one. `metrics` that none of them has measured have no column.
+    `stages.tools.search_apply` takes the number in its first column.
+
+    Args:
+        metrics: names of the columns; metrics that no trial on the front has measured get none.
+        rows: the trials on the front, as `report_search` writes them.
+        trials: number of trials of the whole search.
     """
     metrics = [name for name in metrics if any(name in row["metrics"] for row in rows)]
     keys = dict.fromkeys(key for row in rows for key in row["values"])
@@ -90,17 +97,19 @@ def trials_table(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]], tria
 
 
 def what_a_search_shows(trials: int) -> str:
-    """How far a search of so many trials reaches, in a sentence.
+    """Returns a note on what a search of `trials` trials can show.
 
-    Of n random points one lies in the best share q of a space with probability 1 - (1 - q)^n (Bergstra and Bengio, 2012).
+    At least one of n random points lies in the best share q of a space with probability 1 - (1 - q)^n
+    (Bergstra and Bengio, 2012). For a probability of 0.95 the share is q = 1 - 0.05^(1/n).
     """
     share = 1 - 0.05 ** (1 / trials)
     return (
-        f"What {trials} trials can show: random ones find, in 19 of 20 searches, a point in the best {share:.0%} of the space. "
+        f"What {trials} trials can show: random ones find, in 19 of 20 searches, "
+        f"a point in the best {share:.0%} of the space. "
         "Each has one seed: smaller differences than those between seeds say nothing."
     )
 
 
 def cell(value: float | None, form: str) -> str:
-    """A figure in a table, such as `0.123` for the form `.3f`; empty if it was not measured."""
+    """Returns a figure for a table, e.g. `0.123` for the form `.3f`; empty if it was not measured."""
     return "" if value is None else f"{value:{form}}"

@@ -1,4 +1,4 @@
-"""How a stage starts and fails: its params, errors in one line, and no secret of an address in what it prints."""
+"""How a stage starts and fails: it reads the params, reports errors in one line, redacts its output."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipelines.params import Params, load
 
 @contextmanager
 def stage() -> Iterator[Params]:
-    """Yields the params of a stage; an error that the user can mend ends the stage with one line, not a traceback.
+    """Yields the params of a stage. An error that the user can mend ends the process with one line.
 
-    What is printed meanwhile, by libraries and from workers too, is redacted, and so is the traceback of any other error.
+    Other errors end it with a traceback. Everything printed in the block, also by libraries and workers, is
+    redacted, and so is the traceback.
     """
     with redirect_stdout(_Redacting(sys.stdout)), redirect_stderr(_Redacting(sys.stderr)):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("aiobotocore").setLevel(
-            logging.WARNING
-        )  # logs where it found credentials each time
+        # At INFO, aiobotocore logs where it found credentials, each time.
+        logging.getLogger("aiobotocore").setLevel(logging.WARNING)
         sys.excepthook = _print_redacted
         try:
             yield load()
@@ -32,7 +32,7 @@ def stage() -> Iterator[Params]:
 
 
 class _Redacting:
-    """A stream that redacts each text written to it."""
+    """A stream that removes the secrets of addresses from each text written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -46,5 +46,5 @@ class _Redacting:
 
 
 def _print_redacted(*error: Any) -> None:
-    """Prints an error that ends the process as Python does, redacted."""
+    """Prints the traceback of an error that ends the process, redacted."""
     print(redacted("".join(traceback.format_exception(*error))), end="", file=sys.stderr)

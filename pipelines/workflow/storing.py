@@ -1,4 +1,4 @@
-"""The teacher's explanations of the training images, stored for students."""
+"""Stores the teacher's explanations of the training images, from which students learn."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ CODE = ("pipelines.methods.stored_explanations",)  # the module that computes th
 
 
 def store(params: Params, out: Path) -> None:
-    """Stores the explanations of the teacher in `models/teacher`, computed on the workers of the params.
+    """Computes the explanations of the teacher in `models/teacher` on workers, and stores them.
 
-    They are made in a folder of the storage that is named by all that they depend on, so that a stage that was killed goes on
-    with it. If the storage is at a URL they stay there, and the folder `out` gets their index; otherwise they move to `out`.
+    Workers write to a folder of the storage whose name is a hash of everything that the explanations depend
+    on. A stage that was killed continues there. If the storage is at a URL, the explanations stay there and
+    only their index is copied to the folder `out`. Otherwise they move to `out`.
     """
     teacher, shots = model_folder("teacher"), params.distill.shots
     spec = read_spec(teacher)
@@ -61,7 +62,7 @@ def store(params: Params, out: Path) -> None:
 
 
 def move(folder: Path, out: Path, names: Sequence[str]) -> None:
-    """Moves the files `names`, the last of which is their index, to the folder `out`; a kill loses none of them."""
+    """Moves the files `names`, the last of them the index, from `folder` to `out`. A kill loses none."""
     *_, index = names
     for name in names:
         (out / name).unlink(missing_ok=True)
@@ -69,5 +70,5 @@ def move(folder: Path, out: Path, names: Sequence[str]) -> None:
             os.link(folder / name, out / name)
         except OSError:  # another file system
             shutil.copyfile(folder / name, out / name)
-    (folder / index).unlink()  # first: without it the rest is not taken for complete
+    (folder / index).unlink()  # first, because without an index the other files do not count as complete
     files.remove(folder)

@@ -1,11 +1,12 @@
-"""What work on other machines needs of this one, and what it leaves for this one at a place in the storage.
+"""The files by which this machine and a submitted job on a cluster exchange inputs and outputs.
 
-order.json          in the job's working directory, which comes with its code: what to run, and the inputs that it needs
-PLACE/outputs/ID    what the stages made and tracked, one folder per try
-PLACE/result.json   written last: which of these folders, and name, bytes and sha256 of each file
+order.json          in the job's working directory, sent with its code: the stages to run, and their inputs
+PLACE/outputs/ID    outputs and journals of the stages, one folder per attempt of the job
+PLACE/result.json   written last: the attempt that succeeded, and name, bytes and sha256 of each of its files
 
-Whoever may write to the storage may write these, too. So the job takes no order from there and checks its inputs, and who
-takes the outputs checks those (`read_result`).
+PLACE is a folder in the storage, and others may be able to write there. So the job reads no order from the
+storage and checks its inputs against the order. The machine that takes the outputs checks them too
+(`read_result`, `fetch_result`).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from pipelines.storage.publish import File, Upload, describe, exists, fetch, pub
 from pipelines.workflow.places import STORED_EXPLANATIONS
 
 ORDER, RESULT = "order.json", "result.json"
-PLACE = "SUBMITTED_PLACE"  # environment variable of a submitted job's stages: its place
+PLACE = "SUBMITTED_PLACE"  # environment variable with PLACE, for the stages of a submitted job
 LONGEST_RESULT = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Input:
-    """Files at `url` that stages need in `folder`."""
+    """Files at `url` that stages need in the local `folder`."""
 
     folder: str
     url: str
@@ -57,7 +58,7 @@ class OrderedStage:
 
 @dataclass(frozen=True)
 class Order:
-    """What a job does: it runs `stages`, which need `inputs` and are told `environment`, and delivers to `place`."""
+    """The order of a job: run `stages` on `inputs` with `environment`, deliver the outputs to `place`."""
 
     place: str
     stages: tuple[OrderedStage, ...]
@@ -67,7 +68,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job delivered: `files` in the folder `outputs/<attempt>` of its place; `stages` are name -> state."""
+    """The result of a job: `files` in `outputs/<attempt>` of its place. `stages` is name -> state."""
 
     stages: dict[str, str]
     attempt: str
@@ -78,7 +79,7 @@ _ORDER, _RESULT = TypeAdapter(Order), TypeAdapter(Result)
 
 
 def input_upload(path: str, storage: str) -> Upload | None:
-    """What has to be in the storage for a stage that needs the files or folders at `path`; None if there is nothing."""
+    """Returns the upload of a stage's input, a file or folder; `None` if there is nothing to upload."""
     if path.startswith("data/shards/"):
         return shards_upload(path, storage)
     if path == str(STORED_EXPLANATIONS):
@@ -96,7 +97,8 @@ def input_upload(path: str, storage: str) -> Upload | None:
 def publish_input(upload: Upload) -> Input:
     """Publishes an input in the storage.
 
-    A job gets the index alone of shards and stored explanations, because workers read them in the storage.
+    Of shards and stored explanations a job only copies the last file, the manifest or index, because workers
+    read the rest from the storage.
     """
     in_storage = upload.folder.startswith("data/shards/") or upload.folder == str(STORED_EXPLANATIONS)
     names = upload.names[-1:] if in_storage else upload.names
@@ -109,7 +111,7 @@ def write_order(folder: Path, order: Order) -> None:
 
 
 def read_order(folder: Path) -> Order:
-    """The order of the job with this working directory; raises `StorageError` if there is none."""
+    """Returns the order in a job's working directory; raises `StorageError` if there is none."""
     try:
         return _ORDER.validate_json((folder / ORDER).read_bytes())
     except FileNotFoundError:
@@ -119,13 +121,13 @@ def read_order(folder: Path) -> Order:
 
 
 def pull_inputs(inputs: Iterable[Input], folder: Path) -> None:
-    """Copies inputs to a folder, in which stages find them; raises `StorageError` if one is not what was published."""
+    """Copies inputs to `folder`; raises `StorageError` if a file differs from what was published."""
     for item in inputs:
         fetch(item.url, folder / item.folder, item.files)
 
 
 def deliver(order: Order, paths: Iterable[str]) -> None:
-    """Publishes files and folders of the working directory as what a job made."""
+    """Publishes files and folders of the working directory as the outputs of a job."""
     names = [name for path in paths for name in _names_in(Path(path))]
     result = Result(
         stages={stage.name: stage.state for stage in order.stages},
@@ -137,10 +139,10 @@ def deliver(order: Order, paths: Iterable[str]) -> None:
 
 
 def read_result(place: str) -> Result:
-    """What the job at `place` delivered.
+    """Returns the result that a job delivered to `place`.
 
     Raises:
-        StorageError: it has delivered nothing, or its `result.json` is not one.
+        StorageError: there is no `result.json`, or it is not valid.
     """
     if not exists(f"{place}/{RESULT}"):
         raise StorageError(f"{place}: no {RESULT}: no job has delivered its outputs there")
@@ -155,20 +157,24 @@ def read_result(place: str) -> Result:
 
 
 def fetch_result(place: str, result: Result, folder: Path) -> None:
-    """Copies what the job delivered to a new folder; raises `StorageError` unless each file is what `result` says."""
+    """Copies the files of `result` to a new `folder`; raises `StorageError` if one differs from its entry."""
     fetch(place, folder, result.files, below=f"outputs/{result.attempt}/")
 
 
 def _names_in(path: Path) -> list[str]:
-    """The name of a file, or of all files in a folder, sorted, without hidden ones, which a kill may have left half written."""
+    """Returns the path of a file, or the sorted paths of all files in a folder.
+
+    Hidden files and folders are left out, because a kill may have left them half written.
+    """
     found = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
     return [item.as_posix() for item in found if not any(part.startswith(".") for part in item.parts)]
 
 
 def inputs_for_all(storage: str, folders: Iterable[Path]) -> tuple[Input, ...] | None:
-    """Publishes what earlier stages made in `folders` for trials on other nodes; None if they read it here.
+    """Publishes outputs of earlier stages in `folders` if trials run on other nodes; else returns `None`.
 
-    They are on other nodes in a submitted job, and if `RAY_ADDRESS` names a cluster and the storage is at a URL.
+    Trials run on other nodes if the storage is at a URL and either this is a submitted job or `RAY_ADDRESS`
+    is set.
     """
     if "://" not in storage or not (os.environ.get(PLACE) or os.environ.get("RAY_ADDRESS")):
         return None
@@ -178,14 +184,14 @@ def inputs_for_all(storage: str, folders: Iterable[Path]) -> tuple[Input, ...] |
 
 
 def enter_inputs(inputs: Sequence[Input] | None) -> None:
-    """Makes a folder with `inputs` the working directory, if the shards are not in the present one."""
+    """Changes to a folder with `inputs`, unless the working directory has shards."""
     if inputs is not None and not Path("data/shards").is_dir():
         os.chdir(_folder_of(tuple(inputs)).name)
 
 
 @cache
 def _folder_of(inputs: tuple[Input, ...]) -> TemporaryDirectory[str]:
-    """A folder of this process with the inputs."""
+    """Returns a temporary folder with the inputs, one per process."""
     folder = TemporaryDirectory(prefix="inputs-")
     pull_inputs(inputs, Path(folder.name))
     return folder

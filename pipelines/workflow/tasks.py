@@ -1,4 +1,4 @@
-"""What each training stage trains, side by side: its method, the spec of its model, what it starts from."""
+"""One function per training stage, which returns its task: method, spec of the model, starting point."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a training stage trains.
+    """The training of a stage.
 
     Attributes:
-        params: of the run; `data` and `dataset` are those that the stage reads.
-        name: of the stage, and of its folders in `models` and `reports`.
+        params: params of the run, with `data` and `dataset` of this stage.
+        name: name of the stage and of its folders in `models` and `reports`.
         optim: the stage's own params.
-        build: makes the method, in every worker.
-        spec: of the trained model.
-        upstream: models of earlier stages that `build` starts from.
-        model: the weights that are trained, if they are not those of `upstream`.
-        subset: the training images to take, None for all; `models/<name>/subset.json` lists them.
+        build: builds the method, in every worker.
+        spec: spec of the trained model.
+        upstream: folders of models of earlier stages that `build` starts from.
+        model: the model whose weights are trained, if training does not start from `upstream`.
+        subset: training images to use, `None` for all; `models/<name>/subset.json` lists them.
         explanations: root of the stored explanations of the training images.
-        notes: file name -> what else the model was trained on, as JSON; saved beside the model.
-        save: writes the trained module to a folder: (folder, module, spec).
+        notes: file name -> JSON about the training data, saved beside the model.
+        save: saves the trained module: `save(folder, module, spec)`.
     """
 
     params: Params
@@ -89,26 +89,26 @@ class Task:
 
     @property
     def section(self) -> str:
-        """The key of `optim` in params.yaml."""
+        """Key of `optim` in params.yaml."""
         stage, _, which = self.name.partition("/")
         sections = {"classify": "guide.classify", "guide": "guide.guided"}
         sections |= {"image_text": f"clip.{which}.pretrain", "clip": f"clip.{which}.bcosify"}
         return sections.get(stage, self.name.replace("/", "."))
 
     def all_notes(self) -> dict[str, Any]:
-        """`notes`, and the subset."""
+        """Returns `notes`, and the subset if there is one."""
         return dict(self.notes) | ({} if self.subset is None else {"subset.json": self.subset.to_json()})
 
     def weights(self) -> ModelParams | None:
-        """`model` with the path and sha256 of its weights file."""
+        """Returns `model` with the absolute path and sha256 of its weights file."""
         return None if self.model is None else absolute_weights(self.model)
 
     def stored_index(self) -> str | None:
-        """The index of the stored explanations, which names their teacher and each shard's sha256."""
+        """Returns the index of the stored explanations, which names their teacher and each shard's sha256."""
         return None if self.explanations is None else Path(self.explanations, INDEX).read_text()
 
     def job(self, directory: str, **more: Any) -> Job:
-        """The job of the training loop in `directory`; `more` are further arguments of `Job`."""
+        """Returns the job of the training loop in `directory`. `more` are further arguments of `Job`."""
         params = self.params
         return Job(
             build=self.build,
@@ -126,14 +126,14 @@ class Task:
 
 
 def pretrain(params: Params) -> Task:
-    """The conventional model."""
+    """Returns the training of the conventional model."""
     spec = _classifier_spec(params, kind="conventional")
     build = partial(build_pretrain, absolute_weights(params.model), spec, params.pretrain, params.seed)
     return Task(params, "pretrain", params.pretrain, build, spec, model=params.model)
 
 
 def bcosify(params: Params, start: str) -> Task:
-    """The B-cos network whose weights start `pretrained` or from `scratch`."""
+    """Returns the training of a B-cos network whose weights start `pretrained` or from `scratch`."""
     optim = getattr(params.bcosify, start)
     spec = _classifier_spec(params, kind="bcos", design=optim.design())
     upstream = (model_folder("pretrain"),) if start == "pretrained" else ()
@@ -143,7 +143,7 @@ def bcosify(params: Params, start: str) -> Task:
 
 
 def distill(params: Params, run: str) -> Task:
-    """The student of the teacher in `models/teacher` with the loss of `run`: `kd` or `e2kd`."""
+    """Returns the training of a student of `models/teacher` with the loss of `run`, `kd` or `e2kd`."""
     optim, teacher = getattr(params.distill, run), model_folder("teacher")
     manifest, teacher_spec = read_manifest(shards_of(params.dataset)), read_spec(teacher)
     spec = student_spec(params, manifest, teacher_spec)
@@ -151,7 +151,8 @@ def distill(params: Params, run: str) -> Task:
         check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
     if optim.label_weight > 0 and not manifest.labelled:
         raise ParamsError(
-            f"distill.{run}.label_weight: {params.dataset} has no labels; 0 is wanted, not {optim.label_weight:g}"
+            f"distill.{run}.label_weight: {params.dataset} has no labels; "
+            f"0 is wanted, not {optim.label_weight:g}"
         )
     subset, notes, explanations = None, {}, None
     if params.distill.shots is not None:
@@ -181,21 +182,20 @@ def distill(params: Params, run: str) -> Task:
 
 
 def classify(whole: Params) -> Task:
-    """The classifier on the data of `guide`: the backbone in `models/backbone` with a new head, before guidance."""
+    """Returns the training before guidance: `models/backbone` with a new head, on the data of `guide`."""
     params, backbone = whole.for_guide(), model_folder("backbone")
     manifest = read_manifest(shards_of(params.dataset))
     spec = classifier_spec(backbone, manifest.classes, manifest.task, params.data.image_size)
     build = partial(build_classifier, spec, model_for_all(params, backbone), params.seed)
-    check_boxes(
-        shards_of(params.dataset)
-    )  # the stage `guide` needs them: better now than after this training
+    # The stage `guide` needs boxes. Without any, fail here rather than after this training.
+    check_boxes(shards_of(params.dataset))
     with keyed("guide.guided", params.guide.guided), image_size_errors(spec, params.data.image_size):
         check_guidable(build().module, spec, params.guide.guided)
     return Task(params, "classify", params.guide.classify, build, spec, upstream=(backbone,))
 
 
 def guide(whole: Params) -> Task:
-    """The classifier in `models/classify`, guided."""
+    """Returns the training of the classifier in `models/classify` with guidance."""
     params, classifier = whole.for_guide(), model_folder("classify")
     optim, keys = params.guide.guided, None
     check_boxes(shards_of(params.dataset))
@@ -207,7 +207,7 @@ def guide(whole: Params) -> Task:
 
 
 def image_text(whole: Params, tower: str) -> Task:
-    """The pair of an image tower and a text tower in `clip.<tower>`, trained on images with captions."""
+    """Returns the training of the image tower and text tower of `clip.<tower>` on images with captions."""
     params, section = whole.for_clip(whole.clip.pairs), f"clip.{tower}"
     pair: TowersParams = getattr(params.clip, tower)
     model, text = of_config_file(pair.model, "vision_cfg"), of_config_file(pair.text, "text_cfg")
@@ -224,7 +224,10 @@ def image_text(whole: Params, tower: str) -> Task:
 
 
 def clip(whole: Params, tower: str) -> Task:
-    """The B-cosified image tower of `models/image_text/<tower>`, which teaches it on images alone."""
+    """Returns the training of a B-cosified image tower.
+
+    The original in `models/image_text/<tower>` is its start and its teacher. Only images are needed.
+    """
     params, original = whole.for_clip(whole.clip.images), model_folder(f"image_text/{tower}")
     optim: ClipParams = getattr(params.clip, tower).bcosify
     spec = replace(read_spec(original), kind="bcos", design=optim.design())
@@ -239,19 +242,19 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def student_spec(params: Params, manifest: Manifest, teacher: ModelSpec) -> ModelSpec:
-    """The spec of the student, for the classes of the data, or those of the teacher if the data has no labels."""
+    """Returns the student's spec, with the classes of the data or, if it has no labels, of the teacher."""
     student, known = params.distill.student, manifest if manifest.labelled else teacher
     return _spec(params, "distill.student", known, kind=student.kind, design=student.design())
 
 
 def explanations_origin(params: Params) -> Origin:
-    """What the stored explanations of the teacher in `models/teacher` depend on."""
+    """Returns what the stored explanations of the teacher in `models/teacher` depend on."""
     teacher, shards = model_folder("teacher"), shards_of(params.dataset)
     return origin_of(str(teacher), shards, params.data, params.distill.frozen, params.distill.student.kind)
 
 
 def check_boxes(shards: str) -> None:
-    """Raises `DataError` unless there are boxes to train and to validate with."""
+    """Raises `DataError` unless the splits `train` and `val` have boxes."""
     fields = read_manifest(shards).fields
     for split in ("train", "val"):
         if "boxes" not in fields.get(split, ()):
@@ -259,28 +262,29 @@ def check_boxes(shards: str) -> None:
 
 
 def check_captions(manifest: Manifest, dataset: str) -> None:
-    """Raises `DataError` unless there are captions to train and to validate with."""
+    """Raises `DataError` unless the splits `train` and `val` have captions."""
     for split in ("train", "val"):
         if "caption" not in manifest.fields.get(split, ()):
             raise DataError(
-                f"clip.pairs: no image of {split} in {dataset} has a caption: an image tower and a text tower learn from pairs"
+                f"clip.pairs: no image of {split} in {dataset} has a caption: "
+                "an image tower and a text tower learn from pairs"
             )
 
 
 def save_pair(folder: Path, module: nn.Module, spec: ModelSpec) -> None:
-    """Saves the image tower and the text tower of the module of `ImageTextTraining`."""
+    """Saves the image tower and the text tower of a module of `ImageTextTraining`."""
     models.save(folder, module.image, spec)  # type: ignore[arg-type]
     models.save_text_tower(folder, module.text)  # type: ignore[arg-type]
 
 
 def save_with_text(original: Path, folder: Path, module: nn.Module, spec: ModelSpec) -> None:
-    """Saves the B-cosified image tower beside the text tower of the original."""
+    """Saves a B-cosified image tower with the text tower of the model in `original`."""
     models.save(folder, module, spec)
     models.save_text_tower(folder, models.load_text_tower(original))
 
 
 def _classifier_spec(params: Params, **more: Any) -> ModelSpec:
-    """The spec of a model of this run's architecture for this run's data; raises `DataError` if that has no classes."""
+    """Returns the spec of the run's model for the run's data; raises `DataError` if it has no labels."""
     manifest = read_manifest(shards_of(params.dataset))
     if not manifest.labelled:
         raise DataError(
@@ -290,7 +294,7 @@ def _classifier_spec(params: Params, **more: Any) -> ModelSpec:
 
 
 def _spec(params: Params, section: str, known: Manifest | ModelSpec, **more: Any) -> ModelSpec:
-    """The spec of the model in `section` of the params for the images of the run, and the classes and task of `known`."""
+    """Returns the spec of the model in `section` of the params, with the classes and task of `known`."""
     model: ModelParams = param(params, section)
     preprocessing = chosen_preprocessing(
         model.name,

@@ -1,4 +1,4 @@
-"""The tracked run of a stage, and training that goes on where it was."""
+"""The tracked run of a stage, and training that resumes where it was killed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from pipelines.workflow.places import shards_of
 from pipelines.workflow.reports import report_training
 from pipelines.workflow.tasks import Task
 
-UNFINISHED = (
-    "execution.json"  # beside checkpoints at a URL: the key of the tracked run that goes on with them
-)
+# File beside checkpoints at a URL, with the key of the tracked run that a resumed stage continues.
+UNFINISHED = "execution.json"
 
 
 @contextmanager
@@ -34,24 +33,27 @@ def tracked(
     code: Sequence[str] = identity.TRAINING,
     context: str = "training",
 ) -> Iterator[tuple[tracking.StageRun, str]]:
-    """Yields the tracked run of a stage and the directory in which a killed stage goes on, never with stale work.
+    """Yields the tracked run of a stage and the directory where a killed stage resumes.
+
+    The directory's name is a hash of `settings`, shards, `upstream` and `code`, so a stage never resumes from
+    stale work.
 
     Args:
-        params: of the run.
-        name: of the stage.
-        settings: the params that the outcome depends on; with shards, `upstream` and `code` they name the directory.
+        params: params of the run.
+        name: name of the stage.
+        settings: params that the outcome depends on.
         upstream: folders of the models of earlier stages that the outcome depends on.
-        code: the modules that compute the outcome.
-        context: what the data is for, as MLflow shows it.
+        code: modules that compute the outcome.
+        context: purpose of the data, as MLflow shows it.
 
     Raises:
-        LeaseError: another driver runs this very stage; nothing of it is touched.
+        LeaseError: another driver runs this very stage, or has taken it over.
     """
     shards = shards_of(params.dataset)
     manifest = read_manifest(shards)
     origin = (manifest.digest, identity.code_digest(*code), *(models.digest(path) for path in upstream))
     directory = run_directory(params.storage.root, name, params.dataset, *settings, *origin)
-    outlives = "://" in directory  # the journal is on this machine, and may be lost with it
+    outlives = "://" in directory  # survives the loss of this machine, on which the journal is
     with held(directory) as lease:
         with tracking.stage_run(
             name,
@@ -70,13 +72,13 @@ def tracked(
         if outlives:
             try:
                 files.write_json(f"{directory}/{UNFINISHED}", None)
-            except OSError as error:  # the stage is done
+            except OSError as error:  # no reason to fail, because the stage is done
                 told = "run again, the stage would go on with this MLflow run"
                 print(f"{directory}/{UNFINISHED} stays: {error}; {told}", file=sys.stderr)
 
 
 def train_stage(task: Task) -> None:
-    """Trains the task; leaves the best epoch's model in `models/<name>` and its figures in `reports/<name>`."""
+    """Trains the task. Saves the best epoch's model in `models/<name>`, its figures in `reports/<name>`."""
     name, folder = task.name, Path("models", task.name)
     with tracked(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
         adopt_checkpoints(task, run, directory)
@@ -92,10 +94,12 @@ def train_stage(task: Task) -> None:
 
 
 def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> None:
-    """Gives the run in `directory`, if it is new, the checkpoints of `training.resume`, an earlier run of this stage.
+    """Copies the checkpoints of the earlier run `training.resume` to `directory`, unless it has its own.
+
+    Does nothing if `training.resume` is the run of another stage.
 
     Raises:
-        ParamsError: that directory has no checkpoint.
+        ParamsError: the earlier run has no checkpoint.
     """
     source = earlier_run(task)
     if source is None or source == directory:
@@ -108,20 +112,20 @@ def adopt_checkpoints(task: Task, run: tracking.StageRun, directory: str) -> Non
 
 
 def earlier_run(task: Task) -> str | None:
-    """The directory that `training.resume` names, if it is one of this stage."""
+    """Returns the run directory in `training.resume`, `None` if it is not one of this stage."""
     named = task.params.training.resume
     source = None if named is None else users_path(named)
     return None if source is None or f"/{task.name}/" not in source else source
 
 
 def check_resumable(directory: str) -> None:
-    """Raises `ParamsError` unless the directory of an earlier run has a checkpoint."""
+    """Raises `ParamsError` unless the directory of an earlier run has a complete checkpoint."""
     if checkpoints.newest(directory) is None:
         raise ParamsError(f"training.resume: there is no whole checkpoint in {directory}")
 
 
 def save_best(task: Task, result: Result, out: Path) -> None:
-    """Saves the best epoch's model in the folder `out`."""
+    """Saves the best epoch's model to the folder `out`."""
     module = task.build().module
     result.load_best(module)
     task.save(out, module, task.spec)

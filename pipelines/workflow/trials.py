@@ -1,4 +1,4 @@
-"""The trials of the stage `search`: the searched stage's task with other values in its params, and how the search is told."""
+"""The trials of the stage `search`: the searched stage with other params. Also the search's reports."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ from pipelines.workflow.training import save_best
 CODE = ("pipelines.workflow.trials",)  # the module that computes a trial
 OUT = REPORTS / "search"
 UNMEASURED = {  # metric -> why a trial may have no value of it
-    "val/gridpg": "too few classes have an image that the network gets right with confidence, so there is no grid",
+    "val/gridpg": "too few classes have an image that the network gets right with confidence, "
+    "so there is no grid",
     **dict.fromkeys(
         ("val/epg", "val/size_corrected_epg", "val/iou", "val/iou_at_0.5"),
         "no map has energy, or no box a pixel",
     ),
 }
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial -> of an MLflow run
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # status of a trial -> of its run
 
 
 def task_of(params: Params, values: Mapping[str, Any]) -> Task:
-    """The task of the searched stage with `values` in its params, at the length and with the workers of a trial."""
+    """Returns the searched stage's task with `values` in its params, and epochs and workers of a trial."""
     of_trials = {
         f"{params.search.section}.epochs": params.search.epochs,
         "training.workers": params.search.workers,
@@ -63,10 +64,13 @@ def task_of(params: Params, values: Mapping[str, Any]) -> Task:
 
 
 def with_measurable_metrics(params: Params, task: Task) -> Params:
-    """`params` with the metrics of the search that trials can measure here; prints which one they cannot.
+    """Returns `params` with the metrics of the search that trials can measure on this data.
+
+    If the data has fewer classes than a grid shows, `val/gridpg` is dropped and a printed line says so.
 
     Raises:
-        ParamsError: a metric is not one that trials have, has no direction, or none is left.
+        ParamsError: a metric is unknown, it is not known whether it should rise or fall, or no metric is
+            left.
     """
     known = directions(task.build())
     each_epoch = [
@@ -81,7 +85,8 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
         allowed = each_epoch if halves else dict.fromkeys([*each_epoch, *at_the_end])
         if known.get(name, True) is None:
             raise ParamsError(
-                f"search.metrics: it is not known whether {name!r} should rise or fall; take {', '.join(allowed)}"
+                f"search.metrics: it is not known whether {name!r} should rise or fall; "
+                f"take {', '.join(allowed)}"
             )
         if name not in allowed:
             which = "the first one, by which search.asha judges each epoch, can be" if halves else "there are"
@@ -89,7 +94,10 @@ def with_measurable_metrics(params: Params, task: Task) -> Params:
     classes = len(task.spec.classes)
     left = [name for name in params.search.metrics if name != "val/gridpg" or classes >= cells]
     if left != params.search.metrics:
-        cause = f"val/gridpg cannot be measured: a grid shows {cells} classes (evaluate.grid_size), the data has {classes}"
+        cause = (
+            f"val/gridpg cannot be measured: a grid shows {cells} classes (evaluate.grid_size), "
+            f"the data has {classes}"
+        )
         if not left:
             raise ParamsError(f"search.metrics: {cause}")
         print(f"search.metrics: {cause}; trials are chosen by {', '.join(left)}", flush=True)
@@ -104,13 +112,14 @@ def run_trial(
     on_epoch: Callable[[EpochRecord], None],
     sharing: int,
 ) -> dict[str, float]:
-    """Trains with `values`; returns the metrics of the best epoch on the validation split. See `pipelines.search.tune.Work`.
+    """Trains with `values` and returns the validation metrics of the best epoch, without unmeasured ones.
 
-    What was not measured is left out. `inputs` are those of the search, for trials on nodes that have the code alone.
+    `inputs` are the inputs of the search, for trials on nodes that only have the code. The other arguments
+    are those of `pipelines.search.tune.Work`.
     """
     enter_inputs(inputs)
     task = task_of(params, values)
-    here = task.params.training.workers == 0  # otherwise nobody waits for its epochs
+    here = task.params.training.workers == 0  # `on_epoch` is only for trials that train in this process
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
     with keyed(task.section, task.optim), keyed("training", task.params.training):
         result = train(job, sharing)
@@ -126,7 +135,10 @@ def run_trial(
 def judge(
     context: Context, task: Task, shards: str, result: Result, params: EvaluateParams
 ) -> dict[str, float]:
-    """Localisation scores on the validation split of the best epoch's explanations (of a guided model, those guided)."""
+    """Returns localisation scores of the best epoch's explanations on the validation split.
+
+    For a guided model the explanations are those that were guided.
+    """
     optim, guided = task.optim, None
     if isinstance(optim, GuidanceParams):
         guided = Attribution(optim.attribution, optim.layer)
@@ -163,7 +175,7 @@ def track_trial(params: Params, run: tracking.StageRun, directory: str, trial: T
 
 
 def _without(trial: Trial, metrics: Sequence[str]) -> list[str]:
-    """Those of `metrics` that the trial has not measured."""
+    """Returns those of `metrics` that the trial has not measured."""
     return [name for name in metrics if name not in trial["metrics"]]
 
 
@@ -171,7 +183,8 @@ def report_search(run: tracking.StageRun, found: Sequence[Trial], names: Sequenc
     """Reports the trials and their Pareto front in `reports/search`, in MLflow and on the console.
 
     Raises:
-        TrainingError: no finished trial has measured any of the metrics `names`. The trials are in `reports/search` by then.
+        TrainingError: no finished trial has measured any of the metrics `names`. The reports are written
+            before that.
     """
     finished = [trial for trial in found if trial["status"] == "finished"]
     unmeasured = [name for name in names if all(name in _without(trial, names) for trial in finished)]

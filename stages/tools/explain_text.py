@@ -1,7 +1,8 @@
-"""`python -m stages.tools.explain_text MODEL IMAGE "text" ["text" ...]`: a picture of what in an image speaks for each text.
+"""`python -m stages.tools.explain_text MODEL IMAGE "text" ["text" ...]`: explains an image for texts.
 
-MODEL is a B-cosified image tower or a zero-shot classifier, a folder or `models:/name@alias`; its text tower is with it, or is
-named by `--text`. Opacity and heat maps have one scale for all texts.
+The picture shows the pixels that speak for each text. MODEL is a B-cosified image tower or a zero-shot
+classifier, given as a folder or as `models:/name@alias`. Its text tower is stored with it or named by
+`--text`. All texts share one scale of opacity and one of the heat maps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipelines.storage.errors import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the picture, and prints each cosine and how much of it the pixels' contributions make up."""
+    """Writes the picture. Prints each text's cosine and how much of it the pixels contribute."""
     asked = parser().parse_args(arguments)
     with one_line_errors():
         with tracking.model_folder(asked.model) as folder:
@@ -61,22 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
             weights = torch.cat([weights, weights[:-1] - weights[-1]])
         repeated = images.expand(len(weights), -1, -1, -1)
-        maps, smooth = (
-            contribution_map(repeated, weights),
-            spec.image_size // 15 | 1,
-        )  # the published 15 at 224 pixels; odd
+        # An odd kernel size, 15 at 224 pixels as published.
+        maps, smooth = contribution_map(repeated, weights), spec.image_size // 15 | 1
         save_texts(asked.out, images[0], titles, rgba(repeated, weights, smooth, one_scale=True), maps)
     for text, cosine, of_pixels in zip(
         texts, cosines.tolist(), maps.double().sum((1, 2)).tolist(), strict=False
     ):
         print(
-            f"{text}: cosine {cosine:.4f} = {of_pixels:.4f} of the pixels + {cosine - of_pixels:.4f} of no pixel"
+            f"{text}: cosine {cosine:.4f} = {of_pixels:.4f} of the pixels "
+            f"+ {cosine - of_pixels:.4f} of no pixel"
         )
     print(asked.out)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The tool's arguments."""
+    """Returns the parser of the tool's arguments."""
     parser = argparse.ArgumentParser(prog="python -m stages.tools.explain_text", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of an image tower, or models:/name@alias")
     parser.add_argument("image", metavar="IMAGE", help="an image file")
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """In the block, an error that the user can mend ends the process with one line, not a traceback."""
+    """Ends the process with one line, not a traceback, on an error that the user can mend."""
     try:
         yield
     except (UserError, FileNotFoundError) as error:
@@ -106,7 +106,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """The central square of an image file, resized: (3, size, size) in [0, 1]; raises DataError, which names the file."""
+    """Returns the central square of an image file, resized: (3, size, size) in [0, 1].
+
+    Raises `DataError`, which names the file, if it cannot be read or decoded.
+    """
     try:
         encoded = Path(path).read_bytes()
         pixels = decode_image(encoded)

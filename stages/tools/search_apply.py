@@ -1,6 +1,7 @@
-"""`python -m stages.tools.search_apply TRIAL`: runs the params with the values of a trial of the search, as a DVC experiment.
+"""`python -m stages.tools.search_apply TRIAL`: runs a DVC experiment with the values of a trial.
 
-Further arguments go to `dvc exp run` (`--queue`, `--temp`, `--name NAME`); with `--print` its command is shown, not run.
+Further arguments go to `dvc exp run` (`--queue`, `--temp`, `--name NAME`). With `--print`, the command is
+printed and not run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipelines.workflow.running import stage
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `dvc exp run` for the trial of the first argument; its exit status."""
+    """Runs `dvc exp run` for the trial whose number is the first argument; returns its exit status."""
     with stage():
         trials = required_json(REPORTS / "search/trials.json")
         number, *others = arguments
@@ -41,9 +42,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def changes(content: DictConfig) -> list[str]:
-    """What `-S` takes to compose params of this `content`: the recipe, and what differs from the recipe's.
+    """Returns the overrides for `-S` that compose `content`: the recipe, and the differences from it.
 
-    What the recipe takes from elsewhere in it follows by itself, and is only named where it should not.
+    Keys that the recipe interpolates from other keys (`${...}`) follow those. They are overridden only if
+    their value in `content` is another.
     """
     recipe, wanted = f"recipe={content.recipe}", leaves_of(content)
     composed = leaves_of(composition([recipe]))
@@ -71,28 +73,28 @@ def changes(content: DictConfig) -> list[str]:
 
 
 def composition(overrides: Sequence[str]) -> DictConfig:
-    """The params that Hydra composes from the recipes."""
+    """Returns the params that Hydra composes from the recipes."""
     with initialize_config_dir(str(Path("pipelines/recipes").absolute()), version_base=None):
         return compose("config", overrides=list(overrides))
 
 
 def leaves_of(content: DictConfig) -> dict[str, Any]:
-    """The leaves of `content` by their keys; references to other keys as they are written."""
+    """Returns the leaves of `content` by their keys, with interpolations (`${...}`) unresolved."""
     return params.leaves(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
 
 
 def plain(value: Any) -> Any:
-    """`value` without OmegaConf's own types."""
+    """Returns `value` without OmegaConf's own types, with interpolations resolved."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def under(key: str, places: Iterable[str]) -> bool:
-    """Whether `key` is one of `places`, or in one."""
+    """Returns True if `key` is one of `places` or lies in one."""
     return any(f"{key}.".startswith(f"{place}.") for place in places)
 
 
 def in_hydras_grammar(value: Any) -> str:
-    """`value` in Hydra's grammar."""
+    """Returns `value` in the grammar of Hydra's overrides."""
     if isinstance(value, list):
         return f"[{', '.join(map(in_hydras_grammar, value))}]"
     if isinstance(value, dict):

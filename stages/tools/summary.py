@@ -1,4 +1,4 @@
-"""What `make repro` says at its end: the figures, and where to look next."""
+"""Prints the summary at the end of `make repro`: the figures, and where to look next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.workflow.running import stage
 
 
 def main() -> None:
-    """Prints the evaluated models side by side, and where their pictures and the registered version are."""
+    """Prints tables of the evaluated models, and where to find their pictures and the registered version."""
     metrics = required_json(REPORTS / "evaluate/metrics.json")
     students = required_json(REPORTS / "evaluate/students.json")
     guidance = required_json(REPORTS / "evaluate_guidance/metrics.json")
@@ -33,7 +33,7 @@ def main() -> None:
     )
     for name, of_model in metrics["models"].items():
         for row, (explanation, scores) in enumerate(of_model["explanations"].items() or [("", {})]):
-            right = of_model.get("accuracy", of_model.get("f1"))  # multiclass, multilabel
+            right = of_model.get("accuracy", of_model.get("f1"))  # multiclass or multilabel
             first = (name, cell(right, ".1%")) if row == 0 else ("", "")
             figures = [scores.get(key) for key in ("gridpg", "epg", "unexplained_share")]
             table.add_row(*first, explanation, *(cell(figure, ".3g") for figure in figures))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def followers(models: dict[str, Any]) -> Table:
-    """The students beside their teacher."""
+    """Returns the table of the students and their teacher."""
     table = Table(
         "student",
         "accuracy or F1",
@@ -69,7 +69,7 @@ def followers(models: dict[str, Any]) -> Table:
 
 
 def guided(split: str, models: dict[str, Any]) -> Table:
-    """The classifier before and after guidance."""
+    """Returns the table of the classifier before and after guidance, on one split."""
     keys = ("epg", "on_object_epg", "size_corrected_epg", "iou", "iou_threshold", "iou_at_0.5")
     heads = ("energy pointing game", "on the object", "size-corrected", "IoU", "at threshold", "IoU at 0.5")
     table = Table(f"classifier ({split})", "F1 or accuracy", "explanation", *heads)

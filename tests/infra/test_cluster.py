@@ -1,4 +1,4 @@
-"""A whole B-cosification on a Ray cluster with a token, S3 and MLflow on PostgreSQL. `make test-infra` runs these."""
+"""A whole B-cosification on a Ray cluster with S3 and MLflow on PostgreSQL (`make test-infra`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Cluster:
     project: Project
 
     def submit(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Runs `python -m infra.submit`; a variable set to nothing is taken away."""
+        """Runs `python -m infra.submit`. A variable without a value is removed from the environment."""
         environment = {key: value for key, value in (self.project.environment | env).items() if value}
         return subprocess.run(
             [sys.executable, "-m", "infra.submit", *arguments],
@@ -82,13 +82,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def bcosified(cluster: Cluster) -> str:
-    """What was said while both stages ran, with every fifth request to the storage refused, and the storage away in training."""
+    """The output of both stages. The storage refuses every fifth request and is down for a while."""
     said = []
     cluster.storage.share = 0.2
-    at = {
-        "pretrain": ("GET", "/train-", 20),
-        "bcosify@pretrained": ("PUT", "/checkpoints/", 20),
-    }  # the second has shards here
+    # The second stage reads cached shards, so the storage goes down when it writes a checkpoint.
+    at = {"pretrain": ("GET", "/train-", 20), "bcosify@pretrained": ("PUT", "/checkpoints/", 20)}
     for number, (stage, leave_at) in enumerate(at.items(), start=1):
         cluster.storage.leave_at = leave_at
         done = cluster.submit(stage, "--workers", "1", "--storage", STORAGE)
@@ -217,7 +215,7 @@ def test_bad_input_is_one_line(
 def test_a_search_runs_there_too_and_its_front_comes_back(cluster: Cluster, bcosified: str) -> None:
     project = cluster.project
     project.compose()
-    project.run("python -m dvc repro -q explain classify")  # what any search may depend on
+    project.run("python -m dvc repro -q explain classify")  # a search may depend on both
     done = cluster.submit(
         "search", "recipe=smoke", "search.trials=2", "search.asha=null", "--storage", STORAGE
     )
@@ -242,9 +240,8 @@ def test_an_interrupt_stops_following_and_not_the_job_and_stop_does(cluster: Clu
     arguments = ["pretrain", "recipe=smoke", "pretrain.epochs=400", "--workers", "1", "--storage", STORAGE]
     command = [sys.executable, "-m", "infra.submit", *arguments]
     env, folder = cluster.project.environment, cluster.project.folder
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # also where the tests themselves run in the background
+    # SIGINT is ignored by default if the tests themselves run in the background.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=heard
     ) as following:

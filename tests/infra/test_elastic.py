@@ -1,4 +1,4 @@
-"""Elastic training on a Ray cluster of several nodes, of which one goes and one comes. `make test-infra` runs it."""
+"""Elastic training on a Ray cluster that loses a node and gains one (`make test-infra`)."""
 
 from __future__ import annotations
 
@@ -37,14 +37,12 @@ PARAMS = {
     "keep_last": 100,
     "clip": "none",
 }
-LOSS, GAIN = (
-    7,
-    15,
-)  # steps, the last of their epochs: before the first a node goes, before the second one comes
+# Steps, each the last of its epoch: a node is lost before the first, and one is added before the second.
+LOSS, GAIN = 7, 15
 
 
 class Step(NamedTuple):
-    """That a worker came to a step, and what it read for it."""
+    """The record of a worker that came to a step, with the keys of its samples."""
 
     node: str
     rank: int
@@ -54,7 +52,7 @@ class Step(NamedTuple):
 
 
 class Recorded(toy.SteadyMethod):
-    """Writes down the gradient of each step, which the optimiser keeps until the next one."""
+    """Records the gradient of each step, which stays in the optimiser until the next step."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(norm=False)
@@ -72,7 +70,7 @@ class Recorded(toy.SteadyMethod):
 
 
 def gradients_of_epochs(folder: Path) -> list[torch.Tensor]:
-    """The mean gradient of each epoch, by the steps that counted."""
+    """Returns the mean gradient of each epoch, over the steps that counted."""
     each = torch.tensor(
         [json.loads((folder / f"gradient-{step}").read_text()) for step in range(EPOCHS * STEPS)]
     )
@@ -80,7 +78,7 @@ def gradients_of_epochs(folder: Path) -> list[torch.Tensor]:
 
 
 class Watched(Recorded):
-    """Writes down who takes each step. Three workers wait at LOSS until one is lost, two at GAIN until replaced."""
+    """Records who takes each step. Three workers wait at LOSS until one is lost, two at GAIN for a third."""
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         import ray
@@ -99,25 +97,25 @@ class Watched(Recorded):
 
 
 def tell(file: Path, record: EpochRecord) -> None:
-    """Appends the record: an `on_epoch`."""
+    """Appends the record to a file; for `on_epoch`."""
     with file.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
 
 
 def told(file: Path) -> list[Any]:
-    """The values in the file, one a line."""
+    """Returns the values in the file, one per line."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Returns once `condition()` holds."""
+    """Waits until `condition()` holds."""
     while not condition():
         time.sleep(0.05)
 
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without CPUs and three nodes with one each, where RAY_ADDRESS names them."""
+    """A head without CPUs and three nodes with one CPU each; RAY_ADDRESS names the cluster."""
     from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
@@ -137,7 +135,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def lose_and_gain(nodes: Cluster, folder: Path, training: Future[Any]) -> tuple[str, str]:
-    """Takes the node of rank 0 away when three workers are at LOSS, adds one when two are at GAIN; the nodes' ids."""
+    """Removes the node of rank 0 when three workers are at LOSS, and adds a node when two are at GAIN.
+
+    Returns the ids of the two nodes.
+    """
 
     def at(world_size: int, step: int) -> list[Step]:
         if training.done():
@@ -155,7 +156,7 @@ def lose_and_gain(nodes: Cluster, folder: Path, training: Future[Any]) -> tuple[
 
 
 def disturbed(nodes: Cluster, folder: Path, job: Job) -> tuple[Result, list[list[Step]]]:
-    """The result of the job while a node goes and one comes, and its steps, a list for each number of workers."""
+    """Returns the result of a job that loses and gains a node, and its steps per number of workers."""
     elastic = {"workers": (1, 3), "max_failures": 1, "resize_every": 1.0}
     training = job.training.model_copy(update=elastic)
     job = replace(
@@ -163,15 +164,14 @@ def disturbed(nodes: Cluster, folder: Path, job: Job) -> tuple[Result, list[list
     )
     with cluster(job.training), ThreadPoolExecutor() as pool:
         running = pool.submit(train, job)
-        lost, gained = lose_and_gain(
-            nodes, folder, running
-        )  # in the main thread: a node sets signal handlers
+        # In the main thread, because a node sets signal handlers.
+        lost, gained = lose_and_gain(nodes, folder, running)
         result = running.result()
 
     taken = [Step(*line) for line in told(folder / "steps")]
     groups = [list(group) for _, group in groupby(taken, key=lambda each: each.world_size)]
     assert [group[0].world_size for group in groups] == [3, 2, 3]
-    # Each goes on from the last checkpoint before the change, and each of its workers takes each of its steps once.
+    # Each number of workers resumes from the last checkpoint, and each of its workers takes each step once.
     for group, steps in zip(
         groups, (range(LOSS + 1), range(LOSS - 1, GAIN + 1), range(GAIN - 1, EPOCHS * STEPS)), strict=True
     ):
@@ -207,8 +207,7 @@ def test_a_node_that_goes_and_one_that_comes_change_nothing_but_the_number_of_wo
             == int(name.split("-")[1]) // STEPS
         )
 
-    # The toy's batches are dealt out in turn: each step has the same samples, however many workers share them, and only the
-    # order of summation differs.
+    # Each step has the same samples for any number of workers, so only the order of summation differs.
     assert toy.difference(toy.weights(undisturbed), toy.weights(elastic)) < 1e-4
     for here, there in zip(undisturbed.history, elastic.history, strict=True):
         assert there["metrics"]["val/accuracy"] == pytest.approx(
@@ -224,9 +223,8 @@ def test_an_epoch_has_each_image_once_and_one_workers_gradient_however_the_worke
         {"train": [plain(number) for number in range(COUNT)], "val": [plain(number) for number in range(8)]}
     )
     write_shards(source, Path("raw"), tmp_path / "shards", shard_size=25, progress=False)
-    job = toy.toy_job(
-        tmp_path / "elastic", **{**PARAMS, "lr": 1e-20}
-    )  # weights stay, and gradients can be compared
+    # With this learning rate the weights stay the same, so that gradients can be compared.
+    job = toy.toy_job(tmp_path / "elastic", **{**PARAMS, "lr": 1e-20})
     job = replace(
         job, shards=str(tmp_path / "shards"), batches=shard_batches, data=DataParams(image_size=toy.SIDE)
     )
@@ -238,7 +236,7 @@ def test_an_epoch_has_each_image_once_and_one_workers_gradient_however_the_worke
     ):
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
-    trained_on: dict[int, list[str]] = {}  # a step that is taken again replaces the one that was lost
+    trained_on: dict[int, list[str]] = {}  # a repeated step replaces the lost one
     for group in groups:
         for step, together in groupby(sorted(group, key=lambda each: each.step), key=lambda each: each.step):
             trained_on[step] = [key for each in together for key in each.keys]

@@ -1,4 +1,4 @@
-"""Experiments of DVC at once on this machine (`dvc exp run --run-all -j 2`) end as alone. `make test-infra` runs it."""
+"""Two DVC experiments at once (`dvc exp run --run-all -j 2`) end like single ones (`make test-infra`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def test_two_experiments_at_once_end_as_alone(tmp_path: Path) -> None:
     project = Project(tmp_path)
     for seed in (1, 2):
         project.run(
-            f"dvc exp run --queue --name at-once-{seed} -S recipe=smoke -S training.workers=1 -S seed={seed} register"
+            f"dvc exp run --queue --name at-once-{seed} "
+            f"-S recipe=smoke -S training.workers=1 -S seed={seed} register"
         )
     project.run("dvc exp run --run-all -j 2")
     statuses = project.run("dvc queue status").stdout
@@ -27,7 +28,7 @@ def test_two_experiments_at_once_end_as_alone(tmp_path: Path) -> None:
     )
 
     def models(experiment: str) -> dict[str, str]:
-        """The digest of each model of an experiment."""
+        """Returns the digest of each model of an experiment."""
         (ref,) = project.run(
             f"git for-each-ref --format='%(refname)' 'refs/exps/**/{experiment}'"
         ).stdout.split()

@@ -1,4 +1,4 @@
-"""Whoever may write to the bucket cannot make `--take` write, delete or read anything but the outputs of the stage."""
+"""Nobody with write access to the bucket can make `--take` touch more than the stage's outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JOB = "jobs/pretrain-0123abcd"
 
 @dataclass
 class World:
-    """A home folder with a project in it, and a bucket in which a job of the stage `pretrain` has delivered."""
+    """A home folder with a project, and a bucket with the outputs of a job of the stage `pretrain`."""
 
     home: Path
     place: str
@@ -55,7 +55,7 @@ class World:
         return filesystem.cat_file(f"{root}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file of the job, by a key that need not be a normal path."""
+        """Writes a file of the job under a key that need not be a normal path."""
         filesystem, root = fsspec.url_to_fs(self.place)
         filesystem.pipe_file(f"{root}/{name}", content)
 
@@ -65,7 +65,7 @@ class World:
         self.write("result.json", json.dumps(change(content) or content).encode())
 
     def add(self, name: str, content: bytes = b"evil") -> None:
-        """Delivers one more file, with its right size and digest."""
+        """Delivers one more file, with the correct size and digest."""
         self.change(lambda result: result["files"].append(record(name, content)))
         with suppress(OSError):  # of a folder, or of a name that the bucket itself does not take
             self.write(f"outputs/{self.result()['attempt']}/{name}", content)
@@ -75,7 +75,7 @@ class World:
         return Path(self.place.removeprefix("local://"), "outputs", self.result()["attempt"], name)
 
     def snapshot(self) -> dict[str, Any]:
-        """Kind and content of everything in the home folder, but for what DVC writes whenever it is asked anything."""
+        """Returns kind and content of everything in the home folder except DVC's own working files."""
         found = {}
         for path in sorted(self.home.rglob("*")):
             name = path.relative_to(self.home).as_posix()
@@ -141,7 +141,7 @@ def world(
 
 
 def refused(world: World, capsys: pytest.CaptureFixture[str], place: str | None = None) -> str:
-    """The one line with which `--take` refuses; everything in the home folder is what it was."""
+    """Asserts that `--take` fails and leaves the home folder unchanged; returns its one line."""
     before = world.snapshot()
     capsys.readouterr()
     assert submit.main(["--take", place or world.place]) == 1
@@ -248,7 +248,7 @@ def of_first(**values: Any) -> Callable[[Any], None]:
         of_first(name=["models/pretrain/x"]),
         lambda result: result.update(attempt="../../x"),
         lambda result: result.update(attempt="/etc"),
-        lambda result: result.update(attempt="01234567"),  # there is no such try
+        lambda result: result.update(attempt="01234567"),  # there is no such attempt
         lambda result: result.update(attempt=["01234567"]),
         lambda result: result.update(outputs="file:///etc", attempt=""),
         lambda result: result.update(stages={}),

@@ -1,4 +1,4 @@
-"""The manifests are as Kubernetes' and Ray's schemas and the references of KubeRay and compose say, and hold no secret."""
+"""The manifests conform to the schemas and references of Kubernetes, Ray, KubeRay and compose."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ INFRA = ROOT / "infra/manifests"
 MANIFESTS = sorted(INFRA.glob("*.yaml"))
 
 KUBERNETES = "1.34"
-# Fields by name of KubeRay 1.6's API reference; pods are checked by Kubernetes' own schema. A type is `str`, `int`, `bool`,
-# `dict` (any strings), `object` (anything), [type] or {field: type}.
+# Fields of KubeRay 1.6's API reference; Kubernetes' own schema checks the pods. A type is `str`, `int`,
+# `bool`, `dict` (any strings), `object` (anything), [type] or {field: type}.
 CLUSTER = {
     "rayVersion": str,
     "enableInTreeAutoscaling": bool,
@@ -72,7 +72,7 @@ SERVICE = {
 
 
 def wrong(value: Any, type_: Any, place: str = "") -> list[str]:
-    """What of `value` is not as `type_` says: its places."""
+    """Returns the places in `value` that do not have the type `type_`."""
     if isinstance(type_, dict):
         if not isinstance(value, dict):
             return [f"{place}: not a mapping"]
@@ -205,7 +205,7 @@ def test_no_service_of_compose_is_published_beyond_this_machine_unless_it_is_ask
 
 
 def start_mlflow(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command of compose's `mlflow` with a stub of MLflow that prints its arguments, one a line."""
+    """Runs the command of compose's `mlflow` with a stub that prints its arguments, one per line."""
     service = read("compose.yaml")["services"]["mlflow"]
     environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
     for name, value in service["environment"].items():

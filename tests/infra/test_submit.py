@@ -1,4 +1,4 @@
-"""A job without a cluster: what is sent, what comes back, what is refused in one line."""
+"""A job without a cluster: what is sent, what is fetched, what is refused in one line."""
 
 from __future__ import annotations
 
@@ -107,9 +107,8 @@ def test_a_stage_run_here_names_a_ray_address_of_nothing(
 ) -> None:
     place = address.format(port=closed_port())
     monkeypatch.setenv("RAY_ADDRESS", place)
-    monkeypatch.setattr(
-        "ray.is_initialized", lambda: False
-    )  # other tests of this process may have started one
+    # Other tests of this process may have started Ray.
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with (
         pytest.raises(TrainingError, match=rf"RAY_ADDRESS [^\n]*{place}[^\n]*$"),
         cluster(TrainingParams(workers=1)),
@@ -215,7 +214,7 @@ def test_gpus_may_come_later_where_there_is_an_autoscaler(
     ("nodes", "gpus", "room"),
     [
         ([{"CPU": 8}], 0, 4),
-        ([{"CPU": 3}, {"CPU": 1}, {}], 0, 1),  # a worker's two CPUs are on one node
+        ([{"CPU": 3}, {"CPU": 1}, {}], 0, 1),  # both CPUs of a worker must be on one node
         ([{"CPU": 8, "GPU": 1}, {"CPU": 8}], 1, 1),
         ([{"CPU": 64, "GPU": 1}], 0.1, 10),
         ([], 0, 0),
@@ -263,7 +262,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uploaded(storage: str) -> list[str]:
-    """All files in the storage."""
+    """Returns all files in the storage."""
     filesystem, root = fsspec.url_to_fs(storage)
     return [path.removeprefix(f"{root}/") for path in filesystem.find(root)]
 
@@ -386,7 +385,7 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(
     job = [sys.executable, "-m", "infra.job"]
     done = subprocess.run(job, cwd=elsewhere / "code", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not list((elsewhere / "code/data").rglob("*.tar"))  # read where they were published
+    assert not list((elsewhere / "code/data").rglob("*.tar"))  # the job reads them from the storage
 
     params = project.folder / "params.yaml"
     before = params.read_text()
@@ -399,9 +398,8 @@ def test_a_job_that_ran_elsewhere_leaves_the_stage_up_to_date_here(
     assert "brought and recorded" in capsys.readouterr().out
     assert "up to date" in project.run("python -m dvc status pretrain").stdout
     assert project.read("reports/pretrain/metrics.json")["epoch"] >= 1
-    client = MlflowClient(
-        f"sqlite:///{project.folder}/mlflow.db"
-    )  # where the job had no server, it is tracked here
+    # The job had no tracking server, so its run is logged here.
+    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "pretrain")
     assert [item.step for item in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]

@@ -1,4 +1,4 @@
-"""MLflow on a PostgreSQL that is away for a while, two writers at once, a bare environment. `make test-infra` runs it."""
+"""MLflow with an outage of PostgreSQL, with three writers, in a bare environment (`make test-infra`)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,13 @@ from tests.support import servers, toy
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(600)]
 OUTAGE = 20.0  # seconds
-BEFORE, MEANWHILE, EPOCHS = (
-    2,
-    4,
-    6,
-)  # epochs done when the database goes, when training waits for it, at the end
+# Epochs done when the database goes down, when training waits for it, and at the end.
+BEFORE, MEANWHILE, EPOCHS = 2, 4, 6
 
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Postgres]:
-    """What MLflow's server, the one of the environment, keeps its runs in."""
+    """The database of MLflow's server, whose address is in the environment."""
     if not servers.POSTGRES:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     monkeypatch.chdir(tmp_path)
@@ -52,9 +49,8 @@ def test_an_outage_of_the_database_neither_loses_nor_doubles_a_metric(
     from mlflow import MlflowClient
 
     back = threading.Event()
-    logged_meanwhile: list[
-        bool
-    ] = []  # whether training got through the epochs of the outage before that was over
+    # Whether training finished the epochs of the outage before it was over.
+    logged_meanwhile: list[bool] = []
 
     def return_() -> None:
         database.start()
@@ -103,13 +99,13 @@ MANIFEST = {
 
 @pytest.fixture
 def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """A B-cos network that is the version 1 of `demo` in an SQLite registry in the working directory."""
+    """A B-cos network, version 1 of `demo` in an SQLite registry in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     torch.manual_seed(0)
     spec = ModelSpec("resnet20", ("cat", "dog", "owl"), 16, "bcos")
     module = assemble(spec)
-    for parameter in module.parameters():  # weights of some size, so that no logit vanishes
+    for parameter in module.parameters():  # large enough that no logit vanishes
         torch.nn.init.normal_(parameter, std=0.3)
     save("model", module, spec)
     tracking.register(

@@ -1,4 +1,4 @@
-"""Two drivers of one run on S3, each a process of its own, and one that is killed. `make test-infra` runs these."""
+"""Two drivers of one run on S3, in two processes, and one that is killed (`make test-infra`)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers
         for name, value in {"AWS_ENDPOINT_URL": storage.url, **servers.KEYS}.items():
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        if not (s3 := s3fs.S3FileSystem()).exists(
-            "drivers"
-        ):  # all servers of this process have the same buckets
+        # All S3 servers of this process share their buckets.
+        if not (s3 := s3fs.S3FileSystem()).exists("drivers"):
             s3.mkdir("drivers")
         storage.share = 0.1
         yield storage
@@ -58,7 +57,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers
 
 
 def drive(directory: str, folder: Path, workers: int) -> subprocess.Popen[str]:
-    """A driver that waits at step 8 until there is `folder/go`."""
+    """Starts a driver that waits at step 8 for the file `folder/go`."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PYTHONPATH": str(ROOT)
     }
@@ -69,7 +68,7 @@ def drive(directory: str, folder: Path, workers: int) -> subprocess.Popen[str]:
 
 
 def wait_for_step(folder: Path, driver: subprocess.Popen[str]) -> None:
-    """Returns once a driver waits at its step."""
+    """Waits until a driver waits at its step."""
     while not (folder / "there").exists():
         assert driver.poll() is None, driver.stderr.read()[-3000:] if driver.stderr else ""
         time.sleep(0.05)

@@ -16,13 +16,13 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def database(project, tmp_path_factory):
-    """A copy of the project's MLflow database; artifacts stay in the project."""
+    """A copy of the project's MLflow database. The artifacts stay in the project."""
     return shutil.copy(project.folder / "mlflow.db", tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
 def workspace(project, database, tmp_path, monkeypatch):
-    """A copy of what the graph has made, as the working directory of stages that run in this process."""
+    """A copy of the graph's outputs; it is the working directory of stages that run in this process."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.delenv("DVC_ROOT", raising=False)
     (tmp_path / "work").mkdir()

@@ -1,4 +1,4 @@
-"""The stages of CLIP in this process, at toy size: a pair of towers, its B-cosified image tower, both evaluated."""
+"""The stages of CLIP at toy size, in this process: train two towers, B-cosify one, evaluate."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The whole graph at toy size, as a user runs it: `dvc exp run`, `dvc repro`, `dvc metrics show`, the registry."""
+"""The whole graph at toy size, as users run it, with `dvc exp run`, `dvc repro`, `dvc metrics show`."""
 
 import json
 import os
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.graph
 
 @pytest.fixture(autouse=True)
 def restored(project):
-    """After each test, params and lock are those of the first run again."""
+    """Restores params and lock of the first run after each test."""
     yield
     project.run("git checkout -q .")
 
 
 @pytest.fixture(scope="module")
 def shown(project):
-    """What `dvc metrics show` shows: metrics by the path of their file."""
+    """Returns the output of `dvc metrics show`: metrics by the path of their file."""
     files = json.loads(project.run("dvc metrics show --json").stdout)[""]["data"]
     return {path: content["data"] for path, content in files.items()}
 
@@ -63,7 +63,7 @@ def test_a_classifier_is_evaluated_before_and_after_its_guidance(project):
     assert list(found) == ["unguided", "guided"]
     for of_model in found.values():
         assert {"f1", "recall", "mean_average_precision"} <= set(of_model)
-        assert ("precision" in of_model) == (of_model["f1"] > 0)  # it has none if it decides for no class
+        assert ("precision" in of_model) == (of_model["f1"] > 0)  # undefined if no class is predicted
         assert {
             "epg",
             "on_object_epg",
@@ -81,7 +81,7 @@ def test_a_classifier_is_evaluated_before_and_after_its_guidance(project):
 
 
 def upstream(project, *names):
-    """Names of the stages that DVC runs before those called `names`, by the params that are there."""
+    """Returns the names of the stages that DVC runs before `names`, with the present params."""
     with Repo(str(project.folder)) as repo:
         graph = repo.index.graph
         stages = {stage.name: stage for stage in graph}

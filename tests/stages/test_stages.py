@@ -1,4 +1,4 @@
-"""Stages in this process, on what the graph has made: other params, and what each of them refuses."""
+"""Stages in this process, on the outputs of the graph: with other params, and with bad ones."""
 
 import shutil
 
@@ -146,9 +146,8 @@ def test_with_a_storage_the_shards_are_read_there(workspace, tmp_path):
     storage = f"storage.root=file://{tmp_path}/storage"
     workspace.compose(storage)
     distill.main("kd")
-    for path in workspace.folder.glob(
-        "data/shards/objects/*.tar"
-    ):  # a job on a cluster has no shards of its own
+    # A job on a cluster has no local shards.
+    for path in workspace.folder.glob("data/shards/objects/*.tar"):
         path.unlink()
     shutil.rmtree("models/distill/kd")
     distill.main("kd")
@@ -159,9 +158,8 @@ def test_with_a_storage_the_shards_are_read_there(workspace, tmp_path):
     explain.main()
     distill.main("e2kd")
     assert workspace.read("reports/distill/e2kd/metrics.json")["train/explanation"] > 0
-    assert (
-        len(list(tmp_path.glob("storage/explanations/*/explanations.json"))) == 1
-    )  # made there, and read there
+    # Written to the storage, and read from it.
+    assert len(list(tmp_path.glob("storage/explanations/*/explanations.json"))) == 1
     assert [path.name for path in workspace.folder.glob("data/explanations/*")] == ["explanations.json"]
 
 

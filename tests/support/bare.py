@@ -1,4 +1,4 @@
-"""An environment that has only what a list of requirements installs, made of links to the packages installed here."""
+"""An environment with only the packages that a list of requirements needs, as links to installed ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 
 def closure(requirements: Iterable[str]) -> set[str]:
-    """Names of the installed distributions that `requirements` need, with their extras, and in turn what these need."""
+    """Returns the names of `requirements` and of all distributions that they need, extras included."""
     found: set[tuple[str, str]] = set()
     left = [Requirement(line) for line in requirements]
     while left:
@@ -23,7 +23,7 @@ def closure(requirements: Iterable[str]) -> set[str]:
             found.add((wanted.name.lower(), extra))
             try:
                 needs = map(Requirement, distribution(wanted.name).requires or ())
-            except PackageNotFoundError:  # of another platform
+            except PackageNotFoundError:  # only for another platform
                 continue
             left.extend(
                 need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})
@@ -32,7 +32,10 @@ def closure(requirements: Iterable[str]) -> set[str]:
 
 
 def bare_environment(requirements: Iterable[str], folder: Path) -> list[str]:
-    """The command of a Python that finds the standard library and, in `folder`, the packages of `requirements` alone."""
+    """Returns the command of a Python that runs a script from stdin with only these packages.
+
+    It finds these packages, as links in `folder`, and the standard library.
+    """
     folder.mkdir()
     for name in closure(requirements):
         try:

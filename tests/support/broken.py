@@ -1,4 +1,4 @@
-"""Broken inputs, drawn by a seed, and what becomes of them."""
+"""Random broken inputs, and the outcome of reading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ NASTY = (
 
 
 def outcome(call: Callable[[], Any], lines: int | None = 1) -> str:
-    """`OK`, or the `lines` (None: any number) with which `call` ends; an error of any other kind fails the test."""
+    """Returns `OK`, or the message of the `UserError` that `call` raises. Any other error fails the test.
+
+    The message must have `lines` lines, any number if `None`.
+    """
     try:
         call()
     except UserError as error:
@@ -30,7 +33,7 @@ def outcome(call: Callable[[], Any], lines: int | None = 1) -> str:
 
 
 def broken(content: bytes, draw: random.Random) -> bytes:
-    """`content` after one accident: cut, overwritten, shortened or lengthened in the middle, or a few other bytes."""
+    """Returns `content` after one random fault: cut off, or a part overwritten, removed or repeated."""
     if not content:
         return b"\0"
     start = draw.randrange(len(content))
@@ -53,7 +56,7 @@ def broken(content: bytes, draw: random.Random) -> bytes:
 
 
 def altered(content: Any, draw: random.Random) -> Any:
-    """Nested dicts and lists with one value or key replaced, taken away or moved."""
+    """Returns a copy of nested dicts and lists with one value or key replaced, removed or moved."""
     content = copy.deepcopy(content)
     places: list[tuple[Any, Any]] = []
 

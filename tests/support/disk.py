@@ -1,7 +1,7 @@
-"""What a crash leaves: the files below a folder, as they would be found after it, at each place where a process changes them.
+"""Simulated crashes: the files that a crash would leave, for each of a process's changes in a folder.
 
-A killed process leaves what it has written, a part of a write too. A machine that loses its power also forgets the content that
-was not synced, and the names of files in folders that were not synced.
+A killed process leaves everything that it has written, also a part of a write. A machine that loses power
+also loses unsynced content, and the names of files in unsynced folders.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from unittest import mock
 
 @dataclass(frozen=True)
 class Place:
-    """What is found below the folder after a crash."""
+    """The content of the folder after one possible crash."""
 
-    before: str  # the next thing that the process would have done
+    before: str  # the operation that the crash prevents
     kind: str  # "kill" or "power"
-    content: dict[str, bytes]  # of each file
+    content: dict[str, bytes]  # path -> content of the file
     folders: frozenset[str]
 
     def __str__(self) -> str:
@@ -41,16 +41,15 @@ class Place:
 
 
 class Disk:
-    """Watches what this process does below `root` while the block runs, and takes down each place where it might crash."""
+    """Records in `places` what a crash would leave at each change that the block makes below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.places = root, list[Place]()
-        self._synced: dict[
-            int, bytes
-        ] = {}  # inode of a file that is not synced -> the content that is on the disk
-        self._names: dict[
-            Path, bytes | None
-        ] = {}  # path with a name that is not synced -> what the disk has there
+        # Inode of a file with unsynced content -> its content on the disk.
+        self._synced: dict[int, bytes] = {}
+        # Path of a file in an unsynced folder -> content that the disk has under this name, `None` without
+        # the name.
+        self._names: dict[Path, bytes | None] = {}
 
     def __enter__(self) -> Disk:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,7 @@ class Disk:
         self._take("end")
 
     def _here(self, path: Any, dir_fd: int | None = None) -> Path | None:
-        """The path, if it is below the root."""
+        """Returns the absolute path (of a path or file descriptor) if it is the root or below it."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         elif dir_fd is not None:
@@ -76,7 +75,7 @@ class Disk:
         return path if path == self.root or self.root in path.parents else None
 
     def _open(self, opened: Any, file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
-        """`open`, whose file is watched if it is opened for writing."""
+        """Replaces `open`: watches files that are opened for writing."""
         path = None if isinstance(file, int) else self._here(file)
         if path is None or not set(mode) & set("wax+"):
             return opened(file, mode, *args, **more)
@@ -85,14 +84,14 @@ class Disk:
         real = opened(file, mode, *args, **more)
         inode = os.fstat(real.fileno()).st_ino
         if before is None:
-            self._synced[inode] = b""  # also where a deleted file had that inode
+            self._synced[inode] = b""  # overwrites the entry of a deleted file with the same inode
             self._names.setdefault(path, None)
         else:
             self._synced.setdefault(inode, before)
         return _File(real, path, self)
 
     def _watched(self, name: str, call: Any) -> Any:
-        """A function of `os`, before which a crash may come."""
+        """Wraps a function of `os`: a crash may come before each call."""
 
         def watched(path: Any, *args: Any, dir_fd: int | None = None, **more: Any) -> Any:
             here = self._here(path, dir_fd)
@@ -117,7 +116,7 @@ class Disk:
         return watched
 
     def _take(self, before: str) -> None:
-        """Takes down what a crash would leave now, of either kind."""
+        """Records what a kill and a loss of power would leave now."""
         paths = list(self.root.rglob("*"))
         folders = {path for path in paths if path.is_dir()}
         kill = {path: path.read_bytes() for path in paths if path not in folders}
@@ -139,7 +138,7 @@ class Disk:
 
 
 class _File:
-    """A file opened for writing, which a crash may find a part of."""
+    """A file opened for writing. A crash may come after each quarter of a write."""
 
     def __init__(self, file: Any, path: Path, disk: Disk) -> None:
         self._file, self._path, self._disk = file, path, disk

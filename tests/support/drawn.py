@@ -1,4 +1,4 @@
-"""Drawn scenes as shards, small models that know them by heart, and what is found of them in one dict, for several tests."""
+"""Shards of drawn scenes, and small models that overfit to them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipelines.params import DataParams, ScenesParams
 
 
 def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:
-    """The root of shards of scenes; `params` are those of `ScenesParams`."""
+    """Writes shards of scenes and returns their root; `params` are those of `ScenesParams`."""
     source = sources.get(ScenesParams(source="scenes", **params))
     source.fetch(folder / "raw", folder / "cache", progress=False)
     write_shards(source, folder / "raw", str(folder / "shards"), shard_size=shard_size, progress=False)
@@ -27,7 +27,10 @@ def drawn_shards(folder: Path, shard_size: int, **params: Any) -> str:
 
 
 def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "cpu") -> dict[str, str]:
-    """Folders of a `conventional` and a `bcos` model that have the 50 test images by heart, so that grids can be made of them."""
+    """Trains a `conventional` and a `bcos` model to fit the 50 test images; returns their folders.
+
+    Grids need images that are classified correctly with confidence.
+    """
     (batch,) = loader(shards, "test", data, 50, context=Context(device=torch.device(device)))
     images, wanted = (
         add_inverse(batch["image"]),
@@ -47,6 +50,6 @@ def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "c
 
 
 def flat(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of a path (a/b/c) and a value of nested dicts."""
+    """Yields pairs of a path (a/b/c) and a value from nested dicts."""
     for key, value in found.items():
         yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]

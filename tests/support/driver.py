@@ -1,4 +1,4 @@
-"""A driver of Ray in a process of its own, which an accident `kill driver` of `tests.support.toy` kills."""
+"""Runs a Ray driver in a process of its own, for the accident `kill driver` of `tests.support.toy`."""
 
 import os
 import signal
@@ -18,7 +18,10 @@ cloudpickle.register_pickle_by_value(toy)
 
 
 def run_until_killed(script: str) -> None:
-    """Runs `script`, which has `toy`, `Path` and a Ray of its own; raises `AssertionError` unless it ends by SIGKILL."""
+    """Runs `script` in a process of its own and asserts that SIGKILL ends it.
+
+    The script can use `toy` and `Path`, and starts a Ray of its own.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PYTHONPATH": str(ROOT)
     }

@@ -1,7 +1,7 @@
-"""Checks that hold for every architecture: what `convert` must preserve, and what W(x) must be.
+"""Checks for every architecture: `convert` preserves the function, W(x) is the frozen Jacobian.
 
-`check_conversion(model, images)` and `check_frozen_jacobian(model, images)` take a plain network, at random weights, and a few
-images (N, 3, H, W) in [0, 1] of the size that it takes.
+`check_conversion(model, images)` and `check_frozen_jacobian(model, images)` take a plain network with random
+weights and a few images (N, 3, H, W) in [0, 1] of its input size.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from pipelines.bcos.network import IMAGENET_MEAN, IMAGENET_STD
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """Random pictures, smoother than noise: (count, 3, side, side) in [0, 1]."""
+    """Returns random images that are smoother than noise: (count, 3, side, side) in [0, 1]."""
     coarse = torch.rand(count, 3, max(2, side // 8), max(2, side // 8))
     return nn.functional.interpolate(coarse, (side, side), mode="bilinear")
 
 
 def normalised(images: Tensor) -> Tensor:
-    """What a plain network takes: (N, 3, H, W) -> the same."""
+    """Normalises images (N, 3, H, W) in [0, 1] for a plain network."""
     mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
 
 
 @torch.no_grad()
 def shake(model: nn.Module) -> nn.Module:
-    """`model`, whose parameters that start at one value (biases, norm and layer scales, heads at 0) are random instead.
+    """Randomises parameters that start at one value (biases, norm and layer scales, zero heads).
 
-    A layer scale of 1e-6 or a head at 0 would hide whatever goes wrong before it.
+    A layer scale of 1e-6 or a zero head would hide errors in the layers before it.
     """
     for parameter in model.parameters():
         if parameter.numel() < 2 or (parameter - parameter.flatten()[0]).abs().max() > 0:
@@ -62,10 +62,11 @@ def shake(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def settle(model: nn.Module, images: Tensor) -> nn.Module:
-    """`model` in evaluation mode, on the scale of a trained network, from a batch (as `model` takes it).
+    """Gives a random `model` features of the scale of a trained one, and puts it into evaluation mode.
 
-    The statistics of its norms are those of the batch. The features of random layers vanish in depth at B = 2: each B-cos layer's
-    weight is scaled so that its outputs have a standard deviation of 1.
+    Norms get the statistics of `images`, a batch of the model's inputs. Each B-cos layer's weight is scaled
+    so that its outputs have a standard deviation of 1, because at B = 2 the features of random layers vanish
+    with depth.
     """
 
     def scale(layer: Any, _: object, output: Tensor) -> Tensor:
@@ -92,13 +93,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def conversion_difference(model: nn.Module, images: Tensor, **choices: Any) -> float:
-    """Largest difference between the logits of `model` (evaluation mode) and of its conversion, over the largest logit."""
+    """Returns the largest difference of logits after conversion, relative to the largest logit."""
     before, after = model(normalised(images)), convert(model, **choices)(add_inverse(images))
     return float((before - after).abs().max() / before.abs().max())
 
 
 def check_conversion(model: nn.Module, images: Tensor, **choices: Any) -> None:
-    """`convert` preserves the function: in float32 to 1e-4, in float64 to 1e-5 (means are kept in float32)."""
+    """Asserts that `convert` preserves logits to 1e-4, and in float64 to 1e-5 (means stay in float32)."""
     settle(shake(model), normalised(images))
     assert conversion_difference(model, images, **choices) <= 1e-4
     assert conversion_difference(model.double(), images.double(), **choices) <= 1e-5
@@ -106,14 +107,14 @@ def check_conversion(model: nn.Module, images: Tensor, **choices: Any) -> None:
 
 
 class Tape:
-    """The factors that the layers of a network hold, recorded in one forward pass and given back, as constants, in others."""
+    """The factors that a network's layers hold: recorded in one forward pass, replayed as constants."""
 
     def __init__(self) -> None:
         self.factors: dict[Holdable, list[Tensor]] = defaultdict(list)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """In the block, what layers pass to `hold` is noted down."""
+        """Records the factors that layers pass to `hold` in the block."""
 
         def note(layer: Holdable, factor: Tensor) -> Tensor:
             self.factors[layer].append(factor.detach().clone())
@@ -124,7 +125,7 @@ class Tape:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """In the block, `hold` gives what it gave when recorded, whatever the input is."""
+        """Makes `hold` return the recorded factors in the block, whatever the input is."""
         left = {layer: deque(factors) for layer, factors in self.factors.items()}
         given = mock.patch.object(Holdable, "hold", lambda layer, factor: left[layer].popleft())
         with given, mock.patch.object(Explanation, "fused", False):
@@ -134,20 +135,21 @@ class Tape:
 def check_frozen_jacobian(
     model: nn.Module, images: Tensor, *, tower: bool = False, **choices: Any
 ) -> BcosNetwork:
-    """W(x) of the B-cosified network is the Jacobian of that network with its input-dependent factors frozen at x.
+    """Asserts that W(x) of the B-cosified network is its Jacobian with the factors frozen at x.
 
-    The frozen network replays recorded factors as constants, so nothing of how layers hold them is trusted: its whole gradient
-    is compared, and central differences, which trust no backward pass either. Float64, to 1e-4 of ‖W‖. Also checked: each
-    holdable layer holds something, and the ordinary gradient is another one, or the check would say nothing.
+    The frozen network replays recorded factors as constants, so the check does not depend on how layers hold
+    them. W(x) is compared with its whole gradient, and with central differences, which need no backward pass.
+    Float64, to 1e-4 of ‖W‖. Two more assertions make sure that the check can fail: each holdable layer holds
+    a factor, and the ordinary gradient differs from W(x).
 
     Args:
-        model: at random weights.
+        model: network with random weights.
         images: (N, 3, H, W) in [0, 1].
-        tower: whether `model` gives embeddings, not logits.
-        choices: of `bcosify`.
+        tower: whether `model` returns embeddings, not logits.
+        choices: design choices of `bcosify`.
 
     Returns:
-        the network, float64, for further checks.
+        The B-cosified network, in float64, for further checks.
     """
     network = bcosify(shake(model), logit_bias=0.0, **choices).double()
     assert (class_count(model, network) is None) == tower, (
@@ -184,7 +186,9 @@ def check_frozen_jacobian(
         misses = torch.stack(
             [(_slope(frozen, images, direction, step) - expected).abs() for step in (1e-5, 1e-6, 1e-7)]
         )
-        missed += float(misses.amin(0).sum())  # a long step may cross a ReLU's kink, a short one is rounded
+        missed += float(
+            misses.amin(0).sum()
+        )  # long steps may cross the kink of a ReLU, short ones lose precision
         total += float(expected.abs().sum())
     assert missed <= 1e-4 * total
 
@@ -195,5 +199,5 @@ def check_frozen_jacobian(
 
 @torch.no_grad()
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor, step: float) -> Tensor:
-    """The central difference, an image: (N,)."""
+    """Returns the central difference per image: (N,)."""
     return (function(at + step * direction) - function(at - step * direction)) / (2 * step)

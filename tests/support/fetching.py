@@ -1,4 +1,4 @@
-"""What the tests of sources share: fetching into temporary folders, and reading what has come."""
+"""Helpers for tests of sources: fetch into temporary folders, and read the samples."""
 
 from __future__ import annotations
 

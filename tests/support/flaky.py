@@ -1,4 +1,4 @@
-"""A remote file system, `flaky://`, that fails as often and as long as a test says; what it holds is `memory://`'s."""
+"""The remote file system `flaky://`: that of `memory://`, with the errors that a test lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CALLS = ("get_file", "put_file", "cat_file", "exists")
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Memory, each of whose `CALLS` takes the next of `troubles` and raises it if it is an error."""
+    """A memory file system. Each of its `CALLS` raises the next of `troubles` unless it is `None`."""
 
     protocol = "flaky"
     cachable = False
@@ -24,14 +24,14 @@ class FlakyFileSystem(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.replace("flaky://", "memory://"))
 
     def meet(self) -> None:
-        """The next trouble."""
+        """Raises the next of `troubles`, if it is an error."""
         FlakyFileSystem.asked += 1
         if trouble := next(FlakyFileSystem.troubles, None):
             raise trouble
 
 
 def troubled(name: str) -> Any:
-    """The call `name` of memory, after its trouble."""
+    """Returns the method `name` of the memory file system, which first raises the next trouble."""
 
     def call(self: FlakyFileSystem, *args: Any, **kwargs: Any) -> Any:
         self.meet()

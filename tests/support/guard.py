@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+# Audit events whose first argument is a path, and events whose first two arguments are paths.
 _ONE, _TWO = (
     ("os.mkdir", "os.rmdir", "os.remove", "os.truncate"),
     ("os.rename", "os.link", "os.symlink"),
-)  # events by paths
+)
 _inside: Path | None = None
 _outside: list[str] = []
 _installed = False
 
 
 def _watch(event: str, arguments: tuple) -> None:
-    """Notes the paths outside of `_inside` that the process changes, and opens to write."""
+    """Audit hook: records paths outside of `_inside` that the process changes or opens for writing."""
     if _inside is None:
         return
     if event == "open":
@@ -28,7 +29,7 @@ def _watch(event: str, arguments: tuple) -> None:
         paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) else []
     else:
         paths = list(arguments[: 1 if event in _ONE else 2 if event in _TWO else 0])
-        paths = paths[event in ("os.link", "os.symlink") :]  # what a link leads to is not changed
+        paths = paths[event in ("os.link", "os.symlink") :]  # a link does not change its target
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path) != os.devnull:
             place = os.path.abspath(os.fsdecode(path))
@@ -42,10 +43,10 @@ def _watch(event: str, arguments: tuple) -> None:
 
 @contextmanager
 def writes_only_in(folder: Path) -> Iterator[None]:
-    """Fails where the block changes a file or folder outside of `folder`; does not see what libraries not in Python do."""
+    """Asserts that the block changes files only in `folder`. Changes by non-Python libraries go unnoticed."""
     global _inside, _installed
     if not _installed:
-        sys.addaudithook(_watch)  # for good: it cannot be taken away
+        sys.addaudithook(_watch)  # audit hooks cannot be removed
         _installed = True
     _outside.clear()
     _inside = folder.resolve()
@@ -58,7 +59,7 @@ def writes_only_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def own_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new folder, in which the block runs and to which alone it may write."""
+    """Runs the block in a new folder, and asserts that it writes nowhere else."""
     folder = tmp_path / "project"
     folder.mkdir()
     monkeypatch.chdir(folder)

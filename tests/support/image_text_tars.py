@@ -12,7 +12,7 @@ from tests.support.fetching import jpeg
 
 
 def sample(number: int, **changes: Any) -> dict[str, bytes | None]:
-    """The files of one sample by suffix; None leaves one out."""
+    """Returns the files of one sample by suffix; `None` leaves a file out."""
     content = {"jpg": jpeg(9, 9, number), "txt": f"photo {number}".encode(), "json": b'{"status": "success"}'}
     return {**content, **changes}
 

@@ -31,7 +31,7 @@ def evaluate(
 
 
 def train(root, *, batch_size=3, world_size=1, **options):
-    """The batches of a rank in training, of which each rank has `batch_size` samples."""
+    """Returns a rank's batches of training. `batch_size` is per rank."""
     return evaluate(root, batch_size=batch_size * world_size, world_size=world_size, train=True, **options)
 
 
@@ -40,7 +40,7 @@ def keys(batches) -> list[str]:
 
 
 def assert_same(some, others):
-    """Batches are equal, bit for bit and in all their fields."""
+    """Asserts that batches are equal, bit for bit and in all fields."""
     some, others = list(some), list(others)
     assert len(some) == len(others)
     for one, other in zip(some, others, strict=True):

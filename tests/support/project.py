@@ -1,4 +1,4 @@
-"""Projects of a test's own: a git repository as a user has it, and folders in which stages run in this process."""
+"""Projects for tests: a git repository like a user's, and folders in which stages run in this process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Workspace:
         return json.loads((self.folder / path).read_text())
 
     def copy(self, folder: Path) -> "Workspace":
-        """A workspace in `folder` with the same params and outputs, which may be written to (DVC's may not)."""
+        """Returns a workspace in `folder` with writable copies of the params and outputs (DVC's are not)."""
         for name in OUTPUTS:
             shutil.copytree(self.folder / name, folder / name, copy_function=shutil.copyfile)
         shutil.copyfile(self.folder / "params.yaml", folder / "params.yaml")
@@ -71,7 +71,7 @@ class Project(Workspace):
 
 
 def refused(main: Callable[..., object], *arguments: object) -> str:
-    """The one line with which a stage's `main` ends this process."""
+    """Asserts that a stage's `main` exits with one line, and returns the line."""
     with pytest.raises(SystemExit) as ended:
         main(*arguments)
     line = ended.value.code

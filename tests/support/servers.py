@@ -1,4 +1,7 @@
-"""The servers of a cluster, on this machine: S3 (moto), Ray with a token, PostgreSQL, MLflow. Each stops with its `with`."""
+"""The servers of a cluster, on this machine: S3 (moto), Ray with a token, PostgreSQL, MLflow.
+
+Each is a context manager, which stops the server at its end.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,27 @@ KEYS = {
     "AWS_SECRET_ACCESS_KEY": "of-a-test",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-START = 90.0  # seconds that a server may take
+START = 90.0  # seconds that the start of a server may take
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a port that no process listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
 
 
 class Storage:
-    """An S3 server that can refuse a share of its requests, and be away for a while without losing what it holds."""
+    """An S3 server that can refuse a `share` of its requests, and be down without losing its content."""
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
         self.port, self.share, self.requests, self.refused, self.outages = free_port(), 0.0, 0, 0, 0
-        self.leave_at: tuple[str, str, float] | None = (
-            None  # method and part of the path of a request, seconds
-        )
+        # A request (its method and a part of its path) at which the server goes down, and for how many
+        # seconds.
+        self.leave_at: tuple[str, str, float] | None = None
         self.url = f"http://127.0.0.1:{self.port}"
         self._app = DomainDispatcherApplication(create_backend_app)
         self._chance, self._put = random.Random(0), threading.Lock()
@@ -65,7 +68,7 @@ class Storage:
         self._thread.join()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answers a request, or refuses it."""
+        """Answers or refuses a request."""
         self.requests += 1
         if (
             self.leave_at
@@ -78,13 +81,12 @@ class Storage:
             self.refused += 1
             start_response("503 Service Unavailable", [("Content-Length", "0"), ("Connection", "close")])
             return [b""]
-        with (
-            self._put if environ["REQUEST_METHOD"] == "PUT" else nullcontext()
-        ):  # moto tests a condition, then puts
+        # moto checks the condition of a put before the put, so puts must not overlap.
+        with self._put if environ["REQUEST_METHOD"] == "PUT" else nullcontext():
             return self._app(environ, start_response)
 
     def away(self, seconds: float) -> None:
-        """Is not there for so long."""
+        """Stops the server for `seconds`."""
         self.__exit__()
         time.sleep(seconds)
         self.__enter__()
@@ -95,7 +97,7 @@ class Storage:
 def process(
     *command: str, env: Mapping[str, str], log: Path, cwd: Path, user: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own."""
+    """Runs a server in a process group of its own."""
     with log.open("wb") as file:
         server = subprocess.Popen(
             command, env=dict(env), stdout=file, stderr=file, cwd=cwd, start_new_session=True, user=user
@@ -112,7 +114,7 @@ def process(
 
 
 def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: Path) -> None:
-    """Waits until a server answers; fails with the end of its log."""
+    """Waits until a server answers. Fails with the end of its log if it does not."""
     end = time.monotonic() + START
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -125,7 +127,7 @@ def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: 
 
 
 def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    """Whether a page is there."""
+    """Returns True if a request for `url` succeeds."""
     with urllib.request.urlopen(
         urllib.request.Request(url, headers=dict(headers or {})), timeout=5
     ) as response:
@@ -134,14 +136,15 @@ def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
 
 @contextmanager
 def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """A Ray cluster of one node with 3 CPUs that wants `token`; its job server's address."""
+    """Runs a Ray cluster of one node with 3 CPUs that requires `token`; yields its job server's address."""
     port, dashboard = free_port(), free_port()
     address, log = f"http://127.0.0.1:{dashboard}", folder / "ray.log"
-    temporary = tempfile.mkdtemp(prefix="ray-")  # a short path: there are sockets in it
+    temporary = tempfile.mkdtemp(prefix="ray-")  # a short path, because Ray puts sockets into it
     options = {
         **{"--port": port, "--dashboard-host": "127.0.0.1", "--dashboard-port": dashboard, "--num-cpus": 3},
         **{"--object-store-memory": 2**28, "--temp-dir": temporary},
-        # Another Ray on this machine may have the default ones; the agent that starts jobs does not come up without.
+        # Another Ray on this machine may use the default ports. Without a port, the agent that starts jobs
+        # fails.
         **{"--dashboard-agent-listen-port": free_port(), "--ray-client-server-port": free_port()},
     }
     command = [
@@ -165,9 +168,9 @@ def ray_head(token: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
 
 
 class Postgres:
-    """A PostgreSQL server, which can stop and start again with what it holds; `url` of a database.
+    """A PostgreSQL server that keeps its data when it stops and starts again; `url` is that of a database.
 
-    As root it runs as the user `postgres`, as it refuses to run as root.
+    If this process is root, the server runs as the user `postgres`, because it refuses to run as root.
     """
 
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
@@ -197,7 +200,7 @@ class Postgres:
         shutil.rmtree(self._home, ignore_errors=True)
 
     def start(self) -> None:
-        """Starts it, and waits until it listens."""
+        """Starts the server and waits until it listens."""
         program, data = str(POSTGRES[-1] / "postgres"), self._home / "data"
         options = map(
             str, ["-D", data, "-h", "127.0.0.1", "-p", self.port, "-k", self._home, "-c", "fsync=off"]
@@ -211,14 +214,14 @@ class Postgres:
         )
 
     def stop(self) -> None:
-        """Cuts all connections and ends."""
-        self._server.send_signal(signal.SIGINT)  # SIGTERM alone would wait until its clients have gone
+        """Cuts all connections and stops the server."""
+        self._server.send_signal(signal.SIGINT)  # SIGTERM would wait until all clients disconnect
         self._process.close()
 
 
 @contextmanager
 def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """MLflow's tracking server; its address."""
+    """Runs MLflow's tracking server; yields its address."""
     port, log = free_port(), folder / "mlflow.log"
     options = {"--host": "127.0.0.1", "--port": port, "--workers": 1, "--backend-store-uri": database}
     command = [

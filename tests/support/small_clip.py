@@ -1,4 +1,4 @@
-"""A small CLIP with random weights in folders: the original image tower, its B-cosified twin, and the text tower beside both."""
+"""A small CLIP with random weights: an image tower, its B-cosified twin, and their text tower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.bcos import add_inverse
 from pipelines.models import ModelSpec
 from tests.support.clip import CONFIG
 
-WIDTH, SIDE = CONFIG["embed_dim"], 32  # of the embeddings; of the images, pixels
+WIDTH, SIDE = CONFIG["embed_dim"], 32  # dimension of the embeddings; side of the images in pixels
 
 
 def small_clip(folder: Path) -> dict[str, str]:
@@ -26,9 +26,8 @@ def small_clip(folder: Path) -> dict[str, str]:
         spec = ModelSpec(f"open_clip:{config}", (), SIDE, kind, task="embedding")  # type: ignore[arg-type]
         tower = models.assemble(spec, network).train()
         with torch.no_grad():
-            for _ in range(
-                20
-            ):  # norms learn their statistics: at random weights alone, embeddings of a B-cos tower vanish
+            # Norms learn their statistics. Without them, embeddings of a random B-cos tower vanish.
+            for _ in range(20):
                 tower(add_inverse(torch.rand(16, 3, SIDE, SIDE)))
         models.save(folder / name, tower, spec)
         models.save_text_tower(folder / name, text)

@@ -1,4 +1,4 @@
-"""A tiny method and tiny data with everything that a resumed run could get wrong: dropout, BatchNorm, AdamW."""
+"""A tiny method and data, with all state that a resumed run must restore: dropout, BatchNorm, AdamW."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_RANKS = -1
 
 
 def samples(count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
+    """Returns images (N, 3, SIDE, SIDE) in [0, 1] and their labels (N,)."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.arange(count) % CLASSES
     images = torch.rand(count, 3, SIDE, SIDE, generator=generator)
@@ -45,7 +45,7 @@ def toy_batches(
     count: int = COUNT,
     **_: Any,
 ) -> list[dict[str, Any]]:
-    """As `shard_batches`: a function of seed, epoch and rank alone; evaluation reads each sample once."""
+    """Replaces `shard_batches`. Depends on seed, epoch and rank only; evaluation reads each sample once."""
     rank, world_size = (0, 1) if context is None else (context.rank, context.world_size)
     images, labels = samples(count)
     size = job.optim.batch_size
@@ -56,7 +56,7 @@ def toy_batches(
             start_batch:
         ]
     else:
-        cuts = (0, 40, count)[:world_size] + (count,) * world_size  # very uneven: a third rank gets nothing
+        cuts = (0, 40, count)[:world_size] + (count,) * world_size  # very uneven: a third rank gets no sample
         order = torch.arange(count)[cuts[rank] : cuts[rank + 1]]
         pieces = [piece for piece in order.split(job.training.largest_part(size)) if len(piece)]
     return [
@@ -66,7 +66,7 @@ def toy_batches(
 
 
 class Count(torchmetrics.Metric):
-    """How many samples there were."""
+    """The number of samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Count(torchmetrics.Metric):
 
 
 class ToyNetwork(nn.Module):
-    """Layers registered in another order than they are used in: DDP sees gradients come in an order of their own."""
+    """Registers its layers in another order than it uses them, so that DDP gets gradients out of order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class ToyNetwork(nn.Module):
 
 
 class ToyMethod:
-    """A small network, and an accident at one step of the first process that gets there."""
+    """A small network, with an accident in the `at_step`-th step of the first process that reaches it."""
 
     fixed = ()
     fields = ()
@@ -107,7 +107,7 @@ class ToyMethod:
         self.steps = 0
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The batch; `nan` or `poison` among its tensors, or the accident at once, where it is time."""
+        """Returns the batch. In step `at_step`, adds the tensor `nan` or `poison`, or has the accident."""
         self.steps += 1
         made = {"image": batch["image"], "label": batch["label"]}
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -125,23 +125,23 @@ class ToyMethod:
         loss = nn.functional.cross_entropy(logits, batch["label"])
         if "nan" in batch:
             loss = loss * batch["nan"].mean()
-        if "poison" in batch:  # a finite loss whose gradient is not
+        if "poison" in batch:  # the loss is finite, its gradient is not
             weight = self.module.conv.weight
             loss = loss + (weight - weight.detach()).square().sum().sqrt()
         return {"loss": loss, "size": logits.square().mean()}
 
     def happen(self) -> None:
-        """The accident, which leaves its marker."""
+        """Leaves the marker, then has the accident."""
         self.marker.touch()
         if self.accident == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.accident == "kill driver":
             os.kill(int(os.environ["TOY_DRIVER"]), signal.SIGKILL)
-            threading.Event().wait()  # until Ray ends this worker, because its driver is gone
+            threading.Event().wait()  # until Ray ends this worker without a driver
         raise {"bug": ValueError, "raise": ConnectionError}[self.accident](f"accident at {self.at_step}")
 
     def metrics(self) -> torchmetrics.MetricCollection:
-        """Sums, a list state (calibration), and two that share their state (precision and recall)."""
+        """Metrics with sums, with a list state (calibration), with shared state (precision and recall)."""
         classification = torchmetrics.classification
         return torchmetrics.MetricCollection(
             {
@@ -169,7 +169,10 @@ class ToyMethod:
 
 
 class SteadyMethod(ToyMethod):
-    """With one dropout throughout, so that compiled code stays; without a norm, a batch's loss is the mean of its parts'."""
+    """A `ToyMethod` with constant dropout, so that it is compiled only once.
+
+    Without a norm, the loss of a batch is the mean of the losses of its parts.
+    """
 
     def __init__(self, *accident: Any, dropout: float = 0.0, norm: bool = True) -> None:
         super().__init__(*accident)
@@ -182,12 +185,12 @@ class SteadyMethod(ToyMethod):
 
 
 class BlockNetwork(nn.Module):
-    """Two blocks with running statistics and dropout, in a stage."""
+    """A network with a stage of two blocks, which have running statistics and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.dropout = nn.Dropout(0.0)  # not used: `ToyMethod` sets it
+        self.dropout = nn.Dropout(0.0)  # not used, but `ToyMethod` sets its rate
 
         def block(norm: nn.Module) -> nn.Module:
             return Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.2)))
@@ -221,7 +224,7 @@ class BlockMethod(ToyMethod):
 
 
 def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
-    """3 epochs of 6 steps; `overrides` go to whichever params have the key."""
+    """Returns a job of 3 epochs of 6 steps. `overrides` go to the params that have the key."""
     optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
     training = {"workers": 0, "checkpoint_every": 2}
     others = {}
@@ -253,28 +256,31 @@ def accident(
     method: type[ToyMethod] = ToyMethod,
     **more: Any,
 ) -> partial[ToyMethod]:
-    """A `build` whose method has an accident in the `at_step`-th step of its process (once, where a marker is given)."""
+    """Returns a `build` whose method has an accident in the `at_step`-th step of its process.
+
+    With a marker, the accident happens only once.
+    """
     return partial(method, kind, at_step, str(marker), rank, **more)
 
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
-    """The last weights of a finished run."""
+    """Returns the last weights of a finished run."""
     return checkpoints.load(result.directory, result.history[-1]["step"])["model"]
 
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal bit for bit."""
+    """Returns True if two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two state dicts of the same keys."""
+    """Returns the largest difference between two state dicts with the same keys."""
     assert first.keys() == second.keys()
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
 def drawing_batches(job: Job, split: str, **place: Any) -> Any:
-    """`toy_batches`, from a loader that draws random numbers for itself when it starts and at each batch."""
+    """Returns `toy_batches` from a loader that draws random numbers when it starts and at each batch."""
 
     class Drawing(list):
         def __iter__(self) -> Any:
@@ -287,7 +293,7 @@ def drawing_batches(job: Job, split: str, **place: Any) -> Any:
 
 
 def evaluate_toy(context: Context, job: Job) -> dict[str, Any]:
-    """The metrics of an untrained network over the test split, and the keys that all ranks saw."""
+    """Returns the metrics of an untrained network on the test split, and the keys that all ranks saw."""
     torch.manual_seed(1)
     method = ToyMethod()
     batches = toy_batches(job, "test", context=context)
@@ -297,13 +303,17 @@ def evaluate_toy(context: Context, job: Job) -> dict[str, Any]:
 
 
 def fit_and_evaluate(context: Context, job: Job) -> dict[str, Any]:
-    """`evaluate_toy` after a run of the job."""
+    """Runs the job, then returns `evaluate_toy`."""
     fit(context, job)
     return evaluate_toy(context, job)
 
 
 def gradients_of_epoch(context: Context, job: Job) -> dict[str, Any]:
-    """Of an epoch without optimiser steps: the mean gradient, the images of each step, and the steps without any, by rank."""
+    """Computes the gradients of an epoch without optimiser steps.
+
+    Returns the mean gradient per image, the number of images of each step, and per rank the number of steps
+    in which it has none.
+    """
     run = set_up(context, job)
     run.objective.train()
     parameters, sums, images, idle = list(run.method.module.parameters()), [], [], 0
@@ -317,7 +327,7 @@ def gradients_of_epoch(context: Context, job: Job) -> dict[str, Any]:
 
 
 def addresses_of_ray(context: Context, job: Job) -> tuple[str, str]:
-    """Which Ray a helper in this worker would find on a machine with several, and this worker's own."""
+    """Returns the address that Ray finds from this worker if there are two Rays, and the worker's own."""
     import ray
     from ray._private import services
 
@@ -327,7 +337,7 @@ def addresses_of_ray(context: Context, job: Job) -> tuple[str, str]:
 
 
 class Unlucky(SteadyMethod):
-    """Fails at each of some steps, once."""
+    """Fails once at each of the given steps."""
 
     def __init__(self, folder: str, steps: tuple[int, ...]) -> None:
         super().__init__()
@@ -342,12 +352,15 @@ class Unlucky(SteadyMethod):
 
 
 def call_each(context: Context, arguments: dict[Callable[..., Any], Any]) -> list[Any]:
-    """What each function returns for its argument, one after the other on the same workers."""
+    """Returns the result of each function for its argument, one after the other on the same workers."""
     return [function(context, argument) for function, argument in arguments.items()]
 
 
 def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Job) -> dict[str, Any]:
-    """`evaluate_toy`, and whether a run that breaks and goes on ends as one that does not; no process dies."""
+    """Returns `evaluate_toy`, and whether a run that fails and resumes ends like one that does not.
+
+    The failure is an error, which kills no process.
+    """
     fit(context, whole)
     try:
         fit(context, broken)
@@ -358,7 +371,7 @@ def interrupt_and_evaluate(context: Context, whole: Job, broken: Job, healed: Jo
 
 
 class LoggedMethod(ToyMethod):
-    """Writes down each step, and may have its driver killed."""
+    """Logs each step to a file, and may kill its driver."""
 
     def __init__(self, log: str, name: str, *accident: Any) -> None:
         super().__init__(*accident, rank=ALL_RANKS)
@@ -378,7 +391,7 @@ def toy_trial(
     on_epoch: Callable[[EpochRecord], None],
     sharing: int,
 ) -> dict[str, float]:
-    """A trial of a search: trains with `values`; the `kill_at`-th step that any trial takes kills the driver, once."""
+    """A trial of a search, which trains with `values`. The `kill_at`-th step kills the driver, once."""
     log = Path(folder, "steps")
     left = kill_at - len(log.read_text().splitlines()) if log.exists() else kill_at
     build = partial(LoggedMethod, str(log), Path(directory).name, "kill driver", left, f"{folder}/marker")
@@ -390,7 +403,11 @@ def toy_trial(
 
 
 def compile_and_accumulate(context: Context, jobs: dict[str, Job]) -> dict[str, Any]:
-    """Whether a compiled run resumes bit for bit, and how far a compiled one and one in parts are from the plain one."""
+    """Compares runs of `jobs`: compiled, with accumulated gradients, resumed and plain.
+
+    Returns whether a compiled run resumes bit for bit, and the largest differences of the weights of the
+    compiled and of the accumulating run from those of the plain run.
+    """
     for name in ("plain", "compiled", "parts", "whole"):
         fit(context, jobs[name])
     with contextlib.suppress(ConnectionError):

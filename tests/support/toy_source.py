@@ -1,4 +1,4 @@
-"""A small source held in memory, for the tests of shards and loader: noise images of 8 x 8, each of its own colour."""
+"""A small source in memory, for tests of shards and loader: distinct noise images of 8 x 8 pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE = 8
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    """`pixels` as a file."""
+    """Returns `pixels` as an encoded image file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -29,7 +29,7 @@ def noise(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
 
 
 def plain(number: int, **changes: Any) -> Sample:
-    """A sample with nothing but its label."""
+    """Returns a sample with only a label."""
     return Sample(
         **{
             "key": f"k{number:04d}",
@@ -42,7 +42,7 @@ def plain(number: int, **changes: Any) -> Sample:
 
 
 def rich(number: int, **changes: Any) -> Sample:
-    """A sample with two boxes, a mask that fills them, group and caption; every third has none of them."""
+    """Returns a sample with two boxes, a mask that fills them, group and caption; each third has none."""
     if number % 3 == 2:
         return plain(number, **changes)
     mask = np.zeros((SIDE, SIDE), np.uint8)
@@ -64,15 +64,13 @@ class ToySource:
         """Nothing to fetch."""
 
     def describe(self, raw: Path) -> Description:
-        """The toy data set."""
         counts = {split: len(samples) for split, samples in self.samples.items()}
         return Description(CLASSES, self.task, "toy", "0" * 64, counts)  # type: ignore[arg-type]
 
     def index(self, raw: Path, split: str) -> list[tuple[str, int]]:
-        """Split and place of each sample."""
+        """Returns the split and position of each sample."""
         return [(split, number) for number in range(len(self.samples[split]))]
 
     def load(self, raw: Path, reference: tuple[str, int]) -> Sample:
-        """The sample at that place."""
         split, number = reference
         return self.samples[split][number]

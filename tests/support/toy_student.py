@@ -17,7 +17,10 @@ from tests.support.toy import CLASSES, SIDE
 
 
 def toy_student() -> E2KD:
-    """e²KD between two small B-cos networks without norms over a batch: there the loss of a batch is the mean of its parts'."""
+    """Returns e²KD between two small B-cos networks.
+
+    They have no batch norms, so the loss of a batch is the mean of the losses of its parts.
+    """
 
     def network(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -31,7 +34,7 @@ def toy_student() -> E2KD:
 
 
 def distil_together(context: Context, jobs: dict[str, Job]) -> dict[str, tuple[float, float]]:
-    """Trains each job; of each, its explanation loss in the first epoch and in the last one."""
+    """Trains each job and returns its explanation loss in the first and in the last epoch."""
     for job in jobs.values():
         fit(context, job)
     histories = {name: files.read_json(f"{job.directory}/history.json") for name, job in jobs.items()}

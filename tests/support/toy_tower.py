@@ -27,7 +27,7 @@ SHARES: dict[int, dict[str, tuple[int, ...]]] = {
 
 
 class ToyTower(nn.Module):
-    """(N, 6, SIDE, SIDE) -> embeddings (N, width); without a norm, so that a batch is the sum of its images."""
+    """Maps images (N, 6, SIDE, SIDE) to embeddings (N, width), without a norm over the batch."""
 
     def __init__(self, seed: int, width: int = WIDTH) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ToyTower(nn.Module):
 
 
 class ToyText(nn.Module):
-    """Texts are numbers: (T, 1) -> (T, WIDTH)."""
+    """Maps texts, which are numbers, (T, 1) to embeddings (T, WIDTH)."""
 
     width = WIDTH
 
@@ -60,12 +60,12 @@ def clip_params(**values: Any) -> ClipParams:
 
 
 def taught(params: ClipParams) -> ClipBcosification:
-    """A student and its teacher, the same ones each time."""
+    """Returns a student and its teacher, with the same weights on each call."""
     return ClipBcosification(ToyTower(1), ToyTower(2), params)
 
 
 def pair(params: ImageTextParams) -> ImageTextTraining:
-    """Two towers, the same ones each time."""
+    """Returns an image tower and a text tower, with the same weights on each call."""
     return ImageTextTraining(ImageText(ToyTower(1), ToyText(2), params.loss, params.locked), params)  # type: ignore[arg-type]
 
 
@@ -74,7 +74,7 @@ def images_of(count: int = COUNT) -> Tensor:
 
 
 def batch_of(rows: range, count: int = COUNT) -> Batch:
-    """Images with captions; of a rank that has none, what the loader gives."""
+    """Returns images with captions; for a rank without images, the loader's empty batch."""
     if not rows:
         return {"key": [], "skipped": 1}
     names = [str(row) for row in rows]
@@ -84,7 +84,7 @@ def batch_of(rows: range, count: int = COUNT) -> Batch:
 def batches(
     job: Job, split: str, *, context: Context | None = None, epoch: int = 0, start_batch: int = 0, **_: Any
 ) -> list[Batch]:
-    """All images at once, in training ten times an epoch; of one worker."""
+    """Returns batches of all images for one worker: ten per epoch in training, one in evaluation."""
     return [batch_of(range(COUNT))] * (10 - start_batch if split == "train" else 1)
 
 
@@ -95,7 +95,7 @@ def job_of(build: Any, optim: OptimiserParams, directory: str = "", **training: 
 
 
 def step(context: Context, job: Job, rows: range) -> tuple[float, Tensor]:
-    """The loss of a rank's share of the images, and the gradient after DDP has averaged it."""
+    """Returns the loss of a rank's share of the images, and the gradient after DDP has averaged it."""
     run = set_up(context, job)
     run.objective.train()
     found = compute_gradients(run, batch_of(rows))
@@ -110,7 +110,7 @@ def rows_of(shares: tuple[int, ...], rank: int) -> range:
 
 
 def all_cases(world_size: int) -> dict[str, tuple[Job, tuple[int, ...]]]:
-    """Name -> job of `world_size` workers, images of each."""
+    """Returns name -> (job of `world_size` workers, number of images of each)."""
     found = {}
     for name, shares in SHARES[world_size].items():
         size = {"batch_size": world_size * max(shares)}
@@ -129,7 +129,7 @@ def all_cases(world_size: int) -> dict[str, tuple[Job, tuple[int, ...]]]:
 
 
 def recall_on_rank(context: Context, images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
-    """Of all ranks; the first one has two batches, the second one the rest, others nothing."""
+    """Returns the recall over all ranks. Rank 0 has two batches, rank 1 has the rest, others have none."""
     metric = Recall(images.shape[1])
     cuts = {0: (0, 7, 15), 1: (15, len(images))}.get(context.rank, ())
     for start, stop in pairwise((0, len(images)) if context.world_size == 1 else cuts):
@@ -139,7 +139,7 @@ def recall_on_rank(context: Context, images: Tensor, texts: Tensor, owners: Tens
 
 
 def on_rank(rank: int, world_size: int, folder: str, retrieval: tuple[Tensor, Tensor, Tensor]) -> None:
-    """What a rank finds in all cases, in `folder/RANK.pt`."""
+    """Runs all cases on a rank and saves the results to `folder/RANK.pt`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size

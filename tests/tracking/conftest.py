@@ -8,7 +8,7 @@ from pipelines.tracking.server import connect
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
-    """An MLflow database as its first use leaves it: made once, for it takes seconds."""
+    """A new MLflow database, created only once because that takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     connect(f"sqlite:///{path}").search_experiments()
     return path
@@ -16,7 +16,7 @@ def empty_database(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, empty_database):
-    """A project's folder with an empty database, as the working directory."""
+    """A project's folder with an empty database; it is the working directory."""
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -31,7 +31,7 @@ def client(project):
 
 @pytest.fixture
 def dead_server():
-    """The address of a port that nothing listens on."""
+    """An address at which no server listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The alias `candidate` moves to what is not worse, and a person's decision is never undone."""
+"""The alias `candidate` moves to a version that is not worse, and a person's decision is never undone."""
 
 import pytest
 from mlflow import MlflowClient
@@ -10,7 +10,10 @@ NAME, MARK = "demo", "alias.candidate"
 
 @pytest.fixture
 def propose(client):
-    """Nominates the version of a letter, which is made the first time; what is told, and the letter that has the alias then."""
+    """Returns a function that nominates the version with the name of a letter, which it creates at first.
+
+    The function returns the outcome of `nominate`, and the letter of the version that then has the alias.
+    """
     client.create_registered_model(NAME)
     numbers: dict[str, str] = {}
 
@@ -43,7 +46,7 @@ def test_the_alias_moves_to_a_version_that_is_not_worse_and_to_no_other(propose)
     told = "without alias candidate, which version 1 has: val/accuracy is 0.4 here, 0.5 there"
     assert propose("b", 0.4) == (told, "a")
     assert propose("c", 0.5) == (GIVEN, "c")
-    assert propose("a", 0.5) == (GIVEN, "a")  # a machine had passed it on, and it is not worse
+    assert propose("a", 0.5) == (GIVEN, "a")  # a machine took the alias from it, and it is not worse
     assert propose("d", 0.9) == (GIVEN, "d")
     assert propose("a", 0.5)[1] == "d"
 
@@ -76,7 +79,7 @@ def test_a_version_from_which_a_person_took_the_alias_never_gets_it_back(propose
     propose("b", 0.9)
     client.delete_registered_model_alias(NAME, "candidate")
     assert propose("b", 0.9) == ("without alias candidate, which a person took away from it", None)
-    assert propose("a", 0.5) == (GIVEN, "a")  # which nobody rejected
+    assert propose("a", 0.5) == (GIVEN, "a")  # nobody rejected this one
     assert propose("b", 0.9)[1] == "a"
     assert propose("c", 0.6)[1] == "c"
 
@@ -115,9 +118,8 @@ def test_a_model_whose_files_were_lost_has_the_rights_of_its_first_version(propo
     assert propose("b again", 0.5) == ("without alias candidate, which a person took away from it", None)
 
 
-@pytest.mark.parametrize(
-    "write", range(4)
-)  # marks of both versions, the alias, the mark of the one that has it then
+# The writes of `nominate`: the marks of both versions, the alias, the new holder's mark.
+@pytest.mark.parametrize("write", range(4))
 def test_a_nomination_that_dies_between_its_writes_is_completed_when_it_is_repeated(
     propose, monkeypatch, write
 ):

@@ -1,4 +1,4 @@
-"""The journal outlives a crash at any write, and the server gets each metric once, in a request an epoch."""
+"""The journal survives a crash at any write. The server gets each metric once, one request an epoch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def record(epoch: int) -> dict[str, Any]:
 
 
 def begin(key: str | None = None) -> StageRun:
-    """A run that nothing closes, as where the stage's process is killed."""
+    """Starts a run that nothing closes, as if the stage's process was killed."""
     return StageRun.begin("pretrain", "demo", {}, PLACE, {}, key)
 
 
 def journal_with(tmp_path: Path, *lines: bytes) -> Journal:
-    """A journal of an execution that was killed, with these bytes after its first metric."""
+    """Returns the journal of a killed execution, with these bytes after its first metric."""
     journal = Journal(tmp_path)
     journal.begin("pretrain", "demo", {}, {})
     journal.add_metrics({"val/a": 0.5}, 1)
@@ -100,7 +100,7 @@ def test_a_head_that_cannot_be_read_is_one_line_and_the_stage_begins_anew(
 
 @pytest.fixture
 def asked(client: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each method of MLflow's client was called, and under `rows` how many metrics were sent."""
+    """Counts the calls of each method of MLflow's client, and under `rows` the metrics that were sent."""
     count: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
@@ -124,7 +124,7 @@ def asked(client: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def there(client: Any, run_id: str | None) -> list[tuple[str, int, float]]:
-    """Name, step and value of each metric on the server."""
+    """Returns name, step and value of each metric on the server."""
     keys = client.get_run(run_id).data.metrics
     return sorted(
         (key, item.step, item.value) for key in keys for item in client.get_metric_history(run_id, key)
@@ -132,7 +132,7 @@ def there(client: Any, run_id: str | None) -> list[tuple[str, int, float]]:
 
 
 def expected(epochs: int) -> list[tuple[str, int, float]]:
-    """What the server has after so many epochs."""
+    """Returns the metrics that the server has after `epochs` epochs."""
     rows = [
         (key, epoch, value)
         for epoch in range(1, epochs + 1)
@@ -209,7 +209,7 @@ def test_what_a_worker_elsewhere_has_logged_is_completed_and_not_doubled(
 ) -> None:
     with stage_run("pretrain", experiment="demo", params={}, directory=PLACE) as run:
         elsewhere = EpochLogger(tracking_uri(), run.run_id, str(project / "elsewhere"))
-        for epoch in (1, 3):  # the server was away after the second
+        for epoch in (1, 3):  # the server was down after the second
             elsewhere(record(epoch))
         run.history([record(epoch) for epoch in (1, 2, 3)])
         run.metrics({"test/accuracy": 0.5})

@@ -40,7 +40,7 @@ def test_the_commit_is_dirty_where_files_differ_but_for_the_lock(tmp_path, monke
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     assert git_tags(tmp_path) == {}
-    monkeypatch.setenv("SUBMITTED_COMMIT", "0" * 40)  # as a submitted job has it
+    monkeypatch.setenv("SUBMITTED_COMMIT", "0" * 40)  # as in a submitted job
     monkeypatch.setenv("SUBMITTED_DIRTY", "false")
     assert git_tags(tmp_path) == {"mlflow.source.git.commit": "0" * 40, "git.dirty": "false"}
     git("init")

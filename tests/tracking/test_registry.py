@@ -21,7 +21,7 @@ SPEC = ModelSpec("resnet20", ("cat", "dog", "owl"), 16, "bcos")
 def model(project):
     torch.manual_seed(0)
     module = assemble(SPEC)
-    for parameter in module.parameters():  # weights of some size, so that no logit vanishes
+    for parameter in module.parameters():  # large enough that no logit vanishes
         torch.nn.init.normal_(parameter, std=0.3)
     save("models/bcos", module, SPEC)
     (project / "picture.png").write_bytes(b"png")
@@ -111,7 +111,7 @@ def test_a_version_leads_to_its_training_and_to_the_experiment_of_dvc(put, clien
         f"MLflow run `{run.run_id}`, DVC experiment `tidy-owl`"
         in client.get_model_version(NAME, "1").description
     )
-    monkeypatch.setenv("DVC_EXP_NAME", "other-owl")  # with the same model: it keeps what it came from
+    monkeypatch.setenv("DVC_EXP_NAME", "other-owl")  # the same model again: it keeps its first origin
     before = client.get_model_version(NAME, "1")
     assert not put().created
     after = client.get_model_version(NAME, "1")
@@ -142,9 +142,8 @@ def test_no_secret_of_an_address_reaches_the_registry(put, project, manifest, ca
 def test_what_was_lost_is_made_again(put, client, project, empty_database, model, lost):
     put()
     if lost == "database":
-        shutil.copyfile(
-            empty_database, project / "mlflow.db"
-        )  # into the same file, which this process holds open
+        # Overwrites the file, because this process holds it open.
+        shutil.copyfile(empty_database, project / "mlflow.db")
     elif lost == "artifacts":
         shutil.rmtree(project / "mlartifacts")
     else:

@@ -1,4 +1,4 @@
-"""Image towers and zero-shot classifiers are versions like others, and bring their text tower along."""
+"""Image towers and zero-shot classifiers can be registered, with their text tower."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def towers(project):
     """The two towers, in evaluation mode, saved in `models/clip`."""
     torch.manual_seed(0)
     image = assemble(SPEC)
-    for _ in range(10):  # statistics of a batch
+    for _ in range(10):  # norms learn their statistics
         image(torch.rand(8, 6, 64, 64))
     text = build_text_tower("custom", options={"embed_dim": 16, "text_cfg": TEXT}).eval()
     save("models/clip", image.eval(), SPEC)

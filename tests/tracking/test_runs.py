@@ -28,7 +28,7 @@ def open_run(directory="runs/pretrain/0123"):
 
 
 def open_and_kill():
-    """A run that nothing closes, as where the stage's process is killed."""
+    """Starts a run that nothing closes, as if the stage's process was killed."""
     return StageRun.begin("pretrain", "demo", PARAMS, "runs/pretrain/0123", {"shards": "data/shards"})
 
 
@@ -73,7 +73,7 @@ def test_what_was_on_disk_alone_when_the_stage_was_killed_reaches_the_server(cli
     run = open_and_kill()
     Journal(run.directory).add_metrics({"val/accuracy": 0.5}, 1)
     with open(run.directory / "tracking" / "metrics.jsonl", "a") as file:
-        file.write('{"key": "val/accu')  # cut by the kill
+        file.write('{"key": "val/accu')  # cut short by the kill
     with open_run() as again:
         again.metrics({"val/accuracy": 0.6}, 2)
     assert history(client, run.run_id) == [(1, 0.5), (2, 0.6)]
@@ -242,7 +242,7 @@ def test_children_that_ended_while_the_server_was_away_are_logged_when_the_run_e
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
     run = StageRun.begin("search", "demo", PARAMS, "runs/search/0123", {})
     runs.child_run(run, "trial", experiment="demo", directory="runs/search/0123/trials/abcd", **child)
-    run._uri = f"sqlite:///{project}/mlflow.db"  # it is back
+    run._uri = f"sqlite:///{project}/mlflow.db"  # the server is back
     run.end("FINISHED")
     experiment = client.get_experiment_by_name("demo")
     assert {each.data.tags["stage"] for each in client.search_runs([experiment.experiment_id])} == {

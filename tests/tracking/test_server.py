@@ -1,4 +1,4 @@
-"""Addresses of the tracking server, in a project of any path, and a database that is made by one process."""
+"""Addresses of the tracking server in projects of any path, and the creation of one database."""
 
 import os
 import shlex

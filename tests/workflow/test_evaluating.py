@@ -49,9 +49,8 @@ def test_a_published_checkpoint_is_evaluated_like_a_model_of_the_run(resnet18, t
 def test_names_of_the_run_and_other_classes_are_refused(resnet18, tmp_path, monkeypatch):
     here = {"name": "b-cos-v2:resnet18", "weights": resnet18[1]}
     other = run_with({"published": here})
-    taken = {
-        name: run_with({name: here}) for name in ("bcosified", "pretrained")
-    }  # in reports, among the inputs of the run
+    # Names that are taken in the reports, and among the inputs of the run.
+    taken = {name: run_with({name: here}) for name in ("bcosified", "pretrained")}
     monkeypatch.chdir(tmp_path)
     for name, run in taken.items():
         with pytest.raises(

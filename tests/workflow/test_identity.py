@@ -1,4 +1,4 @@
-"""What `dvc.yaml` lists as the code and params of each stage is what the stage runs and what names its runs."""
+"""The code and params that `dvc.yaml` lists for a stage are those that it runs and that name its runs."""
 
 import shutil
 from pathlib import Path
@@ -13,23 +13,24 @@ from pipelines.workflow.identity import ROOT, code_digest, code_files
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 COMPUTED = [name for name, stage in STAGES.items() if not stage.get("always_changed")]
 TRAINED = ("pretrain", "bcosify", "distill", "classify", "guide", "image_text", "clip")
+# Stage -> key of its data params; `data` for the other stages.
 DATA = {
     "classify": "guide.data",
     "guide": "guide.data",
     "image_text": "clip.data",
     "clip": "clip.data",
-}  # of others: data
+}
 
 
 def listed(deps: list[str]) -> list[Path]:
-    """The Python files that the code among `deps` names, folders as all files in them."""
+    """Returns the Python files among `deps`; a folder stands for all files in it."""
     code = [ROOT / dep for dep in deps if dep.startswith(("pipelines/", "stages/"))]
     files = [file for path in code for file in (path.rglob("*.py") if path.is_dir() else [path])]
     return sorted(file for file in files if identity._has_statements(file))
 
 
 def differences(stage: str, deps: list[str]) -> list[str]:
-    """Lines that say which files `deps` lack and which the stage does not run."""
+    """Returns lines that name the files missing in `deps`, and those that the stage does not run."""
     run, named = code_files(f"stages.{stage}"), listed(deps)
     lacking = [
         f"{stage}: {path.relative_to(ROOT)} is run and not among the deps"

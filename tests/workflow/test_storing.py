@@ -1,4 +1,4 @@
-"""The stage `explain` goes on after a kill, leaves nothing beside its explanations, and its output is their index."""
+"""The stage `explain` resumes after a kill, leaves only its explanations, and outputs their index."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def params_of(root: str, **more: Any) -> Params:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that were begun; the stage is killed in the third one, once."""
+    """Lists the names of the shards that were started. The stage is killed in the third one, once."""
     names: list[str] = []
     write_shard = stored_explanations.write_shard
 
@@ -122,7 +122,10 @@ def test_explanations_that_are_gone_are_one_line(folder: Path) -> None:
     params = params_of(f"memory://gone/{folder}")
     store(params, OUT)
     files.remove(files.read_json(OUT / "explanations.json")["root"])
-    told = r"explanations\.json: its explanations are no longer at memory://[^\n]*: run the stage `explain` again$"
+    told = (
+        r"explanations\.json: its explanations are no longer at memory://[^\n]*: "
+        r"run the stage `explain` again$"
+    )
     with pytest.raises(ShardError, match=told):
         explanations_for_all(params, str(OUT))
 

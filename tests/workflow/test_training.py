@@ -55,7 +55,7 @@ class Tags(dict):
 
 
 def task_with(source: Path | None, name: str = "pretrain") -> Any:
-    """A task whose params say `training.resume: source`."""
+    """Returns a task with `training.resume: source`."""
     training = SimpleNamespace(resume=None if source is None else str(source))
     return SimpleNamespace(name=name, params=SimpleNamespace(training=training))
 
@@ -70,9 +70,8 @@ def test_a_run_whose_code_changed_is_gone_on_with_on_purpose_and_tagged(tmp_path
     result = train(toy_job(after))
     assert identical(weights(result), weights(uninterrupted))
     steps = checkpoints.newest(str(after))
-    adopt_checkpoints(
-        task_with(before), run, str(after)
-    )  # the run has gone on: what it is resumed from no longer counts
+    # The run has checkpoints of its own by now, so those of `before` are not copied again.
+    adopt_checkpoints(task_with(before), run, str(after))
     assert checkpoints.newest(str(after)) == steps
 
 

@@ -1,4 +1,4 @@
-"""What a search measures, what it says of what it could not measure, and what it reports."""
+"""The metrics of a search, its lines on metrics that it cannot measure, and its reports."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from pipelines.workflow.trials import report_search, track_trial, with_measurabl
 
 
 def checked(folder, monkeypatch, metrics, classes=("a", "b"), asha=None, **fields):
-    """The metrics that are left of a search on data of these classes."""
+    """Returns the metrics that a search on data with these classes can measure."""
     params = replaced(load(), {"search.metrics": metrics, "search.asha": asha})
     place = folder / "data/shards" / params.dataset
     place.mkdir(parents=True)
@@ -35,7 +35,10 @@ def checked(folder, monkeypatch, metrics, classes=("a", "b"), asha=None, **field
 
 def test_a_grid_of_more_classes_than_there_are_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     assert checked(tmp_path / "few", monkeypatch, ["val/gridpg", "val/accuracy"]) == ["val/accuracy"]
-    told = "search.metrics: val/gridpg cannot be measured: a grid shows 4 classes (evaluate.grid_size), the data has 2; trials"
+    told = (
+        "search.metrics: val/gridpg cannot be measured: a grid shows 4 classes (evaluate.grid_size), "
+        "the data has 2; trials"
+    )
     assert capsys.readouterr().out.startswith(told)
     monkeypatch.undo()
     assert checked(tmp_path / "enough", monkeypatch, ["val/accuracy", "val/gridpg"], "abcd") == [
@@ -80,7 +83,7 @@ def trial(status="finished", **metrics):
 
 
 class Run:
-    """Takes what is logged."""
+    """Keeps what is logged."""
 
     def __init__(self):
         self.logged, self.tags = {}, {}

@@ -1,4 +1,4 @@
-"""Explained texts of an image: from one forward pass, summing to the cosine; the picture and the errors of the tool."""
+"""An image is explained for texts: one forward pass, maps that sum to the cosine, the tool's errors."""
 
 import shutil
 
@@ -65,9 +65,8 @@ def test_the_picture_has_a_column_for_each_text_and_difference(towers, image, tm
         )
         sizes.append(Image.open(out).size[0])
     assert sizes[0] == sizes[1] == sizes[3]
-    assert sizes[2] == pytest.approx(
-        sizes[0] * 6 / 3, abs=3
-    )  # the input, two texts, the other one, two differences
+    # Six columns instead of three: the input, two texts, the text against them, two differences.
+    assert sizes[2] == pytest.approx(sizes[0] * 6 / 3, abs=3)
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
     assert (tmp_path / "new/a.png").read_bytes() != (tmp_path / "new/d.png").read_bytes()
     printed = capsys.readouterr().out

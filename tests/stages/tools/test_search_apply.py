@@ -1,4 +1,4 @@
-"""The overrides of a point of a search compose the params that it is a point of."""
+"""The overrides of a search's trial compose the params of the trial."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,13 +14,11 @@ def composed(*overrides):
     "overrides",
     [
         ["recipe=default"],
-        ["recipe=smoke", "bcosify.pretrained.lr=0.1", "search.asha=null"],  # in the place of several
+        ["recipe=smoke", "bcosify.pretrained.lr=0.1", "search.asha=null"],  # replaces several values
         ["recipe=cifar10", "model=resnet18", "guide=voc2007"],
-        ["recipe=default", "model=cifar_resnet20"],  # without an option that the recipe's has
-        [
-            "recipe=default",
-            "distill.student.options={patch_size: 8, depth: 4}",
-        ],  # in the place of a reference
+        ["recipe=default", "model=cifar_resnet20"],  # lacks an option that the recipe has
+        # Replaces an interpolation.
+        ["recipe=default", "distill.student.options={patch_size: 8, depth: 4}"],
         ["recipe=default", "dataset=imagefolder", "datasets.imagefolder.root='My Images'"],
     ],
     ids=str,
