@@ -7,7 +7,7 @@ from pipelines.bcos.activations import GatedGELU, GatedHardswish, GatedSiLU
 from pipelines.bcos.attention import attend
 from pipelines.bcos.audit import Finding, audit, check_held
 from pipelines.bcos.convert import Conversion, convert, register_conversion
-from pipelines.bcos.design import bcosify, is_bias
+from pipelines.bcos.design import bcosify, fade_biases, is_bias
 from pipelines.bcos.errors import ConversionError
 from pipelines.bcos.explain import contribution_map, dynamic_weights, rgba
 from pipelines.bcos.explanation import Holdable, explanation_mode

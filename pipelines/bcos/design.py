@@ -60,7 +60,7 @@ def bcosify(
     *,
     b: float = 2.0,
     b_mode: ExponentMode = "fixed",
-    bias: Literal["remove", "decay", "keep"] = "remove",
+    bias: Literal["remove", "fade", "decay", "keep"] = "remove",
     norm: NormMode = "uncentered",
     stem_pool: Literal["average", "keep"] = "average",
     gap_reorder: bool = True,
@@ -82,8 +82,9 @@ def bcosify(
         b: exponent B >= 1 of every B-cos layer.
         b_mode: `fixed`; `scheduled`, so that `set_b` can change it; or `learned`, a parameter per layer that
             is kept at 1 or above (`clamp_b`).
-        bias: `remove` removes every bias, including those of norms. `decay` and `keep` keep them; for
-            `decay`, the optimiser applies weight decay to them.
+        bias: `remove` removes every bias, including those of norms. `fade` keeps them until `fade_biases`
+            scales them to zero. `decay` and `keep` keep them; for `decay`, the optimiser applies weight decay
+            to them.
         norm: treatment of BatchNorm: `uncentered`, `uncentered_unshifted` or `centered`, see `convert`.
         stem_pool: `average` replaces the first 3×3 max pool of stride 2 by an average pool that counts padded
             zeros.
@@ -161,6 +162,26 @@ def is_bias(name: str) -> bool:
     """Returns True if the parameter of this dotted name is a bias, which `bcosify(bias="remove")` removes."""
     last = name.rpartition(".")[2]
     return last == "bias" or last.endswith("_bias")
+
+
+@torch.no_grad()
+def fade_biases(network: nn.Module, share: float) -> None:
+    """Scales the biases of a network with `bias="fade"`, so that `share` in [0, 1] of them is left.
+
+    Shares may only fall. Training changes the biases in between; at a share of 0 they are set to zero, which
+    makes contributions complete. The buffer `bias_share` holds the last share.
+
+    Raises:
+        ValueError: the network's biases do not fade.
+    """
+    left = getattr(network, "bias_share", None)
+    if left is None:
+        raise ValueError("the biases of this network do not fade: bcosify it with bias='fade'")
+    factor = share / left if share > 0 else torch.zeros_like(left)
+    for name, parameter in network.named_parameters():
+        if is_bias(name):
+            parameter.mul_(factor)
+    left.fill_(share)
 
 
 def is_embedding(name: str) -> bool:
@@ -382,7 +403,9 @@ def _biases(network: BcosNetwork, classes: int | None) -> list[str]:
 
 def _treat_biases(network: BcosNetwork, names: list[str], value: str) -> None:
     """Removes all biases if `value` is `remove`; the optimiser takes care of `decay`."""
-    if value == "remove":
+    if value == "fade":
+        network.register_buffer("bias_share", torch.ones((), device=network.mean.device))
+    elif value == "remove":
         for module in network.modules():
             for name in [name for name in module._parameters if is_bias(name)]:
                 module.register_parameter(name, None)

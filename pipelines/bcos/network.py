@@ -103,6 +103,7 @@ class BcosNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    bias_share: Tensor | None
     _looked_at_range = False
 
     def __init__(
@@ -120,6 +121,7 @@ class BcosNetwork(nn.Module):
         mean_6, std_6 = six_channel_statistics(mean, std)
         self.register_buffer("mean", mean_6, persistent=False)
         self.register_buffer("std", std_6, persistent=False)
+        self.register_buffer("bias_share", None)  # of `fade_biases`
 
     def __call__(self, images: Tensor) -> Tensor:
         """Calls `forward`; warns if the first batch has values outside [0, 1]."""

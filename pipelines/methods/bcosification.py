@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import models
-from pipelines.bcos import check_held, clamp_b, is_bias, layer_b, set_b
+from pipelines.bcos import check_held, clamp_b, fade_biases, is_bias, layer_b, set_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods.method import Classification
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FineTuning:
-    """Mixin that schedules B and decays the biases of a B-cos network during training, for any loss.
+    """Mixin that schedules B and fades or decays the biases of a B-cos network during training, for any loss.
 
     Attributes:
         module: the B-cos network, made by `bcosify` with `params.design()`.
@@ -61,8 +61,10 @@ class FineTuning:
         return [group for group in groups if group["params"]]
 
     def set_progress(self, epochs: float) -> None:
-        """Sets a scheduled B, which moves linearly from `b_start` to `b` over the first `b_epochs` epochs.
+        """Sets a scheduled B, and the share that is left of biases that fade.
 
+        B moves linearly from `b_start` to `b` over the first `b_epochs` epochs, the share from 1 to 0 over
+        the first `bias_epochs`. The network so moves away step by step from the one that it was made from.
         A learned B that the last step moved below 1 is set back to 1. Below 1 it has no gradient, and without
         weight decay it would stay there.
         """
@@ -71,6 +73,8 @@ class FineTuning:
             set_b(self.module, self.params.b_start + done * (self.params.b - self.params.b_start))
         elif self.params.b_mode == "learned":
             clamp_b(self.module)
+        if self.params.bias == "fade":
+            fade_biases(self.module, max(0.0, 1 - epochs / self.params.bias_epochs))
 
     def epoch_metrics(self) -> dict[str, float]:
         """Returns `b_mean`, `b/<layer>` unless B is fixed, and `bias_abs_mean` if the network has biases.

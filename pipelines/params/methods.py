@@ -25,7 +25,8 @@ class BcosificationParams(OptimiserParams):
     b_start: Exponent = 1.0  # where a schedule or learning starts
     b_epochs: PositiveInt = 2  # over which a schedule goes from b_start to b, in equal parts a step
     b_decay: NonNegativeFloat = 1.0  # weight decay that pulls a learned B towards 2
-    bias: Literal["remove", "decay", "keep"] = "remove"
+    bias: Literal["remove", "fade", "decay", "keep"] = "remove"
+    bias_epochs: PositiveInt = 2  # over which biases fade to zero, in equal parts a step
     bias_decay: NonNegativeFloat = 1.0  # weight decay on biases (the norms' too), where they decay
     norm: Literal["uncentered", "uncentered_unshifted", "centered"] = "uncentered"
     stem_pool: Literal["average", "keep"] = "average"
@@ -49,6 +50,14 @@ class BcosificationParams(OptimiserParams):
         return self
 
     @model_validator(mode="after")
+    def _biases_fade(self) -> BcosificationParams:
+        if self.bias == "fade" and self.bias_epochs > self.epochs:
+            raise ValueError(
+                f"bias_epochs: biases that fade over {self.bias_epochs} epochs are not gone after {self.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _biases_decay(self) -> BcosificationParams:
         if self.bias == "decay" and self.bias_decay == 0:
             raise ValueError(
@@ -58,8 +67,9 @@ class BcosificationParams(OptimiserParams):
 
     @property
     def settled(self) -> int:
-        """Epochs until B has its final value."""
-        return self.b_epochs if self.b_mode == "scheduled" else 0
+        """Epochs until B has its final value and biases have faded."""
+        b_epochs = self.b_epochs if self.b_mode == "scheduled" else 0
+        return max(b_epochs, self.bias_epochs if self.bias == "fade" else 0)
 
     def design(self) -> dict[str, Any]:
         """The keyword arguments of `bcosify` for the network as training starts."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import models, params
-from pipelines.bcos import BcosConv2d, BcosLinear, add_inverse, layer_b
+from pipelines.bcos import BcosConv2d, BcosLinear, add_inverse, dynamic_weights, is_bias, layer_b
 from pipelines.losses import uniform_off_label_bce
 from pipelines.methods import Bcosification, Classification, Pretrain, build_bcosification
 from pipelines.params import BcosificationParams, DataParams, TrainingParams
@@ -327,6 +327,58 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
     assert torch.equal(method.loss(method.module, {**made, "image": logits})["loss"], wanted)
 
 
+# Biases that fade --------------------------------------------------------------------------------------------
+
+
+def test_fading_biases_shrink_by_equal_steps_and_stay_gone_whatever_the_optimiser_does() -> None:
+    method = method_of(choices(bias="fade", bias_epochs=2))
+    biases = [parameter for name, parameter in method.module.named_parameters() if is_bias(name)]
+    with torch.no_grad():
+        for bias in biases:
+            bias.fill_(0.8)
+    for epochs, wanted in [(0, 0.8), (0.5, 0.6), (0.5, 0.6), (1.5, 0.2), (2, 0.0)]:
+        method.set_progress(epochs)
+        for bias in biases:
+            torch.testing.assert_close(bias, torch.full_like(bias, wanted))
+    with torch.no_grad():
+        for bias in biases:
+            bias.add_(0.3)
+    method.set_progress(2.5)
+    assert method.epoch_metrics()["bias_abs_mean"] == 0
+
+
+def test_once_biases_have_faded_contributions_sum_to_the_logit(tmp_path: Path) -> None:
+    optim = choices(bias="fade", bias_epochs=1, select="train/loss", patience=None)
+    assert optim.settled == 1
+    method = method_of(optim)
+    train(job_of(tmp_path / "run", optim))
+    state = checkpoints.load(str(tmp_path / "run"), checkpoints.newest(str(tmp_path / "run"))["step"])[
+        "model"
+    ]
+    method.module.load_state_dict(state)
+    network = method.module.eval()
+    images = add_inverse(torch.rand(2, 3, SIDE, SIDE))
+    logits, weights = dynamic_weights(network, images, torch.tensor([0, 1]))
+    mean = network.mean[:, None, None]
+    told = (weights * (images - mean)).sum((1, 2, 3)) + network.logit_bias
+    torch.testing.assert_close(told, logits.gather(1, torch.tensor([[0], [1]]))[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fade_goes_on_from_a_checkpoint_as_if_it_had_never_stopped() -> None:
+    whole, stopped = (method_of(choices(bias="fade", bias_epochs=2)) for _ in range(2))
+    stopped.module.load_state_dict(whole.module.state_dict())
+    for epochs in (0.0, 0.5, 1.0, 1.5):
+        whole.set_progress(epochs)
+    for epochs in (0.0, 0.5):
+        stopped.set_progress(epochs)
+    resumed = method_of(choices(bias="fade", bias_epochs=2))
+    resumed.module.load_state_dict(stopped.module.state_dict())
+    for epochs in (1.0, 1.5):
+        resumed.set_progress(epochs)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, resumed.module.state_dict()[name]), name
+
+
 # Bad input --------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +388,10 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
         (
             {"b_mode": "scheduled", "b_epochs": 9, "epochs": 6},
             r"pretrained: b_epochs: a schedule over 9 epochs does not reach b in 6 epochs$",
+        ),
+        (
+            {"bias": "fade", "bias_epochs": 9, "epochs": 6},
+            r"pretrained: bias_epochs: biases that fade over 9 epochs are not gone after 6$",
         ),
         (
             {"b_mode": "learned", "b": 1.5},
