@@ -2,10 +2,10 @@
 
     python -m benchmarks.clip_curve cnn runs/clip/cnn/HASH [--every 149]
 
-Evaluates the original tower, and then each checkpoint of a finished run of the stage `clip` in the state that it has, on the data
-sets that `params.yaml` names for zero-shot classification and retrieval. `training.keep_last` decides how many checkpoints a run
-keeps. Prints one line of JSON per checkpoint, with `images`, the number of images that the tower has been trained on, and with
-each figure's share of the original's as `kept`.
+Evaluates the original tower, and then each checkpoint of a finished run of the stage `clip`, on the data sets
+that `params.yaml` names for zero-shot classification and retrieval. `training.keep_last` decides how many
+checkpoints a run keeps. Prints one line of JSON per checkpoint: `images` is the number of images that the
+tower has been trained on, and `kept` has each figure's share of the original's.
 """
 
 from __future__ import annotations

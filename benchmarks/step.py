@@ -54,9 +54,8 @@ class FormulaConv2d(BcosConv2d):
             x_NCHW, self.weight, None, self.stride, self.padding, self.dilation, self.groups
         )
         squares = (x_NCHW**2).sum(1, keepdim=True)
-        sums = nn.functional.avg_pool2d(
-            squares, self.kernel_size, self.stride, self.padding, divisor_override=1
-        )  # type: ignore[arg-type]
+        window = (self.kernel_size, self.stride, self.padding)
+        sums = nn.functional.avg_pool2d(squares, *window, divisor_override=1)  # type: ignore[arg-type]
         return linear * self.hold(linear.abs() / (sums + 1e-6).sqrt())
 
 

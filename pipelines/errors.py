@@ -1,17 +1,18 @@
-"""The one kind of error that a person can mend, and text without the secrets of addresses."""
+"""`UserError`, the base class of errors that a user can mend, and the redaction of secrets in addresses."""
 
 import re
 
-# What is before the host, up to the last @. A password may hold a slash; what follows a colon and is all digits is a port.
+# The login before the host, up to the last @. A password may hold a slash. Digits alone after a colon are a port.
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@\[]*:(?!\d+(?:[/?#]|$))[^\s\"'<>]*)@")
-# A query or fragment, without the punctuation of the sentence around the address. Names of local files may have ? and # in them.
+# A query or fragment, without the punctuation of the sentence around the address. Local files are left alone,
+# because their names may have ? and # in them.
 _ADDRESS = r"(?<![\w+.-])(?!file:|sqlite\b)[A-Za-z][\w+.-]*://[^\s?#\"'<>`]*[?#]"
 _REST = r"(?:[^\s\"'<>`]|'(?=[\w%&=+/-]))*[^\s\"'<>`.,:;)\]}]"
 _QUERY = re.compile(f"({_ADDRESS}){_REST}")
 
 
 def redacted(text: str) -> str:
-    """`text` without the secrets of the addresses in it: no `user:password@`, and `***` for all that follows a `?` or `#`.
+    """Returns `text` with the logins of addresses removed, and with `***` for their queries and fragments.
 
     A presigned address has its signature in the query, under names that differ from store to store.
     """
@@ -19,9 +20,9 @@ def redacted(text: str) -> str:
 
 
 class UserError(Exception):
-    """Bad input or a missing thing, in one line that names it and says what would be right; addresses in it are redacted.
+    """Bad input or a missing thing, in one line that names it and says what would be right.
 
-    `pipelines.workflow.running.stage` shows that line alone, without a traceback.
+    `pipelines.workflow.running.stage` shows that line alone, without a traceback. Addresses are redacted.
     """
 
     def __str__(self) -> str:

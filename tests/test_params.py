@@ -62,7 +62,11 @@ def test_every_model_is_valid(model):
         ("pretrain.lr", "fast", "pretrain.lr: .* valid number.*'fast'"),
         ("pretrain.lr", -1, "pretrain.lr: .* greater than 0.*-1"),
         ("bcosify.pretrained.b", 0.5, "bcosify.pretrained.b: .* greater than or equal to 1"),
-        ("bcosify.pretrained.bias", "drop", "bcosify.pretrained.bias: .*'remove', 'fade', 'decay' or 'keep'.*'drop'"),
+        (
+            "bcosify.pretrained.bias",
+            "drop",
+            "bcosify.pretrained.bias: .*'remove', 'fade', 'decay' or 'keep'.*'drop'",
+        ),
         (
             "datasets.objects.correlation",
             {"train": 2},

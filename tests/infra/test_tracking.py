@@ -115,7 +115,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Modu
 
 
 PYENV = f"""#!/bin/sh
-# `pyenv install --skip-existing VERSION`, which MLflow calls: the Python of this machine, where pyenv would build one
+# `pyenv install --skip-existing VERSION`, which MLflow calls, takes this machine's Python and builds none
 for version; do :; done
 mkdir -p "$PYENV_ROOT/versions" && ln -sfn {sys.base_prefix} "$PYENV_ROOT/versions/$version"
 """
@@ -159,8 +159,10 @@ name, ready = sys.argv[1], Path("ready")
 (ready / name).touch()
 while len(list(ready.iterdir())) < 3:  # all begin at once
     time.sleep(0.01)
-manifest = {"classes": ["cat"], "task": "multiclass", "source": "scenes", "checksum": "ab" * 32, "splits": {"test": []}}
-with tracking.stage_run("pretrain", experiment="demo", params={"name": name}, directory=f"runs/pretrain/{name}") as run:
+manifest = {"classes": ["cat"], "task": "multiclass", "source": "scenes", "checksum": "ab" * 32}
+manifest["splits"] = {"test": []}
+directory = f"runs/pretrain/{name}"
+with tracking.stage_run("pretrain", experiment="demo", params={"name": name}, directory=directory) as run:
     log = run.epoch_logger()
     for epoch in range(1, 11):
         log({"epoch": epoch, "metrics": {"val/accuracy": epoch / 10}})

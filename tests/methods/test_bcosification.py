@@ -327,7 +327,7 @@ def test_several_labels_are_mixed_too_and_each_class_has_its_own_loss() -> None:
     assert torch.equal(method.loss(method.module, {**made, "image": logits})["loss"], wanted)
 
 
-# Biases that fade --------------------------------------------------------------------------------------------
+# Biases that fade -----------------------------------------------------------------------------------------
 
 
 def test_fading_biases_shrink_by_equal_steps_and_stay_gone_whatever_the_optimiser_does() -> None:

@@ -20,6 +20,7 @@ from pipelines.models import (
     zero_shot_classifier,
     zero_shot_weights,
 )
+from pipelines.models.clip import embedding_width
 from pipelines.models.zero_shot import check_names, imagenet_names
 from tests.support.clip import TEXT, TIMM
 
@@ -174,3 +175,9 @@ def test_many_texts_of_an_image_take_one_forward_pass(tower, text):
     handle.remove()
     assert weights.shape == (1, 3, 6, 64, 64)
     assert len(passes) == 1
+
+
+def test_the_width_of_an_image_tower_of_another_library_is_its_number_of_outputs() -> None:
+    assert embedding_width("vitc_ti", {"num_classes": 48, "depth": 1}) == 48
+    with pytest.raises(ModelError, match=r"^resnet20 becomes an image tower by"):
+        embedding_width("resnet20", {})

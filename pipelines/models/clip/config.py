@@ -89,7 +89,20 @@ def resolved_name(name: str, options: dict[str, Any], part: str = "vision_cfg") 
 
 
 def embedding_width(name: str, options: dict[str, Any]) -> int:
-    """D, the width of the embeddings of the image tower `build(name, options=options)`."""
+    """D, the width of the embeddings of the image tower `build(name, options=options)`.
+
+    Networks of other libraries become image towers through the option `num_classes`, which is then D: their
+    last linear layer, the classifier, is drawn anew as the projection.
+
+    Raises:
+        ModelError: the network of another library lacks this option; see `tower_config`.
+    """
+    if not name.startswith(PREFIX):
+        if "num_classes" not in options:
+            raise ModelError(
+                f"{name} becomes an image tower by the option num_classes, the embeddings' width"
+            )
+        return int(options["num_classes"])
     return tower_config(name.removeprefix(PREFIX), "vision_cfg", options)["embed_dim"]
 
 
