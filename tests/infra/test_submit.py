@@ -311,7 +311,7 @@ def weights_that_git_ignores() -> None:
             None,
             "pretrain.select: no metric 'val/nothing'; there are val/",
         ),
-        ("pretrain", {"pretrain.batch_size": 1}, None, "batch_size 1 (over all workers)"),
+        ("pretrain", {"pretrain.optim.batch_size": 1}, None, "batch_size 1 (over all workers)"),
         ("pretrain", {"model.weights": "nowhere.pt"}, None, "weights nowhere.pt: no such file"),
         (
             "pretrain",
