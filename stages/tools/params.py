@@ -1,8 +1,8 @@
 """`python -m stages.tools.params [KEY=VALUE ...]`: writes params.yaml with comments, and docs/params.md.
 
-KEY=VALUE are overrides as of `dvc exp run -S`, such as `recipe=cifar10`; without any, the params are those of the default recipe.
-Values come from pipelines/recipes, order and comments from the models in pipelines/params. DVC's own composition
-(`dvc exp run -S`) writes the same values in the same order, but without comments.
+KEY=VALUE are overrides like those of `dvc exp run -S`, such as `recipe=cifar10`. Without any, the params are those of the
+default recipe. Values and their order come from pipelines/recipes, comments from the models in pipelines/params. DVC's own
+composition (`dvc exp run -S`) writes the same values in the same order, but no comments.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from stages.tools.search_apply import composition
 
 WIDTH, COLUMN = 110, 34
 HEADER = """\
-# All params of a run, in the order of the graph of stages (dvc.yaml). docs/params.md has types, ranges and details.
-# Comments stand at the first place of a param. `make params` writes this file from pipelines/recipes. An experiment,
-# `dvc exp run -S KEY=VALUE`, rewrites it in the same order without comments: `git checkout params.yaml` brings them back.
+# All params of a run, in the order of the graph of stages (dvc.yaml). docs/params.md has types and ranges.
+# A comment stands at the first place of a param. `make params` writes this file from pipelines/recipes.
+# An experiment (`dvc exp run -S KEY=VALUE`) rewrites it in the same order, without comments.
+# `git checkout params.yaml` brings the default run back.
 """
 
 
