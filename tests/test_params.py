@@ -140,7 +140,7 @@ def test_every_model_is_valid(model):
         (
             "guide.dataset",
             "scenez",
-            "guide.dataset: 'scenez' is not in datasets .it has objects, scenes.; others come with -S dataset=NAME",
+            "guide.dataset: 'scenez' is not in datasets .it has objects, scenes.; others come with",
         ),
         (
             "guide.guided.localisation_weight",
@@ -257,7 +257,7 @@ def test_a_space_that_does_not_fit_the_other_params_matters_to_the_search_alone(
             params.check_space(found)
 
 
-# Renames --------------------------------------------------------------------------------------------------------------
+# Renames ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The schema of params.yaml: every knob of the pipeline, as strict pydantic models. Only this package reads the file."""
+"""The schema of params.yaml: strict pydantic models with every knob. Only this package reads the file."""
 
 from pipelines.params.base import ParamsError, keyed
 from pipelines.params.clip import ClipGroupParams, ClipParams, ImageTextParams, TowersParams

@@ -36,8 +36,8 @@ class ParamsError(UserError, ValueError):
 class Strict(BaseModel):
     """A group of params: unknown keys are errors, values are immutable.
 
-    The docstring below a field describes the param. Its first sentence becomes the comment in params.yaml, all of it
-    the text in docs/params.md (`python -m stages.tools.params`).
+    The docstring below a field describes the param. Its first sentence becomes the comment in params.yaml,
+    all of it the text in docs/params.md (`python -m stages.tools.params`).
     """
 
     model_config = ConfigDict(
@@ -53,8 +53,8 @@ class Strict(BaseModel):
 def keyed(section: str, group: Strict) -> Iterator[None]:
     """Prefixes errors about a field of `group` with `section`: `select: ...` becomes `a.b.select: ...`.
 
-    The type of the error stays the same. Library code knows the fields of a group, but not where the group stands in
-    params.yaml.
+    The type of the error stays the same. Library code knows the fields of a group, but not where the group
+    stands in params.yaml.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Params of B-cosified CLIP: pairs of an image tower and a text tower, and the B-cosification of the image tower."""
+"""Params of B-cosified CLIP: pairs of towers, and the B-cosification of the image tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.params.training import MethodParams, ModelParams, NetworkParams
 
 
 class ImageTextParams(MethodParams):
-    """Training of an image tower and a text tower on captions. With `optim.epochs: 0` both keep their weights."""
+    """Training of an image tower and a text tower on captions. `optim.epochs: 0` keeps their weights."""
 
     loss: Literal["clip", "siglip"] = "clip"
     """Softmax over the pairs of a batch, or a sigmoid per pair."""
@@ -24,7 +24,7 @@ class ImageTextParams(MethodParams):
 
 
 class ClipParams(DesignParams):
-    """B-cosification of an image tower, which learns the embeddings of the original tower from images alone."""
+    """B-cosification of an image tower, which learns the original tower's embeddings from images alone."""
 
     loss: Literal["siglip", "cosine", "info_nce"] = "siglip"
     """Loss between embeddings. Those of the B-cosified and the original tower."""
@@ -48,8 +48,8 @@ class ClipParams(DesignParams):
     def _negatives_exist(self) -> ClipParams:
         if self.loss == "info_nce" and self.negatives == "batch":
             raise ValueError(
-                "negatives: info_nce compares a target with the embeddings of all images, and their gradients stay on their "
-                "worker: choose local (or loss: siglip)"
+                "negatives: info_nce compares a target with the embeddings of all images, whose gradients "
+                "stay on their worker: choose local (or loss: siglip)"
             )
         return self
 

@@ -79,7 +79,7 @@ class Cifar10Params(DatasetParams):
 
 
 class ImageNetParams(DatasetParams):
-    """ImageNet in its official layout (`train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG`). Its val split is our test split."""
+    """ImageNet in its official layout (`train/<wnid>/*.JPEG` and `val`). Its val is our test split."""
 
     source: Literal["imagenet"]
     root: str
@@ -98,7 +98,7 @@ class Voc2007Params(AnnotatedParams):
 
     source: Literal["voc2007"]
     root: str | None = None
-    """Folder or archive with VOCdevkit, local or at any fsspec URL; null: downloads the official archives (0.9 GB)."""
+    """Folder or archive with VOCdevkit, at any fsspec URL; null: downloads the official archives (0.9 GB)."""
     splits: dict[Split, str] = {}
     """Our split -> its list in ImageSets/Main of the root. By default the list of the same name."""
     difficult: bool = True
@@ -132,7 +132,7 @@ class WaterbirdsParams(AnnotatedParams):
     variant: Literal[95, 100] = 95
     """Training birds on their usual background, percent."""
     root: str | None = None
-    """Folder or archive with metadata.csv and the images, local or at any fsspec URL; null: downloads them (1.6 GB)."""
+    """Folder or archive with metadata.csv and images, at any fsspec URL; null: downloads them (1.6 GB)."""
     sha256: Sha256 | None = None
     """Checksum of the archive, the official one, too. Its publisher gives none."""
     cub_root: str | None = None
@@ -170,7 +170,7 @@ class CaptionsParams(DatasetParams):
 
 
 class Cc3mParams(DatasetParams):
-    """Image-text tars of img2dataset, such as Conceptual Captions 3M. They are read where they are, no shard is written."""
+    """Image-text tars of img2dataset, such as Conceptual Captions 3M. They are read where they are."""
 
     source: Literal["cc3m"]
     root: str

@@ -50,7 +50,7 @@ class EvaluateParams(Strict):
 
 
 class LinearProbeParams(Strict):
-    """Linear probes of frozen features. The defaults are those of CLIP_benchmark, the source of the published figures."""
+    """Linear probes of frozen features. The defaults are those of CLIP_benchmark, as in published figures."""
 
     epochs: PositiveInt = 20
     """Passes over the features."""
@@ -82,7 +82,7 @@ class ClipEvaluateParams(Strict):
     names: Names = "data"
     """Class names, or a list. Those of the data, open_clip's of ImageNet, or a list in label order."""
     templates: str | tuple[str, ...] = "imagenet"
-    """Texts around a class name. open_clip's imagenet (80), simple (7) or plain, or a list of texts with {}."""
+    """Texts around a class name. open_clip's imagenet (80), simple (7) or plain, or texts with {}."""
     localisation_names: Names = "data"
     """Class names in text localisation."""
     localisation_templates: str | tuple[str, ...] = "plain"
@@ -96,8 +96,8 @@ class ClipEvaluateParams(Strict):
     probe: LinearProbeParams = LinearProbeParams()
     """Linear probes of the frozen features."""
     text2concept: dict[Label, str] = {}
-    """Classifiers of the baseline Text2Concept. Name → folder of a B-cos classifier whose features are mapped into CLIP's
-    space."""
+    """Classifiers of the baseline Text2Concept. Name → folder of a B-cos classifier, whose features are
+    mapped into CLIP's space."""
     pictures: Count = 8
     """Images of text localisation that are drawn per tower."""
     smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15

@@ -21,7 +21,7 @@ class PretrainParams(MethodParams):
 
 
 class DesignParams(MethodParams):
-    """The design choices of B-cosification (Arya et al. 2024), which `bcosify` applies before the fine-tuning."""
+    """The design choices of B-cosification (Arya et al. 2024), applied by `bcosify` before fine-tuning."""
 
     b: Exponent = 2.0
     """Exponent B after training."""
@@ -62,7 +62,8 @@ class DesignParams(MethodParams):
             )
         if self.b_mode == "scheduled" and self.b_epochs > self.optim.epochs:
             raise ValueError(
-                f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.optim.epochs} epochs"
+                f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in "
+                f"{self.optim.epochs} epochs"
             )
         return self
 
@@ -96,7 +97,7 @@ class DesignParams(MethodParams):
 
 
 class BcosificationParams(DesignParams):
-    """The design choices of B-cosification (Arya et al. 2024), and the fine-tuning of a classifier after them."""
+    """The design choices of B-cosification (Arya et al. 2024), and the fine-tuning of the classifier."""
 
     mixup: NonNegativeFloat = 0.0
     """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
@@ -106,7 +107,7 @@ class BcosifyParams(Strict):
     """B-cos networks: from the pretrained model, and from scratch as the baseline."""
 
     starts: Annotated[list[Literal["pretrained", "scratch"]], Field(min_length=1)]
-    """Networks that are trained. The first one is the teacher, the backbone and the model that is registered."""
+    """Networks that are trained. The first one becomes teacher, backbone and registered model."""
     pretrained: BcosificationParams
     """B-cosification of the pretrained model."""
     scratch: BcosificationParams
@@ -116,7 +117,8 @@ class BcosifyParams(Strict):
     def _pretrained_weights_stay(self) -> BcosifyParams:
         if self.pretrained.max_out > 1:
             raise ValueError(
-                f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: for scratch alone"
+                f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: "
+                "for scratch alone"
             )
         return self
 
@@ -176,7 +178,8 @@ class DistillParams(Strict):
     teacher: str
     """Folder of the teacher, or models:/NAME@ALIAS in the registry."""
     after: str
-    """Path that DVC makes before it takes the teacher. For a teacher from elsewhere, its folder or pyproject.toml."""
+    """Path that DVC makes before it takes the teacher. For a teacher from elsewhere, its folder or
+    pyproject.toml."""
     student: StudentParams
     """The student's network."""
     shots: PositiveInt | None = None

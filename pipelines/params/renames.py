@@ -11,7 +11,10 @@ _METHODS = (
     r"(pretrain|bcosify\.(?:pretrained|scratch)|distill\.(?:kd|e2kd)|guide\.(?:classify|guided)"
     r"|clip\.(?:cnn|vit)\.(?:pretrain|bcosify))"
 )
-_OPTIM = r"(epochs|batch_size|optimiser|lr|weight_decay|schedule|warmup_steps|clip|clip_value|patience|validate_every)"
+_OPTIM = (
+    r"(epochs|batch_size|optimiser|lr|weight_decay|schedule|warmup_steps|clip|clip_value"
+    r"|patience|validate_every)"
+)
 
 RENAMES = {  # pattern of a former key -> the key of today
     r"training\.storage": "storage.root",

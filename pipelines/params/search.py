@@ -38,7 +38,7 @@ class SearchDimension(Strict):
 
     @property
     def between(self) -> list[float]:
-        """One value inside a range that is not an integer, like nearly all that are drawn. Empty for a choice."""
+        """One value inside a range that is not an integer, as nearly all draws are. Empty for a choice."""
         bounds = self.uniform or self.loguniform
         return [bounds[0] + (bounds[1] - bounds[0]) / math.pi] if bounds else []
 
@@ -69,7 +69,7 @@ class SearchParams(Strict):
     ]
     """Stage whose params are searched."""
     space: Annotated[list[SearchDimension], Field(min_length=1)]
-    """Dimensions of the search. Each has a `choice`, or is drawn from `uniform` or `loguniform` [least, most]."""
+    """Dimensions of the search. Each has a `choice`, or is drawn `uniform` or `loguniform`."""
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
     """Metrics of the Pareto front, one to three."""
     trials: PositiveInt
@@ -117,7 +117,7 @@ class SearchParams(Strict):
 
     @property
     def searchable(self) -> tuple[str, ...]:
-        """Groups that a key of the space may be in: those that the searched stage depends on, but no earlier stage."""
+        """Groups for keys of the space: the searched stage depends on them, and no earlier stage does."""
         if self.stage == "guide":
             return (self.section, "guide.data", "seed")
         if self.stage.startswith("clip"):

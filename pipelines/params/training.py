@@ -14,8 +14,8 @@ class NetworkParams(Strict):
     """A network, and the weights that it starts from."""
 
     name: str
-    """CIFAR ResNet such as resnet20, torchvision or timm name. Explicitly `torchvision:NAME`, `timm:NAME`, `open_clip:NAME`;
-    `open_clip:FILE` reads a JSON config."""
+    """CIFAR ResNet such as resnet20, torchvision or timm name. Explicitly `torchvision:NAME`, `timm:NAME`,
+    `open_clip:NAME`; `open_clip:FILE` reads a JSON config."""
     weights: str = "none"
     """none, a tag of the library such as IMAGENET1K_V2, a file or URL."""
     sha256: Sha256 | None = None
@@ -96,7 +96,7 @@ class TrainingParams(Strict):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast type; weights stay float32."""
     accumulate: PositiveInt = 1
-    """Micro-batches per step and worker. More if workers are missing. Validation takes batches of this size, too."""
+    """Micro-batches per step and worker. More if workers are missing. Validation takes such batches, too."""
     channels_last: bool = True
     """Memory format of images and convolutions. Compiled networks always have it."""
     compile: bool = False
@@ -129,7 +129,7 @@ class TrainingParams(Strict):
     def largest_part(self, batch_size: int) -> int:
         """Largest micro-batch of a batch of `batch_size` images, with all workers present.
 
-        It bounds the memory of a worker: if workers are missing, the others take more micro-batches, none larger.
+        It bounds the memory of a worker. If workers are missing, the others take more micro-batches.
         """
         return math.ceil(math.ceil(batch_size / self.most_workers) / self.accumulate)
 

@@ -83,7 +83,8 @@ class Params(Strict):
         frozen = [run for run in self.distill.runs if getattr(self.distill, run).explanations == "frozen"]
         if frozen and self.data.rand_augment is not None:
             raise ValueError(
-                f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: set it to null"
+                f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: "
+                "set it to null"
             )
         return self
 

@@ -1,8 +1,9 @@
 """`python -m stages.tools.params [KEY=VALUE ...]`: writes params.yaml with comments, and docs/params.md.
 
-KEY=VALUE are overrides like those of `dvc exp run -S`, such as `recipe=cifar10`. Without any, the params are those of the
-default recipe. Values and their order come from pipelines/recipes, comments from the models in pipelines/params. DVC's own
-composition (`dvc exp run -S`) writes the same values in the same order, but no comments.
+KEY=VALUE are overrides like those of `dvc exp run -S`, such as `recipe=cifar10`. Without any, the params are
+those of the default recipe. Values and their order come from pipelines/recipes, comments from the models in
+pipelines/params. DVC's own composition (`dvc exp run -S`) writes the same values in the same order, but no
+comments.
 """
 
 from __future__ import annotations

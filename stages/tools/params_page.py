@@ -13,15 +13,21 @@ from stages.tools.params_schema import description, flow, group_of, item_of, kin
 HEAD = """\
 # Params
 
-All params of `params.yaml`, in its order. `make params` writes the file from the recipes in `pipelines/recipes`, and this
-page from the models in `pipelines/params`, which read the file.
+All params of `params.yaml`, in its order. `make params` writes the file from the recipes in
+`pipelines/recipes`, and this page from the models in `pipelines/params`, which read the file.
 
-Change a param for an experiment with `dvc exp run -S KEY=VALUE`, such as `-S pretrain.optim.lr=0.002`. Four keys name a
-file in `pipelines/recipes`: `-S recipe=NAME`, `-S dataset=NAME`, `-S guide=NAME` and `-S model=NAME`. A key that does
-not exist, or a value out of range, ends a stage with one line before it starts work.
+Change a param for an experiment with `dvc exp run -S KEY=VALUE`, such as `-S pretrain.optim.lr=0.002`. Four
+keys name a file in `pipelines/recipes`: `-S recipe=NAME`, `-S dataset=NAME`, `-S guide=NAME` and `-S
+model=NAME`. DVC then writes `params.yaml` anew, in the same order but without comments: `git checkout
+params.yaml` brings the default run back. A key that does not exist, or a value out of range, ends a stage
+with one line before it starts work.
 
-*Default* is the value in the default recipe. If a group stands in several places, the places of other values follow in
-brackets.
+A data set of `pipelines/recipes/source` comes in with `-S dataset=NAME`, `-S guide=NAME`, a recipe that uses
+it, or `-S +source@datasets.NAME=NAME`, for instance `-S +source@datasets.captions=captions -S
+clip.pairs=captions`.
+
+*Default* is the value in the default recipe. If a group stands in several places, the places of other values
+follow in brackets.
 """
 
 
@@ -71,8 +77,8 @@ def _section(model: type[Strict], places: Mapping[str, Mapping[str, Any]]) -> It
 def _data_sets() -> Iterator[str]:
     """The table of each source of images."""
     yield "## `datasets.NAME`\n"
-    yield "A data set. Its `source` decides how it is read and which further params it has. Files in "
-    yield "`pipelines/recipes/source` have the values of each.\n"
+    yield "A data set. Its `source` decides how it is read and which further params it has."
+    yield "The files in `pipelines/recipes/source` have the values of each.\n"
     yield from _table(DatasetParams, list(DatasetParams.model_fields))
     for source, model in SOURCES.items():
         knobs = [name for name in model.model_fields if name not in DatasetParams.model_fields]
@@ -99,7 +105,7 @@ def _table(model: type[Strict], knobs: list[str], defaults: Mapping[str, str] | 
 
 
 def _defaults(name: str, places: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the value of a knob, or where it differs each value with its places, the most frequent one first."""
+    """Returns the value of a knob. If places differ, each value with its places, the most frequent first."""
     found: dict[str, list[str]] = {}
     for place, content in places.items():
         found.setdefault(_shown(content[name]), []).append(f"`{place.removesuffix('.optim')}`")

@@ -20,7 +20,7 @@ def group_of(annotation: Any) -> type[Strict] | None:
 
 
 def item_of(annotation: Any) -> type[Strict] | None:
-    """Returns the model of the items of a list or of the values of a dict; None if they are no groups of params."""
+    """Returns the model of a list's items or a dict's values; None if they are no groups of params."""
     return group_of(get_args(annotation)[-1]) if get_origin(annotation) in (list, dict) else None
 
 
