@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 
-.PHONY: help setup repro test test-fast test-infra lint types bench architectures clean lock
+.PHONY: help setup repro test test-fast test-infra lint types bench architectures params clean lock
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ bench: setup ## speed and memory against plain baselines, on the GPU if there is
 
 architectures: setup ## convert every family of networks and write docs/architectures.md
 	@python -m benchmarks.architectures --write docs/architectures.md
+
+params: setup ## compose the default recipe anew: params.yaml and docs/params.md
+	@python -m stages.tools.params
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock && $(PYTHON) -m venv .lock

@@ -28,7 +28,7 @@ from benchmarks.harness import Case, compare, main
 from benchmarks.step import keep_small_features
 from pipelines.methods import ClipBcosification
 from pipelines.models import ModelSpec, assemble
-from pipelines.params import ClipParams, TrainingParams
+from pipelines.params import ClipParams, OptimiserParams, TrainingParams
 from pipelines.training.objective import build_objective, memory_format
 from pipelines.training.step import in_memory_format
 
@@ -44,7 +44,7 @@ CASES = {
 def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[str, Callable[[], Any]]:
     """The steps to compare, each with its own student."""
     training = TrainingParams(workers=0, compile=compiled, channels_last=channels_last)
-    params = ClipParams(epochs=1, batch_size=case.batch, lr=1e-4)
+    params = ClipParams(optim=OptimiserParams(epochs=1, batch_size=case.batch, lr=1e-4))
     plain = ModelSpec(
         case.network, (), case.size, "conventional", "embedding", options={"image_size": case.size}
     )

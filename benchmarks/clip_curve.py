@@ -43,7 +43,7 @@ def main() -> None:
         if step % asked.every == 0:
             found = of_checkpoint(params, asked.tower, asked.run, step)
             kept = {name: round(value / original[name], 4) for name, value in found.items()}
-            images = step * getattr(params.clip, asked.tower).bcosify.batch_size
+            images = step * getattr(params.clip, asked.tower).bcosify.optim.batch_size
             print(json.dumps({"step": step, "images": images, **found, "kept": kept}), flush=True)
 
 

@@ -32,7 +32,7 @@ from pipelines.bcos import bcosify
 from pipelines.methods import E2KD
 from pipelines.methods.method import Method
 from pipelines.models import ModelSpec, build
-from pipelines.params import DistillationParams, TrainingParams
+from pipelines.params import DistillationParams, OptimiserParams, TrainingParams
 from pipelines.training.objective import build_objective, memory_format
 from pipelines.training.step import in_memory_format
 
@@ -76,9 +76,7 @@ def steps(
         network = bcosify(build(case.network, num_classes=len(CLASSES)), normalize_weight=True)
         student = keep_small_features(network).to(device).train()
         params = DistillationParams(
-            epochs=1,
-            batch_size=case.batch,
-            lr=0.1,
+            optim=OptimiserParams(epochs=1, batch_size=case.batch, lr=0.1),
             explanation_weight=weight,
             explain_every=every,
             explanations="frozen" if name == "frozen" else "live",

@@ -124,10 +124,10 @@ def directory_of(task: Task) -> str:
 
 def figures(task: Task, folder: Path, split: str) -> dict[str, float]:
     """Evaluation figures of the model in `folder` and, with the prefix `teacher_`, of a student's teacher."""
-    optim, guided, folders, teacher = task.optim, None, {"model": str(folder)}, None
-    if isinstance(optim, GuidanceParams):
-        guided = Attribution(optim.attribution, optim.layer)
-    if isinstance(optim, DistillationParams):
+    method, guided, folders, teacher = task.method, None, {"model": str(folder)}, None
+    if isinstance(method, GuidanceParams):
+        guided = Attribution(method.attribution, method.layer)
+    if isinstance(method, DistillationParams):
         teacher, folders["teacher"] = "teacher", str(model_folder("teacher"))
     where = (shards_of(task.params.dataset), task.params.data, task.params.evaluate, split)
     found, _ = evaluate(Context(), folders, *where, teacher, guided)
@@ -172,7 +172,9 @@ def main() -> None:
         for seed, run in itertools.product(options.seeds, options.run or [[]]):
             pairs = (change.split("=", 1) for change in run)
             values = {
-                key if "." in key else f"{SECTIONS[options.stage]}.{key}": yaml.safe_load(value)
+                key
+                if key.partition(".")[0] in Params.model_fields
+                else f"{SECTIONS[options.stage]}.{key}": yaml.safe_load(value)
                 for key, value in pairs
             }
             params = replaced(base, {"training.workers": 0, **dict.fromkeys(SEEDS, seed), **values}, "--run")

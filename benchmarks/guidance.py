@@ -30,7 +30,7 @@ from pipelines.bcos import add_inverse, bcosify, explanation_mode
 from pipelines.bcos.precision import exact_float32
 from pipelines.methods import Guidance
 from pipelines.models import build
-from pipelines.params import GuidanceParams, TrainingParams
+from pipelines.params import GuidanceParams, OptimiserParams, TrainingParams
 from pipelines.training.objective import build_objective, memory_format
 
 CLASSES = 20
@@ -70,7 +70,9 @@ def steps(case: Case, device: str, compiled: bool, channels_last: bool) -> dict[
     }
     found = {}
     for name, weight in (("plain", 0.0), ("guided", 0.01)):
-        params = GuidanceParams(epochs=1, batch_size=case.batch, lr=0.1, localisation_weight=weight)
+        params = GuidanceParams(
+            optim=OptimiserParams(epochs=1, batch_size=case.batch, lr=0.1), localisation_weight=weight
+        )
         method = Guidance(network(case, device).train(), "multilabel", CLASSES, params)
         found[name] = stepper(
             method, build_objective(method, training), batch, device, memory_format(training), 1

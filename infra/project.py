@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.params import Params, load
+from pipelines.params import Params, check_names, load
 from pipelines.storage import files
 from pipelines.storage.errors import one_line
 
@@ -90,6 +90,7 @@ def compose(path: Path, overrides: Sequence[str]) -> None:
     """Composes params from the project's recipes, as `dvc exp run -S` does, and writes them to `path`."""
     from dvc.utils.hydra import compose_and_dump
 
+    check_names(override.lstrip("+~").partition("=")[0] for override in overrides)
     with open_repo() as repo:
         hydra = repo.config["hydra"]
         recipes = os.path.join(repo.root_dir, hydra["config_dir"])

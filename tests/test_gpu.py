@@ -27,6 +27,7 @@ from pipelines.params import (
 )
 from pipelines.training import Context, Job, TrainingError, train
 from tests.support.drawn import drawn_shards, flat, known_by_heart
+from tests.support.method_params import method_params
 from tests.support.toy import CLASSES, accident, identical, toy_job, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -153,14 +154,15 @@ def job(shards, directories, name, directory, training):
     """A job that trains one epoch of the method `name`, on the B-cos model or the conventional one."""
     settings = {"epochs": 1, "batch_size": 8, "lr": 0.01, "optimiser": "sgd"}
     if name == "bcosification":
-        optim = BcosificationParams(**settings)
+        optim = method_params(BcosificationParams, **settings)
         spec = replace(models.read_spec(directories["conventional"]), kind="bcos", design=optim.design())
         method = partial(build_bcosification, spec, directories["conventional"], optim, 0)
     elif name == "guidance":
-        optim = GuidanceParams(**settings, localisation_weight=0.01)
+        optim = method_params(GuidanceParams, **settings, localisation_weight=0.01)
         method = partial(build_guidance, directories["bcos"], optim)
     else:
-        optim, student = DistillationParams(**settings, explanation_weight=1.0), StudentParams(name="resnet8")
+        optim = method_params(DistillationParams, **settings, explanation_weight=1.0)
+        student = StudentParams(name="resnet8")
         method = partial(
             build_e2kd, student, models.read_spec(directories["bcos"]), directories["bcos"], optim, 0
         )
@@ -168,7 +170,7 @@ def job(shards, directories, name, directory, training):
         build=method,
         shards=shards,
         data=DATA,
-        optim=optim,
+        params=optim,
         training=training,
         seed=0,
         directory=str(directory),

@@ -18,7 +18,7 @@ from pipelines.losses import uniform_off_label_bce
 from pipelines.methods.method import Classification
 
 if TYPE_CHECKING:
-    from pipelines.params import BcosificationParams
+    from pipelines.params import BcosificationParams, DesignParams
 
 
 class FineTuning:
@@ -30,7 +30,7 @@ class FineTuning:
     """
 
     module: nn.Module
-    params: BcosificationParams
+    params: DesignParams
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Returns up to four groups (matrices, vectors, biases, learned B), each with its own weight decay.

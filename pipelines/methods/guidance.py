@@ -125,7 +125,7 @@ class Guidance(ObjectClassification):
             return made
         masks = box_masks(dilated(boxes, self.params.dilation, size), drawn, size)
         count = drawn.new_ones(len(drawn), dtype=torch.float32) * batch.get(
-            "step_images", self.params.batch_size
+            "step_images", self.params.optim.batch_size
         )
         return {
             **made,

@@ -1,4 +1,4 @@
-"""Every knob of the pipeline, as strict pydantic models. `params.yaml` is read here and nowhere else."""
+"""The schema of params.yaml: strict pydantic models with every knob. Only this package reads the file."""
 
 from pipelines.params.base import ParamsError, keyed
 from pipelines.params.clip import ClipGroupParams, ClipParams, ImageTextParams, TowersParams
@@ -22,6 +22,8 @@ from pipelines.params.evaluation import ClipEvaluateParams, EvaluateParams, Line
 from pipelines.params.methods import (
     BcosificationParams,
     BcosifyParams,
+    ClassifyParams,
+    DesignParams,
     DistillationParams,
     DistillParams,
     FrozenParams,
@@ -30,8 +32,10 @@ from pipelines.params.methods import (
     PretrainParams,
     StudentParams,
 )
+from pipelines.params.renames import RENAMES, check_names, renamed
 from pipelines.params.search import AshaParams, SearchDimension, SearchParams
 from pipelines.params.training import (
+    MethodParams,
     ModelParams,
     NetworkParams,
     OptimiserParams,

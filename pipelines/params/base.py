@@ -1,4 +1,4 @@
-"""What all groups of params are made of."""
+"""Building blocks of all groups of params: value types, the base class, and the error."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Exponent = Annotated[float, Field(ge=1.0)]  # B
+Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def odd(value: int) -> int:
-    """`value`, which must be odd."""
+    """Returns `value`; raises `ValueError` if it is even."""
     if value % 2 == 0:
         raise ValueError("must be odd")
     return value
 
 
 class ParamsError(UserError, ValueError):
-    """A bad key, type or value in the params: one line that names it and what is allowed; `keys` are those it is about."""
+    """A bad key, type or value in the params, in one line. `keys` are the params that the error is about."""
 
     def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -33,16 +34,27 @@ class ParamsError(UserError, ValueError):
 
 
 class Strict(BaseModel):
-    """A group of params: unknown keys are errors, values are immutable."""
+    """A group of params: unknown keys are errors, values are immutable.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    The docstring below a field describes the param. Its first sentence becomes the comment in params.yaml,
+    all of it the text in docs/params.md (`python -m stages.tools.params`).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 @contextmanager
 def keyed(section: str, group: Strict) -> Iterator[None]:
-    """Puts `section` before an error in the block that begins with a field of `group`: `a.b.select: ...` for `select: ...`.
+    """Prefixes errors about a field of `group` with `section`: `select: ...` becomes `a.b.select: ...`.
 
-    The type of the error stays. Library code knows the fields of a group, but not where the group stands in params.yaml.
+    The type of the error stays the same. Library code knows the fields of a group, but not where the group
+    stands in params.yaml.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Params of image towers and text towers: how a pair is trained, and how an image tower is B-cosified."""
+"""Params of B-cosified CLIP: pairs of towers, and the B-cosification of the image tower."""
 
 from __future__ import annotations
 
@@ -9,38 +9,37 @@ from pydantic import model_validator
 from pipelines.params.base import PositiveFloat, Strict
 from pipelines.params.data import DataParams
 from pipelines.params.evaluation import ClipEvaluateParams
-from pipelines.params.methods import BcosificationParams
-from pipelines.params.training import ModelParams, NetworkParams, OptimiserParams
+from pipelines.params.methods import DesignParams
+from pipelines.params.training import MethodParams, ModelParams, NetworkParams
 
 
-class ImageTextParams(OptimiserParams):
-    """An image tower and a text tower trained on images with captions. `epochs: 0` takes both as they come."""
+class ImageTextParams(MethodParams):
+    """Training of an image tower and a text tower on captions. `optim.epochs: 0` keeps their weights."""
 
-    loss: Literal["clip", "siglip"] = "clip"  # open_clip's: softmax over a batch, or each pair on its own
-    locked: bool = (
-        False  # the image tower stays as it is, and the text tower is trained to it (Zhai et al., LiT, 2022)
-    )
+    loss: Literal["clip", "siglip"] = "clip"
+    """Softmax over the pairs of a batch, or a sigmoid per pair."""
+    locked: bool = False
+    """Trains the text tower alone (Zhai et al., LiT, 2022)."""
     select: str = "val/loss"
 
-    @model_validator(mode="after")
-    def _captions_follow(self) -> ImageTextParams:
-        if self.mixup > 0:
-            raise ValueError("mixup: captions are of single images, which cannot be mixed: set it to 0")
-        return self
 
-
-class ClipParams(BcosificationParams):
-    """The design choices and the fine-tuning of a B-cosified image tower, which learns the embeddings of the original one."""
+class ClipParams(DesignParams):
+    """B-cosification of an image tower, which learns the original tower's embeddings from images alone."""
 
     loss: Literal["siglip", "cosine", "info_nce"] = "siglip"
-    scale: PositiveFloat = 10.0  # of cosines, in siglip
-    pair_bias: float = -10.0  # of a pair's logit, in siglip
-    temperature_nce: PositiveFloat = 0.1  # of cosines, in info_nce
-    negatives: Literal["batch", "local"] = (
-        "batch"  # images of the effective batch, or those that a worker takes at once
-    )
+    """Loss between embeddings. Those of the B-cosified and the original tower."""
+    scale: PositiveFloat = 10.0
+    """Factor of the cosines, in siglip."""
+    pair_bias: float = -10.0
+    """Bias of the logit of a pair, in siglip."""
+    temperature_nce: PositiveFloat = 0.1
+    """Divisor of the cosines, in info_nce."""
+    negatives: Literal["batch", "local"] = "batch"
+    """Negatives of a pair. Images of the effective batch, or of the worker's micro-batch."""
     position_embedding: Literal["keep", "remove"] = "keep"
-    projection: Literal["linear", "bcos"] = "linear"  # the matrix after a ViT's last norm
+    """Position embedding of a ViT or attention pool. For a ViT, remove takes the class token, too."""
+    projection: Literal["linear", "bcos"] = "linear"
+    """Last projection of the tower, after a ViT's last norm."""
     gap_reorder: bool = False
     logit_bias: float | None = 0.0
     select: str = "val/loss"
@@ -49,19 +48,13 @@ class ClipParams(BcosificationParams):
     def _negatives_exist(self) -> ClipParams:
         if self.loss == "info_nce" and self.negatives == "batch":
             raise ValueError(
-                "negatives: info_nce compares a target with the embeddings of all images, and their gradients stay on their "
-                "worker: choose local (or loss: siglip)"
+                "negatives: info_nce compares a target with the embeddings of all images, whose gradients "
+                "stay on their worker: choose local (or loss: siglip)"
             )
         return self
 
-    @model_validator(mode="after")
-    def _teacher_follows(self) -> ClipParams:
-        if self.mixup > 0:
-            raise ValueError("mixup: an image tower learns the embeddings of single images: set it to 0")
-        return self
-
     def design(self) -> dict[str, Any]:
-        """The keyword arguments of `bcosify` for the tower as training starts."""
+        """The keyword arguments of `bcosify` for the tower at the start of training."""
         return super().design() | {
             "position_embedding": self.position_embedding,
             "projection": self.projection,
@@ -71,23 +64,34 @@ class ClipParams(BcosificationParams):
 class TowersParams(Strict):
     """An image tower with its text tower: the original pair, and the B-cosified image tower."""
 
-    model: (
-        ModelParams  # of the image tower: `open_clip:RN50`, or `open_clip:FILE`, a JSON config of one's own
-    )
-    text: NetworkParams  # of the text tower, likewise
+    model: ModelParams
+    """The image tower; options are those of the vision config."""
+    text: NetworkParams
+    """The text tower; options are those of the text config."""
     pretrain: ImageTextParams
+    """Training of the original pair on captions."""
     bcosify: ClipParams
+    """B-cosification of the image tower."""
 
 
 class ClipGroupParams(Strict):
-    """B-cosified CLIP: which towers, on which data sets, and how they are evaluated."""
+    """B-cosified CLIP: zero-shot models that show what a text looks at."""
 
-    towers: list[Literal["cnn", "vit"]]  # that are trained
-    pairs: str  # of `datasets`: images with captions, that the original pair is trained on and retrieval is measured on
-    images: str  # that B-cosification learns from, without captions or labels
-    labelled: str  # for zero-shot classification and linear probes
-    located: str  # with boxes, for text localisation
-    data: DataParams  # how these are read
+    towers: list[Literal["cnn", "vit"]]
+    """Pairs that are trained. None by default, because a pair takes minutes."""
+    pairs: str
+    """Key in `datasets`: images with captions. To train a pair, and to measure retrieval."""
+    images: str
+    """Key in `datasets`: images for B-cosification. Captions and labels are not used."""
+    labelled: str
+    """Key in `datasets`: for zero-shot classification and linear probes."""
+    located: str
+    """Key in `datasets`: images with boxes, for text localisation."""
+    data: DataParams
+    """How these images are read."""
     cnn: TowersParams
+    """A convolutional image tower and its text tower."""
     vit: TowersParams
+    """A vision transformer and its text tower."""
     evaluate: ClipEvaluateParams
+    """Evaluation of the original and B-cosified towers."""

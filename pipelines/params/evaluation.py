@@ -6,78 +6,101 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from pipelines.params.base import Exponent, NonNegativeFloat, PositiveFloat, Sha256, Strict, odd
+from pipelines.params.base import Count, Exponent, NonNegativeFloat, PositiveFloat, Sha256, Strict, odd
+
+PostHoc = Literal["gradcam", "input_x_gradient", "integrated_gradients"]
+Label = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Names = Literal["data", "imagenet"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class PublishedParams(Strict):
     """A published B-cos network, trained on ImageNet."""
 
-    name: str  # `b-cos-v2:resnet18`, `b-cosification:vitc_s`, ...: see `pipelines.models.published`
-    weights: str  # its checkpoint, a local file or URL
+    name: str
+    """`b-cos-v2:resnet18`, `b-cosification:vitc_s`, and others of `pipelines.models.published`."""
+    weights: str
+    """File or URL of its checkpoint."""
     sha256: Sha256 | None = None
+    """Checksum of the checkpoint."""
 
 
 class EvaluateParams(Strict):
     """Accuracy, localisation and pictures on the test split."""
 
     batch_size: PositiveInt = 128
-    workers: Annotated[int, Field(ge=0)] = 0
-    grid_size: Annotated[int, Field(ge=2)] = 2  # n of the n x n pointing game
+    """Images per batch and worker."""
+    workers: Count = 0
+    """Ray workers; 0: the stage's process."""
+    grid_size: Annotated[int, Field(ge=2)] = 2
+    """n of the n x n grid pointing game."""
     grid_count: PositiveInt
-    grid_batch: PositiveInt = 16  # grids at once
-    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)]  # side of the mean filter of maps, pixels
-    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = (
-        "gradcam",
-        "input_x_gradient",
-    )
-    pictures: Annotated[int, Field(ge=0)] = 16
-    published: dict[
-        Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PublishedParams
-    ] = {}  # evaluated too, by a name for reports
+    """Grids of the pointing game."""
+    grid_batch: PositiveInt = 16
+    """Grids per batch."""
+    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)]
+    """Side of the mean filter over maps, odd, pixels."""
+    posthoc: tuple[PostHoc, ...] = ("gradcam", "input_x_gradient")
+    """Explanations of the conventional model."""
+    pictures: Count = 16
+    """Images that are drawn with their explanations."""
+    published: dict[Label, PublishedParams] = {}
+    """Published networks, by a name for the reports. They are evaluated, too."""
     seed: int = 0
+    """Seed of the draw of grids and pictures."""
 
 
 class LinearProbeParams(Strict):
-    """Linear probes of frozen features; the defaults are those of CLIP_benchmark, which the published figures come from."""
+    """Linear probes of frozen features. The defaults are those of CLIP_benchmark, as in published figures."""
 
     epochs: PositiveInt = 20
+    """Passes over the features."""
     batch_size: PositiveInt = 512
-    lr: PositiveFloat = 0.1  # of AdamW at the first step, with a cosine schedule down to 0
+    """Features per step."""
+    lr: PositiveFloat = 0.1
+    """Learning rate of AdamW, with a cosine schedule."""
     weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
     heads: Annotated[tuple[Literal["linear", "bcos"], ...], Field(min_length=1)] = ("linear",)
+    """Heads that are trained."""
     losses: Annotated[tuple[Literal["cross_entropy", "bce"], ...], Field(min_length=1)] = ("cross_entropy",)
-    b: Exponent = 2.0  # B of the head `bcos`
+    """Losses that each head is trained with."""
+    b: Exponent = 2.0
+    """B of the head bcos."""
     seed: int = 0
-
-
-Names = Literal["data", "imagenet"] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """Seed of initial weights and order."""
 
 
 class ClipEvaluateParams(Strict):
     """Zero-shot accuracy, retrieval, text localisation and linear probes of image towers."""
 
     batch_size: PositiveInt = 128
-    workers: Annotated[int, Field(ge=0)] = 0
-    text_batch: PositiveInt = 256  # texts at once through the text tower, which bounds its memory
-    names: Names = "data"  # of the classes: the data's, open_clip's of ImageNet, or one's own in label order
-    templates: str | tuple[str, ...] = (
-        "imagenet"  # a list of open_clip (`imagenet`, `simple`, `plain`) or one's own
-    )
-    localisation_names: Names = "data"  # of the classes, in text localisation
-    localisation_templates: str | tuple[str, ...] = "plain"  # of the texts that text localisation explains
-    scale: PositiveFloat = 100.0  # logits are scale times cosine
-    hold_norm: bool = (
-        True  # hold the embedding's norm, so that contributions sum to the cosine; false: as published
-    )
-    posthoc: tuple[Literal["gradcam", "input_x_gradient", "integrated_gradients"], ...] = (
-        "gradcam",
-    )  # of conventional towers
+    """Images per batch and worker."""
+    workers: Count = 0
+    """Ray workers; 0: the stage's process."""
+    text_batch: PositiveInt = 256
+    """Texts per batch of the text tower."""
+    names: Names = "data"
+    """Class names, or a list. Those of the data, open_clip's of ImageNet, or a list in label order."""
+    templates: str | tuple[str, ...] = "imagenet"
+    """Texts around a class name. open_clip's imagenet (80), simple (7) or plain, or texts with {}."""
+    localisation_names: Names = "data"
+    """Class names in text localisation."""
+    localisation_templates: str | tuple[str, ...] = "plain"
+    """Templates in text localisation."""
+    scale: PositiveFloat = 100.0
+    """Factor of the cosines in the logits."""
+    hold_norm: bool = True
+    """Holds the embedding's norm; then contributions sum to the cosine. False: as published."""
+    posthoc: tuple[PostHoc, ...] = ("gradcam",)
+    """Explanations of the original towers."""
     probe: LinearProbeParams = LinearProbeParams()
-    text2concept: dict[
-        Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str
-    ] = {}  # name -> folder of a B-cos classifier
-    pictures: Annotated[int, Field(ge=0)] = 8  # of text localisation, for each B-cosified tower
-    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = (
-        15  # side of the mean filter of their opacity, pixels
-    )
-    seed: int = 0  # draws which images these show
+    """Linear probes of the frozen features."""
+    text2concept: dict[Label, str] = {}
+    """Classifiers of the baseline Text2Concept. Name → folder of a B-cos classifier, whose features are
+    mapped into CLIP's space."""
+    pictures: Count = 8
+    """Images of text localisation that are drawn per tower."""
+    smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15
+    """Side of the mean filter over the opacity of these pictures, odd, pixels."""
+    seed: int = 0
+    """Seed of the draw of these images."""

@@ -1,4 +1,4 @@
-"""Params of each method: its own, and its optimiser's."""
+"""Params of each method of training, and of the groups of stages around them."""
 
 from __future__ import annotations
 
@@ -8,57 +8,78 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipelines.params.base import Exponent, Fraction, NonNegativeFloat, PositiveFloat, Strict
 from pipelines.params.data import DataParams
-from pipelines.params.training import ModelParams, OptimiserParams
+from pipelines.params.training import MethodParams, ModelParams
 
 
-class PretrainParams(OptimiserParams):
-    """The conventional model. `epochs: 0` takes the pretrained weights as they come."""
+class PretrainParams(MethodParams):
+    """The conventional model. With `optim.epochs: 0` it keeps its pretrained weights."""
 
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
     label_smoothing: Fraction = 0.0
+    """Probability mass that is spread over all classes."""
 
 
-class BcosificationParams(OptimiserParams):
-    """The design choices of Arya et al. 2024 (methods of `bcosify`), and the fine-tuning after them."""
+class DesignParams(MethodParams):
+    """The design choices of B-cosification (Arya et al. 2024), applied by `bcosify` before fine-tuning."""
 
-    b: Exponent = 2.0  # in the end
+    b: Exponent = 2.0
+    """Exponent B after training."""
     b_mode: Literal["fixed", "scheduled", "learned"] = "fixed"
-    b_start: Exponent = 1.0  # where a schedule or learning starts
-    b_epochs: PositiveInt = 2  # over which a schedule goes from b_start to b, in equal parts a step
-    b_decay: NonNegativeFloat = 1.0  # weight decay that pulls a learned B towards 2
+    """B is constant, rises, or is a parameter."""
+    b_start: Exponent = 1.0
+    """First value of a scheduled or learned B."""
+    b_epochs: PositiveInt = 2
+    """Epochs in which a scheduled B rises from b_start to b."""
+    b_decay: NonNegativeFloat = 1.0
+    """Weight decay that pulls a learned B towards 2."""
     bias: Literal["remove", "fade", "decay", "keep"] = "remove"
-    bias_epochs: PositiveInt = 2  # over which biases fade to zero, in equal parts a step
-    bias_decay: NonNegativeFloat = 1.0  # weight decay on biases (the norms' too), where they decay
+    """Biases of all layers, norms included."""
+    bias_epochs: PositiveInt = 2
+    """Epochs in which biases are scaled to zero, if `bias: fade`."""
+    bias_decay: NonNegativeFloat = 1.0
+    """Weight decay of the biases, if `bias: decay`."""
     norm: Literal["uncentered", "uncentered_unshifted", "centered"] = "uncentered"
+    """BatchNorm's mean. It is moved into the bias, dropped, or subtracted."""
     stem_pool: Literal["average", "keep"] = "average"
+    """Max pooling of the stem. It becomes average pooling, or stays."""
     gap_reorder: bool = True
+    """Global average pooling after the classifier instead of before it."""
     activation: Literal["keep", "remove"] = "keep"
-    logit_bias: float | None = None  # none: -log(classes - 1)
+    """Activation functions between layers."""
+    logit_bias: float | None = None
+    """Constant added to the logits; null: -log(classes - 1)."""
     temperature: PositiveFloat = 1.0
+    """Divisor of the logits."""
     normalize_weight: bool = False
-    max_out: PositiveInt = 1  # units of which each output is the maximum
+    """Weights have norm 1, as in B-cos networks from scratch."""
+    max_out: PositiveInt = 1
+    """Units per output, which is their maximum; above 1 for scratch alone."""
 
     @model_validator(mode="after")
-    def _exponents_fit(self) -> BcosificationParams:
+    def _exponents_fit(self) -> DesignParams:
         if self.b_mode == "learned" and self.b != 2:
             raise ValueError(
                 f"b: a learned B is pulled towards 2, not {self.b:g}; b_start says where it starts"
             )
-        if self.b_mode == "scheduled" and self.b_epochs > self.epochs:
+        if self.b_mode == "scheduled" and self.b_epochs > self.optim.epochs:
             raise ValueError(
-                f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in {self.epochs} epochs"
+                f"b_epochs: a schedule over {self.b_epochs} epochs does not reach b in "
+                f"{self.optim.epochs} epochs"
             )
         return self
 
     @model_validator(mode="after")
-    def _biases_fade(self) -> BcosificationParams:
-        if self.bias == "fade" and self.bias_epochs > self.epochs:
+    def _biases_fade(self) -> DesignParams:
+        if self.bias == "fade" and self.bias_epochs > self.optim.epochs:
             raise ValueError(
-                f"bias_epochs: biases that fade over {self.bias_epochs} epochs are not gone after {self.epochs}"
+                f"bias_epochs: biases that fade over {self.bias_epochs} epochs are not gone after "
+                f"{self.optim.epochs}"
             )
         return self
 
     @model_validator(mode="after")
-    def _biases_decay(self) -> BcosificationParams:
+    def _biases_decay(self) -> DesignParams:
         if self.bias == "decay" and self.bias_decay == 0:
             raise ValueError(
                 "bias_decay: biases that decay need a decay above 0; bias: keep leaves them as they are"
@@ -72,7 +93,7 @@ class BcosificationParams(OptimiserParams):
         return max(b_epochs, self.bias_epochs if self.bias == "fade" else 0)
 
     def design(self) -> dict[str, Any]:
-        """The keyword arguments of `bcosify` for the network as training starts."""
+        """The keyword arguments of `bcosify` for the network at the start of training."""
         names = (
             "b_mode",
             "bias",
@@ -87,32 +108,48 @@ class BcosificationParams(OptimiserParams):
         return {"b": self.b if self.b_mode == "fixed" else self.b_start, **chosen}
 
 
+class BcosificationParams(DesignParams):
+    """The design choices of B-cosification (Arya et al. 2024), and the fine-tuning of the classifier."""
+
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
+
+
 class BcosifyParams(Strict):
-    """Which B-cos networks are trained: from the `pretrained` model, and from `scratch` as the baseline."""
+    """B-cos networks: from the pretrained model, and from scratch as the baseline."""
 
     starts: Annotated[list[Literal["pretrained", "scratch"]], Field(min_length=1)]
+    """Networks that are trained. The first one becomes teacher, backbone and registered model."""
     pretrained: BcosificationParams
+    """B-cosification of the pretrained model."""
     scratch: BcosificationParams
+    """The same network from random weights."""
 
     @model_validator(mode="after")
     def _pretrained_weights_stay(self) -> BcosifyParams:
         if self.pretrained.max_out > 1:
             raise ValueError(
-                f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: for scratch alone"
+                f"pretrained.max_out: {self.pretrained.max_out} units are all drawn at random: "
+                "for scratch alone"
             )
         return self
 
 
-class DistillationParams(OptimiserParams):
-    """The loss of Parchami-Araghi et al. 2024, and its training; an `explanation_weight` of 0 is plain distillation."""
+class DistillationParams(MethodParams):
+    """Distillation (Parchami-Araghi et al. 2024). Without `explanation_weight` it is plain distillation."""
 
-    temperature: PositiveFloat = 1.0  # τ
-    explanation_weight: NonNegativeFloat = 0.0  # λ
-    label_weight: NonNegativeFloat = 0.0  # α
-    explain_every: PositiveInt = 1  # explanations are matched on every so many-th step alone
-    explanations: Literal["live", "frozen"] = (
-        "live"  # the teacher's: of each view, or stored once, of the fixed one
-    )
+    temperature: PositiveFloat = 1.0
+    """τ, of the softmax of student and teacher."""
+    explanation_weight: NonNegativeFloat = 0.0
+    """λ, weight of the explanation loss."""
+    label_weight: NonNegativeFloat = 0.0
+    """α, weight of the loss on the labels."""
+    explain_every: PositiveInt = 1
+    """Steps between two steps with the explanation loss."""
+    explanations: Literal["live", "frozen"] = "live"
+    """The teacher's explanations. Those of each augmented view, or stored once by the stage explain."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
 
     @model_validator(mode="after")
     def _maps_follow(self) -> DistillationParams:
@@ -124,89 +161,110 @@ class DistillationParams(OptimiserParams):
 
 
 class StudentParams(ModelParams):
-    """The network that learns. It is made B-cos, from random weights or from those named, or stays conventional."""
+    """The network that learns from the teacher."""
 
     kind: Literal["bcos", "conventional"] = "bcos"
-    normalize_weight: bool = True  # of B-cos layers, for students from random weights
+    """A B-cos or conventional network. Conventional students and their teachers are compared by GradCAM."""
+    normalize_weight: bool = True
+    """B-cos weights have norm 1, for students from random weights."""
 
     def design(self) -> dict[str, Any]:
-        """The keyword arguments of `bcosify`; none for a conventional student."""
+        """The keyword arguments of `bcosify`; empty for a conventional student."""
         return {"normalize_weight": self.normalize_weight} if self.kind == "bcos" else {}
 
 
 class FrozenParams(Strict):
-    """How explanations are stored."""
+    """The format of stored explanations."""
 
-    resolution: PositiveInt | None = None  # side of the maps, cells; none: image_size
+    resolution: PositiveInt | None = None
+    """Side of the stored maps, cells; null: image_size."""
     precision: Literal["float16", "float32"] = "float16"
+    """Number format of the stored maps."""
 
 
 class DistillParams(Strict):
-    """Which students are trained: `e2kd`, and as the baseline plain distillation, `kd`."""
+    """Students: with the teacher's explanations (`e2kd`), and without as the baseline (`kd`)."""
 
     runs: Annotated[list[Literal["kd", "e2kd"]], Field(min_length=1)]
-    teacher: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str  # what DVC makes, and watches, before the teacher is taken: a path
+    """Students that are trained."""
+    teacher: str
+    """Folder of the teacher, or models:/NAME@ALIAS in the registry."""
+    after: str
+    """Path that DVC makes before it takes the teacher. For a teacher from elsewhere, its folder or
+    pyproject.toml."""
     student: StudentParams
-    shots: PositiveInt | None = (
-        None  # training images a class, or all of a class that has fewer; none: all of them
-    )
-    shots_seed: int = 0  # draws which ones
+    """The student's network."""
+    shots: PositiveInt | None = None
+    """Training images per class; null: all. Classes with fewer give all of theirs."""
+    shots_seed: int = 0
+    """Seed of the draw of these images."""
     frozen: FrozenParams
+    """Stored explanations."""
     kd: DistillationParams
+    """Plain distillation, the baseline."""
     e2kd: DistillationParams
+    """e²KD: distillation of answers and explanations."""
 
 
-class GuidanceParams(OptimiserParams):
-    """The loss of Rao et al. 2023, and its training, on the classifier of the stage `classify`."""
+class ClassifyParams(MethodParams):
+    """The classifier before guidance: the backbone with a new head."""
 
-    select: Literal["f1", "epg", "iou", "knee"] = (
-        "knee"  # of the Pareto front of these three on `val`, the best of one; or its knee
-    )
+
+class GuidanceParams(MethodParams):
+    """Model guidance (Rao et al. 2023) of the classifier of the stage `classify`."""
+
+    select: Literal["f1", "epg", "iou", "knee"] = "knee"
+    """Epoch of the Pareto front. The best of F1, EPG or IoU on val, or the knee of the three."""
     loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
-    alpha: Fraction = (
-        0.5  # α of size_corrected_energy: the higher, the more a small box counts; 0: as in energy
-    )
-    localisation_weight: NonNegativeFloat  # λ, of the sum of the loss over the images of an effective batch
+    """Localisation loss."""
+    alpha: Fraction = 0.5
+    """Of size_corrected_energy: the higher, the more a small box counts. At 0 it equals energy."""
+    localisation_weight: NonNegativeFloat
+    """λ, of the localisation loss summed over the images of a batch."""
     attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
-    layer: str | None = (
-        None  # name of a module whose output is explained; none: the input, for gradcam the last features
-    )
-    annotated: Annotated[float, Field(gt=0.0, le=1.0)] = (
-        1.0  # share of the training images whose boxes are used
-    )
-    annotated_seed: int = 0  # draws which ones
-    dilation: NonNegativeFloat = 0.0  # by which each side of a box moves out, of the box's width or height
-    f1_floor: Fraction = 0.0  # of val; below it training stops
+    """Explanation that is guided. All but bcos are for conventional networks."""
+    layer: str | None = None
+    """Module whose output is explained; null: the input. For gradcam null means the last features."""
+    annotated: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the training images whose boxes are used."""
+    annotated_seed: int = 0
+    """Seed of the draw of these images."""
+    dilation: NonNegativeFloat = 0.0
+    """Each side of a box moves out by this share of its width or height."""
+    f1_floor: Fraction = 0.0
+    """F1 on val below which training stops."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Those of the Pareto front."""
+        """Metrics of the Pareto front."""
         return ("val/f1", "val/epg", "val/iou")
 
     @property
     def floors(self) -> dict[str, float]:
-        """That of F1."""
+        """The floor of F1."""
         return {"val/f1": self.f1_floor}
 
     @model_validator(mode="after")
     def _boxes_follow(self) -> GuidanceParams:
-        if self.mixup > 0:
-            raise ValueError("mixup: boxes are of single images, which cannot be mixed: set it to 0")
         if self.attribution == "integrated_gradients" and self.layer is not None:
             raise ValueError("layer: integrated gradients explain the input alone: set it to null")
         return self
 
 
 class GuideParams(Strict):
-    """A classifier of what is in an image, from a backbone with a new head, and then its guidance by boxes."""
+    """A multi-label classifier, and its guidance by boxes."""
 
-    dataset: str  # of `datasets`; it needs boxes
+    dataset: str
+    """Key in `datasets`; its images need boxes. Chosen by `-S guide=NAME`."""
     data: DataParams
-    backbone: str  # folder of a model, or `models:/name@alias` in the registry
-    after: str  # what DVC makes, and watches, before the backbone is taken: a path
-    splits: Annotated[
-        list[Literal["train", "val", "test"]], Field(min_length=1)
-    ]  # that both classifiers are evaluated on
-    classify: OptimiserParams
+    """How the images of guide.dataset are read."""
+    backbone: str
+    """Folder of the backbone, or models:/NAME@ALIAS in the registry."""
+    after: str
+    """Path that DVC makes before it takes the backbone, like distill.after."""
+    splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]
+    """Splits on which both classifiers are evaluated."""
+    classify: ClassifyParams
+    """Training of the backbone with a new head."""
     guided: GuidanceParams
+    """Training of this classifier with guidance."""

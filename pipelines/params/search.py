@@ -7,21 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pipelines.params.base import PositiveFloat, Strict
+from pipelines.params.base import Count, PositiveFloat, Strict
+from pipelines.params.renames import renamed
 
 Scalar = bool | int | float | str | None
 
 
 class SearchDimension(Strict):
-    """One dimension of a search space: a param by its path, and what it is drawn from."""
+    """One dimension of a search space: a param, and a choice or a range of values."""
 
-    key: str  # such as bcosify.pretrained.lr
+    key: str
+    """Path of the param, such as bcosify.pretrained.optim.lr."""
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = None
-    uniform: tuple[float, float] | None = None  # least, most
+    """Values to choose from."""
+    uniform: tuple[float, float] | None = None
+    """Least and most of a uniform range."""
     loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    when: dict[
-        str, Scalar
-    ] = {}  # keys before this one -> value: drawn where they have these, otherwise left as it is
+    """Least and most of a range that is uniform in the logarithm."""
+    when: dict[str, Scalar] = {}
+    """Earlier keys -> values with which the param is drawn. Otherwise it keeps its own value."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -29,12 +33,12 @@ class SearchDimension(Strict):
 
     @property
     def extremes(self) -> list[Scalar]:
-        """Every value of a choice, the least and the most of a range."""
+        """All values of a choice, or the least and the most of a range."""
         return list(self.choice or self.uniform or self.loguniform or ())
 
     @property
     def between(self) -> list[float]:
-        """For a range, one value that is no whole number, as nearly all that will be drawn; none for a choice."""
+        """One value inside a range that is not an integer, as nearly all draws are. Empty for a choice."""
         bounds = self.uniform or self.loguniform
         return [bounds[0] + (bounds[1] - bounds[0]) / math.pi] if bounds else []
 
@@ -51,31 +55,42 @@ class SearchDimension(Strict):
 class AshaParams(Strict):
     """Asynchronous successive halving (Li et al., MLSys 2020) by the first metric: weak trials end early."""
 
-    grace: PositiveInt = 1  # epochs that every trial gets
-    reduction: Annotated[float, Field(gt=1.0)] = 2.0  # one in so many trials that come to a rung goes on
+    grace: PositiveInt = 1
+    """Epochs that every trial gets."""
+    reduction: Annotated[float, Field(gt=1.0)] = 2.0
+    """One in this many trials that reach a rung continues."""
 
 
 class SearchParams(Strict):
-    """A search by Ray Tune and Optuna: the work of a stage, many times over, with some params replaced."""
+    """A search by Ray Tune and Optuna: short trials of one stage with other params."""
 
     stage: Literal[
         "bcosify@pretrained", "bcosify@scratch", "distill@kd", "distill@e2kd", "guide", "clip@cnn", "clip@vit"
     ]
+    """Stage whose params are searched."""
     space: Annotated[list[SearchDimension], Field(min_length=1)]
+    """Dimensions of the search. Each has a `choice`, or is drawn `uniform` or `loguniform`."""
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
+    """Metrics of the Pareto front, one to three."""
     trials: PositiveInt
-    epochs: PositiveInt  # of a trial
-    shots: PositiveInt | None = None  # training images a class that trials learn from; none: all
-    asha: AshaParams | None = None  # none: every trial runs to its end
-    concurrency: PositiveInt  # trials at once
-    workers: Annotated[int, Field(ge=0)] = 0  # of a trial; 0: in the trial's own process
+    """Trials. The first one has the params as they are."""
+    epochs: PositiveInt
+    """Epochs per trial."""
+    shots: PositiveInt | None = None
+    """Training images per class; null: all."""
+    asha: AshaParams | None = None
+    """Early end of weak trials; null: all trials run to their end."""
+    concurrency: PositiveInt
+    """Trials at a time."""
+    workers: Count = 0
+    """Ray workers per trial; 0: the trial's process."""
     seed: int = 0
+    """Seed of the search."""
 
     @model_validator(mode="after")
     def _halved_in_their_own_process(self) -> SearchParams:
-        if (
-            self.asha is not None and self.workers > 0
-        ):  # Ray Train's workers would hold their cores after the trial's end
+        # Ray Train's workers would hold their cores after the trial's end.
+        if self.asha is not None and self.workers > 0:
             raise ValueError(
                 "asha: trials that train on Ray workers run to their end: set asha to null, or workers to 0"
             )
@@ -89,15 +104,20 @@ class SearchParams(Strict):
 
     @property
     def section(self) -> str:
-        """The key of the searched stage's own params."""
+        """Key of the params of the searched stage."""
         section = self.stage.replace("@", ".")
         return {"guide": "guide.guided", "clip.cnn": "clip.cnn.bcosify", "clip.vit": "clip.vit.bcosify"}.get(
             section, section
         )
 
     @property
+    def epochs_key(self) -> str:
+        """Key of the searched stage's epochs, which `epochs` replaces in trials."""
+        return f"{self.section}.optim.epochs"
+
+    @property
     def searchable(self) -> tuple[str, ...]:
-        """Where the keys of the space may be: in what the searched stage depends on, but not the stages before it."""
+        """Groups for keys of the space: the searched stage depends on them, and no earlier stage does."""
         if self.stage == "guide":
             return (self.section, "guide.data", "seed")
         if self.stage.startswith("clip"):
@@ -114,6 +134,9 @@ class SearchParams(Strict):
         seen: list[str] = []
         for dimension in self.space:
             key = dimension.key
+            for name in (key, *dimension.when):
+                if today := renamed(name):
+                    raise ValueError(f"space: {name}: renamed to {today}")
             if not any(key == place or key.startswith(f"{place}.") for place in self.searchable):
                 places = ", ".join(self.searchable)
                 raise ValueError(
@@ -126,6 +149,6 @@ class SearchParams(Strict):
                     f"space: {key}: when names {sorted(unknown)[0]!r}, which is not drawn before it"
                 )
             seen.append(key)
-        if f"{self.section}.epochs" in seen:
-            raise ValueError(f"space: {self.section}.epochs: all trials have search.epochs")
+        if self.epochs_key in seen:
+            raise ValueError(f"space: {self.epochs_key}: all trials have search.epochs")
         return self

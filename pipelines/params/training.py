@@ -1,4 +1,4 @@
-"""Params of a network, and of what does not depend on the method that trains it."""
+"""Params of a network, of its optimiser, and of the training loop."""
 
 from __future__ import annotations
 
@@ -7,82 +7,134 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.params.base import NonNegativeFloat, PositiveFloat, Sha256, Strict
+from pipelines.params.base import Count, NonNegativeFloat, PositiveFloat, Sha256, Strict
 
 
 class NetworkParams(Strict):
-    """Which network, and which weights to start from."""
+    """A network, and the weights that it starts from."""
 
-    name: str  # `resnet20` (CIFAR), a torchvision name, a timm name, or `torchvision:name`, `timm:name`, `open_clip:name`
-    weights: str = "none"  # `none`, a library tag such as IMAGENET1K_V2, or a local file or URL
-    sha256: Sha256 | None = None  # of the file that `weights` names
-    options: dict[str, Any] = {}  # further keyword arguments of the architecture's own constructor
+    name: str
+    """CIFAR ResNet such as resnet20, torchvision or timm name. Explicitly `torchvision:NAME`, `timm:NAME`,
+    `open_clip:NAME`; `open_clip:FILE` reads a JSON config."""
+    weights: str = "none"
+    """none, a tag of the library such as IMAGENET1K_V2, a file or URL."""
+    sha256: Sha256 | None = None
+    """Checksum of the weights file."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the architecture's constructor."""
 
 
 class ModelParams(NetworkParams):
-    """A network of images, and how these are normalised."""
+    """A network for images, with the normalisation of its input."""
 
-    mean: tuple[float, float, float] | None = (
-        None  # of RGB; none: the weights' own, ImageNet's where these say nothing
-    )
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise
+    mean: tuple[float, float, float] | None = None
+    """Mean of RGB in [0, 1]; null: that of the weights. ImageNet's if the weights name none."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation of RGB; null: as for the mean."""
 
 
-class StorageParams(Strict):
-    """Where training leaves what must survive it, and finds what its workers read."""
+class OptimiserParams(Strict):
+    """Optimiser, learning-rate schedule, gradient clipping and length of one training run."""
 
-    root: Annotated[str, Field(min_length=1)] = "runs"  # folder or fsspec URL
+    epochs: Count
+    """Passes over the training split; 0 keeps the initial weights."""
+    batch_size: PositiveInt
+    """Images per optimiser step, over all workers."""
+    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of weights with two or more dimensions."""
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    """Learning-rate schedule."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up. With onecycle, the length of the rise; 0: 30 % of all steps."""
+    clip: Literal["none", "agc", "norm"] = "none"
+    """Gradient clipping. Adaptive per unit (agc), or by the global norm."""
+    clip_value: PositiveFloat = 0.01
+    """Largest ratio of gradient to weight norm (agc), or largest norm."""
+    patience: PositiveInt | None = None
+    """Stops after this many epochs without a better `select`; null: never."""
+    validate_every: PositiveInt = 1
+    """Epochs between validations. The last epoch is always validated."""
+
+
+class MethodParams(Strict):
+    """Params that every method of training has: its optimiser, and which epoch is kept."""
+
+    select: str = "val/accuracy"
+    """Metric that decides which epoch is kept."""
+    optim: OptimiserParams
+    """Optimiser and schedule."""
+
+    @property
+    def settled(self) -> int:
+        """Warm-up epochs (while B is scheduled); earlier epochs are never selected as best."""
+        return 0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Metrics that decide which epochs are kept: the best epoch of one, the Pareto front of several."""
+        return (self.select,)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Metric -> floor. Training stops below a floor, and such an epoch is not selected."""
+        return {}
 
 
 class TrainingParams(Strict):
-    """The one loop and its launch: what does not depend on the method."""
+    """The training loop and its launch, the same for all methods."""
 
-    workers: Annotated[int, Field(ge=0)] | tuple[PositiveInt, PositiveInt] = (
-        1  # 0: this process; N; [MIN, MAX]: elastic
-    )
+    workers: Count | tuple[PositiveInt, PositiveInt] = 1
+    """0: in the stage's process; N: Ray workers; [MIN, MAX]: elastic."""
     gpus_per_worker: NonNegativeFloat = 0.0
-    cpus_per_worker: PositiveFloat = (
-        1.0  # its loader's processes included; at least one for each and one for itself
-    )
+    """GPUs that each Ray worker reserves."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that each Ray worker reserves. At least one per loader process and one for the worker."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: PositiveInt = (
-        1  # parts of a worker's batch whose gradients make one step; more if workers are missing
-    )
-    channels_last: bool = True  # memory format of images and convolutions; compiled they have it anyway
-    compile: bool = False  # the objective by torch.compile
-    checkpoint_activations: bool = (
-        False  # blocks keep their input alone and compute the rest again in the backward pass
-    )
-    checkpoint_every: PositiveInt = 100  # steps
-    keep_last: PositiveInt = 2  # checkpoints, beside the best one
-    max_failures: Annotated[int, Field(ge=-1)] = (
-        3  # restarts of the worker group between two checkpoints; -1: without end
-    )
-    resize_every: NonNegativeFloat = 60.0  # seconds after which elastic workers look for nodes that came
-    log_every: PositiveInt = 20  # steps
-    resume: str | None = (
-        None  # directory of a stage's run whose code or params were others: its checkpoints are gone on with
-    )
+    """Autocast type; weights stay float32."""
+    accumulate: PositiveInt = 1
+    """Micro-batches per step and worker. More if workers are missing. Validation takes such batches, too."""
+    channels_last: bool = True
+    """Memory format of images and convolutions. Compiled networks always have it."""
+    compile: bool = False
+    """torch.compile of the objective; the first step takes minutes."""
+    checkpoint_activations: bool = False
+    """Recomputes activations in the backward pass: less memory, more time."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints that are kept besides the best."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts of the workers between two checkpoints; -1: no limit."""
+    resize_every: NonNegativeFloat = 60.0
+    """Seconds between looks for new nodes, with elastic workers."""
+    log_every: PositiveInt = 20
+    """Steps between log lines."""
+    resume: str | None = None
+    """Directory of an earlier run to continue, although code or params changed."""
 
     @property
     def most_workers(self) -> int:
-        """How many workers there may be, this process counted as one."""
+        """Largest number of workers; the stage's own process counts as one."""
         return max(1, self.workers) if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def least_workers(self) -> int:
-        """How few workers there may be, this process counted as one."""
+        """Smallest number of workers; the stage's own process counts as one."""
         return max(1, self.workers) if isinstance(self.workers, int) else self.workers[0]
 
     def largest_part(self, batch_size: int) -> int:
-        """Images that a worker takes at once of a batch of `batch_size` over all workers, when all workers are there.
+        """Largest micro-batch of a batch of `batch_size` images, with all workers present.
 
-        It bounds a worker's memory: with fewer workers, each takes more parts, none larger.
+        It bounds the memory of a worker. If workers are missing, the others take more micro-batches.
         """
         return math.ceil(math.ceil(batch_size / self.most_workers) / self.accumulate)
 
     def with_loader(self, processes: int) -> TrainingParams:
-        """These params with CPUs for a worker that has so many loader processes: one for each, and one for itself."""
+        """Returns a copy whose workers reserve a CPU per loader process and one for themselves."""
         needed = 1.0 + processes if processes else 0.0
         return self.model_copy(update={"cpus_per_worker": max(self.cpus_per_worker, needed)})
 
@@ -101,34 +153,8 @@ class TrainingParams(Strict):
         return self
 
 
-class OptimiserParams(Strict):
-    """Optimiser, learning-rate schedule and clipping of one training run."""
+class StorageParams(Strict):
+    """The place of everything that outlives a process."""
 
-    epochs: Annotated[int, Field(ge=0)]
-    batch_size: PositiveInt  # effective: over all workers
-    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
-    lr: PositiveFloat
-    weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    clip: Literal["none", "agc", "norm"] = "none"
-    clip_value: PositiveFloat = 0.01
-    mixup: NonNegativeFloat = 0.0  # alpha of the Beta distribution of the mixing share; 0: no mixing
-    select: str = "val/accuracy"  # the metric whose best epoch is kept
-    patience: PositiveInt | None = None  # epochs without a better `select` before stopping
-    validate_every: PositiveInt = 1  # epochs; the last one is validated in any case
-
-    @property
-    def settled(self) -> int:
-        """Warm-up epochs (while B is scheduled); earlier epochs are never selected as best."""
-        return 0
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Metrics by which epochs are kept: the best epoch of one metric, the Pareto front of several."""
-        return (self.select,)
-
-    @property
-    def floors(self) -> dict[str, float]:
-        """Metric -> floor; training stops below a floor, and such an epoch is not selected."""
-        return {}
+    root: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder or fsspec URL of checkpoints. At a URL also of shards, models and stored explanations."""

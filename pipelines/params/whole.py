@@ -1,4 +1,4 @@
-"""The whole of `params.yaml`: read, checked, and explained where it is wrong."""
+"""params.yaml as a whole: reading, validation, and its errors in one line each."""
 
 from __future__ import annotations
 
@@ -17,45 +17,65 @@ from pipelines.params.clip import ClipGroupParams
 from pipelines.params.data import SOURCES, DataParams, Dataset
 from pipelines.params.evaluation import EvaluateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams
+from pipelines.params.renames import check_names, renamed
 from pipelines.params.search import SearchParams
 from pipelines.params.training import ModelParams, StorageParams, TrainingParams
 from pipelines.storage.errors import one_line
 
 
 class TrackingParams(Strict):
-    """MLflow: the server is named by MLFLOW_TRACKING_URI, by default sqlite:///mlflow.db."""
+    """MLflow: runs and the model registry. MLFLOW_TRACKING_URI names the server, by default sqlite:///mlflow.db."""
 
     experiment: str
-    model_name: str  # in the registry
+    """Experiment of all runs."""
+    model_name: str
+    """Name of the model in the registry."""
     alias: str = "candidate"
+    """Alias of a version that nobody has reviewed."""
 
 
 class Params(Strict):
-    """The whole of `params.yaml`."""
+    """All groups of params.yaml, in the order of the graph of stages."""
 
-    seed: int
     recipe: str
+    """Name of the recipe that these params were composed from."""
+    seed: int
+    """Seed of initial weights, order of images and augmentation."""
     dataset: str
+    """Key in `datasets`: the images of pretrain, bcosify and distill. Chosen by `-S dataset=NAME`."""
     datasets: dict[str, Dataset]
+    """Data sets of this run; `-S dataset=NAME` and `-S guide=NAME` bring in others."""
     data: DataParams
+    """How the images of `dataset` are read from shards."""
     model: ModelParams
-    storage: StorageParams = StorageParams()
-    training: TrainingParams
+    """The network of pretrain and bcosify."""
     pretrain: PretrainParams
+    """The conventional model."""
     bcosify: BcosifyParams
+    """B-cosification: B-cos networks from the pretrained model, and from scratch as the baseline."""
     distill: DistillParams
+    """e²KD: students learn the answers and explanations of a teacher."""
     guide: GuideParams
+    """Model guidance: a classifier learns from a few boxes to explain itself by the object."""
     clip: ClipGroupParams
+    """B-cosified CLIP: zero-shot models that show what a text looks at."""
     evaluate: EvaluateParams
+    """Accuracy, localisation and pictures on the test split."""
     search: SearchParams
+    """Search over the params of one stage, by short trials."""
+    training: TrainingParams
+    """The training loop and its launch, the same for all methods."""
+    storage: StorageParams = StorageParams()
+    """Checkpoints, and what workers on other machines read."""
     tracking: TrackingParams
+    """MLflow. MLFLOW_TRACKING_URI names the server."""
 
     def for_guide(self) -> Params:
-        """These params with the data of `guide` in the place of the run's."""
+        """Returns a copy that trains on the data of `guide`."""
         return self.model_copy(update={"dataset": self.guide.dataset, "data": self.guide.data})
 
     def for_clip(self, dataset: str) -> Params:
-        """These params with `dataset`, read as `clip.data` says, as the run's."""
+        """Returns a copy that trains on `dataset`, read as `clip.data` says."""
         return self.model_copy(update={"dataset": dataset, "data": self.clip.data})
 
     @model_validator(mode="after")
@@ -63,7 +83,8 @@ class Params(Strict):
         frozen = [run for run in self.distill.runs if getattr(self.distill, run).explanations == "frozen"]
         if frozen and self.data.rand_augment is not None:
             raise ValueError(
-                f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: set it to null"
+                f"distill.{frozen[0]}.explanations: frozen ones do not follow data.rand_augment: "
+                "set it to null"
             )
         return self
 
@@ -76,16 +97,17 @@ class Params(Strict):
         for key, name in named.items():
             if name not in self.datasets:
                 raise ValueError(
-                    f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))})"
+                    f"{key}: {name!r} is not in datasets (it has {', '.join(sorted(self.datasets))}); "
+                    "others come with -S dataset=NAME, -S guide=NAME or -S +source@datasets.NAME=NAME"
                 )
         return self
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """The validated params at `path`.
+    """Returns the validated params of the file `path`.
 
     Raises:
-        ParamsError: the file is not YAML, or a key, type or value is wrong; one line for each.
+        ParamsError: the file is not YAML, or keys, types or values are wrong; a line per key.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -95,9 +117,9 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 
 def validate(content: Any, source: str = "params") -> Params:
-    """`content` (nested dicts, as YAML gives them) as `Params`; raises `ParamsError`.
+    """Returns `content` (nested dicts, as read from YAML) as `Params`; raises `ParamsError`.
 
-    Each value of the search space alone must be one that its param may have.
+    Each value of the search space must be valid for its param, but need not fit the other params.
     """
     params = _validated(content, source)
     check_space(params, f"{source}: search.space", together=False)
@@ -105,14 +127,14 @@ def validate(content: Any, source: str = "params") -> Params:
 
 
 def check_space(params: Params, source: str = "params: search.space", together: bool = True) -> None:
-    """Raises `ParamsError` where a value of the search space is not one that its param may have.
+    """Raises `ParamsError` if a value of the search space is not valid for its param.
 
     Args:
-        params: whose space it is.
-        source: what the error begins with.
-        together: whether it must fit the other params as they are, too: that is for the search alone to ask.
+        params: the params with the space.
+        source: start of the error line.
+        together: values must also fit the other params. Only the search itself asks for that.
     """
-    epochs = {f"{params.search.section}.epochs": params.search.epochs}
+    epochs = {params.search.epochs_key: params.search.epochs}
     for dimension in params.search.space:
         for value in (*dimension.extremes, *dimension.between):
             try:
@@ -123,11 +145,12 @@ def check_space(params: Params, source: str = "params: search.space", together: 
 
 
 def replaced(params: Params, values: Mapping[str, Any], source: str = "params") -> Params:
-    """`params` with other `values` by their keys, such as `bcosify.pretrained.lr`.
+    """Returns a copy of `params` with `values` by key, such as `bcosify.pretrained.optim.lr`.
 
     Raises:
-        ParamsError: a key is not there, or a value is not one that it may have.
+        ParamsError: there is no such key, or a value is not valid.
     """
+    check_names(values, source)
     content = params.model_dump(mode="json")
     for key, value in values.items():
         *path, last = key.split(".")
@@ -136,14 +159,14 @@ def replaced(params: Params, values: Mapping[str, Any], source: str = "params") 
             group = group.get(name) if isinstance(group, dict) else None
         if not isinstance(group, dict) or last not in group:
             near = difflib.get_close_matches(last, group or (), n=3)
-            told = f"; near it: {', '.join(near)}" if near else ""
-            raise ParamsError(f"{source}: {key!r} is not in the params{told}", (key,))
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ParamsError(f"{source}: {key!r} is not in the params{hint}", (key,))
         group[last] = value
     return _validated(content, source)
 
 
 def param(params: Params, key: str) -> Any:
-    """The value of a key such as `bcosify.pretrained.lr`."""
+    """Returns the value of a key such as `bcosify.pretrained.optim.lr`."""
     return reduce(
         lambda group, name: group[name] if isinstance(group, dict) else getattr(group, name),
         key.split("."),
@@ -152,7 +175,7 @@ def param(params: Params, key: str) -> Any:
 
 
 def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested `content` by keys such as `bcosify.pretrained.lr`."""
+    """Flattens nested `content` to keys such as `bcosify.pretrained.optim.lr`."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         found |= (
@@ -167,17 +190,22 @@ def _validated(content: Any, source: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        lines = {_key(item): _explain(source, item) for item in reversed(error.errors())}  # one a key
+        items = [item for item in reversed(error.errors()) if not _is_renamed(item, error)]
+        lines = {_key(item): _explain(source, item) for item in items}  # one per key
         raise ParamsError("\n".join(reversed(lines.values())), tuple(lines)) from None
 
 
+def _is_renamed(missing: Any, error: ValidationError) -> bool:
+    """Whether a key is missing only because `error` has its former names."""
+    today = [renamed(_key(item)) or "" for item in error.errors() if item["type"] == "extra_forbidden"]
+    return missing["type"] == "missing" and any(f"{key}.".startswith(f"{_key(missing)}.") for key in today)
+
+
 def _key(item: Any) -> str:
-    """The key of one pydantic error, without pydantic's own names of the branches of a union."""
+    """The key of a pydantic error, without pydantic's names of the branches of a union."""
     parts = [str(part) for part in item["loc"] if not re.search(r"\W", str(part)) and part != "int"]
-    for place in (
-        2,
-        4,
-    ):  # of the source, and of that of a mixture's part: datasets.NAME.mixture.of.0.scenes.seed
+    # The name of the source in datasets.NAME.SOURCE.KEY, and in datasets.NAME.mixture.of.0.SOURCE.KEY.
+    for place in (2, 4):
         if (
             parts[:1] == ["datasets"]
             and len(parts) > place
@@ -189,10 +217,13 @@ def _key(item: Any) -> str:
 
 
 def _explain(source: str, item: Any) -> str:
-    """One line for one pydantic error: the key, the value, what is allowed."""
+    """One line for a pydantic error: the key, the value, what is allowed."""
     key = _key(item)
     if item["type"] == "extra_forbidden":
-        return f"{source}: {key}: unknown key (value {item['input']!r})"
+        today = renamed(key)
+        return f"{source}: {key}: " + (
+            f"renamed to {today}" if today else f"unknown key (value {item['input']!r})"
+        )
     if item["type"] == "missing":
         return f"{source}: {key}: missing"
     message = item["msg"].removeprefix("Value error, ")

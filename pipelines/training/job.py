@@ -13,7 +13,7 @@ from pipelines.data.loading.loader import loader
 from pipelines.distributed import Context
 from pipelines.errors import UserError
 from pipelines.metrics import higher_is_better
-from pipelines.params import DataParams, OptimiserParams, TrainingParams
+from pipelines.params import DataParams, MethodParams, OptimiserParams, TrainingParams
 from pipelines.training import checkpoints, pareto
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Job:
         build: builds the method. A module-level function, or a `functools.partial` of one.
         shards: root of the shards, a path or any fsspec URL.
         data: how samples are read and transformed.
-        optim: epochs, batch size, optimiser and selection of epochs.
+        params: of the method: its optimiser, and the selection of epochs.
         training: workers, precision, compilation, checkpoints.
         seed: seeds weights, data order and augmentation.
         directory: where checkpoints and history are stored, see `run_directory`.
@@ -116,7 +116,7 @@ class Job:
     build: Callable[[], Method]
     shards: str
     data: DataParams
-    optim: OptimiserParams
+    params: MethodParams
     training: TrainingParams
     seed: int
     directory: str
@@ -128,6 +128,11 @@ class Job:
     owner: str = ""
     spec: ModelSpec | None = None
 
+    @property
+    def optim(self) -> OptimiserParams:
+        """Optimiser and schedule."""
+        return self.params.optim
+
 
 @dataclass(frozen=True)
 class Result:
@@ -136,7 +141,7 @@ class Result:
     directory: str
     history: list[EpochRecord]
     best: EpochRecord
-    """The record of the epoch that `optim.select` prefers."""
+    """The record of the epoch that `params.select` prefers."""
     kept: list[EpochRecord]
     (
         "Those whose checkpoints were kept, the best among them: "
@@ -169,39 +174,39 @@ def directions(method: Method) -> dict[str, bool | None]:
 
 
 def best_record(
-    history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
+    history: list[EpochRecord], params: MethodParams, known: Directions | None = None
 ) -> EpochRecord:
-    """Returns the record in `kept_records` with the best `optim.select`, the first of equals.
+    """Returns the record in `kept_records` with the best `params.select`, the first of equals.
 
-    If `optim.select` is "knee", it is the knee of the Pareto front, see `pareto.knee`.
+    If `params.select` is "knee", it is the knee of the Pareto front, see `pareto.knee`.
 
     Raises:
         TrainingError: see `check_objectives`.
     """
     known = _by_name(history) if known is None else known
-    kept = kept_records(history, optim, known)
+    kept = kept_records(history, params, known)
     if len(kept) == 1:
         return kept[0]
-    if optim.select == "knee":
-        return kept[pareto.knee([_point(record, optim.objectives, known) for record in kept])]
+    if params.select == "knee":
+        return kept[pareto.knee([_point(record, params.objectives, known) for record in kept])]
     name = next(
-        (name for name in optim.objectives if name in (optim.select, f"val/{optim.select}")), optim.select
+        (name for name in params.objectives if name in (params.select, f"val/{params.select}")), params.select
     )
     return max(kept, key=lambda record: _point(record, (name,), known))
 
 
 def kept_records(
-    history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None
+    history: list[EpochRecord], params: MethodParams, known: Directions | None = None
 ) -> list[EpochRecord]:
     """Returns the records to keep: the best by one objective, or the Pareto front of several.
 
-    Only validated epochs count; without any, the last record is returned. Epochs before `optim.settled`
+    Only validated epochs count; without any, the last record is returned. Epochs before `params.settled`
     (while B follows its schedule) and epochs below a floor count only if there are no others. An epoch that
     has not measured an objective is worse in it than all that have.
 
     Args:
         history: the run's history.
-        optim: has the objectives, floors, and the number of warm-up epochs.
+        params: has the objectives, floors, and the number of warm-up epochs.
         known: directions of the run's figures; `None` for those that `higher_is_better` knows by name.
 
     Raises:
@@ -211,21 +216,23 @@ def kept_records(
     if not validated:
         return history[-1:]
     known = _by_name(history) if known is None else known
-    check_objectives(optim, known)
+    check_objectives(params, known)
     wanted = [
-        record for record in validated if record["epoch"] >= optim.settled and not _below_floor(record, optim)
+        record
+        for record in validated
+        if record["epoch"] >= params.settled and not _below_floor(record, params)
     ]
     candidates = wanted or validated
-    points = [_point(record, optim.objectives, known) for record in candidates]
-    if len(optim.objectives) == 1:
+    points = [_point(record, params.objectives, known) for record in candidates]
+    if len(params.objectives) == 1:
         return [max(zip(candidates, points, strict=True), key=lambda pair: pair[1])[0]]
     return [candidates[index] for index in pareto.front(points)]
 
 
-def check_objectives(optim: OptimiserParams, known: Directions) -> None:
+def check_objectives(params: MethodParams, known: Directions) -> None:
     """Raises `TrainingError` if an objective is not a known figure or has no direction."""
     names = ", ".join(name for name, direction in known.items() if direction is not None)
-    for objective in optim.objectives:
+    for objective in params.objectives:
         if objective not in known:
             raise TrainingError(f"select: no metric {objective!r}; there are {names}")
         if known[objective] is None:
@@ -234,10 +241,10 @@ def check_objectives(optim: OptimiserParams, known: Directions) -> None:
             )
 
 
-def check_measured(history: list[EpochRecord], optim: OptimiserParams) -> None:
+def check_measured(history: list[EpochRecord], params: MethodParams) -> None:
     """Raises `TrainingError` if no validated epoch has measured an objective, so that none is the best."""
     validated = [record["metrics"] for record in history if _is_validated(record)]
-    for objective in optim.objectives:
+    for objective in params.objectives:
         if validated and not any(objective in metrics for metrics in validated):
             raise TrainingError(
                 f"select: {objective!r} was measured in no epoch, because no image gave a case of it"
@@ -259,11 +266,11 @@ def _point(record: EpochRecord, names: Sequence[str], known: Directions) -> tupl
     return tuple(-math.inf if math.isnan(value) else value if higher else -value for value, higher in values)
 
 
-def _below_floor(record: EpochRecord, optim: OptimiserParams) -> bool:
-    return any(record["metrics"].get(name, math.inf) < floor for name, floor in optim.floors.items())
+def _below_floor(record: EpochRecord, params: MethodParams) -> bool:
+    return any(record["metrics"].get(name, math.inf) < floor for name, floor in params.floors.items())
 
 
-def is_finished(history: list[EpochRecord], optim: OptimiserParams, known: Directions | None = None) -> bool:
+def is_finished(history: list[EpochRecord], params: MethodParams, known: Directions | None = None) -> bool:
     """Returns True if a run with this history has nothing left to train.
 
     That is so after all epochs, if `patience` epochs brought no better one, or once the last epoch is below a
@@ -271,9 +278,11 @@ def is_finished(history: list[EpochRecord], optim: OptimiserParams, known: Direc
     """
     if not history:
         return False
-    if history[-1]["epoch"] >= optim.epochs or _below_floor(history[-1], optim):
+    if history[-1]["epoch"] >= params.optim.epochs or _below_floor(history[-1], params):
         return True
-    best = best_record(history, optim, known)["epoch"]
+    best = best_record(history, params, known)["epoch"]
     return (
-        optim.patience is not None and best >= optim.settled and history[-1]["epoch"] - best >= optim.patience
+        params.optim.patience is not None
+        and best >= params.settled
+        and history[-1]["epoch"] - best >= params.optim.patience
     )

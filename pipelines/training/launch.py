@@ -92,7 +92,7 @@ def train(job: Job, sharing: int = 1) -> Result:
     check_batch_size(job.optim.batch_size, job.training)
     with held(job.directory) as lease:
         summary = checkpoints.newest(job.directory)
-        if summary is not None and is_finished(summary["history"], job.optim, summary.get("directions")):
+        if summary is not None and is_finished(summary["history"], job.params, summary.get("directions")):
             history = summary["history"]
             # The run may have been killed between its last checkpoint and its history.
             files.write_json(f"{job.directory}/history.json", history)
@@ -104,12 +104,12 @@ def train(job: Job, sharing: int = 1) -> Result:
             history = launch(fit, job, training=job.training, storage=job.directory, sharing=sharing)
             summary = checkpoints.newest(job.directory)
     known = (summary or {}).get("directions")
-    check_measured(history, job.optim)
+    check_measured(history, job.params)
     return Result(
         job.directory,
         history,
-        best_record(history, job.optim, known),
-        kept_records(history, job.optim, known),
+        best_record(history, job.params, known),
+        kept_records(history, job.params, known),
     )
 
 

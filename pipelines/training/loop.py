@@ -110,7 +110,7 @@ def fit(context: Context, job: Job) -> list[EpochRecord]:
         run.lease = lease
         if job.optim.epochs == 0 and not run.history:
             finish_epoch(run, train_metrics={})
-        while not is_finished(run.history, job.optim, run.directions):
+        while not is_finished(run.history, job.params, run.directions):
             finish_epoch(run, train_metrics=train_epoch(run))
     return run.history
 
@@ -159,7 +159,7 @@ def check_selection(job: Job, method: Method) -> Directions:
         TrainingError: `job` selects epochs by a figure that is missing or has no direction.
     """
     known = directions(method)
-    check_objectives(job.optim, known)
+    check_objectives(job.params, known)
     return known
 
 
@@ -340,9 +340,8 @@ def save(run: Run) -> None:
     ranks = gather({"rng": rng_states(run.context.device), "tally": run.tally.state()}, run.context)
     if run.context.rank != 0:
         return
-    optim = run.job.optim
     keep = (
-        {record["step"] for record in kept_records(run.history, optim, run.directions)}
+        {record["step"] for record in kept_records(run.history, run.job.params, run.directions)}
         if run.history
         else set()
     )

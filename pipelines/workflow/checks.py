@@ -56,7 +56,7 @@ def check_stage(name: str, params: Params) -> list[Path]:
 
 def check_task(task: Task) -> None:
     """Raises the error that would end the training of `task` before its first step."""
-    with keyed(task.section, task.optim), keyed("training", task.params.training):
+    with keyed(task.section, task.method), keyed("training", task.params.training):
         check(task.job(NOWHERE))
 
 

@@ -55,13 +55,15 @@ def of_training(task: Task) -> tuple[Any, ...]:
     """Returns the params and stored inputs that the trained weights depend on."""
     # With several objectives, `select` only chooses an epoch of the Pareto front, which needs no new
     # training.
-    optim = task.optim.model_dump(mode="json", exclude={"select"} if len(task.optim.objectives) > 1 else None)
+    method = task.method.model_dump(
+        mode="json", exclude={"select"} if len(task.method.objectives) > 1 else None
+    )
     return (
         task.params.seed,
         of_data(task.params.data),
         asdict(task.spec),
         task.weights(),
-        optim,
+        method,
         of_computation(task.params.training),
         task.all_notes(),
         task.stored_index(),
@@ -73,7 +75,7 @@ def of_search(params: Params, task: Task) -> tuple[Any, ...]:
 
     A search therefore stays the same if the values of one of its trials become the params.
     """
-    drawn = {f"{params.search.section}.epochs", *(dimension.key for dimension in params.search.space)}
+    drawn = {params.search.epochs_key, *(dimension.key for dimension in params.search.space)}
     places = (*params.search.searchable, *INPUTS[params.search.stage.partition("@")[0]])
     content = leaves(params.model_dump(mode="json"))
     speed = {f"{place}.{knob}" for place in ("data", "guide.data", "clip.data") for knob in SPEED}

@@ -33,8 +33,8 @@ from pipelines.models import ModelSpec, chosen_preprocessing, read_spec
 from pipelines.models.image_size import image_size_errors
 from pipelines.params import (
     ClipParams,
+    MethodParams,
     ModelParams,
-    OptimiserParams,
     Params,
     ParamsError,
     TowersParams,
@@ -64,7 +64,7 @@ class Task:
     Attributes:
         params: params of the run, with `data` and `dataset` of this stage.
         name: name of the stage and of its folders in `models` and `reports`.
-        optim: the stage's own params.
+        method: the stage's own params.
         build: builds the method, in every worker.
         spec: spec of the trained model.
         upstream: folders of models of earlier stages that `build` starts from.
@@ -77,7 +77,7 @@ class Task:
 
     params: Params
     name: str
-    optim: OptimiserParams
+    method: MethodParams
     build: Callable[[], Method]
     spec: ModelSpec
     upstream: tuple[Path, ...] = ()
@@ -89,7 +89,7 @@ class Task:
 
     @property
     def section(self) -> str:
-        """Key of `optim` in params.yaml."""
+        """Key of `method` in params.yaml."""
         stage, _, which = self.name.partition("/")
         sections = {"classify": "guide.classify", "guide": "guide.guided"}
         sections |= {"image_text": f"clip.{which}.pretrain", "clip": f"clip.{which}.bcosify"}
@@ -114,7 +114,7 @@ class Task:
             build=self.build,
             shards=shards_for_all(params),
             data=params.data,
-            optim=self.optim,
+            params=self.method,
             training=params.training.with_loader(params.data.loader_workers),
             seed=params.seed,
             directory=directory,
@@ -134,25 +134,25 @@ def pretrain(params: Params) -> Task:
 
 def bcosify(params: Params, start: str) -> Task:
     """Returns the training of a B-cos network whose weights start `pretrained` or from `scratch`."""
-    optim = getattr(params.bcosify, start)
-    spec = _classifier_spec(params, kind="bcos", design=optim.design())
+    method = getattr(params.bcosify, start)
+    spec = _classifier_spec(params, kind="bcos", design=method.design())
     upstream = (model_folder("pretrain"),) if start == "pretrained" else ()
     conventional = model_for_all(params, upstream[0]) if upstream else None
-    build = partial(build_bcosification, spec, conventional, optim, params.seed)
-    return Task(params, f"bcosify/{start}", optim, build, spec, upstream=upstream)
+    build = partial(build_bcosification, spec, conventional, method, params.seed)
+    return Task(params, f"bcosify/{start}", method, build, spec, upstream=upstream)
 
 
 def distill(params: Params, run: str) -> Task:
     """Returns the training of a student of `models/teacher` with the loss of `run`, `kd` or `e2kd`."""
-    optim, teacher = getattr(params.distill, run), model_folder("teacher")
+    method, teacher = getattr(params.distill, run), model_folder("teacher")
     manifest, teacher_spec = read_manifest(shards_of(params.dataset)), read_spec(teacher)
     spec = student_spec(params, manifest, teacher_spec)
     with keyed("distill", params.distill):
-        check_pair(spec, teacher_spec, explained=optim.explanation_weight > 0)
-    if optim.label_weight > 0 and not manifest.labelled:
+        check_pair(spec, teacher_spec, explained=method.explanation_weight > 0)
+    if method.label_weight > 0 and not manifest.labelled:
         raise ParamsError(
             f"distill.{run}.label_weight: {params.dataset} has no labels; "
-            f"0 is wanted, not {optim.label_weight:g}"
+            f"0 is wanted, not {method.label_weight:g}"
         )
     subset, notes, explanations = None, {}, None
     if params.distill.shots is not None:
@@ -160,17 +160,17 @@ def distill(params: Params, run: str) -> Task:
         with keyed("distill", params.distill):
             subset = few_shot(shards, "train", params.distill.shots, params.distill.shots_seed)
         notes = {"validation.json": validation_images(shards)}
-    if optim.explanations == "frozen":
+    if method.explanations == "frozen":
         explanations = str(STORED_EXPLANATIONS.absolute())
         check_origin(explanations, explanations_origin(params))
     student = absolute_weights(params.distill.student)
     build = partial(
-        build_e2kd, student, spec, model_for_all(params, teacher), optim, params.seed, manifest.labelled
+        build_e2kd, student, spec, model_for_all(params, teacher), method, params.seed, manifest.labelled
     )
     return Task(
         params,
         f"distill/{run}",
-        optim,
+        method,
         build,
         spec,
         upstream=(teacher,),
@@ -197,13 +197,13 @@ def classify(whole: Params) -> Task:
 def guide(whole: Params) -> Task:
     """Returns the training of the classifier in `models/classify` with guidance."""
     params, classifier = whole.for_guide(), model_folder("classify")
-    optim, keys = params.guide.guided, None
+    method, keys = params.guide.guided, None
     check_boxes(shards_of(params.dataset))
-    if optim.annotated < 1:
-        keys = annotated_images(shards_for_all(params), "train", optim.annotated, optim.annotated_seed)
-    build = partial(build_guidance, model_for_all(params, classifier), optim, keys)
+    if method.annotated < 1:
+        keys = annotated_images(shards_for_all(params), "train", method.annotated, method.annotated_seed)
+    build = partial(build_guidance, model_for_all(params, classifier), method, keys)
     notes = {} if keys is None else {"annotated.json": {"count": len(keys), "keys": keys}}
-    return Task(params, "guide", optim, build, read_spec(classifier), upstream=(classifier,), notes=notes)
+    return Task(params, "guide", method, build, read_spec(classifier), upstream=(classifier,), notes=notes)
 
 
 def image_text(whole: Params, tower: str) -> Task:
@@ -215,8 +215,8 @@ def image_text(whole: Params, tower: str) -> Task:
     check_captions(manifest, params.dataset)
     known = replace(manifest, classes=(), task="embedding")  # type: ignore[arg-type]
     spec = _spec(params, f"{section}.model", known, kind="conventional")
-    with keyed(f"{section}.pretrain", pair.pretrain):
-        check_equal_shares(pair.pretrain.batch_size, params.training, params.data)
+    with keyed(f"{section}.pretrain.optim", pair.pretrain.optim):
+        check_equal_shares(pair.pretrain.optim.batch_size, params.training, params.data)
     build = partial(
         build_image_text, absolute_weights(model), spec, absolute_weights(text), pair.pretrain, params.seed
     )
@@ -229,11 +229,11 @@ def clip(whole: Params, tower: str) -> Task:
     The original in `models/image_text/<tower>` is its start and its teacher. Only images are needed.
     """
     params, original = whole.for_clip(whole.clip.images), model_folder(f"image_text/{tower}")
-    optim: ClipParams = getattr(params.clip, tower).bcosify
-    spec = replace(read_spec(original), kind="bcos", design=optim.design())
-    build = partial(build_clip, spec, model_for_all(params, original), optim, params.seed)
+    method: ClipParams = getattr(params.clip, tower).bcosify
+    spec = replace(read_spec(original), kind="bcos", design=method.design())
+    build = partial(build_clip, spec, model_for_all(params, original), method, params.seed)
     save = partial(save_with_text, original)
-    return Task(params, f"clip/{tower}", optim, build, spec, upstream=(original,), save=save)
+    return Task(params, f"clip/{tower}", method, build, spec, upstream=(original,), save=save)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

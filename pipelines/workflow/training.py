@@ -82,10 +82,10 @@ def train_stage(task: Task) -> None:
     name, folder = task.name, Path("models", task.name)
     with tracked(task.params, name, *identity.of_training(task), upstream=task.upstream) as (run, directory):
         adopt_checkpoints(task, run, directory)
-        with keyed(task.section, task.optim), keyed("training", task.params.training):
+        with keyed(task.section, task.method), keyed("training", task.params.training):
             result = train(task.job(directory, on_epoch=run.epoch_logger(), report_key=run.key))
         save_best(task, result, folder)
-        report_training(name, result, task.optim.objectives)
+        report_training(name, result, task.method.objectives)
         for file, content in task.all_notes().items():
             files.write_json(folder / file, content)
             run.artifact(folder / file, "model")

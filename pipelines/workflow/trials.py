@@ -49,7 +49,7 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # st
 def task_of(params: Params, values: Mapping[str, Any]) -> Task:
     """Returns the searched stage's task with `values` in its params, and epochs and workers of a trial."""
     of_trials = {
-        f"{params.search.section}.epochs": params.search.epochs,
+        params.search.epochs_key: params.search.epochs,
         "training.workers": params.search.workers,
     }
     stage, _, which = params.search.stage.partition("@")
@@ -121,7 +121,7 @@ def run_trial(
     task = task_of(params, values)
     here = task.params.training.workers == 0  # `on_epoch` is only for trials that train in this process
     job = task.job(directory, on_epoch=on_epoch if here else None, report_key=uuid.uuid4().hex)
-    with keyed(task.section, task.optim), keyed("training", task.params.training):
+    with keyed(task.section, task.method), keyed("training", task.params.training):
         result = train(job, sharing)
     found = {name: value for name, value in result.best["metrics"].items() if name.startswith("val/")}
     missing = [name for name in params.search.metrics if name not in found]
@@ -139,9 +139,9 @@ def judge(
 
     For a guided model the explanations are those that were guided.
     """
-    optim, guided = task.optim, None
-    if isinstance(optim, GuidanceParams):
-        guided = Attribution(optim.attribution, optim.layer)
+    method, guided = task.method, None
+    if isinstance(method, GuidanceParams):
+        guided = Attribution(method.attribution, method.layer)
     with TemporaryDirectory() as model:
         save_best(task, result, Path(model))
         found, _ = evaluate(context, {"trial": model}, shards, task.params.data, params, "val", guided=guided)

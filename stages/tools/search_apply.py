@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             raise params.ParamsError(
                 f"{number}: there is no such trial; {REPORTS}/search/trials.json has 0 to {len(trials) - 1}"
             )
+        params.check_names(trials[int(number)]["values"], f"trial {number}")
         content = DictConfig(yaml.safe_load(Path("params.yaml").read_text()))
         for key, value in trials[int(number)]["values"].items():
             OmegaConf.update(content, key, value, merge=False)
@@ -47,16 +48,18 @@ def changes(content: DictConfig) -> list[str]:
     Keys that the recipe interpolates from other keys (`${...}`) follow those. They are overridden only if
     their value in `content` is another.
     """
-    recipe, wanted = f"recipe={content.recipe}", leaves_of(content)
-    composed = leaves_of(composition([recipe]))
+    groups, wanted = [f"recipe={content.recipe}"], leaves_of(content)
+    if composition(groups).dataset != content.dataset:
+        groups.append(f"dataset={content.dataset}")
+    composed = leaves_of(composition(groups))
     links = [key for key, value in composed.items() if "${" in str(value)]
     known, own = (
         {key: each for key, each in some.items() if not under(key, links)} for some in (composed, wanted)
     )
-    gone = [f"~{key}" for key in known if key not in own]
+    gone = [f"~{key}" for key in dict.fromkeys(missing_in(content, key) for key in known if key not in own)]
     differing = [key for key, value in own.items() if key not in known or known[key] != value]
     first = [
-        recipe,
+        *groups,
         *gone,
         *(f"{'' if key in known else '++'}{key}={in_hydras_grammar(own[key])}" for key in differing),
     ]
@@ -81,6 +84,13 @@ def composition(overrides: Sequence[str]) -> DictConfig:
 def leaves_of(content: DictConfig) -> dict[str, Any]:
     """Returns the leaves of `content` by their keys, with interpolations (`${...}`) unresolved."""
     return params.leaves(OmegaConf.to_container(content, resolve=False))  # type: ignore[arg-type]
+
+
+def missing_in(content: DictConfig, key: str) -> str:
+    """The outermost part of `key` that `content` does not have."""
+    parts = key.split(".")
+    outer = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((part for part in outer if OmegaConf.select(content, part) is None), key)
 
 
 def plain(value: Any) -> Any:

@@ -229,7 +229,7 @@ def test_a_search_runs_there_too_and_its_front_comes_back(cluster: Cluster, bcos
 
 def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
     done = cluster.submit(
-        "pretrain", "recipe=smoke", "pretrain.lr=1e30", "--workers", "1", "--storage", STORAGE
+        "pretrain", "recipe=smoke", "pretrain.optim.lr=1e30", "--workers", "1", "--storage", STORAGE
     )
     assert done.returncode == 1
     assert "is not a finite number" in done.stdout
@@ -237,7 +237,15 @@ def test_a_job_that_fails_passes_its_status_on(cluster: Cluster) -> None:
 
 
 def test_an_interrupt_stops_following_and_not_the_job_and_stop_does(cluster: Cluster) -> None:
-    arguments = ["pretrain", "recipe=smoke", "pretrain.epochs=400", "--workers", "1", "--storage", STORAGE]
+    arguments = [
+        "pretrain",
+        "recipe=smoke",
+        "pretrain.optim.epochs=400",
+        "--workers",
+        "1",
+        "--storage",
+        STORAGE,
+    ]
     command = [sys.executable, "-m", "infra.submit", *arguments]
     env, folder = cluster.project.environment, cluster.project.folder
     # SIGINT is ignored by default if the tests themselves run in the background.

@@ -311,7 +311,7 @@ def weights_that_git_ignores() -> None:
             None,
             "pretrain.select: no metric 'val/nothing'; there are val/",
         ),
-        ("pretrain", {"pretrain.batch_size": 1}, None, "batch_size 1 (over all workers)"),
+        ("pretrain", {"pretrain.optim.batch_size": 1}, None, "batch_size 1 (over all workers)"),
         ("pretrain", {"model.weights": "nowhere.pt"}, None, "weights nowhere.pt: no such file"),
         (
             "pretrain",
@@ -326,7 +326,7 @@ def weights_that_git_ignores() -> None:
             "training.resume: there is no whole checkpoint in",
         ),
         ("pretrain", {}, cut_a_shard, "has 3 bytes, not"),
-        ("pretrain", {"dataset": "cifar10"}, None, "shards are not there"),
+        ("pretrain", {"dataset": "scenes"}, None, "shards are not there"),
         ("distill@kd", {}, None, "no model in"),
         (
             "search",
@@ -354,6 +354,14 @@ def test_what_a_job_would_be_refused_for_is_said_before_anything_is_uploaded(
     assert told in line
     assert uploaded(storage) == []
     assert Path("params.yaml").read_bytes() == params
+
+
+def test_an_override_from_before_a_rename_names_the_new_param(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", "pretrain.lr=0.1", "--prepare", "--storage", f"memory://{small.name}"]
+    assert submit.main(arguments) == 1
+    assert capsys.readouterr().err == "infra.submit: params: pretrain.lr: renamed to pretrain.optim.lr\n"
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from pipelines.training.job import directions
 from pipelines.training.objective import Objective
 from tests.support import toy_tower
 from tests.support.clip import RN, TEXT, VIT
+from tests.support.method_params import method_params
 from tests.support.toy_tower import (
     COUNT,
     SIDE,
@@ -54,7 +55,7 @@ def embeddings(seed: int, rows: int, width: int = WIDTH) -> Tensor:
 
 
 def captioned(**values: Any) -> ImageTextParams:
-    return ImageTextParams(**{"epochs": 3, "batch_size": COUNT, "lr": 0.1, **values})
+    return method_params(ImageTextParams, **{"epochs": 3, "batch_size": COUNT, "lr": 0.1, **values})
 
 
 # Ranks ------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_a_step_of_several_ranks_is_the_step_of_one_on_all_images(tmp_path: Path
     mp.start_processes(toy_tower.on_rank, arguments, nprocs=world_size, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for name, (job, shares) in toy_tower.all_cases(world_size).items():
-        whole = job_of(job.build, job.optim)
+        whole = job_of(job.build, job.params)
         rows = sum(shares)
         loss, gradient = step(Context(), whole, range(rows))
         together = sum(share * found[name][0] for share, found in zip(shares, ranks, strict=True)) / rows

@@ -21,15 +21,14 @@ from pipelines.params import DataParams, DistillationParams, StudentParams, Trai
 from pipelines.training import Job, TrainingError, checkpoints, train
 from pipelines.training.job import directions
 from pipelines.training.objective import build_objective
+from tests.support.method_params import method_params
 
 CLASSES, SIDE = ("a", "b", "c"), 8
 EAGER = TrainingParams(workers=0)
 
 
 def settings(**values: Any) -> DistillationParams:
-    return DistillationParams(
-        **{"epochs": 2, "batch_size": 8, "lr": 0.01, "explanation_weight": 2.0, **values}
-    )
+    return method_params(DistillationParams, **{"epochs": 2, "explanation_weight": 2.0, **values})
 
 
 def spec_of(kind: Any, name: str = "resnet8", **more: Any) -> ModelSpec:
@@ -223,7 +222,7 @@ def job_of(directory: Path, build: Any, optim: DistillationParams, **training: A
         build=build,
         shards="",
         data=DataParams(image_size=SIDE),
-        optim=optim,
+        params=optim,
         training=TrainingParams(**{"workers": 0, "checkpoint_every": 2, **training}),
         seed=1,
         directory=str(directory),

@@ -24,6 +24,7 @@ from pipelines.models import ModelError, ModelSpec
 from pipelines.params import GuidanceParams, TrainingParams
 from pipelines.training.job import directions
 from pipelines.training.objective import build_objective
+from tests.support.method_params import method_params
 
 CLASSES, SIDE = 4, 8
 
@@ -44,7 +45,7 @@ def network(kind="bcos", classes=CLASSES):
 
 
 def params(**changes):
-    return GuidanceParams(**{"epochs": 1, "batch_size": 4, "lr": 0.1, "localisation_weight": 0.5, **changes})
+    return method_params(GuidanceParams, **{"batch_size": 4, "localisation_weight": 0.5, **changes})
 
 
 def batch(count=4):

@@ -20,6 +20,7 @@ from pipelines.models import ModelSpec
 from pipelines.params import DataParams, DistillationParams, FrozenParams, StudentParams, TrainingParams
 from pipelines.training import Context, Job, checkpoints, shard_batches, train
 from tests.support.drawn import CLASSES, drawn_shards
+from tests.support.method_params import method_params
 
 SIDE = 16
 DATA = DataParams(image_size=SIDE, augment="none")
@@ -54,21 +55,15 @@ def job_of(
     **values: Any,
 ) -> Job:
     explanations = "live" if stored is None else "frozen"
-    settings = {
-        "epochs": 1,
-        "batch_size": 8,
-        "lr": 0.01,
-        "explanation_weight": 1.0,
-        "explanations": explanations,
-    }
-    optim = DistillationParams(**{**settings, **values})
+    settings = {"explanation_weight": 1.0, "explanations": explanations, **values}
+    optim = method_params(DistillationParams, **settings)
     student = StudentParams(name="resnet8", options={"width": 4}, kind=kind)  # type: ignore[arg-type]
     spec = ModelSpec("resnet8", CLASSES, SIDE, kind, options={"width": 4})  # type: ignore[arg-type]
     return Job(
         build=partial(build_e2kd, student, spec, Path(made[kind]), optim, 0),
         shards=made["shards"],
         data=data,
-        optim=optim,
+        params=optim,
         training=TrainingParams(workers=0),
         seed=0,
         directory=str(directory),

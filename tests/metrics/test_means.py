@@ -25,16 +25,15 @@ from pipelines.metrics import (
 from pipelines.models import ModelSpec
 from pipelines.params import DistillationParams, GuidanceParams, ImageTextParams
 from tests.support import toy_tower
+from tests.support.method_params import method_params
 
-GUIDANCE = GuidanceParams(epochs=1, batch_size=4, lr=0.1, localisation_weight=0.5)
+GUIDANCE = method_params(GuidanceParams, batch_size=4, localisation_weight=0.5)
 NETWORK = nn.Linear(2, 8)
 
 
 def student(labelled=True):
     spec = ModelSpec("toy", tuple("abcdefgh"), 8, "bcos")
-    return E2KD(
-        NETWORK, spec, nn.Linear(2, 8), DistillationParams(epochs=1, batch_size=4, lr=0.1), None, labelled
-    )
+    return E2KD(NETWORK, spec, nn.Linear(2, 8), method_params(DistillationParams), None, labelled)
 
 
 METHODS = [
@@ -45,7 +44,7 @@ METHODS = [
     ObjectClassification(NETWORK, "multiclass", 8),
     Guidance(NETWORK, "multilabel", 8, GUIDANCE),
     toy_tower.taught(toy_tower.clip_params()),
-    toy_tower.pair(ImageTextParams(epochs=1, batch_size=4, lr=0.1)),
+    toy_tower.pair(method_params(ImageTextParams)),
 ]
 
 

@@ -98,7 +98,7 @@ def test_the_params_themselves_are_a_point_of_their_space_or_not() -> None:
     values = values_of_params(params)
     assert values is not None
     assert replaced(params, values) == params
-    outside: Params = replaced(params, {"bcosify.pretrained.lr": 1.0})
+    outside: Params = replaced(params, {"bcosify.pretrained.optim.lr": 1.0})
     assert values_of_params(outside) is None
     assert values_of_params(replaced(params, {"bcosify.pretrained.b": 3})) is None
     width = [{"key": "distill.student.options.width", "choice": [8, 16]}]

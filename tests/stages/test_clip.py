@@ -14,10 +14,14 @@ pytestmark = pytest.mark.graph
 TOY = (
     "datasets.captioned.counts={train: 48, val: 24, test: 24}",
     "clip.towers=[cnn]",
-    *("clip.cnn.pretrain.epochs=1", "clip.cnn.pretrain.batch_size=24", "clip.cnn.pretrain.warmup_steps=1"),
     *(
-        "clip.cnn.bcosify.epochs=1",
-        "clip.cnn.bcosify.batch_size=24",
+        "clip.cnn.pretrain.optim.epochs=1",
+        "clip.cnn.pretrain.optim.batch_size=24",
+        "clip.cnn.pretrain.optim.warmup_steps=1",
+    ),
+    *(
+        "clip.cnn.bcosify.optim.epochs=1",
+        "clip.cnn.bcosify.optim.batch_size=24",
         "clip.evaluate.pictures=1",
         "training.workers=0",
     ),

@@ -11,6 +11,7 @@ from dvc.repo import Repo
 
 from pipelines import models
 from pipelines.bcos import add_inverse
+from pipelines.params import leaves
 from stages.tools import search_apply
 from tests.support.project import refused
 
@@ -122,8 +123,9 @@ def test_a_point_of_the_search_becomes_an_experiment(project, monkeypatch, capfd
     trials, front = project.read("reports/search/trials.json"), project.read("reports/search/front.json")
     assert [row["trial"] for row in trials] == [0, 1, 2]
     assert [row["trial"] for row in trials if row["on_front"]] == sorted(row["trial"] for row in front)
-    params = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
-    as_params_are = {f"bcosify.pretrained.{key}": params[key] for key in ("b", "bias", "lr")}
+    params = leaves(yaml.safe_load((project.folder / "params.yaml").read_text()))
+    searched = [f"bcosify.pretrained.{key}" for key in ("b", "bias", "optim.lr")]
+    as_params_are = {key: params[key] for key in searched}
     assert trials[0]["values"] == as_params_are
 
     monkeypatch.chdir(project.folder)
@@ -133,8 +135,8 @@ def test_a_point_of_the_search_becomes_an_experiment(project, monkeypatch, capfd
     before = experiments(project)
     assert search_apply.main(["1", "shard@objects"]) == 0
     assert capfd.readouterr().out.startswith("dvc exp run -S recipe=smoke -S ")
-    after = yaml.safe_load((project.folder / "params.yaml").read_text())["bcosify"]["pretrained"]
-    assert {key: after[key.rpartition(".")[2]] for key in trials[1]["values"]} == trials[1]["values"]
+    after = leaves(yaml.safe_load((project.folder / "params.yaml").read_text()))
+    assert {key: after[key] for key in trials[1]["values"]} == trials[1]["values"]
     assert len(experiments(project) - before) == 1
     assert (
         refused(search_apply.main, ["3"])

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.graph
 def test_a_teacher_is_taken_from_the_registry(workspace):
     uri = workspace.read("reports/register.json")["uri"]
     shutil.rmtree("models/teacher")
-    workspace.compose(f"distill.teacher={uri}", "distill.kd.epochs=1")
+    workspace.compose(f"distill.teacher={uri}", "distill.kd.optim.epochs=1")
     teacher.main()
     assert models.digest("models/teacher") == models.digest("models/bcosify/pretrained")
     distill.main("kd")
@@ -82,7 +82,7 @@ def test_a_pair_that_does_not_fit_ends_the_stage_before_training(workspace, caps
 
 
 def test_a_class_with_too_few_images_gives_all_of_them_and_one_line_says_so(workspace, caplog):
-    workspace.compose("distill.shots=1000", "distill.kd.epochs=0")
+    workspace.compose("distill.shots=1000", "distill.kd.optim.epochs=0")
     distill.main("kd")
     assert workspace.read("models/distill/kd/subset.json")["count"] == 192
     assert [
@@ -173,15 +173,15 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_all_stages(wo
         "data.image_size=32",
         "model.name=resnet8",
         "training.workers=0",
-        "pretrain.epochs=1",
+        "pretrain.optim.epochs=1",
         "bcosify.starts=[pretrained, scratch]",
-        "bcosify.pretrained.epochs=1",
+        "bcosify.pretrained.optim.epochs=1",
         "evaluate.pictures=2",
         "distill.shots=2",
-        "distill.kd.epochs=1",
-        "distill.kd.batch_size=8",
-        "guide.classify.epochs=1",
-        "guide.guided.epochs=1",
+        "distill.kd.optim.epochs=1",
+        "distill.kd.optim.batch_size=8",
+        "guide.classify.optim.epochs=1",
+        "guide.guided.optim.epochs=1",
         "search.trials=2",
         "search.epochs=1",
         recipe="default",

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipelines.bcos import BcosBatchNorm
 from pipelines.distributed import gather
-from pipelines.params import DataParams, OptimiserParams, TrainingParams
+from pipelines.params import DataParams, MethodParams, OptimiserParams, TrainingParams
 from pipelines.training import Context, EpochRecord, Job, checkpoints, evaluate_split, train
 from pipelines.training.loop import fit, set_up
 from pipelines.training.step import compute_gradients
@@ -227,10 +227,12 @@ def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
     """Returns a job of 3 epochs of 6 steps. `overrides` go to the params that have the key."""
     optim = {"epochs": 3, "batch_size": 8, "lr": 0.02, "weight_decay": 0.1, "clip": "agc", "clip_value": 0.1}
     training = {"workers": 0, "checkpoint_every": 2}
-    others = {}
+    own, others = {}, {}
     for name, value in overrides.items():
         if name in OptimiserParams.model_fields:
             optim[name] = value
+        elif name == "select":
+            own[name] = value
         elif name in TrainingParams.model_fields:
             training[name] = value
         else:
@@ -239,7 +241,7 @@ def toy_job(directory: Path | str, method: Any = None, **overrides: Any) -> Job:
         build=method or ToyMethod,
         shards="",
         data=DataParams(image_size=SIDE),
-        optim=OptimiserParams(**optim),
+        params=MethodParams(optim=OptimiserParams(**optim), **own),
         training=TrainingParams(**training),
         seed=3,
         directory=str(directory),

@@ -13,6 +13,7 @@ from pipelines.params import DistillationParams
 from pipelines.storage import files
 from pipelines.training import Context, Job
 from pipelines.training.loop import fit
+from tests.support.method_params import method_params
 from tests.support.toy import CLASSES, SIDE
 
 
@@ -29,7 +30,7 @@ def toy_student() -> E2KD:
 
     student, teacher, probe = network(3), network(4), torch.full((1, 6, SIDE, SIDE), 0.5)
     spec = ModelSpec("toy", tuple("abc"), SIDE, "bcos")
-    params = DistillationParams(epochs=3, batch_size=8, lr=0.02, explanation_weight=2.0)
+    params = method_params(DistillationParams, epochs=3, lr=0.02, explanation_weight=2.0)
     return E2KD(student, spec, teacher, params, comparable_explainers(student, teacher, probe, held=True))
 
 

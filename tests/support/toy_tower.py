@@ -14,10 +14,11 @@ from pipelines.data.loading.batch import Batch
 from pipelines.distributed import gather_rows
 from pipelines.methods import ClipBcosification, ImageText, ImageTextTraining
 from pipelines.metrics import Recall
-from pipelines.params import ClipParams, DataParams, ImageTextParams, OptimiserParams, TrainingParams
+from pipelines.params import ClipParams, DataParams, ImageTextParams, MethodParams, TrainingParams
 from pipelines.training import Context, Job
 from pipelines.training.loop import set_up
 from pipelines.training.step import compute_gradients
+from tests.support.method_params import method_params
 
 SIDE, WIDTH, COUNT = 4, 8, 14
 SHARES: dict[int, dict[str, tuple[int, ...]]] = {
@@ -56,7 +57,7 @@ class ToyText(nn.Module):
 
 
 def clip_params(**values: Any) -> ClipParams:
-    return ClipParams(**{"epochs": 2, "batch_size": COUNT, "lr": 0.01, **values})
+    return method_params(ClipParams, **{"epochs": 2, "batch_size": COUNT, **values})
 
 
 def taught(params: ClipParams) -> ClipBcosification:
@@ -88,7 +89,7 @@ def batches(
     return [batch_of(range(COUNT))] * (10 - start_batch if split == "train" else 1)
 
 
-def job_of(build: Any, optim: OptimiserParams, directory: str = "", **training: Any) -> Job:
+def job_of(build: Any, optim: MethodParams, directory: str = "", **training: Any) -> Job:
     data = DataParams(image_size=SIDE, on_error="skip")
     params = TrainingParams(**{"workers": 0, **training})
     return Job(build, "", data, optim, params, seed=1, directory=directory, batches=batches)
@@ -123,7 +124,7 @@ def all_cases(world_size: int) -> dict[str, tuple[Job, tuple[int, ...]]]:
     equal = (COUNT // world_size,) * world_size
     for loss in ("clip", "siglip"):
         for locked in (False, True):
-            pairs = ImageTextParams(epochs=1, batch_size=COUNT, lr=0.01, loss=loss, locked=locked)
+            pairs = method_params(ImageTextParams, batch_size=COUNT, loss=loss, locked=locked)
             found[f"{loss} {locked}"] = job_of(partial(pair, pairs), pairs, workers=world_size), equal
     return found
 

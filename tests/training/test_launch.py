@@ -18,6 +18,7 @@ from pipelines.params import DataParams, ModelParams, PretrainParams, TrainingPa
 from pipelines.storage import files
 from pipelines.training import Context, TrainingError, loop, train
 from pipelines.training.launch import _failure_policy, _ray_folder, check, is_final
+from tests.support.method_params import method_params
 from tests.support.toy import toy_job
 
 LAUNCH = import_module("pipelines.training.launch")  # `pipelines.training.launch` is the function
@@ -42,7 +43,7 @@ def model_job(directory: Path, kind: str, size: int | None = None, **params: Any
         build_pretrain,
         ModelParams(name=name, options=options),
         spec,
-        PretrainParams(epochs=1, batch_size=8, lr=0.1),
+        method_params(PretrainParams),
         0,
     )
     return replace(toy_job(directory, build, **params), spec=spec, data=DataParams(image_size=size))

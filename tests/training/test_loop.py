@@ -12,10 +12,11 @@ import torch
 from torchmetrics import MetricCollection
 
 from pipelines.metrics import Accuracy
-from pipelines.params import OptimiserParams
+from pipelines.params import MethodParams
 from pipelines.storage import files
 from pipelines.training import Context, EpochRecord, Job, TrainingError, checkpoints, loop, train
 from pipelines.training.job import best_record, is_finished
+from tests.support.method_params import method_params
 from tests.support.toy import ToyMethod, accident, identical, toy_batches, toy_job, weights
 
 
@@ -93,8 +94,8 @@ def scripted(values: Any) -> Any:
     return Scripted
 
 
-def chosen_by(select: str) -> OptimiserParams:
-    return OptimiserParams(epochs=9, batch_size=4, lr=0.1, select=select)
+def chosen_by(select: str) -> MethodParams:
+    return method_params(MethodParams, epochs=9, select=select)
 
 
 def test_best_is_the_highest_or_of_a_loss_the_lowest_and_the_first_of_equals() -> None:
@@ -203,14 +204,14 @@ def test_validation_without_an_image_ends_the_run_after_its_first_epoch(tmp_path
 
 
 def test_patience_counts_epochs_since_the_best(tmp_path: Path) -> None:
-    optim = toy_job(tmp_path, epochs=9, patience=2).optim
+    params = toy_job(tmp_path, epochs=9, patience=2).params
     history = [
         record(1, accuracy=0.5),
         record(2, accuracy=0.7),
         record(3, accuracy=0.6),
         record(4, accuracy=0.7),
     ]
-    assert [is_finished(history[:n], optim) for n in range(5)] == [False, False, False, False, True]
+    assert [is_finished(history[:n], params) for n in range(5)] == [False, False, False, False, True]
 
 
 def test_patience_ends_the_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pipelines.params import GuidanceParams
 from pipelines.training import EpochRecord, checkpoints, train
 from pipelines.training.job import best_record, is_finished, kept_records
 from pipelines.training.pareto import BIN, front, knee
+from tests.support.method_params import method_params
 from tests.support.toy import ToyMethod, toy_job
 
 
@@ -58,7 +59,7 @@ HISTORY += [record(5, 0.55, 0.3, 0.1)]
 
 
 def params(**changes):
-    return GuidanceParams(**{"epochs": 9, "batch_size": 8, "lr": 0.01, "localisation_weight": 0.1, **changes})
+    return method_params(GuidanceParams, **{"epochs": 9, "localisation_weight": 0.1, **changes})
 
 
 @pytest.mark.parametrize(("select", "epoch"), [("f1", 1), ("epg", 4), ("iou", 3), ("knee", 2)])
@@ -94,7 +95,7 @@ def test_the_checkpoints_of_the_front_stay(tmp_path: Path):
             return metrics
 
     job = toy_job(tmp_path / "run", Scripted, epochs=5, keep_last=1, checkpoint_every=1000)
-    result = train(replace(job, optim=params(epochs=5, batch_size=job.optim.batch_size)))
+    result = train(replace(job, params=params(epochs=5, batch_size=job.optim.batch_size)))
     assert [row["epoch"] for row in result.kept] == [1, 2, 3, 4]
     for row in result.kept:
         assert checkpoints.load(result.directory, row["step"])["model"]

@@ -53,10 +53,10 @@ def test_errors_about_training_params_name_their_key(section):
     assert task.section == section
     with (
         pytest.raises(TrainingError, match=rf"^{section}\.select: no metric$"),
-        keyed(task.section, task.optim),
+        keyed(task.section, task.method),
     ):
         raise TrainingError("select: no metric")
-    with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.optim):
+    with pytest.raises(TrainingError, match=r"^the loss is NaN: 3$"), keyed(task.section, task.method):
         raise TrainingError("the loss is NaN: 3")
 
 

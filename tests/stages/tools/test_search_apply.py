@@ -14,7 +14,7 @@ def composed(*overrides):
     "overrides",
     [
         ["recipe=default"],
-        ["recipe=smoke", "bcosify.pretrained.lr=0.1", "search.asha=null"],  # replaces several values
+        ["recipe=smoke", "bcosify.pretrained.optim.lr=0.1", "search.asha=null"],  # replaces several values
         ["recipe=cifar10", "model=resnet18", "guide=voc2007"],
         ["recipe=default", "model=cifar_resnet20"],  # lacks an option that the recipe has
         # Replaces an interpolation.
@@ -29,7 +29,7 @@ def test_params_come_back(overrides):
 
 
 def test_what_the_recipe_takes_from_elsewhere_follows_only_where_it_did():
-    params = composed("recipe=default", "distill.kd.lr=0.5")
-    assert changes(params) == ["recipe=default", "distill.kd.lr=0.5"]
-    OmegaConf.update(params, "distill.e2kd.lr", 0.005)
-    assert changes(params) == ["recipe=default", "distill.kd.lr=0.5", "distill.e2kd.lr=0.005"]
+    params = composed("recipe=default", "distill.kd.optim.lr=0.5")
+    assert changes(params) == ["recipe=default", "distill.kd.optim.lr=0.5"]
+    OmegaConf.update(params, "distill.e2kd.optim.lr", 0.005)
+    assert changes(params) == ["recipe=default", "distill.kd.optim.lr=0.5", "distill.e2kd.optim.lr=0.005"]
