@@ -40,6 +40,8 @@ class ScenesParams(DatasetParams):
     """Seed of the generator."""
     captions: bool = False
     """One to three sentences per image. They name its objects, colours and background."""
+    caption_detail: Fraction = 0.5
+    """Probability that a sentence names the colours, and that it names the background."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScenesParams:

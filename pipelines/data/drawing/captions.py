@@ -20,23 +20,25 @@ SURFACES = {  # background -> its name in a sentence
 }
 SENTENCES = ("{}", "a picture of {}", "a drawing of {}", "there is {}", "one can see {}")
 PLACES = ("{} on {}", "{} in front of {}", "{} and {} behind")
-SHARE = 0.5  # share of sentences that name the colours; also of those that name the background
 
 
-def sentences(objects: Sequence[tuple[str, str]], background: str, rng: Generator) -> tuple[str, ...]:
+def sentences(
+    objects: Sequence[tuple[str, str]], background: str, rng: Generator, detail: float = 0.5
+) -> tuple[str, ...]:
     """One to three different sentences about an image, such as "a red circle on a striped background".
 
-    Each sentence names every shape. As people leave things out, half of the sentences name no colours, and
-    half no background. So the shape more often has to tell the images apart.
+    Each sentence names every shape. People leave things out, so only a share of the sentences name colours,
+    or the background. The lower this share, the more often the shape has to tell the images apart.
 
     Args:
         objects: (colour, shape) of each object.
         background: a key of `SURFACES`.
         rng: draws the number and choice of sentences, what each one names, and the order of its objects.
+        detail: probability in [0, 1] that a sentence names the colours, and that it names the background.
     """
     found = []
     for number in rng.permutation(len(SENTENCES))[: int(rng.integers(1, 4))]:
-        coloured, placed = rng.random(2) < SHARE
+        coloured, placed = rng.random(2) < detail
         order = [objects[place] for place in rng.permutation(len(objects))]
         named = listed([f"{colour} {shape}" if coloured else shape for colour, shape in order])
         if placed:

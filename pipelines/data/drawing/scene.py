@@ -89,7 +89,8 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
         f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",
     )
     if params.captions:
-        captions = sentences(named, background, _generator(params.seed, split, index, _SENTENCES))
+        drawn = _generator(params.seed, split, index, _SENTENCES)
+        captions = sentences(named, background, drawn, params.caption_detail)
     multiclass = params.variant == "objects"
     return Sample(
         key=f"{split}-{index:07d}",
