@@ -1,8 +1,8 @@
-"""`UserError`, the base class of errors that a user can mend, and the redaction of secrets in addresses."""
+"""`UserError`, the base class of errors that a user can mend; redaction of secrets in addresses."""
 
 import re
 
-# The login before the host, up to the last @. A password may hold a slash. Digits alone after a colon are a port.
+# The login before the host, up to the last @. A password may hold a slash. A colon and digits are a port.
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@\[]*:(?!\d+(?:[/?#]|$))[^\s\"'<>]*)@")
 # A query or fragment, without the punctuation of the sentence around the address. Local files are left alone,
 # because their names may have ? and # in them.

@@ -73,7 +73,7 @@ def energy_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
     If Σ A⁺ < 1e-7, the loss is 1 - Σ_M A⁺.
 
-    Source: Rao et al., ICCV 2023, eq. 4.
+    Source: Rao et al., ICCV 2023, eq. 2 and 6.
     """
     masks = masks.to(attributions.dtype)
     positive = _resize(attributions, masks).clamp_min(0)
@@ -101,7 +101,7 @@ def size_corrected_energy_loss(attributions: Tensor, masks: Tensor, alpha: float
 
 
 def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:
-    """Mean of |A⁺/max A⁺ - M| over all pixels: (N,) in [0, 1]. Source: Rao et al., ICCV 2023, eq. 5."""
+    """Mean of |A⁺/max A⁺ - M| over all pixels: (N,) in [0, 1]. Source: Rao et al., ICCV 2023, eq. 3."""
     masks = masks.to(attributions.dtype)
     return (_resize(_by_maximum(attributions.clamp_min(0)), masks) - masks).abs().mean((1, 2))
 
@@ -109,7 +109,7 @@ def l1_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 def rrr_loss(attributions: Tensor, masks: Tensor) -> Tensor:
     """Σ of (A/max|A|)² over the pixels outside the mask: (N,) >= 0.
 
-    Source: Ross et al., 2017, as RRR* in Rao et al., ICCV 2023.
+    Source: Ross et al., 2017, as RRR* in Rao et al., ICCV 2023, eq. 5.
     """
     masks = masks.to(attributions.dtype)
     return (_resize(_by_maximum(attributions), masks).square() * (1 - masks)).sum((1, 2))
@@ -120,7 +120,7 @@ def ppce_loss(attributions: Tensor, masks: Tensor) -> Tensor:
 
     As in `F.binary_cross_entropy`, of which it is the value for targets of 1, the logarithm is at least -100.
 
-    Source: Shen et al., 2021, as per-pixel cross-entropy in Rao et al., ICCV 2023, eq. 6.
+    Source: Shen et al., 2021, as per-pixel cross-entropy in Rao et al., ICCV 2023, eq. 4.
     """
     masks = masks.to(attributions.dtype)
     inside = _resize(_by_maximum(attributions.clamp_min(0)), masks).clamp(0, 1)

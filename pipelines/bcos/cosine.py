@@ -11,7 +11,7 @@ is scaled.
 
 Letters: N images, D embedding dimensions, K texts, C channels, L = h·w locations.
 
-Source: Arya et al., B-cosification, NeurIPS 2024, section 4 (CLIP), and its public code.
+Source: Arya et al., B-cosification, NeurIPS 2024 (CLIP), and its public code.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FineTuning:
-    """Mixin that schedules B and fades or decays the biases of a B-cos network during training, for any loss.
+    """Mixin that schedules B and fades or decays the biases of a B-cos network, for any loss.
 
     Attributes:
         module: the B-cos network, made by `bcosify` with `params.design()`.

@@ -2,7 +2,7 @@
 
 Shapes: N images of H x W pixels, T texts of L tokens, D dimensions of an embedding.
 
-Sources: Arya et al., B-cosification, NeurIPS 2024, section 5; Radford et al., Learning Transferable Visual
+Sources: Arya et al., B-cosification, NeurIPS 2024 (CLIP); Radford et al., Learning Transferable Visual
 Models, ICML 2021; Zhai et al., LiT: Zero-Shot Transfer with Locked-image Text Tuning, CVPR 2022; Zhai et al.,
 Sigmoid Loss, ICCV 2023.
 """

@@ -71,7 +71,7 @@ class _AccuracyOfOneHot(Accuracy):
 
 
 class Guidance(ObjectClassification):
-    """BCE(logits, labels) + λ·Σ_i L_loc(A_i, M_i) (eq. 1 and 2).
+    """BCE(logits, labels) + λ·Σ_i L_loc(A_i, M_i) (eq. 1).
 
     A_i is the attribution of image i for one class, which is drawn uniformly from the image's labels at each
     step. M_i is the union of the image's boxes of this class. Images without labels, or without a box of the

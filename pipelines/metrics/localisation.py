@@ -4,7 +4,7 @@ N images or (image, class) pairs, H x W pixels, n boxes, T thresholds. Scores ma
 masks (N, H, W) to (N,).
 
 Source: Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations, ICCV 2023,
-section 4. Size correction: reproducibility study of Sauter et al., 2024.
+section 3.3. Size correction: reproducibility study of Sauter et al., 2024.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pipelines.storage.errors import one_line
 
 
 class TrackingParams(Strict):
-    """MLflow: runs and the model registry. MLFLOW_TRACKING_URI names the server, by default sqlite:///mlflow.db."""
+    """MLflow: runs and the registry. MLFLOW_TRACKING_URI names the server, else sqlite:///mlflow.db."""
 
     experiment: str
     """Experiment of all runs."""
@@ -196,7 +196,7 @@ def _validated(content: Any, source: str) -> Params:
 
 
 def _is_renamed(missing: Any, error: ValidationError) -> bool:
-    """Whether a key is missing only because `error` has its former names."""
+    """Returns True if a key is missing only because `error` has its former names."""
     today = [renamed(_key(item)) or "" for item in error.errors() if item["type"] == "extra_forbidden"]
     return missing["type"] == "missing" and any(f"{key}.".startswith(f"{_key(missing)}.") for key in today)
 

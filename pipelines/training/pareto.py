@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-BIN = 0.005  # figures in the same bin count as equal (Rao et al., ICCV 2023, section 5)
+BIN = 0.005  # figures in the same bin count as equal (Rao et al., ICCV 2023, section 4)
 
 Point = Sequence[float]
 

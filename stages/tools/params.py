@@ -1,4 +1,4 @@
-"""`python -m stages.tools.params [KEY=VALUE ...]`: writes params.yaml with comments, and docs/params.md.
+"""Writes params.yaml with comments, and docs/params.md: `python -m stages.tools.params [KEY=VALUE ...]`.
 
 KEY=VALUE are overrides like those of `dvc exp run -S`, such as `recipe=cifar10`. Without any, the params are
 those of the default recipe. Values and their order come from pipelines/recipes, comments from the models in

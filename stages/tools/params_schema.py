@@ -1,4 +1,4 @@
-"""What the models of the params say about each knob: its description, its type and its range."""
+"""Description, type and range of each param, read from the pydantic models of the params."""
 
 from __future__ import annotations
 

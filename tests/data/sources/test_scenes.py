@@ -215,6 +215,13 @@ def test_captioned_scenes_have_the_same_pixels_and_sentences_that_name_every_sha
     assert SURFACES.keys() == BACKGROUNDS.keys()
 
 
+@pytest.mark.parametrize(("detail", "wanted"), [(0.0, {False}), (1.0, {True})])
+def test_the_detail_of_captions_is_how_often_they_name_colours_and_backgrounds(detail, wanted):
+    captions = [c for s in drawn(several(captions=True, caption_detail=detail), 20) for c in s.captions]
+    assert {any(colour in caption for colour in COLOURS) for caption in captions} == wanted
+    assert {any(surface in caption for surface in SURFACES.values()) for caption in captions} == wanted
+
+
 def test_captions_come_through_the_raw_files(tmp_path):
     params = several(captions=True)
     source, raw = get(params), fetched(params, tmp_path)
