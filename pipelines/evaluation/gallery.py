@@ -13,7 +13,7 @@ from pipelines.attribution import Attribution, explain
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights, rgba
 from pipelines.data.loading.loader import loader
 from pipelines.evaluation import ExplainedModel, examples_by_key, load_explained_model
-from pipelines.evaluation.pictures import choose, save_panels
+from pipelines.evaluation.pictures import Column, choose, save_panels
 from pipelines.params import DataParams, EvaluateParams
 
 ROWS = 4  # images per file
@@ -54,37 +54,44 @@ def draw_gallery(
     for start in range(0, len(chosen), ROWS):
         rows = {key: examples[key] for key in chosen[start : start + ROWS]}
         batch = add_inverse(torch.stack([row.image for row in rows.values()]) / 255)
-        panels: dict[str, Tensor] = {}
+        columns = [
+            column
+            for name, explained in models.items()
+            for column in explain_predicted(name, explained, batch, params.smooth)
+        ]
         titles = [
             f"{key}\ntrue: {', '.join(names[label] for label in row.classes)}" for key, row in rows.items()
         ]
-        for name, explained in models.items():
-            predicted, explanations = _explain_predicted(explained, batch, params.smooth)
-            panels |= {f"{name}\n{title}": maps for title, maps in explanations.items()}
-            titles = [f"{title}\n{name}: {guess}" for title, guess in zip(titles, predicted, strict=True)]
         paths.append(folder / f"panels-{start // ROWS:02d}.png")
-        save_panels(paths[-1], batch, panels, titles, [row.boxes for row in rows.values()])
+        save_panels(paths[-1], batch, columns, titles, [row.boxes for row in rows.values()])
     return paths
 
 
-def _explain_predicted(
-    explained: ExplainedModel, images: Tensor, smooth: int
-) -> tuple[list[str], dict[str, Tensor]]:
-    """Predicted class and confidence per image, as text, and the explanations of the predicted classes."""
+def explain_predicted(name: str, explained: ExplainedModel, images: Tensor, smooth: int) -> list[Column]:
+    """Explanations of the classes that the model `name` predicts for images (N, 6, H, W) in [0, 1].
+
+    Titles name the class with its logit and probability. The contributions of a B-cos model have one scale.
+    """
     with torch.no_grad():
         logits = explained.model(images)
     targets = logits.argmax(1)
-    shares = (logits.softmax(1) if explained.spec.task == "multiclass" else logits.sigmoid()).amax(1)
-    pairs = zip(targets.tolist(), shares.tolist(), strict=True)
-    predicted = [f"{explained.spec.classes[target]} ({share:.0%})" for target, share in pairs]
-    panels: dict[str, Tensor] = {}
+    shares = logits.softmax(1) if explained.spec.task == "multiclass" else logits.sigmoid()
+    predicted = [
+        f"{explained.spec.classes[target]} {logits[row, target]:+.2f} ({shares[row, target]:.0%})"
+        for row, target in enumerate(targets.tolist())
+    ]
+
+    def column(title: str, maps: Tensor, contributions: bool = False) -> Column:
+        return Column(maps, [f"{name}\n{title}\n{guess}" for guess in predicted], contributions)
+
+    columns: list[Column] = []
     if explained.spec.kind == "bcos":
         _, weights = dynamic_weights(explained.model, images, targets)
-        panels = {
-            "weights": rgba(images, weights, smooth),
-            "contributions": contribution_map(images, weights),
-        }
-    for name, attribution in explained.explanations.items():
+        columns = [
+            column("weights", rgba(images, weights, smooth)),
+            column("contributions", contribution_map(images, weights), contributions=True),
+        ]
+    for title, attribution in explained.explanations.items():
         if not attribution.of_dynamic_weights:
-            panels[name] = explain(explained.model, images, targets, attribution)[1]
-    return predicted, panels
+            columns.append(column(title, explain(explained.model, images, targets, attribution)[1]))
+    return columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -36,10 +37,27 @@ def choose(correct: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([right[: count - wrong_count], wrong[:wrong_count]]).sort().values
 
 
+@dataclass(frozen=True)
+class Column:
+    """Explanations of N images by one method, for `save_panels`.
+
+    Attributes:
+        maps: (N, H, W, 4) in [0, 1], shown as colours on white, or (N, H, W), shown as heat maps: red for and
+            blue against the class, white at 0, limits symmetric about 0.
+        titles: N titles, one above each panel.
+        contributions: the maps (N, H, W) sum to logits. Such maps of one image share their limits in all
+            columns, and their titles name them. Other maps have no common unit and limits of their own.
+    """
+
+    maps: Tensor
+    titles: Sequence[str]
+    contributions: bool = False
+
+
 def save_panels(
     path: str | Path,
     images: Tensor,
-    explanations: Mapping[str, Tensor],
+    columns: Sequence[Column],
     titles: Sequence[str],
     boxes: Sequence[Tensor] | None = None,
 ) -> None:
@@ -48,35 +66,40 @@ def save_panels(
     Args:
         path: path of the PNG; its folder is created.
         images: (N, 3 or more, H, W) in [0, 1]; the first three channels are shown.
-        explanations: column title -> maps. (N, H, W, 4) in [0, 1] are shown as colours on white, (N, H, W) as
-            heat maps: red for and blue against the class, white at 0, limits symmetric about 0.
+        columns: the explanations, from left to right.
         titles: N titles, written above the images.
         boxes: N tensors (n_i, 4) of xmin, ymin, xmax, ymax in pixels, half-open, drawn on the images.
 
     Raises:
         ValueError: the numbers of images, maps and titles differ, or an explanation has another shape.
     """
-    for name, number in {
-        "titles": len(titles),
-        **{name: len(maps) for name, maps in explanations.items()},
-    }.items():
+    numbers = {"titles": len(titles)}
+    for place, column in enumerate(columns):
+        numbers |= {f"column {place}: maps": len(column.maps), f"column {place}: titles": len(column.titles)}
+    for name, number in numbers.items():
         if number != len(images):
             raise ValueError(f"{name}: {number} for {len(images)} images")
-    columns = {
-        "input": images[:, :3].permute(0, 2, 3, 1).clamp(0, 1),
-        **{k: _panels(k, v) for k, v in explanations.items()},
-    }
+    shared = [limits(column.maps) for column in columns if column.contributions]
+    limit = torch.stack(shared).amax(0) if shared else None
+    shown = [(images[:, :3].permute(0, 2, 3, 1).clamp(0, 1), titles)]
+    for column in columns:
+        if column.contributions and limit is not None:
+            scales = [f"{title}\n±{scale:.1e}" for title, scale in zip(column.titles, limit, strict=True)]
+            shown.append((heat_map(column.maps, limit=limit), scales))
+        else:
+            shown.append((_panels(column.maps), column.titles))
     with matplotlib.rc_context({"font.size": 6}):
-        figure = Figure(figsize=(INCHES * len(columns), (INCHES + 0.3) * len(images)), layout="constrained")
+        lines = max(title.count("\n") + 1 for _, named in shown for title in named) if len(images) else 1
+        size = (INCHES * len(shown), (INCHES + 0.12 * lines) * len(images))
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(len(images), len(columns), squeeze=False)
+        axes = figure.subplots(len(images), len(shown), squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
-        for row, title in enumerate(titles):
-            for column, (name, panels) in enumerate(columns.items()):
-                axes[row, column].imshow(_pixels(panels[row]), interpolation="nearest")
-                # parse_math=False because names may contain a $.
-                axes[row, column].set_title(title if column == 0 else name, parse_math=False)
+        for row in range(len(images)):
+            for place, (panels, named) in enumerate(shown):
+                axes[row, place].imshow(_pixels(panels[row]), interpolation="nearest")
+                axes[row, place].set_title(named[row], parse_math=False)  # names may contain a $
             for xmin, ymin, xmax, ymax in boxes[row].tolist() if boxes is not None else ():
                 corner = (xmin - 0.5, ymin - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
                 axes[row, 0].add_patch(
@@ -178,14 +201,14 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
 
 
-def heat_map(attributions: Tensor, percentile: float = 99.5, limit: float | None = None) -> Tensor:
+def heat_map(attributions: Tensor, percentile: float = 99.5, limit: float | Tensor | None = None) -> Tensor:
     """Colours signed maps (N, H, W) blue (negative), white (0) and red (positive): (N, H, W, 3) in [0, 1].
 
-    The colours of a map end at plus and minus `limit`, by default the percentile of its absolute values, see
-    `limits`.
+    The colours of a map end at plus and minus `limit`, of one or each map (N,), by default at the percentile
+    of its absolute values, see `limits`.
     """
     maps = attributions.detach().float().cpu()
-    most = limits(maps, percentile) if limit is None else torch.full((len(maps),), limit)
+    most = limits(maps, percentile) if limit is None else torch.as_tensor(limit).expand(len(maps))
     scaled = (maps / most[:, None, None]).clamp(-1, 1)
     colours = matplotlib.colormaps["bwr"](((scaled + 1) / 2).numpy())
     return torch.from_numpy(np.asarray(colours[..., :3])).float()
@@ -204,13 +227,13 @@ def on_white(rgba: Tensor) -> Tensor:
     return colours * alpha + (1 - alpha)
 
 
-def _panels(name: str, values: Tensor) -> Tensor:
+def _panels(values: Tensor) -> Tensor:
     """Colours one explanation of all images: maps or RGBA -> (N, H, W, 3)."""
     if values.ndim == 3:
         return heat_map(values)
     if values.ndim == 4 and values.shape[-1] == 4:
         return on_white(values)
-    raise ValueError(f"{name}: (N, H, W) or (N, H, W, 4) can be shown, not {tuple(values.shape)}")
+    raise ValueError(f"maps: (N, H, W) or (N, H, W, 4) can be shown, not {tuple(values.shape)}")
 
 
 def _pixels(colours: Tensor) -> np.ndarray:

@@ -24,7 +24,7 @@ from pipelines.evaluation import (
     knows_positions,
     load_explained_model,
 )
-from pipelines.evaluation.gallery import _explain_predicted, draw_gallery
+from pipelines.evaluation.gallery import draw_gallery, explain_predicted
 from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
@@ -218,8 +218,20 @@ def test_pictures_show_what_was_guided(trained):
     explained = load_explained_model(
         trained["bcos"], (), torch.device("cpu"), Attribution("bcos", "body.layer2")
     )
-    _, panels = _explain_predicted(explained, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
-    assert list(panels) == ["weights", "contributions", "guided"]
+    columns = explain_predicted("bcos", explained, add_inverse(torch.rand(2, 3, 32, 32)), smooth=3)
+    assert [column.titles[0].split("\n")[1] for column in columns] == ["weights", "contributions", "guided"]
+
+
+def test_pictures_name_the_predicted_class_with_its_logit_and_probability(trained):
+    explained = load_explained_model(trained["bcos"], (), torch.device("cpu"))
+    images = add_inverse(torch.rand(2, 3, 32, 32))
+    logits = explained.model(images)
+    column = explain_predicted("bcos", explained, images, smooth=3)[-1]
+    for row, (values, title) in enumerate(zip(logits, column.titles, strict=True)):
+        target = int(values.argmax())
+        wanted = f"{CLASSES[target]} {values[target]:+.2f} ({values.softmax(0)[target]:.0%})"
+        assert title.split("\n") == ["bcos", "contributions", wanted], row
+    assert column.contributions
 
 
 def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from pipelines.evaluation.pictures import choose, heat_map, on_white, save_panels
+from pipelines.evaluation import pictures
+from pipelines.evaluation.pictures import Column, choose, heat_map, on_white, save_panels
 
 
 def test_half_of_the_chosen_images_are_wrong_where_possible():
@@ -48,9 +49,12 @@ def test_transparent_is_white():
 def test_panels_are_the_same_bytes_each_time_and_show_the_image(tmp_path):
     images = torch.zeros(2, 6, 8, 8)
     images[:, 0] = 1  # red
-    explanations = {"explanation": torch.rand(2, 8, 8, 4), "contribution": torch.randn(2, 8, 8)}
+    columns = [
+        Column(torch.rand(2, 8, 8, 4), ["a", "b"]),
+        Column(torch.randn(2, 8, 8), ["a", "b"], contributions=True),
+    ]
     for name in ("a", "b"):
-        save_panels(tmp_path / "new" / f"{name}.png", images, explanations, ["one", "two"])
+        save_panels(tmp_path / "new" / f"{name}.png", images, columns, ["one", "two"])
     first, second = ((tmp_path / "new" / f"{name}.png").read_bytes() for name in ("a", "b"))
     assert first == second
     picture = imread(tmp_path / "new" / "a.png")
@@ -61,6 +65,24 @@ def test_panels_are_the_same_bytes_each_time_and_show_the_image(tmp_path):
 def test_wrong_numbers_and_shapes_are_named(tmp_path):
     images = torch.rand(2, 6, 8, 8)
     with pytest.raises(ValueError, match="titles: 1 for 2 images"):
-        save_panels(tmp_path / "a.png", images, {}, ["one"])
-    with pytest.raises(ValueError, match=r"gradcam: .*not \(2, 6, 8, 8\)"):
-        save_panels(tmp_path / "a.png", images, {"gradcam": images}, ["one", "two"])
+        save_panels(tmp_path / "a.png", images, [], ["one"])
+    with pytest.raises(ValueError, match="column 0: titles: 1 for 2 images"):
+        save_panels(tmp_path / "a.png", images, [Column(images[:, 0], ["gradcam"])], ["one", "two"])
+    with pytest.raises(ValueError, match=r"maps: .*not \(2, 6, 8, 8\)"):
+        save_panels(tmp_path / "a.png", images, [Column(images, ["a", "b"])], ["one", "two"])
+
+
+def test_contributions_of_one_image_share_a_scale_and_other_maps_do_not(tmp_path, monkeypatch):
+    shown = []
+    drawn = pictures.heat_map
+    monkeypatch.setattr(pictures, "heat_map", lambda *a, **k: shown.append(drawn(*a, **k)) or shown[-1])
+    large, small = torch.full((2, 8, 8), 4.0), torch.full((2, 8, 8), 1.0)
+    columns = [
+        Column(large, ["a", "b"], contributions=True),
+        Column(small, ["a", "b"], contributions=True),
+        Column(small, ["a", "b"]),
+    ]
+    save_panels(tmp_path / "a.png", torch.rand(2, 6, 8, 8), columns, ["one", "two"])
+    full, quarter, own = (maps[0, 0, 0].tolist() for maps in shown)
+    assert full == own == pytest.approx([1, 0, 0], abs=0.01)
+    assert quarter == pytest.approx([1, 0.75, 0.75], abs=0.01)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.evaluation.pictures import draw_front, save_panels
+from pipelines.evaluation.pictures import Column, draw_front, save_panels
 from pipelines.models import ConventionalNetwork, ModelSpec, build, save
 from pipelines.storage.files import write_json
 from pipelines.storage.publish import pull
@@ -37,7 +37,8 @@ def save_model(folder):
 
 
 def save_picture(folder):
-    save_panels(folder / "picture.png", torch.rand(1, 6, 4, 4), {"bcos": torch.rand(1, 4, 4)}, ["title"])
+    column = Column(torch.rand(1, 4, 4), ["bcos"])
+    save_panels(folder / "picture.png", torch.rand(1, 6, 4, 4), [column], ["title"])
 
 
 def pull_file(folder):
