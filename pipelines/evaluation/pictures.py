@@ -90,7 +90,7 @@ def save_panels(
             shown.append((_panels(column.maps), column.titles))
     with matplotlib.rc_context({"font.size": 6}):
         lines = max(title.count("\n") + 1 for _, named in shown for title in named) if len(images) else 1
-        size = (INCHES * len(shown), (INCHES + 0.12 * lines) * len(images))
+        size = (INCHES * len(shown), (INCHES + 0.12 * lines + 0.15) * len(images))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(images), len(shown), squeeze=False)

@@ -28,24 +28,31 @@ class PadShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3×3 stem, three stages of n blocks, global average pooling and one linear layer: depth 6n + 2.
+    """A stem convolution, three stages of n blocks, global average pooling and one linear layer: depth 6n + 2.
 
     Args:
         depth: 6n + 2, for n ≥ 1.
         num_classes: K.
         width: channels of the first stage; the second stage has twice as many, the third four times as many.
-        stem_stride: stride of the first convolution: 1 for images of 32 px, 2 for 64 px at the same cost.
+        stem_stride: stride s of the first convolution: 1 for images of 32 px, 2 for 64 px, 4 for 128 px, at
+            about the same cost. Its kernel is 3×3 for s = 1, else 2s×2s, so that each pixel is in equally
+            many windows. Under strided 3×3 kernels it is not, and explanations show the stride as a grid.
 
     Raises:
-        ValueError: `depth` is not 6n + 2.
+        ValueError: `depth` is not 6n + 2, or `stem_stride` is neither 1 nor even.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, width: int = 16, stem_stride: int = 1) -> None:
         super().__init__()
         if depth % 6 != 2 or depth < 8:
             raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...), not {depth}")
+        if stem_stride != 1 and (stem_stride < 1 or stem_stride % 2):
+            raise ValueError(
+                f"the stem of a CIFAR ResNet has stride 1, 2 or another even one, not {stem_stride}"
+            )
         count = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
+        kernel, padding = (3, 1) if stem_stride == 1 else (2 * stem_stride, stem_stride // 2)
+        self.conv1 = nn.Conv2d(3, width, kernel, stem_stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.layer1 = self._stage(width, width, count, 1)

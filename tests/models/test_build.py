@@ -42,6 +42,19 @@ def test_options_reach_the_constructor():
     assert strided.conv1(images).shape[-1] == 32
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_each_pixel_is_in_equally_many_windows_of_the_stem(stride):
+    """So the gradient of the stem's sum, with equal weights, shows no grid away from the border."""
+    stem = build("resnet8", options={"stem_stride": stride}).conv1
+    torch.nn.init.ones_(stem.weight)
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    stem(images).sum().backward()
+    inside = images.grad[0, :, 8:-8, 8:-8]
+    assert (inside == inside[0, 0, 0]).all()
+    with pytest.raises(ValueError, match=r"stride 1, 2 or another even one, not 3"):
+        build("resnet8", options={"stem_stride": 3})
+
+
 def test_published_weights_of_the_cifar_network():
     path = SHARED / "weights/cifar10/resnet20-12fca82f.th"
     if not path.is_file():
