@@ -28,7 +28,7 @@ class PadShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A stem convolution, three stages of n blocks, global average pooling and one linear layer: depth 6n + 2.
+    """A stem, three stages of n blocks, global average pooling and one linear layer: depth 6n + 2.
 
     Args:
         depth: 6n + 2, for n ≥ 1.
