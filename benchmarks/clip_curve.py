@@ -14,11 +14,13 @@ import argparse
 import json
 import re
 import tempfile
+from dataclasses import replace
 
 from pipelines import models
 from pipelines.distributed import Context
 from pipelines.evaluation.retrieval import evaluate_retrieval
 from pipelines.evaluation.zero_shot import evaluate_zero_shot
+from pipelines.models import read_spec
 from pipelines.params import Params, load
 from pipelines.storage.files import names_in
 from pipelines.training import checkpoints
@@ -55,7 +57,9 @@ def steps(run: str) -> list[int]:
 
 def of_checkpoint(params: Params, tower: str, run: str, step: int) -> dict[str, float]:
     """The figures of the tower as it was after `step` steps."""
-    model, spec = models.load(f"models/clip/{tower}")
+    design = getattr(params.clip, tower).bcosify.design()  # a checkpoint has the buffers of schedules
+    spec = replace(read_spec(f"models/clip/{tower}"), design=design)
+    model = models.assemble(spec, check=False)
     model.load_state_dict(checkpoints.load(run, step)["model"])
     with tempfile.TemporaryDirectory() as folder:
         models.save(folder, model.eval(), spec)

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork, bcosify
+from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork, bcosify, is_bias
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.clip import resolved_name
 from pipelines.models.folder import CONFIG, WEIGHTS, local_folder, model_file_names
@@ -126,7 +126,8 @@ def tower_spec(spec: ModelSpec) -> ModelSpec:
 def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Writes `model`, which `assemble` made from `spec`, to `directory`.
 
-    The written spec has the design choices that took effect. If the spec names an image tower by a config
+    The written spec has the design choices that took effect. Schedules leave no trace: B is fixed at its
+    present value, and biases that have faded are removed. If the spec names an image tower by a config
     file, the written spec holds that config in its options, so that the model loads without the file.
     """
     directory = Path(directory)
@@ -138,14 +139,30 @@ def save(directory: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         shared = place in stored
         stored.add(place)
         state[key] = value.detach().cpu().clone() if shared else value.detach().cpu().contiguous()
-    with staged(directory / WEIGHTS) as path:
-        safetensors.torch.save_file(state, path)
     converted = model.tower if isinstance(model, ZeroShotNetwork) else model
     if isinstance(converted, BcosNetwork):
-        spec = dataclasses.replace(spec, design={**spec.design, **converted.design})
+        settled, gone = _settled(model, converted)
+        state = {key: value for key, value in state.items() if key not in gone}
+        spec = dataclasses.replace(spec, design={**spec.design, **converted.design, **settled})
+    with staged(directory / WEIGHTS) as path:
+        safetensors.torch.save_file(state, path)
     name, options = resolved_name(spec.name, spec.options)
     spec = dataclasses.replace(spec, name=name, options=options)
     write_json(directory / CONFIG, dataclasses.asdict(spec))
+
+
+def _settled(model: nn.Module, network: BcosNetwork) -> tuple[dict[str, Any], set[str]]:
+    """Design choices of `network` without its schedules, and the keys of `model` that these alone have."""
+    design: dict[str, Any] = {}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    gone = {key for key in buffers if key.endswith(".b_value")}
+    if gone:
+        design = {"b": float(buffers[min(gone)]), "b_mode": "fixed"}
+    if network.bias_share is not None and network.bias_share == 0:
+        design["bias"] = "remove"
+        gone |= {key for key, _ in model.named_parameters(remove_duplicate=False) if is_bias(key)}
+        gone |= {key for key in buffers if key.rpartition(".")[2] == "bias_share"}
+    return design, gone
 
 
 @torch.inference_mode(False)  # autograd, and so explanations, cannot use parameters made in inference mode

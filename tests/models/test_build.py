@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipelines.bcos import fade_biases, is_bias, set_b
 from pipelines.errors import UserError
 from pipelines.models import ModelSpec, WeightsError, assemble, build, load, read_spec, save
 from pipelines.storage.publish import publish
@@ -152,6 +153,28 @@ def test_a_saved_model_gives_the_same_logits(tmp_path, kind):
     assert took_effect.items() <= read.design.items()
     assert read == read_spec(tmp_path) == dataclasses.replace(spec, design=read.design)
     assert torch.equal(loaded(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("b", "share", "wanted"),
+    [
+        (2.0, 0.0, {"b": 2.0, "b_mode": "fixed", "bias": "remove"}),
+        (1.5, 0.25, {"b": 1.5, "b_mode": "fixed", "bias": "fade"}),
+    ],
+)
+def test_a_saved_model_has_no_schedules_of_training(tmp_path, b, share, wanted):
+    design = {"b": 1.0, "b_mode": "scheduled", "bias": "fade"}
+    spec = ModelSpec("resnet8", ("a", "b", "c"), 32, "bcos", options={"width": 4}, design=design)
+    model, images = assemble(spec), torch.rand(4, 6, 32, 32)
+    set_b(model, b)
+    fade_biases(model, share)
+    model.train()(images)
+    save(tmp_path, model, spec)
+    loaded, read = load(tmp_path)
+    assert wanted.items() <= read.design.items()
+    assert not any(name.endswith("b_value") for name, _ in loaded.named_buffers())
+    assert any(is_bias(name) for name, _ in loaded.named_parameters()) == (share > 0)
+    torch.testing.assert_close(loaded(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("protocol", ["memory", "file"])
