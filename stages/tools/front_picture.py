@@ -18,6 +18,7 @@ from pipelines import models
 from pipelines.attribution import Attribution, explain
 from pipelines.bcos import add_inverse, dynamic_weights, rgba
 from pipelines.data.loading.loader import loader
+from pipelines.errors import UserError
 from pipelines.evaluation.batches import present
 from pipelines.evaluation.pictures import Column, save_panels
 from pipelines.params import Params
@@ -38,10 +39,12 @@ def main() -> None:
 
 
 def draw(params: Params, rows: int, path: Path = PATH) -> None:
-    """Writes the picture with so many rows to `path`."""
+    """Writes the picture with `rows` rows, or fewer if fewer images are found, to `path`."""
     folders = [f"bcosify/{params.bcosify.starts[0]}", "pretrain", "guide"]
     bcosified, conventional, guided = loaded = [models.load(model_folder(folder)) for folder in folders]
     chosen = list(examples(params, [model for model, _ in loaded], rows))
+    if not chosen:
+        raise UserError("no test image with two classes has one that all three networks find: train longer")
     images = torch.stack([image for image, _, _ in chosen])
     targets = torch.tensor([target for _, target, _ in chosen])
     classes = bcosified[1].classes

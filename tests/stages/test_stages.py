@@ -4,9 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipelines import models
+from pipelines import models, params
+from pipelines.errors import UserError
 from stages import (
     backbone,
     bcosify,
@@ -23,7 +25,7 @@ from stages import (
     shard,
     teacher,
 )
-from stages.tools import summary
+from stages.tools import front_picture, summary
 from tests.support.project import refused
 
 pytestmark = pytest.mark.graph
@@ -209,3 +211,20 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_all_stages(wo
     capsys.readouterr()
     summary.main()
     assert "f1" in capsys.readouterr().out.lower()
+
+
+def test_the_front_picture_explains_a_class_that_all_networks_find(workspace, tmp_path, monkeypatch):
+    settings = params.load()
+    networks = [models.load(f"models/{name}")[0] for name in ("bcosify/pretrained", "pretrain", "guide")]
+    for image, target, boxes in front_picture.examples(settings, networks, 2):
+        assert all(network(image[None]).argmax() == target for network in networks)
+        assert len(boxes) > 0
+    images = [(torch.rand(6, 32, 32), target, torch.tensor([[2.0, 2, 20, 20]])) for target in (0, 1)]
+    monkeypatch.setattr(front_picture, "examples", lambda *_: iter(images))
+    pictures = [tmp_path / "one.png", tmp_path / "other.png"]
+    for path in pictures:
+        front_picture.draw(settings, 2, path)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    monkeypatch.setattr(front_picture, "examples", lambda *_: iter(()))
+    with pytest.raises(UserError, match="no test image"):
+        front_picture.draw(settings, 2, tmp_path / "none.png")
