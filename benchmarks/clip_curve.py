@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 from dataclasses import replace
 
@@ -22,7 +21,6 @@ from pipelines.evaluation.retrieval import evaluate_retrieval
 from pipelines.evaluation.zero_shot import evaluate_zero_shot
 from pipelines.models import read_spec
 from pipelines.params import Params, load
-from pipelines.storage.files import names_in
 from pipelines.training import checkpoints
 from pipelines.workflow.places import shards_of
 
@@ -41,18 +39,12 @@ def main() -> None:
     params = load()
     original = measured(params, asked.tower, original_folder(asked.tower))
     print(json.dumps({"tower": "original", **original}))
-    for step in steps(asked.run):
+    for step in checkpoints.steps(asked.run):
         if step % asked.every == 0:
             found = of_checkpoint(params, asked.tower, asked.run, step)
             kept = {name: round(value / original[name], 4) for name, value in found.items()}
             images = step * getattr(params.clip, asked.tower).bcosify.optim.batch_size
             print(json.dumps({"step": step, "images": images, **found, "kept": kept}), flush=True)
-
-
-def steps(run: str) -> list[int]:
-    """Steps of the checkpoints of a run, ascending."""
-    names = (re.match(r"step-(\d+)", name) for name in names_in(f"{run}/checkpoints"))
-    return sorted({int(name[1]) for name in names if name})
 
 
 def of_checkpoint(params: Params, tower: str, run: str, step: int) -> dict[str, float]:

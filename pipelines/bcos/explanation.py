@@ -135,7 +135,7 @@ class _Held(torch.autograd.Function):
 
 
 class HoldState:
-    """Holds a layer's current explanation; a plain object, because torch.compile can trace changes of it."""
+    """Holds a layer's current explanation in a plain object, whose changes torch.compile can trace."""
 
     def __init__(self) -> None:
         self.explanation: Explanation | None = None

@@ -236,7 +236,7 @@ def read_record(place: str | Path, kind: type[T]) -> T | None:
         if value is None or isinstance(value, kind):
             return value
     except DamagedFileError:
-        pass
+        pass  # told below, as is JSON of another kind
     log.warning("%s: unreadable, as a crash leaves a file; taken as not there", place)
     return None
 

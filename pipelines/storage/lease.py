@@ -102,7 +102,7 @@ class Lease:
         except LeaseError:
             return True
         except OSError:
-            pass
+            pass  # the storage does not answer, so no other driver is known
         return False
 
     def _newest(self) -> Lease:
@@ -357,5 +357,5 @@ def _started(pid: int) -> str:
     except ProcessLookupError:
         return ""
     except PermissionError:
-        pass
+        pass  # a living process of another user
     return "unknown"

@@ -105,7 +105,7 @@ def alone(uri: str, work: str) -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Sets the environment variables that mlflow reads on import. Must be called before each import of it."""
+    """Sets the environment variables that mlflow reads on import; call it before each such import."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 

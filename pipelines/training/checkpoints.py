@@ -148,6 +148,11 @@ def newest(directory: str) -> dict[str, Any] | None:
     return next(filter(None, (_summary(directory, folder) for folder in _folders(directory))), None)
 
 
+def steps(directory: str) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    return sorted({folder.step for folder in _folders(directory) if _summary(directory, folder) is not None})
+
+
 def copy(source: str, target: str, lease: Lease | None = None) -> None:
     """Copies the complete checkpoints of the run in `source` to the run in `target`, the oldest first.
 

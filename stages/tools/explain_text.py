@@ -33,7 +33,7 @@ from pipelines.storage.errors import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the picture. Prints each text's cosine and how much of it the pixels contribute."""
+    """Writes the picture and prints each text's cosine with the share that the pixels contribute."""
     asked = parser().parse_args(arguments)
     with one_line_errors():
         with tracking.model_folder(asked.model) as folder:

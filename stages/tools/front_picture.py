@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines import models
 from pipelines.attribution import Attribution, explain
@@ -21,6 +21,7 @@ from pipelines.data.loading.loader import loader
 from pipelines.errors import UserError
 from pipelines.evaluation.batches import present
 from pipelines.evaluation.pictures import Column, save_panels
+from pipelines.models import ModelSpec
 from pipelines.params import Params
 from pipelines.workflow.places import model_folder, shards_of
 from pipelines.workflow.running import stage
@@ -40,30 +41,25 @@ def main() -> None:
 
 def draw(params: Params, rows: int, path: Path = PATH) -> None:
     """Writes the picture with `rows` rows, or fewer if fewer images are found, to `path`."""
-    folders = [f"bcosify/{params.bcosify.starts[0]}", "pretrain", "guide"]
-    bcosified, conventional, guided = loaded = [models.load(model_folder(folder)) for folder in folders]
-    chosen = list(examples(params, [model for model, _ in loaded], rows))
+    folders = {"B-cosified": f"bcosify/{params.bcosify.starts[0]}", "GradCAM": "pretrain", "guided": "guide"}
+    loaded = {name: models.load(model_folder(folder)) for name, folder in folders.items()}
+    chosen = list(examples(params, [model for model, _ in loaded.values()], rows))
     if not chosen:
         raise UserError("no test image with two classes has one that all three networks find: train longer")
     images = torch.stack([image for image, _, _ in chosen])
     targets = torch.tensor([target for _, target, _ in chosen])
-    classes = bcosified[1].classes
-    _, gradcam = explain(conventional[0], images, targets, Attribution("gradcam"))
+    classes = loaded["B-cosified"][1].classes
     columns = [
-        explained("B-cosified", bcosified[0], images, targets, params.evaluate.smooth),
-        Column(
-            gradcam, [f"GradCAM\nlogit {value:+.2f}" for value in of_target(conventional[0], images, targets)]
-        ),
-        explained("guided", guided[0], images, targets, params.evaluate.smooth),
+        explained(name, *network, images, targets, params.evaluate.smooth) for name, network in loaded.items()
     ]
     titles = [f"input\nwhy {classes[target]}?" for target in targets.tolist()]
     save_panels(path, images, columns, titles, [boxes for _, _, boxes in chosen])
 
 
 def examples(
-    params: Params, networks: Sequence[torch.nn.Module], count: int
+    params: Params, networks: Sequence[nn.Module], count: int
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Yields an image (6, H, W), a class of it, and all its boxes (n, 4), for `count` images."""
+    """Yields `count` images (6, H, W), each with one of its classes and all its boxes (n, 4)."""
     settings = params.for_guide()
     for batch in loader(shards_of(settings.dataset), "test", settings.data, 64, fields=("boxes",)):
         images = add_inverse(batch["image"])
@@ -79,17 +75,17 @@ def examples(
                     return
 
 
-def explained(name: str, model: torch.nn.Module, images: Tensor, targets: Tensor, smooth: int) -> Column:
-    """The colour explanations of a B-cos network, with its logits."""
-    logits, weights = dynamic_weights(model, images, targets)
+def explained(
+    name: str, model: nn.Module, spec: ModelSpec, images: Tensor, targets: Tensor, smooth: int
+) -> Column:
+    """Explains the targets (N,): a B-cos network in colours, a conventional one by GradCAM."""
+    if spec.kind == "bcos":
+        logits, weights = dynamic_weights(model, images, targets)
+        maps = rgba(images, weights, smooth)
+    else:
+        logits, maps = explain(model, images, targets, Attribution("gradcam"))
     chosen = logits.gather(1, targets[:, None])[:, 0].tolist()
-    return Column(rgba(images, weights, smooth), [f"{name}\nlogit {value:+.2f}" for value in chosen])
-
-
-@torch.no_grad()
-def of_target(model: torch.nn.Module, images: Tensor, targets: Tensor) -> list[float]:
-    """The logits of the targets."""
-    return model(images).gather(1, targets[:, None])[:, 0].tolist()
+    return Column(maps, [f"{name}\nlogit {value:+.2f}" for value in chosen])
 
 
 if __name__ == "__main__":

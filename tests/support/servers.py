@@ -121,7 +121,7 @@ def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: 
             if answers():
                 return
         except OSError:
-            pass
+            pass  # the server is not up yet
         time.sleep(0.3)
     raise AssertionError(f"no answer\n{log.read_text()[-3000:]}")
 

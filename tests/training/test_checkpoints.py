@@ -47,3 +47,10 @@ def test_a_state_with_another_byte_is_named_with_what_to_do(tmp_path):
         DamagedFileError, match=rf"{place}/state.pt: damaged .* delete {place} to go on from an older one"
     ):
         checkpoints.load(str(tmp_path), 2)
+
+
+def test_steps_are_those_of_the_complete_checkpoints(tmp_path):
+    place = two_checkpoints(tmp_path)
+    assert checkpoints.steps(str(tmp_path)) == [1, 2]
+    Path(place, "complete.json").unlink()
+    assert checkpoints.steps(str(tmp_path)) == [1]
