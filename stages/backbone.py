@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipelines.workflow.places import save_model_from
+from pipelines.workflow.places import take_model
 from pipelines.workflow.running import stage
 
 
 def main() -> None:
     """Saves the model that `guide.backbone` names. An alias of the registry is resolved each time."""
     with stage() as params:
-        save_model_from(params.guide.backbone, Path("models/backbone"))
+        take_model(params.guide.backbone, Path("models/backbone"))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from pipelines.evaluation.gallery import draw_gallery
 from pipelines.storage.files import write_json
 from pipelines.workflow.evaluating import CODE, classifiers, evaluate_models, students
 from pipelines.workflow.identity import of_data
-from pipelines.workflow.places import REPORTS, shards_for_all, shards_of
+from pipelines.workflow.places import REPORTS, shards_of
 from pipelines.workflow.reports import flat, write_localisation
 from pipelines.workflow.running import stage
+from pipelines.workflow.sharing import shards_for_all
 from pipelines.workflow.training import tracked
 
 OUT = REPORTS / "evaluate"

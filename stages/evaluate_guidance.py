@@ -10,9 +10,10 @@ from pipelines.evaluation.gallery import draw_gallery
 from pipelines.storage.files import write_json
 from pipelines.workflow.evaluating import CODE, evaluate_models
 from pipelines.workflow.identity import of_data
-from pipelines.workflow.places import REPORTS, model_folder, shards_for_all
+from pipelines.workflow.places import REPORTS, model_folder
 from pipelines.workflow.reports import flat
 from pipelines.workflow.running import stage
+from pipelines.workflow.sharing import shards_for_all
 from pipelines.workflow.training import tracked
 
 OUT = REPORTS / "evaluate_guidance"

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from pipelines import tracking
 from pipelines.data.shards.manifest import read_manifest
-from pipelines.metrics import higher_is_better
+from pipelines.directions import higher_is_better
 from pipelines.storage.files import required_json, write_json
-from pipelines.workflow.evaluating import BCOS_NAMES
-from pipelines.workflow.places import REPORTS, shards_of
+from pipelines.workflow.places import BCOS_NAMES, REPORTS, shards_of
 from pipelines.workflow.reports import flat
 from pipelines.workflow.running import stage
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipelines.workflow.places import save_model_from
+from pipelines.workflow.places import take_model
 from pipelines.workflow.running import stage
 
 
 def main() -> None:
     """Saves the model that `distill.teacher` names. An alias of the registry is resolved each time."""
     with stage() as params:
-        save_model_from(params.distill.teacher, Path("models/teacher"))
+        take_model(params.distill.teacher, Path("models/teacher"))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.batches import labels_of
 from pipelines.models import ModelError, ModelSpec
 from pipelines.models.clip import TextTower, load_text_tower
-from pipelines.models.folder import has_text_tower
 from pipelines.models.zero_shot import ZeroShotNetwork, check_names, imagenet_names, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
 from pipelines.params.evaluation import Names
+from pipelines.storage.model_folder import has_text_tower
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Method(Protocol):
         """Returns a fresh torchmetrics collection for one evaluation pass.
 
         A metric's `higher_is_better` is the direction in which epochs are selected by it. A search takes the
-        direction from `metrics.directions`, which must agree. A metric whose `compute` returns several
+        direction from `directions`, which must agree. A metric whose `compute` returns several
         figures has a dict `figures` of their names and directions. A mean over nothing is NaN.
         """
         ...

@@ -1,5 +1,6 @@
 """All metrics: classification, localisation, grid pointing game, agreement, faithfulness, retrieval."""
 
+from pipelines.directions import SIZES, higher_is_better, rising, with_arrows
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
 from pipelines.metrics.classification import (
     Accuracy,
@@ -8,7 +9,6 @@ from pipelines.metrics.classification import (
     multiclass_metrics,
     multilabel_metrics,
 )
-from pipelines.metrics.directions import SIZES, higher_is_better, rising, with_arrows
 from pipelines.metrics.faithfulness import deletion, insertion, removal_curve
 from pipelines.metrics.grid import (
     Grid,

@@ -13,7 +13,6 @@ from pipelines.models.clip import (
     save_text_tower,
 )
 from pipelines.models.errors import ModelError, WeightsError
-from pipelines.models.folder import has_text_tower, model_file_names
 from pipelines.models.preprocessing import Preprocessing, chosen_preprocessing, preprocessing_of
 from pipelines.models.published import load_published
 from pipelines.models.store import (
@@ -28,3 +27,4 @@ from pipelines.models.store import (
 )
 from pipelines.models.zero_shot import ZeroShotNetwork, templates_of, zero_shot_classifier, zero_shot_weights
 from pipelines.models.zoo import build
+from pipelines.storage.model_folder import has_text_tower, model_file_names

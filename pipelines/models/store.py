@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from pipelines.bcos import IMAGENET_MEAN, IMAGENET_STD, BcosLinear, BcosNetwork, bcosify, is_bias
 from pipelines.bcos.network import check_six_channels, six_channel_statistics
 from pipelines.models.clip import resolved_name
-from pipelines.models.folder import CONFIG, WEIGHTS, local_folder, model_file_names
 from pipelines.models.weights import load_strictly, read_state_dict
 from pipelines.models.zero_shot import ZeroShotNetwork
 from pipelines.models.zoo import build
 from pipelines.storage.errors import DamagedFileError, one_line
 from pipelines.storage.files import file_digest, read_json, staged, write_json
+from pipelines.storage.model_folder import CONFIG, WEIGHTS, local_folder, model_file_names
 
 
 @dataclasses.dataclass(frozen=True)

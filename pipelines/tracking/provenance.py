@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 
 from pipelines.storage.files import file_digest
+from pipelines.storage.model_folder import CONFIG, TEXT_CONFIG, TEXT_WEIGHTS, WEIGHTS
 from pipelines.storage.paths import project_root
 
 DIGEST = "content.sha256"  # tag: `content_digest` of the model's files
-MODEL = ("model.safetensors", "model.json")  # files of a model, as `pipelines.models.save` writes them
-TEXT_TOWER = ("text.safetensors", "text.json")
+MODEL = (WEIGHTS, CONFIG)
+TEXT_TOWER = (TEXT_WEIGHTS, TEXT_CONFIG)
 EXPERIMENT = "dvc.experiment"  # tag: name of the DVC experiment
 
 

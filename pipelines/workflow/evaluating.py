@@ -10,11 +10,10 @@ from pipelines.evaluation import evaluate_with_correctness
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError, keyed
 from pipelines.training import launch
-from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
+from pipelines.workflow.places import BCOS_NAMES, model_folder
+from pipelines.workflow.sharing import models_for_all, shards_for_all
 
 CODE = ("pipelines.evaluation", "pipelines.workflow.evaluating")  # modules that compute an evaluation
-# Start of a B-cos network (`bcosify.starts`) -> its name in reports.
-BCOS_NAMES = {"pretrained": "bcosified", "scratch": "bcos_from_scratch"}
 # Names that a published network may not have.
 OWN_NAMES = {"conventional", *BCOS_NAMES.values(), "teacher", "kd", "e2kd", "shards", "pretrain", *BCOS_NAMES}
 

@@ -13,7 +13,8 @@ from pipelines.evaluation.text_localisation import evaluate_text_localisation
 from pipelines.evaluation.zero_shot import evaluate_zero_shot
 from pipelines.params import Params, keyed
 from pipelines.training import launch
-from pipelines.workflow.places import model_folder, models_for_all, shards_for_all
+from pipelines.workflow.places import model_folder
+from pipelines.workflow.sharing import models_for_all, shards_for_all
 
 # Modules that compute this evaluation.
 CODE = ("pipelines.evaluation.text_gallery", "pipelines.workflow.evaluating_towers")

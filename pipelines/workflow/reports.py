@@ -6,15 +6,17 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from pipelines.directions import with_arrows
 from pipelines.errors import redacted
-from pipelines.metrics import with_arrows
 from pipelines.storage.files import write, write_json
-from pipelines.training import Result
 from pipelines.workflow.places import REPORTS
+
+if TYPE_CHECKING:
+    from pipelines.training import Result
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, float]:

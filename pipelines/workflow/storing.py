@@ -19,7 +19,8 @@ from pipelines.storage import files
 from pipelines.storage.paths import run_directory
 from pipelines.training import launch
 from pipelines.workflow import identity
-from pipelines.workflow.places import is_shared, model_folder, model_for_all, shards_for_all, shards_of
+from pipelines.workflow.places import is_shared, model_folder, shards_of
+from pipelines.workflow.sharing import model_for_all, shards_for_all
 from pipelines.workflow.tasks import explanations_origin, student_spec
 
 CODE = ("pipelines.methods.stored_explanations",)  # the module that computes the maps

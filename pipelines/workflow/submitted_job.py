@@ -26,9 +26,9 @@ from pydantic import TypeAdapter
 from pipelines import models
 from pipelines.data.shards.publish import explanations_upload, shards_upload
 from pipelines.data.shards.stored_explanations import INDEX
-from pipelines.models.folder import CONFIG
 from pipelines.storage import files
 from pipelines.storage.errors import StorageError, one_line
+from pipelines.storage.model_folder import CONFIG
 from pipelines.storage.publish import File, Upload, describe, exists, fetch, publish, read_at_most
 from pipelines.workflow.places import STORED_EXPLANATIONS
 

@@ -42,15 +42,13 @@ from pipelines.params import (
     param,
 )
 from pipelines.training import Job
-from pipelines.workflow.places import (
-    STORED_EXPLANATIONS,
+from pipelines.workflow.places import STORED_EXPLANATIONS, model_folder, shards_of
+from pipelines.workflow.sharing import (
     absolute_weights,
     explanations_for_all,
-    model_folder,
     model_for_all,
     of_config_file,
     shards_for_all,
-    shards_of,
 )
 
 if TYPE_CHECKING:

@@ -27,8 +27,9 @@ from pipelines.search.tune import front
 from pipelines.storage.files import write_json
 from pipelines.training import EpochRecord, Result, TrainingError, launch, train
 from pipelines.training.job import directions
-from pipelines.workflow.places import REPORTS, shards_for_all
+from pipelines.workflow.places import REPORTS
 from pipelines.workflow.reports import trials_table, what_a_search_shows
+from pipelines.workflow.sharing import shards_for_all
 from pipelines.workflow.submitted_job import Input, enter_inputs
 from pipelines.workflow.tasks import TASKS, Task
 from pipelines.workflow.training import save_best

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pipelines.models import (
     zero_shot_classifier,
 )
 from pipelines.tracking import load, load_text_tower, register
-from pipelines.workflow.places import save_model_from
+from pipelines.workflow.places import take_model
 from tests.support.bare import bare_environment
 from tests.support.clip import TEXT, TIMM
 
@@ -69,7 +70,7 @@ def test_a_version_brings_its_text_tower(put, towers, client):
     assert "(bcos, embedding), embeddings, 64 x 64 px" in description
     assert "texts = load_text_tower('models:/clip/1')" in description
     for source in (uri, "models/clip"):
-        save_model_from(source, "models/copy")
+        take_model(source, Path("models/copy"))
         assert digest("models/copy") == digest("models/clip")
 
 

@@ -11,7 +11,8 @@ from pipelines.models import (
     save_text_tower,
 )
 from pipelines.params import ModelParams
-from pipelines.workflow.places import absolute_weights, save_model_from
+from pipelines.workflow.places import take_model
+from pipelines.workflow.sharing import absolute_weights
 from pipelines.workflow.submitted_job import input_upload
 from tests.support.clip import TEXT
 
@@ -40,7 +41,7 @@ def test_in_a_copy_that_dvc_makes_the_users_weights_and_models_are_found_too(tmp
         tmp_path / "weights.th"
     )
     for number, source in enumerate(("mine", "mine/model.json", "./mine/")):
-        save_model_from(source, Path(f"models/{number}"))
+        take_model(source, Path(f"models/{number}"))
         assert digest(f"models/{number}") == digest(tmp_path / "mine")
 
 

@@ -18,7 +18,7 @@ from pipelines.models import ModelSpec
 from pipelines.params import Params, load, replaced
 from pipelines.storage import files
 from pipelines.workflow import storing
-from pipelines.workflow.places import explanations_for_all
+from pipelines.workflow.sharing import explanations_for_all
 from pipelines.workflow.storing import store
 from pipelines.workflow.tasks import explanations_origin
 from tests.support.drawn import CLASSES, drawn_shards

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from pipelines.models.clip.config import PREFIX, open_clip, tower_config
 from pipelines.models.clip.pretrained import state_dict_of
 from pipelines.models.errors import ModelError, WeightsError
-from pipelines.models.folder import TEXT_CONFIG, TEXT_WEIGHTS, has_text_tower, local_folder
 from pipelines.models.weights import StateDict, few, load_strictly, read_state_dict
 from pipelines.storage.errors import DamagedFileError, one_line
 from pipelines.storage.files import read_json, staged, write_json
+from pipelines.storage.model_folder import TEXT_CONFIG, TEXT_WEIGHTS, has_text_tower, local_folder
 
 log = logging.getLogger(__name__)
 

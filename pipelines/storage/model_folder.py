@@ -6,6 +6,7 @@ safetensors file with the weights and a JSON file that says how to build the net
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import fsspec
 
+from pipelines.storage.files import staged
 from pipelines.storage.publish import exists, pull
 from pipelines.storage.retry import is_remote
 
@@ -28,6 +30,20 @@ def has_text_tower(directory: str | Path) -> bool:
 def model_file_names(directory: str | Path) -> tuple[str, ...]:
     """Names of the model's files in a folder or at a URL, text tower included; its weights come last."""
     return (*((TEXT_CONFIG, TEXT_WEIGHTS) if has_text_tower(directory) else ()), CONFIG, WEIGHTS)
+
+
+def copy_model(source: Path, out: Path) -> None:
+    """Copies the files of the model in the local folder `source`, text tower included, to the folder `out`.
+
+    Raises:
+        FileNotFoundError: `source` has no model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in model_file_names(source):
+        if not (source / name).is_file():
+            raise FileNotFoundError(f"no model in {source}: {CONFIG} and {WEIGHTS} are wanted there")
+        with staged(out / name) as path:
+            shutil.copyfile(source / name, path)
 
 
 @contextmanager
