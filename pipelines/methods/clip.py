@@ -168,15 +168,20 @@ class ImageText(nn.Module):
         text: the text tower, tokens (T, L) -> (T, D). Its method `tokens` tokenises texts.
         loss: `clip`, whose logits have no bias, or `siglip`.
         locked: True if the image tower is frozen and stays in evaluation mode.
+        classes: K classes of the labels that a linear classifier on the embeddings learns; 0 for none.
 
     Attributes:
         logit_scale: the logarithm of the scale.
         logit_bias: the bias, or `None`.
+        classifier: the linear classifier (N, D) -> (N, K), or `None`. It is not part of the saved model.
     """
 
-    def __init__(self, image: nn.Module, text: models.TextTower, loss: str, locked: bool) -> None:
+    def __init__(
+        self, image: nn.Module, text: models.TextTower, loss: str, locked: bool, classes: int = 0
+    ) -> None:
         super().__init__()
         self.image, self.text, self.locked = image, text, locked
+        self.classifier = nn.Linear(text.width, classes) if classes else None
         scale, bias = SCALES[loss]
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(bias)))
@@ -197,22 +202,28 @@ class ImageText(nn.Module):
 class ImageTextTraining:
     """Trains a CLIP by open_clip's losses, which pull images towards their own captions only.
 
+    If `label_weight` > 0, a linear classifier on the image embeddings learns the labels at the same time.
+    Few captioned images teach an image tower little; their labels teach it what the captions name.
+
     The loss compares all pairs of an image and a caption in one part of the batch (see
     `training.accumulate`), over all workers. open_clip's losses need the same number of images from each
     worker, see `check_equal_shares`.
 
     Args:
         module: both towers.
-        params: `loss` and `locked` are used.
+        params: `loss`, `locked` and `label_weight` are used.
+        task: task of the labels, `multiclass` or `multilabel`.
     """
 
     fields: tuple[str, ...] = ("caption",)
     shared: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("loss",)
 
-    def __init__(self, module: ImageText, params: ImageTextParams) -> None:
+    def __init__(self, module: ImageText, params: ImageTextParams, task: str = "multiclass") -> None:
         self.module: nn.Module = module
         self.towers, self.params = module, params
+        self.label_field = "label" if task == "multiclass" else "labels"
+        self.losses = ("loss", *(("pairs", "label") if module.classifier is not None else ()))
         self.fixed: tuple[nn.Module, ...] = (module.image,) if params.locked else ()
         together = dist.is_available() and dist.is_initialized()
         rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -221,7 +232,8 @@ class ImageTextTraining:
     def prepare(self, batch: Batch) -> dict[str, Tensor]:
         """Returns `tokens` (N, L) and `image` (N, 6, H, W) in [0, 1].
 
-        If the image tower is locked, its embeddings `features` (N, D) take the place of `image`.
+        If the image tower is locked, its embeddings `features` (N, D) take the place of `image`. If labels
+        are learned, `target` is class indices (N,), or (N, K) of {0, 1}.
         """
         images = add_inverse(batch["image"])
         if self.towers.locked:
@@ -230,12 +242,20 @@ class ImageTextTraining:
                 "features": torch.cat([self._embedded(part) for part in parts]),
                 "tokens": self._tokens(batch),
             }
-        return {"image": images, "tokens": self._tokens(batch)}
+        labels = {"target": batch[self.label_field]} if self.towers.classifier is not None else {}
+        return {"image": images, "tokens": self._tokens(batch), **labels}
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns `loss`; if labels are learned also its unweighted terms, `pairs` and `label`."""
         images = batch["features"] if "features" in batch else model.image(batch["image"])
         texts = model.text(batch["tokens"])
-        return {"loss": self._loss(*self._compared(model, images, texts))}
+        pairs = self._loss(*self._compared(model, images, texts))
+        if model.classifier is None:
+            return {"loss": pairs}
+        logits, target = model.classifier(images), batch["target"]
+        of_labels = F.cross_entropy if target.ndim == 1 else F.binary_cross_entropy_with_logits
+        label = of_labels(logits, target)
+        return {"loss": pairs + self.params.label_weight * label, "pairs": pairs, "label": label}
 
     def metrics(self) -> Any:
         """Returns `loss` over the pairs of a validation batch, and `Recall` of the first captions."""
@@ -319,11 +339,18 @@ def check_equal_shares(batch_size: int, training: TrainingParams, data: DataPara
 
 
 def build_image_text(
-    model: ModelParams, spec: ModelSpec, text: NetworkParams, params: ImageTextParams, seed: int
+    model: ModelParams,
+    spec: ModelSpec,
+    text: NetworkParams,
+    params: ImageTextParams,
+    seed: int,
+    classes: int = 0,
+    task: str = "multiclass",
 ) -> ImageTextTraining:
     """Builds the method on the image tower of `model` and the text tower of `text`.
 
-    A tower without pretrained weights gets random weights drawn with `seed`.
+    `classes` and `task` are those of the images' labels, for `label_weight` > 0. A tower without pretrained
+    weights gets random weights drawn with `seed`.
 
     Raises:
         ModelError: the embeddings of the two towers differ in width.
@@ -337,4 +364,5 @@ def build_image_text(
         raise ModelError(
             f"the image tower gives embeddings of the shape {found}, the text tower of ({text_tower.width},)"
         )
-    return ImageTextTraining(ImageText(image, text_tower, params.loss, params.locked), params)
+    labels = classes if params.label_weight > 0 else 0
+    return ImageTextTraining(ImageText(image, text_tower, params.loss, params.locked, labels), params, task)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from pipelines.params.base import PositiveFloat, Strict
+from pipelines.params.base import NonNegativeFloat, PositiveFloat, Strict
 from pipelines.params.data import DataParams
 from pipelines.params.evaluation import ClipEvaluateParams
 from pipelines.params.methods import DesignParams
@@ -20,7 +20,17 @@ class ImageTextParams(MethodParams):
     """Softmax over the pairs of a batch, or a sigmoid per pair."""
     locked: bool = False
     """Trains the text tower alone (Zhai et al., LiT, 2022)."""
+    label_weight: NonNegativeFloat = 0.0
+    """Weight of the loss of a linear classifier, which learns the labels of the images; 0: captions alone."""
     select: str = "val/loss"
+
+    @model_validator(mode="after")
+    def _labels_teach_a_tower(self) -> ImageTextParams:
+        if self.locked and self.label_weight > 0:
+            raise ValueError(
+                "label_weight: labels teach the image tower, which is locked: 0, or locked: false"
+            )
+        return self
 
 
 class ClipParams(DesignParams):

@@ -211,12 +211,21 @@ def image_text(whole: Params, tower: str) -> Task:
     model, text = of_config_file(pair.model, "vision_cfg"), of_config_file(pair.text, "text_cfg")
     manifest = read_manifest(shards_of(params.dataset))
     check_captions(manifest, params.dataset)
+    if pair.pretrain.label_weight > 0 and not manifest.labelled:
+        raise DataError(f"{section}.pretrain.label_weight: {params.dataset} has no labels: 0 is right for it")
     known = replace(manifest, classes=(), task="embedding")  # type: ignore[arg-type]
     spec = _spec(params, f"{section}.model", known, kind="conventional")
     with keyed(f"{section}.pretrain.optim", pair.pretrain.optim):
         check_equal_shares(pair.pretrain.optim.batch_size, params.training, params.data)
     build = partial(
-        build_image_text, absolute_weights(model), spec, absolute_weights(text), pair.pretrain, params.seed
+        build_image_text,
+        absolute_weights(model),
+        spec,
+        absolute_weights(text),
+        pair.pretrain,
+        params.seed,
+        len(manifest.classes),
+        manifest.task,
     )
     return Task(params, f"image_text/{tower}", pair.pretrain, build, spec, model=pair.model, save=save_pair)
 

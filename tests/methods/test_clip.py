@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from pipelines import losses, models
 from pipelines.bcos import add_inverse, layer_b
-from pipelines.methods import build_clip, build_image_text, check_equal_shares
+from pipelines.methods import ImageTextTraining, build_clip, build_image_text, check_equal_shares
 from pipelines.methods.method import Method
 from pipelines.models import ModelError
 from pipelines.params import (
@@ -37,12 +37,14 @@ from tests.support import toy_tower
 from tests.support.clip import RN, TEXT, VIT
 from tests.support.method_params import method_params
 from tests.support.toy_tower import (
+    CLASSES,
     COUNT,
     SIDE,
     WIDTH,
     ToyTower,
     batch_of,
     clip_params,
+    images_of,
     job_of,
     pair,
     step,
@@ -270,6 +272,31 @@ def test_two_towers_find_each_others_images_and_texts(tmp_path: Path, loss: Any)
     result.load_best(module)
     ends = {"logit_scale"} | ({"logit_bias"} if loss == "siglip" else set())
     assert {name.partition(".")[0] for name in module.state_dict()} == {"image", "text"} | ends
+
+
+def test_labels_teach_the_image_tower_beside_the_captions(tmp_path: Path) -> None:
+    optim = captioned(label_weight=0.5, epochs=6, validate_every=6)
+    result = train(job_of(partial(pair, optim), optim, str(tmp_path)))
+    first, last = (result.history[epoch]["metrics"] for epoch in (0, -1))
+    assert last["train/label"] < 0.5 * first["train/label"]
+    assert last["train/loss"] == pytest.approx(last["train/pairs"] + 0.5 * last["train/label"], rel=1e-4)
+    assert last["val/image_to_text_recall_at_1"] > 0.9
+
+
+def test_several_labels_per_image_are_decisions_of_their_own() -> None:
+    optim = captioned(label_weight=2.0)
+    towers = pair(optim).module
+    method = ImageTextTraining(towers, optim, "multilabel")
+    several = torch.eye(CLASSES)[torch.arange(COUNT) % CLASSES]
+    found = method.loss(towers, method.prepare({**batch_of(range(COUNT)), "labels": several}))
+    logits = towers.classifier(towers.image(add_inverse(images_of())))
+    assert found["label"] == F.binary_cross_entropy_with_logits(logits, several)
+    assert found["loss"] == found["pairs"] + 2 * found["label"]
+
+
+def test_labels_cannot_teach_a_locked_image_tower() -> None:
+    with pytest.raises(ValidationError, match="label_weight: labels teach the image tower, which is locked"):
+        captioned(label_weight=1.0, locked=True)
 
 
 def test_a_locked_image_tower_stays_and_the_text_tower_comes_to_it(tmp_path: Path) -> None:

@@ -76,3 +76,10 @@ def test_data_without_captions_is_refused_before_training(toy, tmp_path):
     content["fields"]["val"] = ["boxes"]
     manifest.write_text(json.dumps(content))
     assert "clip.pairs: no image of val in captioned has a caption" in refused(image_text.main, "cnn")
+
+
+def test_data_without_labels_cannot_teach_them(toy, tmp_path):
+    manifest = tmp_path / "data/shards/captioned/manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "classes": [], "task": "unlabelled"}))
+    assert "clip.cnn.pretrain.label_weight: captioned has no labels" in refused(image_text.main, "cnn")

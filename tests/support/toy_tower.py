@@ -20,7 +20,7 @@ from pipelines.training.loop import set_up
 from pipelines.training.step import compute_gradients
 from tests.support.method_params import method_params
 
-SIDE, WIDTH, COUNT = 4, 8, 14
+SIDE, WIDTH, COUNT, CLASSES = 4, 8, 14, 3
 SHARES: dict[int, dict[str, tuple[int, ...]]] = {
     2: {"equal": (7, 7), "unequal": (9, 5), "idle": (0, 14)},
     4: {"unequal": (3, 4, 4, 3), "very": (7, 1, 2, 4), "idle": (6, 0, 7, 1)},
@@ -67,7 +67,9 @@ def taught(params: ClipParams) -> ClipBcosification:
 
 def pair(params: ImageTextParams) -> ImageTextTraining:
     """Returns an image tower and a text tower, with the same weights on each call."""
-    return ImageTextTraining(ImageText(ToyTower(1), ToyText(2), params.loss, params.locked), params)  # type: ignore[arg-type]
+    classes = CLASSES if params.label_weight > 0 else 0
+    towers = ImageText(ToyTower(1), ToyText(2), params.loss, params.locked, classes)  # type: ignore[arg-type]
+    return ImageTextTraining(towers, params)
 
 
 def images_of(count: int = COUNT) -> Tensor:
@@ -75,11 +77,12 @@ def images_of(count: int = COUNT) -> Tensor:
 
 
 def batch_of(rows: range, count: int = COUNT) -> Batch:
-    """Returns images with captions; for a rank without images, the loader's empty batch."""
+    """Returns images with captions and labels; for a rank without images, the loader's empty batch."""
     if not rows:
         return {"key": [], "skipped": 1}
     names = [str(row) for row in rows]
-    return {"key": names, "image": images_of(count)[rows.start : rows.stop], "caption": names, "skipped": 0}
+    images, labels = images_of(count)[rows.start : rows.stop], torch.tensor(rows) % CLASSES
+    return {"key": names, "image": images, "caption": names, "label": labels, "skipped": 0}
 
 
 def batches(
@@ -124,7 +127,10 @@ def all_cases(world_size: int) -> dict[str, tuple[Job, tuple[int, ...]]]:
     equal = (COUNT // world_size,) * world_size
     for loss in ("clip", "siglip"):
         for locked in (False, True):
-            pairs = method_params(ImageTextParams, batch_size=COUNT, loss=loss, locked=locked)
+            labels = 0.0 if locked else 0.5
+            pairs = method_params(
+                ImageTextParams, batch_size=COUNT, loss=loss, locked=locked, label_weight=labels
+            )
             found[f"{loss} {locked}"] = job_of(partial(pair, pairs), pairs, workers=world_size), equal
     return found
 
