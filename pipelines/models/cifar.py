@@ -13,17 +13,20 @@ from torchvision.models.resnet import BasicBlock
 
 
 class PadShortcut(nn.Module):
-    """Option A shortcut: subsamples a feature map by `stride` and adds `new_channels` channels of zeros."""
+    """Option A shortcut: subsamples a feature map by `stride` and adds `new_channels` channels of zeros.
 
-    def __init__(self, stride: int, new_channels: int) -> None:
+    A place of the output is the mean of a square of `window` × `window` places; 1 takes its first place.
+    """
+
+    def __init__(self, stride: int, new_channels: int, window: int = 1) -> None:
         super().__init__()
-        self.stride, self.new_channels = stride, new_channels
+        self.stride, self.new_channels, self.window = stride, new_channels, window
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + new_channels, H/stride, W/stride)."""
         before = self.new_channels // 2
-        # equals a strided slice, but its gradient keeps the memory format
-        x = F.avg_pool2d(x, 1, self.stride)
+        # With a window of 1 this equals a strided slice, but its gradient keeps the memory format.
+        x = F.avg_pool2d(x, self.window, self.stride)
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
 
@@ -35,8 +38,9 @@ class CifarResNet(nn.Module):
         num_classes: K.
         width: channels of the first stage; the second stage has twice as many, the third four times as many.
         stem_stride: stride s of the first convolution: 1 for images of 32 px, 2 for 64 px, 4 for 128 px, at
-            about the same cost. Its kernel is 3×3 for s = 1, else 2s×2s, so that each pixel is in equally
-            many windows. Under strided 3×3 kernels it is not, and explanations show the stride as a grid.
+            about the same cost. If s > 1, every convolution of stride t has a kernel of 2t × 2t, and
+            shortcuts average, so that each pixel is in equally many windows. With the paper's 3×3 kernels
+            and subsampling it is not, and explanations show the strides as a grid.
 
     Raises:
         ValueError: `depth` is not 6n + 2, or `stem_stride` is neither 1 nor even.
@@ -55,9 +59,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel, stem_stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(width, width, count, 1)
-        self.layer2 = self._stage(width, 2 * width, count, 2)
-        self.layer3 = self._stage(2 * width, 4 * width, count, 2)
+        self.layer1 = nn.Sequential(*(BasicBlock(width, width) for _ in range(count)))
+        self.layer2 = _strided_stage(width, count, even=stem_stride > 1)
+        self.layer3 = _strided_stage(2 * width, count, even=stem_stride > 1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(4 * width, num_classes)
@@ -65,14 +69,16 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
-    @staticmethod
-    def _stage(in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
-        shortcut = None if in_channels == channels else PadShortcut(stride, channels - in_channels)
-        first = BasicBlock(in_channels, channels, stride, shortcut)
-        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(count - 1)))
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> logits (N, K)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.flatten(self.avgpool(x)))
+
+
+def _strided_stage(channels: int, count: int, even: bool) -> nn.Sequential:
+    """`count` blocks, which halve the resolution and double the channels; `even`: see `stem_stride`."""
+    first = BasicBlock(channels, 2 * channels, 2, PadShortcut(2, channels, window=2 if even else 1))
+    if even:
+        first.conv1 = nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False)
+    return nn.Sequential(first, *(BasicBlock(2 * channels, 2 * channels) for _ in range(count - 1)))

@@ -43,15 +43,27 @@ def test_options_reach_the_constructor():
     assert strided.conv1(images).shape[-1] == 32
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4])
-def test_each_pixel_is_in_equally_many_windows_of_the_stem(stride):
-    """So the gradient of the stem's sum, with equal weights, shows no grid away from the border."""
-    stem = build("resnet8", options={"stem_stride": stride}).conv1
-    torch.nn.init.ones_(stem.weight)
-    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    stem(images).sum().backward()
-    inside = images.grad[0, :, 8:-8, 8:-8]
-    assert (inside == inside[0, 0, 0]).all()
+@pytest.mark.parametrize("stride", [2, 4])
+def test_each_pixel_is_in_equally_many_windows(stride):
+    """So the gradient of a layer's sum, with equal weights, shows no grid away from the border."""
+    network = build("resnet8", options={"stem_stride": stride})
+    first = network.layer2[0]
+    for layer in (network.conv1, first.conv1, first.downsample):
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.ones_(layer.weight)
+        maps = torch.zeros(1, getattr(layer, "in_channels", 16), 32, 32, requires_grad=True)
+        layer(maps).sum().backward()
+        inside = maps.grad[0, :, 8:-8, 8:-8]
+        assert (inside == inside[0, 0, 0]).all()
+
+
+def test_without_a_stride_of_the_stem_the_network_is_the_papers():
+    network = build("resnet8")
+    assert {tuple(conv.kernel_size) for conv in network.modules() if isinstance(conv, torch.nn.Conv2d)} == {
+        (3, 3)
+    }
+    maps = torch.rand(1, 16, 8, 8)
+    assert network.layer2[0].downsample(maps)[:, 8:24].equal(maps[:, :, ::2, ::2])
     with pytest.raises(ValueError, match=r"stride 1, 2 or another even one, not 3"):
         build("resnet8", options={"stem_stride": 3})
 
