@@ -62,8 +62,8 @@ def exchange(parameters: float, gpus: int, link: float) -> float:
 
 def sizes() -> str:
     """Table of the data's size on disk: images, shards and stored explanations."""
-    heads = ["data", "images", "bytes an image", "shards", "of 1000 images"]
-    heads += ["stored maps, a cell a pixel", "4 × 4 pixels", "sharding, one core"]
+    heads = ["data", "images", "bytes per image", "shards", "shards of 1000 images"]
+    heads += ["stored maps, per pixel", "per 4 × 4 pixels", "sharding, one core"]
     rows = []
     for data in DATA:
         in_all, maps = data.images * data.bytes_each / 1e9, data.images * EXPLANATION / 1e9
@@ -78,11 +78,11 @@ def rates(rate: float) -> str:
     heads = (
         "GPUs",
         "data",
-        "images a second",
-        "from the storage, once",
-        "decoding cores a GPU",
-        "shards a rank",
-        "an epoch",
+        "images per second",
+        "reading from the storage",
+        "decoding cores per GPU",
+        "shards per rank",
+        "time of an epoch",
     )
     rows = []
     for gpus, data in product(GPUS, DATA):
@@ -99,7 +99,7 @@ def limits(gpu: float, link: float, cores: int) -> str:
     GPUs are `gpu` times as fast as an H200, nodes are connected with `link` GB/s, and each GPU has `cores`
     CPU cores.
     """
-    heads = ["method, published batch and epochs", "GPUs", "images a GPU and step"]
+    heads = ["method, published batch and epochs", "GPUs", "images per GPU and step"]
     heads += ["computing, ms", "gradients, ms", "decoding, ms", "the limit", "ImageNet, all epochs"]
     rows = []
     for method, gpus in product(METHODS, GPUS):
@@ -122,9 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", type=float, default=1, help="how many times as fast as an H200 a GPU is")
-    parser.add_argument("--link", type=float, default=25, help="gigabytes a second between nodes")
-    parser.add_argument("--cores", type=int, default=8, help="beside each GPU")
+    parser.add_argument("--gpu", type=float, default=1, help="speed of a GPU relative to an H200")
+    parser.add_argument("--link", type=float, default=25, help="gigabytes per second between nodes")
+    parser.add_argument("--cores", type=int, default=8, help="CPU cores per GPU")
     options = parser.parse_args()
     print(sizes(), rates(BCOS * options.gpu), limits(options.gpu, options.link, options.cores), sep="\n\n")
 
