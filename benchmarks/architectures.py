@@ -223,29 +223,37 @@ def document(results: list[Measured], command: str, threads: int) -> str:
 
 Written by `{command}` ({versions}; {os.cpu_count()} CPU cores, {threads} threads, float32, eager).
 
-Random weights, layer scales and biases drawn at random too, so that nothing hides behind a scale of 1e-6 or \
-a head at 0; norm
-statistics from a batch of pictures; weights of B-cos layers scaled so that features do not vanish in depth; \
-{CLASSES} classes
-(the image towers of open_clip: embeddings).
+All networks have random weights: the figures say how exact and how costly the conversion is, not how well a \
+network classifies.
+Parameters that start at a constant are random, too, because a layer scale of 1e-6 or a head of zeros would \
+hide errors. Norms
+have the statistics of a batch of random pictures. The weights of B-cos layers are scaled so that features \
+do not vanish in deep
+networks. Classifiers have {CLASSES} classes; the image towers of open_clip have embeddings.
 
-- *convert*: largest difference between the logits of the network and of its conversion at B = 1, over the \
-largest logit,
-  evaluation mode; wanted: at most {LIMIT:.0e}.
-- *unexplained share*: after `bcosify`, Σ\\|logit − logit bias − Σ W(x)·(x − mean)\\| / Σ\\|logit − logit \
-bias\\|; wanted: at most
-  {LIMIT:.0e}, except where class tokens or position embeddings add constants that no pixel carries (marked).
-- *audit findings*: functions that explanation mode does not hold, in training and in evaluation mode; \
-wanted: 0.
-- *ratios*: B-cos / plain, medians of {ROUNDS} rounds in which both take turns. At these sizes fixed costs \
-weigh much; see
-  [benchmarks](benchmarks.md) for training at size, compiled.
+- *convert: relative difference*: `convert` makes a B-cos network with B = 1 that computes the logits of the \
+plain one. This is the
+  largest difference of the logits, divided by the largest logit, in evaluation mode. The limit is \
+{LIMIT:.0e}.
+- *unexplained share*: Σ\\|logit − logit bias − Σ W(x)·(x − mean)\\| / Σ\\|logit − logit bias\\| after \
+`bcosify`, which
+  sets B = 2 and removes biases. The limit is {LIMIT:.0e}. Rows with (constants) have no limit: their class \
+tokens or position
+  embeddings add constants that no pixel carries.
+- *audit findings*: number of functions that depend on the image non-linearly and are not held in \
+explanation mode, in training
+  and evaluation mode. It should be 0.
+- *forward ratio*, *training-step ratio*: time of the B-cos network divided by that of the plain one, median \
+of {ROUNDS} rounds in
+  which both take turns. These networks and images are small, so that fixed costs weigh much; \
+[benchmarks](benchmarks.md) has
+  training at full size, compiled.
 
 {table(COLUMNS, map(row, results))}
 
-{len(results)} architectures. Largest difference of `convert`: \
-{max(found.difference for found in results):.1e}; largest share
-without constants: {max(shares, default=math.nan):.1e}; findings: \
+{len(results)} architectures. Largest relative difference: \
+{max(found.difference for found in results):.1e}. Largest unexplained
+share without constants: {max(shares, default=math.nan):.1e}. Audit findings: \
 {sum(len(found.findings) for found in results)}. Median ratios:
 forward {forward}, training step {step}.
 """

@@ -17,11 +17,11 @@ class ImageTextParams(MethodParams):
     """Training of an image tower and a text tower on captions. `optim.epochs: 0` keeps their weights."""
 
     loss: Literal["clip", "siglip"] = "clip"
-    """Softmax over the pairs of a batch, or a sigmoid per pair."""
+    """Loss on the pairs of a batch: softmax over all pairs, or a sigmoid for each pair."""
     locked: bool = False
-    """Trains the text tower alone (Zhai et al., LiT, 2022)."""
+    """Trains the text tower alone; the image tower is frozen (Zhai et al., LiT, 2022)."""
     label_weight: NonNegativeFloat = 0.0
-    """Weight of the loss of a linear classifier, which learns the labels of the images; 0: captions alone."""
+    """Weight of the loss of a linear classifier, which learns the labels from image embeddings; 0: none."""
     select: str = "val/loss"
 
     @model_validator(mode="after")
@@ -37,19 +37,20 @@ class ClipParams(DesignParams):
     """B-cosification of an image tower, which learns the original tower's embeddings from images alone."""
 
     loss: Literal["siglip", "cosine", "info_nce"] = "siglip"
-    """Loss between embeddings. Those of the B-cosified and the original tower."""
+    """Loss between the embeddings of the B-cosified and the original tower."""
     scale: PositiveFloat = 10.0
-    """Factor of the cosines, in siglip."""
+    """Factor of the cosines in the loss siglip."""
     pair_bias: float = -10.0
-    """Bias of the logit of a pair, in siglip."""
+    """Bias of the logit of a pair in the loss siglip."""
     temperature_nce: PositiveFloat = 0.1
-    """Divisor of the cosines, in info_nce."""
+    """Temperature: divisor of the cosines in the loss info_nce."""
     negatives: Literal["batch", "local"] = "batch"
-    """Negatives of a pair. Images of the effective batch, or of the worker's micro-batch."""
+    """Negatives are images of the whole batch, or of the worker's own micro-batch."""
     position_embedding: Literal["keep", "remove"] = "keep"
-    """Position embedding of a ViT or attention pool. For a ViT, remove takes the class token, too."""
+    """Keeps or removes the position embedding of a ViT or attention pool. A ViT's class token
+    goes with it."""
     projection: Literal["linear", "bcos"] = "linear"
-    """Last projection of the tower, after a ViT's last norm."""
+    """Last projection of the tower, which stays linear or becomes a B-cos layer."""
     gap_reorder: bool = False
     logit_bias: float | None = 0.0
     select: str = "val/loss"
@@ -75,9 +76,9 @@ class TowersParams(Strict):
     """An image tower with its text tower: the original pair, and the B-cosified image tower."""
 
     model: ModelParams
-    """The image tower; options are those of the vision config."""
+    """The image tower; for open_clip, `options` override `vision_cfg`."""
     text: NetworkParams
-    """The text tower; options are those of the text config."""
+    """The text tower; `options` override `text_cfg`."""
     pretrain: ImageTextParams
     """Training of the original pair on captions."""
     bcosify: ClipParams
@@ -85,20 +86,21 @@ class TowersParams(Strict):
 
 
 class ClipGroupParams(Strict):
-    """B-cosified CLIP: zero-shot models that show what a text looks at."""
+    """B-cosified CLIP: zero-shot models that show which pixels match a text."""
 
     towers: list[Literal["cnn", "vit"]]
-    """Pairs that are trained. None by default, because a pair takes minutes."""
+    """Pairs of an image and a text tower that are trained. The default is none; a pair takes minutes."""
     pairs: str
-    """Key in `datasets`: images with captions. To train a pair, and to measure retrieval."""
+    """Key in `datasets` of images with captions. The original pair is trained on them, and retrieval is
+    measured on them."""
     images: str
-    """Key in `datasets`: images for B-cosification. Captions and labels are not used."""
+    """Key in `datasets` of images for B-cosification. Captions and labels are not used."""
     labelled: str
-    """Key in `datasets`: for zero-shot classification and linear probes."""
+    """Key in `datasets` of images for zero-shot accuracy and linear probes."""
     located: str
-    """Key in `datasets`: images with boxes, for text localisation."""
+    """Key in `datasets` of images with boxes, for text localisation."""
     data: DataParams
-    """How these images are read."""
+    """How the images of these four data sets are read."""
     cnn: TowersParams
     """A convolutional image tower and its text tower."""
     vit: TowersParams

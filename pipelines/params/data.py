@@ -17,31 +17,31 @@ class DatasetParams(Strict):
     shard_size: PositiveInt = 500
     """Samples per shard."""
     val_count: PositiveInt | None = None
-    """Images held out of train as val, if the source has no val."""
+    """Training images held out for validation, if the source has no val split."""
     split_seed: int = 0
-    """Seed of the draw of these images."""
+    """Seed for the random choice of these images."""
 
 
 class ScenesParams(DatasetParams):
-    """Drawn shapes on textured backgrounds, by a seeded generator."""
+    """Images of shapes on textured backgrounds, drawn by a seeded generator."""
 
     source: Literal["scenes"]
     variant: Literal["objects", "scenes"] = "objects"
-    """One object per image, or several. Multi-class or multi-label."""
+    """One object per image, or several. The task is multi-class or multi-label."""
     image_size: Annotated[int, Field(ge=16, le=1024)] = 64
-    """Side of the images, pixels."""
+    """Height and width of the images, pixels."""
     counts: dict[Split, PositiveInt]
-    """Images per split."""
+    """Number of images per split."""
     objects_per_image: tuple[PositiveInt, PositiveInt] = (1, 1)
-    """Least and most objects in an image."""
+    """Smallest and largest number of objects in an image."""
     correlation: dict[Split, Fraction] = {}
-    """Correlation of class and background per split; 0 if not named."""
+    """Probability per split that the background is the one of the class; 0 for a split that is not named."""
     seed: int = 0
-    """Seed of the generator."""
+    """Seed of the generator that draws the images."""
     captions: bool = False
-    """One to three sentences per image. They name its objects, colours and background."""
+    """Adds one to three sentences per image. They name its objects, colours and background."""
     caption_detail: Fraction = 0.5
-    """Probability that a sentence names the colours, and that it names the background."""
+    """Probability that a sentence names the colours, and the same, drawn separately, for the background."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScenesParams:
@@ -65,9 +65,10 @@ class ImageFolderParams(DatasetParams):
     sha256: Sha256 | None = None
     """Checksum of the archive."""
     splits: dict[Split, str] = {}
-    """Our split -> its folder. By default the folder of the same name."""
+    """Split -> its folder. By default the folder has the name of the split."""
     labelled: bool = True
-    """False: images anywhere below the folder of a split, without classes. For students of a teacher."""
+    """Images lie in a folder per class. If false, they lie anywhere below the folder of their split and have
+    no labels, which students of a teacher do not need."""
 
 
 class Cifar10Params(DatasetParams):
@@ -75,13 +76,13 @@ class Cifar10Params(DatasetParams):
 
     source: Literal["cifar10"]
     root: str | None = None
-    """An image folder or archive, as for imagefolder; null: torchvision downloads it."""
+    """Folder or archive of images, as for imagefolder; null: torchvision downloads the data set."""
     sha256: Sha256 | None = None
     """Checksum of the archive."""
 
 
 class ImageNetParams(DatasetParams):
-    """ImageNet in its official layout (`train/<wnid>/*.JPEG` and `val`). Its val is our test split."""
+    """ImageNet in its official layout (`train/<wnid>/*.JPEG` and `val`). Its `val` becomes the test split."""
 
     source: Literal["imagenet"]
     root: str
@@ -92,7 +93,7 @@ class AnnotatedParams(DatasetParams):
     """Params of data sets with boxes from annotation files."""
 
     on_bad_box: Literal["raise", "skip"] = "raise"
-    """A box that is inverted, empty or outside its image: stop, or drop and count it."""
+    """Stops at a box that is inverted, empty or outside its image, or drops and counts it."""
 
 
 class Voc2007Params(AnnotatedParams):
@@ -102,11 +103,12 @@ class Voc2007Params(AnnotatedParams):
     root: str | None = None
     """Folder or archive with VOCdevkit, at any fsspec URL; null: downloads the official archives (0.9 GB)."""
     splits: dict[Split, str] = {}
-    """Our split -> its list in ImageSets/Main of the root. By default the list of the same name."""
+    """Split -> its list in ImageSets/Main. By default the list has the name of the split."""
     difficult: bool = True
-    """Objects marked difficult count. False: they give neither box nor label."""
+    """Keeps objects that are marked as difficult. If false, they give neither box nor label."""
     masks: Literal["instances", "classes"] = "instances"
-    """Source of masks; classes: class masks for images without instance masks."""
+    """Masks come from instance segmentations, or also from class segmentations. With `classes`, the latter
+    serve images without an instance segmentation."""
 
     @model_validator(mode="after")
     def _splits_of_a_root(self) -> Voc2007Params:
@@ -118,13 +120,13 @@ class Voc2007Params(AnnotatedParams):
 
 
 class Coco2014Params(AnnotatedParams):
-    """COCO 2014, multi-label, with boxes and masks. `val2014` is our test split."""
+    """COCO 2014, multi-label, with boxes and masks. `val2014` becomes the test split."""
 
     source: Literal["coco2014"]
     root: str | None = None
     """Folder or archive, local or at any fsspec URL; null: downloads the official archives (20 GB)."""
     crowd: Literal["label", "ignore", "box"] = "label"
-    """A crowd region gives its image a label, nothing, or label and box."""
+    """A crowd region (`iscrowd`) gives its image a label, nothing, or a label and a box."""
 
 
 class WaterbirdsParams(AnnotatedParams):
@@ -132,11 +134,11 @@ class WaterbirdsParams(AnnotatedParams):
 
     source: Literal["waterbirds"]
     variant: Literal[95, 100] = 95
-    """Training birds on their usual background, percent."""
+    """Percentage of training birds that are on the usual background of their class."""
     root: str | None = None
     """Folder or archive with metadata.csv and images, at any fsspec URL; null: downloads them (1.6 GB)."""
     sha256: Sha256 | None = None
-    """Checksum of the archive, the official one, too. Its publisher gives none."""
+    """Checksum of the archive, at `root` or downloaded. The publisher gives none for the official archive."""
     cub_root: str | None = None
     """Folder or archive with CUB's images.txt and bounding_boxes.txt; null: downloads them."""
 
@@ -150,19 +152,19 @@ class CaptionsParams(DatasetParams):
     sha256: Sha256 | None = None
     """Checksum of the archive."""
     table: str | None = None
-    """File of all rows, in root; null: found by its name."""
+    """File with the rows of all splits, below root; null: found by its name."""
     tables: dict[Split, str] = {}
-    """Or a file per split."""
+    """Split -> file with its rows, in place of `table`."""
     images: str | None = None
-    """Folder of the images; null: the root, or one like Images/."""
+    """Folder of the images, below root; null: root itself, or a folder such as Images in it."""
     image_column: str = "image"
-    """Column of image names."""
+    """Column with the names of the images."""
     caption_column: str = "caption"
-    """Column of captions."""
+    """Column with the captions."""
     split_column: str = "split"
-    """Column of splits, optional."""
+    """Column with the splits. Rows without a split are training data."""
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """A row without image or text: stop, or drop and count it."""
+    """Stops at a row without image or caption, or drops and counts it."""
 
     @model_validator(mode="after")
     def _one_kind_of_table(self) -> CaptionsParams:
@@ -172,21 +174,22 @@ class CaptionsParams(DatasetParams):
 
 
 class Cc3mParams(DatasetParams):
-    """Image-text tars of img2dataset, such as Conceptual Captions 3M. They are read where they are."""
+    """Image-text tars of img2dataset, such as Conceptual Captions 3M. Training reads them directly; `shard`
+    does not copy them."""
 
     source: Literal["cc3m"]
     root: str
     """Folder of tars, local or at any fsspec URL."""
     splits: dict[Split, str] = {}
-    """Our split -> pattern of its tars, such as `val/*.tar`. The others are train."""
+    """Split -> pattern of its tars, such as `val/*.tar`. Tars that match no pattern are training data."""
 
 
 class MixtureParams(DatasetParams):
-    """The images of several data sets as one, without labels. Each part has all params of its source."""
+    """The images of several data sets as one data set, without labels."""
 
     source: Literal["mixture"]
     of: tuple[SingleDataset, ...]
-    """The data sets, of any source but mixture."""
+    """The data sets, each with all params of its source. Any source but mixture will do."""
 
     @model_validator(mode="after")
     def _made_of_whole_data_sets(self) -> MixtureParams:
@@ -220,20 +223,21 @@ class DataParams(Strict):
     """How images are read from shards."""
 
     image_size: PositiveInt
-    """Side of the square that the network sees, pixels."""
+    """Height and width of the network's input, pixels."""
     eval_resize: PositiveInt | None = None
-    """Shorter side before the centre crop, pixels; null: resized to the square."""
+    """Shorter side after resizing, before a centre crop, pixels; null: no crop. Without a crop, images are
+    resized to the square."""
     augment: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "flip"
     """Augmentation of training images."""
     crop_padding: Count = 4
-    """Padding of pad_crop_flip, pixels."""
+    """Padding on each side in pad_crop_flip, pixels."""
     rand_augment: Annotated[int, Field(ge=0, le=30)] | None = None
-    """Magnitude of RandAugment, after crop and flip; null: none."""
+    """Magnitude of RandAugment, which follows crop and flip; null: none."""
     loader_workers: Count = 0
-    """Loader processes per worker."""
+    """Data-loading processes per worker; 0: the worker loads its data itself."""
     shuffle_buffer: PositiveInt = 10_000
-    """Samples in the shuffle buffer."""
+    """Number of samples in the shuffle buffer."""
     on_error: Literal["raise", "skip"] = "raise"
-    """An image that does not decode: stop, or skip and count it."""
+    """Stops at an image that does not decode, or skips it. Skipped images are counted."""
     verify: bool = False
     """Checks the sha256 of each shard before reading it."""

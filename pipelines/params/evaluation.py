@@ -25,28 +25,28 @@ class PublishedParams(Strict):
 
 
 class EvaluateParams(Strict):
-    """Accuracy, localisation and pictures on the test split."""
+    """Evaluation of all models on the test split: accuracy, localisation, pictures."""
 
     batch_size: PositiveInt = 128
     """Images per batch and worker."""
     workers: Count = 0
     """Ray workers; 0: the stage's process."""
     grid_size: Annotated[int, Field(ge=2)] = 2
-    """n of the n x n grid pointing game."""
+    """Rows and columns of a grid in the grid pointing game."""
     grid_count: PositiveInt
-    """Grids of the pointing game."""
+    """Number of grids in the grid pointing game."""
     grid_batch: PositiveInt = 16
     """Grids per batch."""
     smooth: Annotated[int, Field(ge=1), AfterValidator(odd)]
-    """Side of the mean filter over maps, odd, pixels."""
+    """Side of the mean filter that smooths maps, an odd number of pixels."""
     posthoc: tuple[PostHoc, ...] = ("gradcam", "input_x_gradient")
-    """Explanations of the conventional model."""
+    """Methods that explain the conventional model."""
     pictures: Count = 16
     """Images that are drawn with their explanations."""
     published: dict[Label, PublishedParams] = {}
-    """Published networks, by a name for the reports. They are evaluated, too."""
+    """Published networks to evaluate beside the run's own: name in the reports -> network."""
     seed: int = 0
-    """Seed of the draw of grids and pictures."""
+    """Seed for the random choice of grids and pictures."""
 
 
 class LinearProbeParams(Strict):
@@ -65,9 +65,9 @@ class LinearProbeParams(Strict):
     losses: Annotated[tuple[Literal["cross_entropy", "bce"], ...], Field(min_length=1)] = ("cross_entropy",)
     """Losses that each head is trained with."""
     b: Exponent = 2.0
-    """B of the head bcos."""
+    """Exponent B of the head `bcos`."""
     seed: int = 0
-    """Seed of initial weights and order."""
+    """Seed of the initial weights and of the order of features."""
 
 
 class ClipEvaluateParams(Strict):
@@ -80,27 +80,30 @@ class ClipEvaluateParams(Strict):
     text_batch: PositiveInt = 256
     """Texts per batch of the text tower."""
     names: Names = "data"
-    """Class names, or a list. Those of the data, open_clip's of ImageNet, or a list in label order."""
+    """Class names in the texts, or a list of names. `data` takes the names of the data set, `imagenet` those
+    of open_clip for ImageNet; a list has the order of the labels."""
     templates: str | tuple[str, ...] = "imagenet"
-    """Texts around a class name. open_clip's imagenet (80), simple (7) or plain, or texts with {}."""
+    """Templates around a class name. They are open_clip's imagenet (80) or simple (7), plain
+    (`a photo of a {}.`), or a list of texts with {} for the name."""
     localisation_names: Names = "data"
-    """Class names in text localisation."""
+    """The same as `names`, for text localisation."""
     localisation_templates: str | tuple[str, ...] = "plain"
-    """Templates in text localisation."""
+    """The same as `templates`, for text localisation."""
     scale: PositiveFloat = 100.0
-    """Factor of the cosines in the logits."""
+    """Factor of the cosines in zero-shot logits."""
     hold_norm: bool = True
-    """Holds the embedding's norm; then contributions sum to the cosine. False: as published."""
+    """Holds the embedding's norm, so that contributions sum to the cosine. If false, the norm is
+    differentiated as published, and contributions sum to 0."""
     posthoc: tuple[PostHoc, ...] = ("gradcam",)
-    """Explanations of the original towers."""
+    """Methods that explain the original towers."""
     probe: LinearProbeParams = LinearProbeParams()
     """Linear probes of the frozen features."""
     text2concept: dict[Label, str] = {}
-    """Classifiers of the baseline Text2Concept. Name → folder of a B-cos classifier, whose features are
-    mapped into CLIP's space."""
+    """Baseline Text2Concept: name in the reports -> folder of a B-cos classifier. A linear map takes its
+    features to CLIP's embeddings."""
     pictures: Count = 8
-    """Images of text localisation that are drawn per tower."""
+    """Images per tower that are drawn with explanations of texts."""
     smooth: Annotated[int, Field(ge=1), AfterValidator(odd)] = 15
-    """Side of the mean filter over the opacity of these pictures, odd, pixels."""
+    """Side of the mean filter that smooths these pictures' opacity, an odd number of pixels."""
     seed: int = 0
-    """Seed of the draw of these images."""
+    """Seed for the random choice of these images."""

@@ -12,10 +12,10 @@ from pipelines.params.training import MethodParams, ModelParams
 
 
 class PretrainParams(MethodParams):
-    """The conventional model. With `optim.epochs: 0` it keeps its pretrained weights."""
+    """Training of the conventional model. With `optim.epochs: 0` it keeps its pretrained weights."""
 
     mixup: NonNegativeFloat = 0.0
-    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
+    """Parameter α of mixup's Beta distribution; 0: no mixup."""
     label_smoothing: Fraction = 0.0
     """Probability mass that is spread over all classes."""
 
@@ -24,9 +24,9 @@ class DesignParams(MethodParams):
     """The design choices of B-cosification (Arya et al. 2024), applied by `bcosify` before fine-tuning."""
 
     b: Exponent = 2.0
-    """Exponent B after training."""
+    """Exponent B of the B-cos layers, at the end of training."""
     b_mode: Literal["fixed", "scheduled", "learned"] = "fixed"
-    """B is constant, rises, or is a parameter."""
+    """B is constant, rises linearly, or is a learned parameter of each layer."""
     b_start: Exponent = 1.0
     """First value of a scheduled or learned B."""
     b_epochs: PositiveInt = 2
@@ -34,27 +34,28 @@ class DesignParams(MethodParams):
     b_decay: NonNegativeFloat = 1.0
     """Weight decay that pulls a learned B towards 2."""
     bias: Literal["remove", "fade", "decay", "keep"] = "remove"
-    """Biases of all layers, norms included."""
+    """Treatment of the biases of all layers, norms included. `fade` scales them to zero over `bias_epochs`;
+    `decay` gives them the weight decay `bias_decay`."""
     bias_epochs: PositiveInt = 2
-    """Epochs in which biases are scaled to zero, if `bias: fade`."""
+    """Epochs in which biases are scaled linearly to zero, if `bias: fade`."""
     bias_decay: NonNegativeFloat = 1.0
     """Weight decay of the biases, if `bias: decay`."""
     norm: Literal["uncentered", "uncentered_unshifted", "centered"] = "uncentered"
-    """BatchNorm's mean. It is moved into the bias, dropped, or subtracted."""
+    """BatchNorm's mean is moved into its bias, dropped, or subtracted as usual."""
     stem_pool: Literal["average", "keep"] = "average"
-    """Max pooling of the stem. It becomes average pooling, or stays."""
+    """The stem's max pooling becomes average pooling or stays."""
     gap_reorder: bool = True
-    """Global average pooling after the classifier instead of before it."""
+    """Applies global average pooling after the classifier instead of before it."""
     activation: Literal["keep", "remove"] = "keep"
-    """Activation functions between layers."""
+    """Keeps or removes the activation functions between layers."""
     logit_bias: float | None = None
     """Constant added to the logits; null: -log(classes - 1)."""
     temperature: PositiveFloat = 1.0
     """Divisor of the logits."""
     normalize_weight: bool = False
-    """Weights have norm 1, as in B-cos networks from scratch."""
+    """Divides weight vectors by their norms, as in B-cos networks from scratch."""
     max_out: PositiveInt = 1
-    """Units per output, which is their maximum; above 1 for scratch alone."""
+    """Units per output (MaxOut), the largest of which is the output. Only `scratch` can have more than 1."""
 
     @model_validator(mode="after")
     def _exponents_fit(self) -> DesignParams:
@@ -112,14 +113,14 @@ class BcosificationParams(DesignParams):
     """The design choices of B-cosification (Arya et al. 2024), and the fine-tuning of the classifier."""
 
     mixup: NonNegativeFloat = 0.0
-    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
+    """Parameter α of mixup's Beta distribution; 0: no mixup."""
 
 
 class BcosifyParams(Strict):
-    """B-cos networks: from the pretrained model, and from scratch as the baseline."""
+    """B-cos networks: one from the pretrained model, and one from scratch as the baseline."""
 
     starts: Annotated[list[Literal["pretrained", "scratch"]], Field(min_length=1)]
-    """Networks that are trained. The first one becomes teacher, backbone and registered model."""
+    """B-cos networks that are trained. The first one becomes teacher, backbone and registered model."""
     pretrained: BcosificationParams
     """B-cosification of the pretrained model."""
     scratch: BcosificationParams
@@ -136,20 +137,21 @@ class BcosifyParams(Strict):
 
 
 class DistillationParams(MethodParams):
-    """Distillation (Parchami-Araghi et al. 2024). Without `explanation_weight` it is plain distillation."""
+    """Distillation (Parchami-Araghi et al. 2024). With `explanation_weight: 0` it is plain distillation."""
 
     temperature: PositiveFloat = 1.0
-    """τ, of the softmax of student and teacher."""
+    """Temperature τ of the softmax of student and teacher."""
     explanation_weight: NonNegativeFloat = 0.0
-    """λ, weight of the explanation loss."""
+    """Weight λ of the explanation loss."""
     label_weight: NonNegativeFloat = 0.0
-    """α, weight of the loss on the labels."""
+    """Weight α of the loss on the labels; 0: labels are not used."""
     explain_every: PositiveInt = 1
-    """Steps between two steps with the explanation loss."""
+    """Every n-th step has the explanation loss; 1: every step."""
     explanations: Literal["live", "frozen"] = "live"
-    """The teacher's explanations. Those of each augmented view, or stored once by the stage explain."""
+    """Teacher's explanations: live, or stored before training. `live` explains each augmented view. For
+    `frozen`, the stage explain stores one explanation per image."""
     mixup: NonNegativeFloat = 0.0
-    """Alpha of the Beta distribution of the mixing share; 0: no mixup."""
+    """Parameter α of mixup's Beta distribution; 0: no mixup."""
 
     @model_validator(mode="after")
     def _maps_follow(self) -> DistillationParams:
@@ -164,9 +166,9 @@ class StudentParams(ModelParams):
     """The network that learns from the teacher."""
 
     kind: Literal["bcos", "conventional"] = "bcos"
-    """A B-cos or conventional network. Conventional students and their teachers are compared by GradCAM."""
+    """Kind of the student's network. With a conventional student, explanations are compared by GradCAM."""
     normalize_weight: bool = True
-    """B-cos weights have norm 1, for students from random weights."""
+    """Divides a B-cos student's weight vectors by their norms, as in B-cos networks from scratch."""
 
     def design(self) -> dict[str, Any]:
         """The keyword arguments of `bcosify`; empty for a conventional student."""
@@ -174,32 +176,33 @@ class StudentParams(ModelParams):
 
 
 class FrozenParams(Strict):
-    """The format of stored explanations."""
+    """Format of the explanations that `explanations: frozen` stores."""
 
     resolution: PositiveInt | None = None
-    """Side of the stored maps, cells; null: image_size."""
+    """Height and width of the stored maps; null: image_size."""
     precision: Literal["float16", "float32"] = "float16"
     """Number format of the stored maps."""
 
 
 class DistillParams(Strict):
-    """Students: with the teacher's explanations (`e2kd`), and without as the baseline (`kd`)."""
+    """Distillation: one student learns with the teacher's explanations (`e2kd`), one without as the baseline
+    (`kd`)."""
 
     runs: Annotated[list[Literal["kd", "e2kd"]], Field(min_length=1)]
     """Students that are trained."""
     teacher: str
     """Folder of the teacher, or models:/NAME@ALIAS in the registry."""
     after: str
-    """Path that DVC makes before it takes the teacher. For a teacher from elsewhere, its folder or
-    pyproject.toml."""
+    """File or folder that DVC makes before the stage `teacher` runs. For a teacher that no stage here makes,
+    name its folder; for one from the registry, name any file that exists, such as pyproject.toml."""
     student: StudentParams
     """The student's network."""
     shots: PositiveInt | None = None
-    """Training images per class; null: all. Classes with fewer give all of theirs."""
+    """Training images per class; null: all. A class with fewer gives all that it has."""
     shots_seed: int = 0
-    """Seed of the draw of these images."""
+    """Seed for the random choice of these images."""
     frozen: FrozenParams
-    """Stored explanations."""
+    """Format of the stored explanations."""
     kd: DistillationParams
     """Plain distillation, the baseline."""
     e2kd: DistillationParams
@@ -207,32 +210,34 @@ class DistillParams(Strict):
 
 
 class ClassifyParams(MethodParams):
-    """The classifier before guidance: the backbone with a new head."""
+    """Training of the classifier before guidance. It is the backbone with a new head."""
 
 
 class GuidanceParams(MethodParams):
-    """Model guidance (Rao et al. 2023) of the classifier of the stage `classify`."""
+    """Model guidance (Rao et al. 2023): the classifier of the stage `classify` is trained further, with a
+    localisation loss on its explanations."""
 
     select: Literal["f1", "epg", "iou", "knee"] = "knee"
-    """Epoch of the Pareto front. The best of F1, EPG or IoU on val, or the knee of the three."""
+    """Epoch of the Pareto front that becomes the model. It is the best by F1, EPG or IoU on val, or the
+    knee: the epoch nearest to the best of all three."""
     loss: Literal["energy", "l1", "rrr", "ppce", "size_corrected_energy"] = "energy"
     """Localisation loss."""
     alpha: Fraction = 0.5
-    """Of size_corrected_energy: the higher, the more a small box counts. At 0 it equals energy."""
+    """Exponent α of size_corrected_energy. The higher it is, the more a small box counts; 0 gives energy."""
     localisation_weight: NonNegativeFloat
-    """λ, of the localisation loss summed over the images of a batch."""
+    """Weight λ of the localisation loss, summed over the images of a batch."""
     attribution: Literal["bcos", "input_x_gradient", "integrated_gradients", "gradcam"] = "bcos"
-    """Explanation that is guided. All but bcos are for conventional networks."""
+    """Explanation that is guided. All methods but bcos are for conventional networks."""
     layer: str | None = None
-    """Module whose output is explained; null: the input. For gradcam null means the last features."""
+    """Module whose output is explained; null: the input. For gradcam, null is the last feature map."""
     annotated: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the training images whose boxes are used."""
+    """Share of the training images whose boxes are used. Each class keeps at least one image."""
     annotated_seed: int = 0
-    """Seed of the draw of these images."""
+    """Seed for the random choice of these images."""
     dilation: NonNegativeFloat = 0.0
-    """Each side of a box moves out by this share of its width or height."""
+    """Each side of a box moves outwards by this share of its width or height."""
     f1_floor: Fraction = 0.0
-    """F1 on val below which training stops."""
+    """Training stops if F1 on val falls below this value."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -252,19 +257,19 @@ class GuidanceParams(MethodParams):
 
 
 class GuideParams(Strict):
-    """A multi-label classifier, and its guidance by boxes."""
+    """Training of a multi-label classifier, and its guidance by boxes."""
 
     dataset: str
-    """Key in `datasets`; its images need boxes. Chosen by `-S guide=NAME`."""
+    """Key in `datasets` of images with boxes, for classify and guide. Set it by `-S guide=NAME`."""
     data: DataParams
     """How the images of guide.dataset are read."""
     backbone: str
     """Folder of the backbone, or models:/NAME@ALIAS in the registry."""
     after: str
-    """Path that DVC makes before it takes the backbone, like distill.after."""
+    """File or folder that DVC makes before the stage `backbone` runs, like distill.after."""
     splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]
     """Splits on which both classifiers are evaluated."""
     classify: ClassifyParams
-    """Training of the backbone with a new head."""
+    """Training of the classifier: the backbone with a new head."""
     guided: GuidanceParams
-    """Training of this classifier with guidance."""
+    """Further training of this classifier with guidance."""

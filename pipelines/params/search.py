@@ -21,11 +21,12 @@ class SearchDimension(Strict):
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = None
     """Values to choose from."""
     uniform: tuple[float, float] | None = None
-    """Least and most of a uniform range."""
+    """Smallest and largest value of a uniform distribution."""
     loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Least and most of a range that is uniform in the logarithm."""
+    """Smallest and largest value of a log-uniform distribution."""
     when: dict[str, Scalar] = {}
-    """Earlier keys -> values with which the param is drawn. Otherwise it keeps its own value."""
+    """Key of an earlier dimension -> value at which this param is drawn. Otherwise the param keeps its
+    value in params.yaml."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -56,9 +57,9 @@ class AshaParams(Strict):
     """Asynchronous successive halving (Li et al., MLSys 2020) by the first metric: weak trials end early."""
 
     grace: PositiveInt = 1
-    """Epochs that every trial gets."""
+    """Epochs that every trial runs."""
     reduction: Annotated[float, Field(gt=1.0)] = 2.0
-    """One in this many trials that reach a rung continues."""
+    """At each rung, the best 1/n of the trials continue, where n is this value."""
 
 
 class SearchParams(Strict):
@@ -69,23 +70,23 @@ class SearchParams(Strict):
     ]
     """Stage whose params are searched."""
     space: Annotated[list[SearchDimension], Field(min_length=1)]
-    """Dimensions of the search. Each has a `choice`, or is drawn `uniform` or `loguniform`."""
+    """Dimensions of the search. Each one has `choice`, `uniform` or `loguniform`."""
     metrics: Annotated[list[Annotated[str, Field(pattern="^val/")]], Field(min_length=1, max_length=3)]
     """Metrics of the Pareto front, one to three."""
     trials: PositiveInt
-    """Trials. The first one has the params as they are."""
+    """Number of trials. The first one has the params as they are, if they are in the space."""
     epochs: PositiveInt
     """Epochs per trial."""
     shots: PositiveInt | None = None
     """Training images per class; null: all."""
     asha: AshaParams | None = None
-    """Early end of weak trials; null: all trials run to their end."""
+    """Early stopping of weak trials; null: all trials run to their end."""
     concurrency: PositiveInt
-    """Trials at a time."""
+    """Trials that run at the same time."""
     workers: Count = 0
-    """Ray workers per trial; 0: the trial's process."""
+    """Ray workers per trial; 0: the trial runs in its own process."""
     seed: int = 0
-    """Seed of the search."""
+    """Seed with which Optuna draws the trials."""
 
     @model_validator(mode="after")
     def _halved_in_their_own_process(self) -> SearchParams:

@@ -14,10 +14,11 @@ class NetworkParams(Strict):
     """A network, and the weights that it starts from."""
 
     name: str
-    """CIFAR ResNet such as resnet20, torchvision or timm name. Explicitly `torchvision:NAME`, `timm:NAME`,
-    `open_clip:NAME`; `open_clip:FILE` reads a JSON config."""
+    """Architecture: a CIFAR ResNet such as resnet20, or a name of torchvision or timm. `torchvision:NAME`,
+    `timm:NAME` and `open_clip:NAME` say which library; `open_clip:FILE.json` reads a config in
+    open_clip's format."""
     weights: str = "none"
-    """none, a tag of the library such as IMAGENET1K_V2, a file or URL."""
+    """Initial weights: none (random), a tag of the library such as IMAGENET1K_V2, or a file or URL."""
     sha256: Sha256 | None = None
     """Checksum of the weights file."""
     options: dict[str, Any] = {}
@@ -28,9 +29,9 @@ class ModelParams(NetworkParams):
     """A network for images, with the normalisation of its input."""
 
     mean: tuple[float, float, float] | None = None
-    """Mean of RGB in [0, 1]; null: that of the weights. ImageNet's if the weights name none."""
+    """Mean of the RGB channels in [0, 1]; null: that of the weights. If they have none, it is ImageNet's."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Standard deviation of RGB; null: as for the mean."""
+    """Standard deviation of the RGB channels; null: as for the mean."""
 
 
 class OptimiserParams(Strict):
@@ -45,17 +46,17 @@ class OptimiserParams(Strict):
     lr: PositiveFloat
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of weights with two or more dimensions."""
+    """Weight decay of parameters with two or more dimensions. Biases and norms have none."""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
     """Learning-rate schedule."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up. With onecycle, the length of the rise; 0: 30 % of all steps."""
+    """Steps of linear warm-up. With onecycle, the steps in which the rate rises; 0: 30 % of all steps."""
     clip: Literal["none", "agc", "norm"] = "none"
-    """Gradient clipping. Adaptive per unit (agc), or by the global norm."""
+    """Gradient clipping: none, adaptive for each unit, or by the global norm."""
     clip_value: PositiveFloat = 0.01
-    """Largest ratio of gradient to weight norm (agc), or largest norm."""
+    """Largest ratio of gradient norm to weight norm (agc), or largest gradient norm (norm)."""
     patience: PositiveInt | None = None
-    """Stops after this many epochs without a better `select`; null: never."""
+    """Epochs without a better `select` after which training stops; null: none."""
     validate_every: PositiveInt = 1
     """Epochs between validations. The last epoch is always validated."""
 
@@ -66,7 +67,7 @@ class MethodParams(Strict):
     select: str = "val/accuracy"
     """Metric that decides which epoch is kept."""
     optim: OptimiserParams
-    """Optimiser and schedule."""
+    """Optimiser, schedule and length of training."""
 
     @property
     def settled(self) -> int:
@@ -85,36 +86,39 @@ class MethodParams(Strict):
 
 
 class TrainingParams(Strict):
-    """The training loop and its launch, the same for all methods."""
+    """The training loop and its workers, the same for all stages that train."""
 
     workers: Count | tuple[PositiveInt, PositiveInt] = 1
-    """0: in the stage's process; N: Ray workers; [MIN, MAX]: elastic."""
+    """Number of Ray workers, or [MIN, MAX] if it is elastic; 0: training runs in the stage's own process."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs that each Ray worker reserves."""
     cpus_per_worker: PositiveFloat = 1.0
-    """CPUs that each Ray worker reserves. At least one per loader process and one for the worker."""
+    """CPUs that each Ray worker reserves. With loader processes, it reserves at least one for each of them
+    and one for itself."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type; weights stay float32."""
+    """Data type of autocast; weights stay float32."""
     accumulate: PositiveInt = 1
-    """Micro-batches per step and worker. More if workers are missing. Validation takes such batches, too."""
+    """Micro-batches per optimiser step and worker. If elastic workers are missing, the others take more of
+    them. Validation batches have the size of a micro-batch."""
     channels_last: bool = True
-    """Memory format of images and convolutions. Compiled networks always have it."""
+    """Images and convolutions use the memory format channels_last. Compiled networks always use it."""
     compile: bool = False
-    """torch.compile of the objective; the first step takes minutes."""
+    """Compiles network and loss (torch.compile); the first step takes minutes."""
     checkpoint_activations: bool = False
     """Recomputes activations in the backward pass: less memory, more time."""
     checkpoint_every: PositiveInt = 100
-    """Steps between checkpoints."""
+    """Optimiser steps between checkpoints."""
     keep_last: PositiveInt = 2
-    """Checkpoints that are kept besides the best."""
+    """Number of latest checkpoints that are kept besides the best."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts of the workers between two checkpoints; -1: no limit."""
+    """Restarts of Ray workers allowed between two checkpoints; -1: no limit."""
     resize_every: NonNegativeFloat = 60.0
-    """Seconds between looks for new nodes, with elastic workers."""
+    """Seconds between searches for new nodes, if workers are elastic."""
     log_every: PositiveInt = 20
-    """Steps between log lines."""
+    """Optimiser steps between log lines."""
     resume: str | None = None
-    """Directory of an earlier run to continue, although code or params changed."""
+    """Directory of an earlier run to continue, although code or params changed. Null: a stage whose code or
+    params changed starts anew."""
 
     @property
     def most_workers(self) -> int:
@@ -154,7 +158,7 @@ class TrainingParams(Strict):
 
 
 class StorageParams(Strict):
-    """The place of everything that outlives a process."""
+    """The place of checkpoints, and of the files that workers on other machines read."""
 
     root: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder or fsspec URL of checkpoints. At a URL also of shards, models and stored explanations."""
+    """Folder or fsspec URL of checkpoints. A URL also has shards, models and stored explanations."""

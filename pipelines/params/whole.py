@@ -24,51 +24,52 @@ from pipelines.storage.errors import one_line
 
 
 class TrackingParams(Strict):
-    """MLflow: runs and the registry. MLFLOW_TRACKING_URI names the server, else sqlite:///mlflow.db."""
+    """Tracking of runs and registration of models in MLflow. The environment variable MLFLOW_TRACKING_URI
+    names the server; without it, the stages use sqlite:///mlflow.db."""
 
     experiment: str
-    """Experiment of all runs."""
+    """MLflow experiment that all runs belong to."""
     model_name: str
-    """Name of the model in the registry."""
+    """Name of the registered model."""
     alias: str = "candidate"
-    """Alias of a version that nobody has reviewed."""
+    """Alias that the stage `register` gives to a new version if it is not worse than the one that has it."""
 
 
 class Params(Strict):
-    """All groups of params.yaml, in the order of the graph of stages."""
+    """The whole of params.yaml: single params first, then groups in the order of the graph of stages."""
 
     recipe: str
     """Name of the recipe that these params were composed from."""
     seed: int
-    """Seed of initial weights, order of images and augmentation."""
+    """Seed of the initial weights, of the order of images, and of augmentation."""
     dataset: str
-    """Key in `datasets`: the images of pretrain, bcosify and distill. Chosen by `-S dataset=NAME`."""
+    """Key in `datasets` of the images for pretrain, bcosify and distill. Set it by `-S dataset=NAME`."""
     datasets: dict[str, Dataset]
-    """Data sets of this run; `-S dataset=NAME` and `-S guide=NAME` bring in others."""
+    """Data sets of this run, chosen by `-S dataset=NAME` and `-S guide=NAME`."""
     data: DataParams
     """How the images of `dataset` are read from shards."""
     model: ModelParams
     """The network of pretrain and bcosify."""
     pretrain: PretrainParams
-    """The conventional model."""
+    """Training of the conventional model."""
     bcosify: BcosifyParams
     """B-cosification: B-cos networks from the pretrained model, and from scratch as the baseline."""
     distill: DistillParams
     """e²KD: students learn the answers and explanations of a teacher."""
     guide: GuideParams
-    """Model guidance: a classifier learns from a few boxes to explain itself by the object."""
+    """Model guidance: bounding boxes move a classifier's explanations onto the objects."""
     clip: ClipGroupParams
-    """B-cosified CLIP: zero-shot models that show what a text looks at."""
+    """B-cosified CLIP: zero-shot models that show which pixels match a text."""
     evaluate: EvaluateParams
-    """Accuracy, localisation and pictures on the test split."""
+    """Evaluation of all models on the test split: accuracy, localisation, pictures."""
     search: SearchParams
-    """Search over the params of one stage, by short trials."""
+    """Search for better params of one stage by short trials."""
     training: TrainingParams
-    """The training loop and its launch, the same for all methods."""
+    """The training loop and its workers, the same for all stages that train."""
     storage: StorageParams = StorageParams()
-    """Checkpoints, and what workers on other machines read."""
+    """Place of checkpoints, and of the files that workers on other machines read."""
     tracking: TrackingParams
-    """MLflow. MLFLOW_TRACKING_URI names the server."""
+    """MLflow; the environment variable MLFLOW_TRACKING_URI names the server."""
 
     def for_guide(self) -> Params:
         """Returns a copy that trains on the data of `guide`."""

@@ -26,9 +26,9 @@ from stages.tools.search_apply import composition
 WIDTH, COLUMN = 110, 34
 HEADER = """\
 # All params of a run, in the order of the graph of stages (dvc.yaml). docs/params.md has types and ranges.
-# A comment stands at the first place of a param. `make params` writes this file from pipelines/recipes.
-# An experiment (`dvc exp run -S KEY=VALUE`) rewrites it in the same order, without comments.
-# `git checkout params.yaml` brings the default run back.
+# A param that stands in several groups has its comment in the first one. `make params` writes this file from
+# pipelines/recipes. An experiment (`dvc exp run -S KEY=VALUE`) rewrites it in the same order, without
+# comments; `git checkout params.yaml` restores the default run.
 """
 
 

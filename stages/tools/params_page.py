@@ -13,21 +13,22 @@ from stages.tools.params_schema import description, flow, group_of, item_of, kin
 HEAD = """\
 # Params
 
-All params of `params.yaml`, in its order. `make params` writes the file from the recipes in
-`pipelines/recipes`, and this page from the models in `pipelines/params`, which read the file.
+All params of `params.yaml`, in its order. `make params` writes both: the file from the recipes in
+`pipelines/recipes`, and this page from the pydantic models in `pipelines/params`, which check the values.
 
 Change a param for an experiment with `dvc exp run -S KEY=VALUE`, such as `-S pretrain.optim.lr=0.002`. Four
-keys name a file in `pipelines/recipes`: `-S recipe=NAME`, `-S dataset=NAME`, `-S guide=NAME` and `-S
-model=NAME`. DVC then writes `params.yaml` anew, in the same order but without comments: `git checkout
-params.yaml` brings the default run back. A key that does not exist, or a value out of range, ends a stage
-with one line before it starts work.
+keys choose a file in `pipelines/recipes`: `-S recipe=NAME`, `-S dataset=NAME`, `-S guide=NAME` and `-S
+model=NAME`. DVC then writes `params.yaml` anew, in the same order but without comments; `git checkout
+params.yaml` restores the default run. An unknown key, or a value out of range, stops the stage with a
+one-line error before any work starts.
 
-A data set of `pipelines/recipes/source` comes in with `-S dataset=NAME`, `-S guide=NAME`, a recipe that uses
-it, or `-S +source@datasets.NAME=NAME`, for instance `-S +source@datasets.captions=captions -S
-clip.pairs=captions`.
+`datasets` has only the data sets that a run uses. `-S dataset=NAME`, `-S guide=NAME` or a recipe takes one
+from `pipelines/recipes/source`. `-S +source@datasets.NAME=NAME` adds one by hand, for instance `-S
++source@datasets.captions=captions -S clip.pairs=captions`.
 
-*Default* is the value in the default recipe. If a group stands in several places, the places of other values
-follow in brackets.
+*Default* is the value in the default recipe. A group may stand in several places, which are listed below its
+heading. If its values differ between places, the most frequent value comes first; each other value has its
+places in brackets.
 """
 
 
@@ -69,7 +70,7 @@ def _section(model: type[Strict], places: Mapping[str, Mapping[str, Any]]) -> It
     yield f"## {f'`{first}`' if first else 'The run'}\n"
     yield _summary(model)
     if others:
-        yield f"Also {', '.join(f'`{place}`' for place in others)}.\n"
+        yield f"The same params stand in {', '.join(f'`{place}`' for place in others)}.\n"
     known = places[first]
     yield from _table(model, knobs, {name: _defaults(name, places) for name in knobs if name in known})
 
@@ -77,8 +78,8 @@ def _section(model: type[Strict], places: Mapping[str, Mapping[str, Any]]) -> It
 def _data_sets() -> Iterator[str]:
     """The table of each source of images."""
     yield "## `datasets.NAME`\n"
-    yield "A data set. Its `source` decides how it is read and which further params it has."
-    yield "The files in `pipelines/recipes/source` have the values of each.\n"
+    yield "Params of every data set. Its `source` decides how it is read and which further params it has."
+    yield "The files in `pipelines/recipes/source` have the values of each data set.\n"
     yield from _table(DatasetParams, list(DatasetParams.model_fields))
     for source, model in SOURCES.items():
         knobs = [name for name in model.model_fields if name not in DatasetParams.model_fields]
@@ -92,9 +93,9 @@ def _summary(model: type[Strict]) -> str:
 
 
 def _table(model: type[Strict], knobs: list[str], defaults: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Rows of knob, type and range, default, description."""
+    """Rows of param, type and range, default, meaning."""
     schemas = model.model_json_schema()["properties"]
-    yield "| knob | type and range | default | |"
+    yield "| param | type and range | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for name in knobs:
         field = model.model_fields[name]
@@ -115,4 +116,4 @@ def _defaults(name: str, places: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _shown(value: Any) -> str:
     nested = isinstance(value, list) and any(isinstance(each, Mapping) for each in value)
-    return f"{len(value)} of them" if nested else f"`{flow(value)}`"
+    return f"{len(value)} entries" if nested else f"`{flow(value)}`"
