@@ -33,7 +33,7 @@ def model_file_names(directory: str | Path) -> tuple[str, ...]:
 
 
 def copy_model(source: Path, out: Path) -> None:
-    """Copies the files of the model in the local folder `source`, text tower included, to the folder `out`.
+    """Copies the model in the local folder `source`, with its text tower if any, to the folder `out`.
 
     Raises:
         FileNotFoundError: `source` has no model.
