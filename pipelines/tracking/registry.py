@@ -86,7 +86,7 @@ class Evidence:
 
     Attributes:
         version: the version in the registry.
-        spec: spec of its model.
+        directory: folder of its model.
         metrics: name -> value.
         pictures: picture files.
         dataset: data set that the metrics were measured on, as `describe_dataset` returns it.
@@ -95,7 +95,7 @@ class Evidence:
     """
 
     version: ModelVersion
-    spec: ModelSpec
+    directory: Path
     metrics: Mapping[str, float]
     pictures: list[Path]
     dataset: Mapping[str, str]
@@ -144,22 +144,19 @@ def register(
         TrackingError: the registry does not answer or refuses a request.
         FileNotFoundError: the directory has no model.
     """
-    from pipelines.models import read_spec
-
     directory, uri, files = Path(model_directory), tracking_uri(), sorted(map(Path, pictures))
-    spec, digest = read_spec(directory), content_digest(model_files(directory))
+    digest = content_digest(model_files(directory))
     with _one_line(uri), alone(uri, "register"):
         client = connect(uri)
         found = _find(client, name, digest, directory)
         measured_on = describe_dataset(manifest, name=dataset, context="evaluation")
-        version = found or _add(
-            client, uri, directory, spec, digest, name, experiment, params or {}, measured_on
-        )
+        version = found or _add(client, uri, directory, digest, name, experiment, params or {}, measured_on)
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
         kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # the first origin stays
         has_text = len(model_files(directory)) > len(MODEL)
         _show(
-            client, Evidence(version, spec, metrics, files, measured_on, {**(tags or {}), **kept}, has_text)
+            client,
+            Evidence(version, directory, metrics, files, measured_on, {**(tags or {}), **kept}, has_text),
         )
         version = client.get_model_version(name, str(version.version))  # with its new tags
         told = nominate(client, version, alias, compare, higher_is_better)
@@ -243,7 +240,6 @@ def _add(
     client: MlflowClient,
     uri: str,
     directory: Path,
-    spec: ModelSpec,
     digest: str,
     name: str,
     experiment: str,
@@ -251,6 +247,9 @@ def _add(
     dataset: Mapping[str, str],
 ) -> ModelVersion:
     """Creates a version of `name` with the model in `directory`, under an MLflow run of its own."""
+    from pipelines.models import read_spec  # imports PyTorch, which a version that exists does not need
+
+    spec = read_spec(directory)
     _create_name(client, name)  # first, because MLflow refuses an invalid name here
     tags = {"stage": "register", **version_tags(), **git_tags(), **experiment_tags(), DIGEST: digest}
     head = {
@@ -325,7 +324,10 @@ def _show(client: MlflowClient, evidence: Evidence) -> None:
 
 def _description(evidence: Evidence) -> str:
     """Returns the version's description for a reviewer, in Markdown."""
-    version, spec, dataset, tags = evidence.version, evidence.spec, evidence.dataset, evidence.tags
+    from pipelines.models import read_spec
+
+    version, dataset, tags = evidence.version, evidence.dataset, evidence.tags
+    spec = read_spec(evidence.directory)
     origin = {"MLflow run": tags.get(TRAINING), "DVC experiment": tags.get(EXPERIMENT)}
     led = [f"{what} `{value}`" for what, value in origin.items() if value]
     samples = json.loads(dataset["profile"])["samples"]
