@@ -12,7 +12,7 @@ first; frozen explanations are stored first.
 
 The best epoch of each run is evaluated on the split; a guided model is explained by the attribution that
 guided it. Results are lines of JSON in `reports/experiments.jsonl`, and runs that have a line there are not
-repeated. Prints means ± standard deviations over the seeds, as docs/results.md has them.
+repeated. Prints means ± standard deviations over the seeds, as the pages of results in docs have them.
 """
 
 from __future__ import annotations

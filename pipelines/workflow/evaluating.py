@@ -20,10 +20,15 @@ OWN_NAMES = {"conventional", *BCOS_NAMES.values(), "teacher", "kd", "e2kd", "sha
 
 def classifiers(params: Params, classes: Sequence[str]) -> dict[str, Path]:
     """Returns the folders of the published, conventional and B-cos networks, by their names in reports."""
+    return published_models(params, classes) | trained_classifiers(params)
+
+
+def trained_classifiers(params: Params) -> dict[str, Path]:
+    """Returns the folders of the conventional and B-cos networks of this run, by their names in reports."""
     own = {"conventional": "pretrain"} | {
         BCOS_NAMES[start]: f"bcosify/{start}" for start in params.bcosify.starts
     }
-    return published_models(params, classes) | {name: model_folder(folder) for name, folder in own.items()}
+    return {name: model_folder(folder) for name, folder in own.items()}
 
 
 def students(params: Params) -> dict[str, Path]:

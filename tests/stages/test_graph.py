@@ -39,7 +39,8 @@ def test_metrics_of_both_models_are_shown(project, shown):
         assert 0 <= of_model["accuracy"] <= 1
     assert found["bcosified"]["explanations"]["bcos"]["unexplained_share"] < 1e-4
     assert {"reports/pretrain/metrics.json", "reports/bcosify/pretrained/metrics.json"} <= set(shown)
-    assert list((project.folder / "reports/evaluate/pictures").glob("*.png"))
+    for folder in ("preview", "evaluate/pictures"):
+        assert list((project.folder / "reports" / folder).glob("*.png"))
 
 
 def test_students_are_evaluated_beside_their_teacher(project, shown):
