@@ -1,7 +1,6 @@
 """Stage `preview`: the first pictures, of validation images, in `reports/preview`."""
 
 from pipelines.data.loading.subsets import validation_images
-from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.workflow.evaluating import trained_classifiers
 from pipelines.workflow.places import REPORTS, shards_of
