@@ -103,7 +103,7 @@ def test_the_params_themselves_are_a_point_of_their_space_or_not() -> None:
     assert values_of_params(replaced(params, {"bcosify.pretrained.b": 3})) is None
     width = [{"key": "distill.student.options.width", "choice": [8, 16]}]
     of_options = params.model_dump(mode="json")
-    of_options["search"] |= {"stage": "distill@e2kd", "space": width}
+    of_options["search"] |= {"stage": "distill@e2kd", "space": width, "shots": None}
     of_options["distill"]["student"]["options"] = {"width": 16}
     assert values_of_params(validate(of_options)) == {"distill.student.options.width": 16}
 

@@ -51,7 +51,7 @@ def test_a_pair_is_trained_b_cosified_evaluated_and_explained(toy, tmp_path):
         "embedding",
         "embedding",
     )
-    assert bcos.design["position_embedding"] == "remove"
+    assert bcos.design["projection"] == "linear"
     texts = [
         models.load_text_tower(tmp_path / f"models/{stage}/cnn").encode(["a circle"])
         for stage in ("image_text", "clip")
