@@ -231,6 +231,8 @@ class DataParams(Strict):
     """Augmentation of training images."""
     crop_padding: Count = 4
     """Padding on each side in pad_crop_flip, pixels."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest area of a crop in random_resized_crop_flip, as a share of the image's; the largest is 1."""
     rand_augment: Annotated[int, Field(ge=0, le=30)] | None = None
     """Magnitude of RandAugment, which follows crop and flip; null: none."""
     loader_workers: Count = 0

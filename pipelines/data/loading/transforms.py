@@ -26,7 +26,6 @@ from pipelines.params import DataParams
 Views = dict[str, torch.Tensor]
 Step = Callable[[Views, random.Random], Views]
 
-SCALE = (0.08, 1.0)  # area of a random crop over that of the image (Szegedy et al. 2015, section 6)
 RATIO = (3 / 4, 4 / 3)  # width over height of a random crop
 CROP_DRAWS = 10  # attempts to draw a crop that fits into the image
 STORED_MAP = "stored_map"  # name of the view with a teacher's map, float (C, H, W)
@@ -57,7 +56,7 @@ def train_transform(params: DataParams, stored_map: bool = False) -> Step:
                 (partial(pad_crop, padding=params.crop_padding), flip),
             )
         case "random_resized_crop_flip":
-            first, drawn = (), (partial(random_resized_crop, size=size), flip)
+            first, drawn = (), (partial(random_resized_crop, size=size, smallest=params.crop_scale), flip)
     if params.rand_augment is not None:
         if stored_map:
             raise ValueError(
@@ -127,24 +126,24 @@ def pad_crop(views: Views, rng: random.Random, *, padding: int) -> Views:
     return _crop(views, top, left, height, width)
 
 
-def random_resized_crop(views: Views, rng: random.Random, *, size: int) -> Views:
-    """Crops a random area (`SCALE`) of random aspect ratio (`RATIO`) and resizes it to size x size.
+def random_resized_crop(views: Views, rng: random.Random, *, size: int, smallest: float) -> Views:
+    """Crops a share of the area in [smallest, 1], with an aspect ratio in `RATIO`, and resizes the crop.
 
     If none of `CROP_DRAWS` draws fits into the image, the crop is the largest of an allowed aspect ratio.
 
-    Source: Szegedy et al. 2015, section 6.
+    Source: Szegedy et al. 2015, section 6 (there, `smallest` is 0.08).
     """
     height, width = _size(views)
-    crop_height, crop_width = _crop_size(height, width, rng)
+    crop_height, crop_width = _crop_size(height, width, smallest, rng)
     top = rng.randint(0, height - crop_height)
     left = rng.randint(0, width - crop_width)
     return _resize(_crop(views, top, left, crop_height, crop_width), size, size)
 
 
-def _crop_size(height: int, width: int, rng: random.Random) -> tuple[int, int]:
+def _crop_size(height: int, width: int, smallest: float, rng: random.Random) -> tuple[int, int]:
     """Draws height and width of a crop that fits into the image."""
     for _ in range(CROP_DRAWS):
-        area = height * width * rng.uniform(*SCALE)
+        area = height * width * rng.uniform(smallest, 1)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < crop_height <= height and 0 < crop_width <= width:

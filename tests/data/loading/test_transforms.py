@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 
@@ -95,6 +96,19 @@ def test_drawn_from_the_given_generator_alone(augment):
     assert any(not torch.equal(outcomes[0], other) for other in outcomes)
     assert torch.equal(before, torch.get_rng_state())
     assert random.getstate() == random_before
+
+
+@pytest.mark.parametrize("smallest", [0.08, 0.7])
+def test_the_area_of_crops(smallest):
+    transform = train_transform(params(augment="random_resized_crop_flip", crop_scale=smallest))
+    columns = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100)
+    shares = []
+    for seed in range(200):
+        views = transform({"image": columns, "rows": columns.mT}, random.Random(seed))
+        sides = [torch.aminmax(view.float()) for view in (views["image"], views["rows"])]
+        shares.append(math.prod((high - low).item() / 100 for low, high in sides))
+    assert smallest - 0.03 < min(shares) < smallest + 0.1
+    assert 0.85 < max(shares) <= 1
 
 
 def test_flip_mirrors_about_half():
