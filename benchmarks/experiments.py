@@ -29,11 +29,10 @@ from typing import Any
 import yaml
 
 from benchmarks.markdown import table
-from pipelines import models
+from pipelines import evaluation, models
 from pipelines.attribution import Attribution
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
-from pipelines.evaluation import evaluate
 from pipelines.params import DistillationParams, GuidanceParams, Params, replaced
 from pipelines.storage.paths import run_directory
 from pipelines.training import train
@@ -130,7 +129,7 @@ def figures(task: Task, folder: Path, split: str) -> dict[str, float]:
     if isinstance(method, DistillationParams):
         teacher, folders["teacher"] = "teacher", str(model_folder("teacher"))
     where = (shards_of(task.params.dataset), task.params.data, task.params.evaluate, split)
-    found, _ = evaluate(Context(), folders, *where, teacher, guided)
+    found = evaluation.figures(evaluation.evaluate(Context(), folders, *where, teacher, guided))
     flat: dict[str, float] = {}
     for name, of_model in found["models"].items():
         explanations, prefix = of_model.pop("explanations"), "teacher_" if name == teacher else ""

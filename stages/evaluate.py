@@ -1,9 +1,10 @@
 """Stage `evaluate`: evaluates all models on the test split; results are in `reports/evaluate`."""
 
 from pipelines.data.shards.manifest import read_manifest
+from pipelines.evaluation import figures
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.storage.files import write_json
-from pipelines.workflow.evaluating import CODE, classifiers, evaluate_models, students
+from pipelines.workflow.evaluating import CODE, classifiers, evaluate_models, save_records, students
 from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, shards_of
 from pipelines.workflow.reports import flat, write_localisation
@@ -31,15 +32,19 @@ def main() -> None:
             run,
             _,
         ):
-            metrics, right = evaluate_models(params, models)
-            of_students, students_right = evaluate_models(params, followers, "test", "teacher")
+            records = evaluate_models(params, models)
+            of_followers = evaluate_models(params, followers, "test", "teacher")
+            save_records(OUT / "records", records)
+            save_records(OUT / "student_records", of_followers)
+            metrics, of_students = figures(records), figures(of_followers)
             write_json(OUT / "metrics.json", metrics)
             write_json(OUT / "students.json", of_students)
             write_localisation(OUT / "localisation.csv", metrics["models"] | of_students["models"])
             run.metrics(flat({"test": metrics["models"], "students": of_students["models"]}))
             view = (shards_for_all(params), params.data, params.evaluate)
-            run.pictures(draw_gallery(OUT / "pictures", models, right, *view))
-            draw_gallery(OUT / "student_pictures", followers, students_right, *view)
+            run.pictures(draw_gallery(OUT / "pictures", models, records.right(list(models)[-1]), *view))
+            right = of_followers.right(list(followers)[-1])
+            draw_gallery(OUT / "student_pictures", followers, right, *view)
 
 
 if __name__ == "__main__":

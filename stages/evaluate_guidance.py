@@ -6,9 +6,10 @@ Figures and pictures are in `reports/evaluate_guidance`.
 from dataclasses import asdict
 
 from pipelines.attribution import Attribution
+from pipelines.evaluation import figures
 from pipelines.evaluation.gallery import draw_gallery
 from pipelines.storage.files import write_json
-from pipelines.workflow.evaluating import CODE, evaluate_models
+from pipelines.workflow.evaluating import CODE, evaluate_models, save_records
 from pipelines.workflow.identity import of_data
 from pipelines.workflow.places import REPORTS, model_folder
 from pipelines.workflow.reports import flat
@@ -38,12 +39,14 @@ def main() -> None:
             found = {
                 split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits
             }
-            metrics = {split: of_split for split, (of_split, _) in found.items()}
+            for split, records in found.items():
+                save_records(OUT / "records" / split, records)
+            metrics = {split: figures(records) for split, records in found.items()}
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))
             last = params.guide.splits[-1]
             view = (shards_for_all(params), params.data, params.evaluate, last, guided)
-            run.pictures(draw_gallery(OUT / "pictures", models, found[last][1], *view))
+            run.pictures(draw_gallery(OUT / "pictures", models, found[last].right("guided"), *view))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pipelines import models
 from pipelines.bcos import add_inverse, bcosify, dynamic_weights
 from pipelines.bcos.fused import set_up_compiler
 from pipelines.data.loading.loader import loader
-from pipelines.evaluation import evaluate
+from pipelines.evaluation import evaluate, figures
 from pipelines.methods import build_bcosification, build_e2kd, build_guidance
 from pipelines.models import build
 from pipelines.params import (
@@ -208,7 +208,7 @@ def test_an_evaluation_finds_what_it_finds_on_the_cpu(shards, directories):
     # TF32 is torch's default; evaluation turns it off by itself
     with cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):
         here, there = (
-            evaluate(Context(device=torch.device(name)), *arguments)[0] for name in ("cpu", "cuda")
+            figures(evaluate(Context(device=torch.device(name)), *arguments)) for name in ("cpu", "cuda")
         )
     assert there["grids"]["count"] == 6
     assert there["models"]["bcos"]["explanations"]["bcos"]["unexplained_share"] < 1e-4

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pandas
 import torch
 from torch import Tensor
 
@@ -15,16 +16,15 @@ from pipelines.distributed import Context
 from pipelines.evaluation.batches import examples_by_key
 from pipelines.evaluation.explained_model import ExplainedModel, knows_positions
 from pipelines.evaluation.predictions import Predictions
+from pipelines.evaluation.records import OF_GRIDS, joined
 from pipelines.metrics import (
     Grid,
-    LocalisationMetric,
     confidence,
     draw_grids,
     eligible,
     grid_batches,
     grid_pointing_game,
     in_windows,
-    measured,
 )
 from pipelines.params import EvaluateParams
 
@@ -35,12 +35,11 @@ def play_grid_pointing_game(
     predictions: Predictions,
     batches: Any,
     params: EvaluateParams,
-) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
-    """Plays the game; returns side and number of the grids, and model -> explanation -> score -> mean.
+) -> pandas.DataFrame:
+    """Plays the game; returns a row per grid, model, explanation and cell, see `Records.grids`.
 
-    `gridpg` is measured on the same grids for all models, whose images all models classify correctly with
-    sigmoid(logit) > 0.5. `gridpg_own_grids` is measured on each model's own grids, as published. A score
-    without grids is absent.
+    The game `gridpg` is played on the same grids for all models, whose images all models classify correctly
+    with sigmoid(logit) > 0.5. `gridpg_own_grids` is played on each model's own grids, as published.
     """
     draw = partial(_draw, predictions, params)
     common = draw(list(models))
@@ -58,19 +57,26 @@ def play_grid_pointing_game(
     def images(indices: Sequence[int]) -> Tensor:
         return add_inverse(torch.stack([table[index] for index in indices]).to(context.device) / 255)
 
-    scores: dict[str, dict[str, dict[str, float]]] = {}
+    tables = []
     for name, explained in models.items():
-        scores[name] = {explanation: {} for explanation in explained.explanations}
         for explanation, attribution in explained.explanations.items():
             explain_many = grid_explainer(explained, attribution)
-            for key, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
-                metric = LocalisationMetric().to(context.device)
-                for tiled, classes in grid_batches(_share(context, grids), images, params.grid_batch):
-                    metric.update(grid_pointing_game(explain_many, tiled, classes, params.smooth).flatten())
-                if grids:
-                    scores[name][explanation] |= measured({key: metric.compute()["mean"]})
-    correct = eligible(predictions.labels, *predictions.logits.values())
-    return {"side": params.grid_size, "count": len(common), "eligible_images": int(correct.sum())}, scores
+            for game, grids in zip(("gridpg", "gridpg_own_grids"), played[name], strict=True):
+                numbers = range(len(grids))[context.rank :: context.world_size]
+                mine = _share(context, grids)
+                scores = [
+                    grid_pointing_game(explain_many, tiled, classes, params.smooth).cpu()
+                    for tiled, classes in grid_batches(mine, images, params.grid_batch)
+                ]
+                cells = [
+                    (number, cell, predictions.keys[image], label)
+                    for number, grid in zip(numbers, mine, strict=True)
+                    for cell, (image, label) in enumerate(zip(grid.images, grid.classes, strict=True))
+                ]
+                rows = pandas.DataFrame(cells, columns=["grid", "cell", "key", "class"])
+                rows["score"] = torch.cat(scores).flatten().numpy() if scores else []
+                tables.append(rows.assign(game=game, model=name, explanation=explanation))
+    return joined(tables, context, OF_GRIDS)
 
 
 def grid_windows(explained: ExplainedModel, params: EvaluateParams) -> int:

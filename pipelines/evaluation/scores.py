@@ -1,4 +1,4 @@
-"""Scores of a model's explanations against boxes and masks, its logits, and a teacher's explanations.
+"""Scores of a model's explanations on a batch, and of a student's explanations beside its teacher's.
 
 N images, K classes, P (image, class) pairs of a batch, T targets per image, C channels, H x W pixels.
 """
@@ -7,32 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import pandas
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
 
 from pipelines.attribution import Attribution, Explainer, comparable_explainers, explain, explain_pairs
 from pipelines.bcos import add_inverse, contribution_map, dynamic_weights
 from pipelines.data.loading.batch import Batch
-from pipelines.distributed import Context, gather
 from pipelines.evaluation.batches import present
 from pipelines.evaluation.explained_model import ExplainedModel
-from pipelines.evaluation.thresholds import Thresholds
 from pipelines.metrics import (
-    SIZES,
     THRESHOLDS,
-    Agreement,
-    LocalisationMetric,
-    UnexplainedShare,
     area_share,
     box_masks,
     energy_pointing_game,
     explanation_similarity,
     iou_by_threshold,
-    measured,
     object_masks,
     select_boxes,
     size_corrected,
@@ -41,185 +34,140 @@ from pipelines.metrics import (
 )
 from pipelines.models import ModelError
 
-# Share of the image that the boxes cover: lower bound (exclusive), upper bound (inclusive).
-BOX_SIZES = dict(zip(SIZES, ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)), strict=True))
+IOU = [f"iou_at_{threshold}" for threshold in THRESHOLDS]  # columns with the IoU at each threshold
 
 
-class Scores:
-    """Localisation and completeness of one model's explanations, over all classes in each image."""
+@dataclass(frozen=True)
+class Regions:
+    """Where the class of each (image, class) pair is in its image."""
 
-    def __init__(self, explained: ExplainedModel, device: torch.device) -> None:
-        self.explained = explained
-        self.metrics: dict[str, dict[str, Metric]] = {name: {} for name in explained.explanations}
-        self.device = device
+    boxed: Tensor  # (P,) of bool: the class has a box
+    boxes: Tensor  # (P, H, W) of bool: union of the boxes of the class
+    objects: Tensor | None  # (P, H, W) of bool: union of its instances, if the data has masks
 
-    def update(self, batch: Batch) -> Tensor:
-        """Adds all (image, class) pairs of a batch; returns the model's logits (N, K)."""
-        images, in_image = add_inverse(batch["image"]), present(batch, len(self.explained.spec.classes))
-        rows, targets = in_image.nonzero(as_tuple=True)
-        size = (images.shape[-2], images.shape[-1])
-        by_box = by_object = None
-        if "boxes" in batch and len(rows):
-            boxes = select_boxes(batch["boxes"], rows, targets)
-            boxed, by_box = (
-                boxes[:, 0].long().bincount(minlength=len(rows)) > 0,
-                box_masks(boxes, targets, size),
-            )
-            if "mask" in batch:
-                by_object = object_masks(batch["mask"][rows], select_boxes(batch["boxes"], rows), targets)
-        if not self.explained.explanations:
-            with torch.no_grad():
-                return self.explained.model(images)
-        for name, attribution in self.explained.explanations.items():
-            logits, maps, *sums = explain_pairs(partial(self._explain, attribution), images, in_image)
-            for key, each in zip(self._completeness(attribution), sums, strict=True):
-                bias = float(self.explained.model.logit_bias)  # type: ignore[arg-type]
-                self._metric(name, key).update(logits[rows, targets], bias, each)
-            if by_box is not None:
-                self._add_boxes(name, maps, by_box, boxed.to(maps.device))
-                self._add_between_classes(name, maps, by_box, rows)
-                if by_object is not None:
-                    shown, epg = by_object.flatten(1).any(1), energy_pointing_game(maps, by_object)
-                    self._add_by_size(
-                        name, "on_object_epg", epg, without_energy(maps), area_share(by_box), shown
-                    )
-        return logits
-
-    def compute(self, context: Context, thresholds: Thresholds | None = None) -> dict[str, dict[str, float]]:
-        """Explanation -> means over all workers and numbers of undefined pairs, also by size of the boxes.
-
-        A mean over nothing is absent. `pairs_without_box` counts pairs whose class has no box in the image,
-        `pairs_with_empty_boxes` pairs whose boxes cover no pixel's centre.
-
-        Args:
-            context: rank and device of this worker.
-            thresholds: thresholds of `iou` from `choose_thresholds`. An explanation without a threshold gets
-                no `iou`. `None` for validation images, on which the thresholds are chosen here. `iou_at_0.5`
-                is independent of them.
-        """
-        found: dict[str, dict[str, float]] = {}
-        for name, metrics in self.metrics.items():
-            keys = sorted(set().union(*gather(list(metrics), context)))  # a worker may have had no images
-            values = {key: self._metric(name, key).compute() for key in keys}
-            place = self._threshold(name, values, thresholds)
-            found[name] = {} if place is None else {"iou_threshold": THRESHOLDS[place]}
-            for key, value in values.items():
-                found[name] |= self._figures(key, value, place)
-        return found
-
-    def _threshold(self, name: str, values: Mapping[str, Any], thresholds: Thresholds | None) -> int | None:
-        """Index in `THRESHOLDS` of the explanation's threshold; `None` without a threshold or without IoU."""
-        if "iou" not in values or values["iou"]["mean"].isnan().any():
+    @classmethod
+    def of(cls, batch: Batch, rows: Tensor, targets: Tensor) -> Regions | None:
+        """Regions of the classes `targets` (P,) in the images `rows` (P,); `None` without boxes."""
+        if "boxes" not in batch or not len(rows):
             return None
-        if thresholds is None:
-            return int(values["iou"]["mean"].argmax())
-        return THRESHOLDS.index(thresholds[name]) if name in thresholds else None
-
-    @staticmethod
-    def _figures(key: str, value: Any, threshold: int | None) -> dict[str, float]:
-        """Entries of the metric `key` in `compute`'s result; `threshold` is an index into `THRESHOLDS`."""
-        if not isinstance(value, dict):
-            return measured({key: value})
-        count, undefined, mean = int(value["count"]), int(value["undefined"]), value["mean"]
-        if key in ("pairs_without_box", "pairs_with_empty_boxes"):
-            return {key: undefined}
-        found: dict[str, float] = {f"{key}_undefined": undefined}
-        if key.startswith("epg"):
-            found[key.replace("epg", "pairs")] = count
-        if not key.startswith("iou"):
-            return found | measured({key: mean})
-        at_half = measured({"iou_at_0.5": mean[THRESHOLDS.index(0.5)]}) if key == "iou" else {}
-        return found | at_half | ({} if threshold is None else measured({key: mean[threshold]}))
-
-    def _explain(self, attribution: Attribution, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Logits (N, K), maps (N, T, H, W), and total contributions (N, T) per score of `_completeness`."""
-        model = self.explained.model
-        if attribution.of_dynamic_weights:
-            logits, weights_NTCHW = dynamic_weights(model, images, targets)
-            maps = contribution_map(images, weights_NTCHW)
-            baseline = (model.mean[:, None, None] * weights_NTCHW).double().sum((2, 3, 4))  # type: ignore[index]
-            whole = maps.double().sum((2, 3))
-            return logits, maps, whole, whole - baseline
-        logits, maps = explain(model, images, targets, attribution)
-        return logits, maps, *(maps.double().sum((2, 3)) for _ in self._completeness(attribution))
-
-    def _completeness(self, attribution: Attribution) -> tuple[str, ...]:
-        """Names of the scores for how well the map sums to the logit.
-
-        There are none for GradCAM, whose maps are not in the unit of a logit, and for maps of inner layers.
-        """
-        if attribution.of_dynamic_weights:
-            return ("unexplained_share_as_published", "unexplained_share")
-        return (
-            () if attribution.method == "gradcam" or attribution.layer is not None else ("unexplained_share",)
-        )
-
-    def _add_boxes(self, name: str, maps: Tensor, masks: Tensor, boxed: Tensor) -> None:
-        """Adds the scores of maps (P, H, W) against the boxes of their pairs, as masks (P, H, W).
-
-        `boxed` (P,) marks pairs with a box. Only pairs whose boxes cover a pixel are scored.
-        """
-        shares = area_share(masks)
-        located = shares > 0
-        self._add(name, "pairs_without_box", boxed.float(), ~boxed)
-        self._add(name, "pairs_with_empty_boxes", located.float(), boxed & ~located)
-        epg, without = energy_pointing_game(maps, masks), without_energy(maps)
-        self._add_by_size(name, "epg", epg, without, shares, located)
-        self._add_by_size(
-            name,
-            "size_corrected_epg",
-            size_corrected(epg, shares),
-            without,
-            shares,
-            located,
-            missing=shares == 1,
-        )
-        self._add_by_size(
-            name, "iou", iou_by_threshold(maps, masks), without_union(maps, masks), shares, located
-        )
-
-    def _add_between_classes(self, name: str, maps: Tensor, masks: Tensor, rows: Tensor) -> None:
-        """Hook for scores between classes of an image: maps, masks (P, H, W), image indices `rows` (P,)."""
-
-    def _add_by_size(
-        self,
-        name: str,
-        key: str,
-        values: Tensor,
-        undefined: Tensor,
-        shares: Tensor,
-        chosen: Tensor,
-        missing: Tensor | None = None,
-    ) -> None:
-        """Adds a score, (P,) or for IoU (P, thresholds), of the `chosen` pairs, in all and per box size."""
-        some = {key: chosen}
-        some |= {
-            f"{key}_{size}": chosen & (shares > least) & (shares <= most)
-            for size, (least, most) in BOX_SIZES.items()
-        }
-        for each, pairs in some.items():
-            if each == key or pairs.any():
-                self._add(
-                    name, each, values[pairs], undefined[pairs], None if missing is None else missing[pairs]
-                )
-
-    def _add(
-        self, name: str, key: str, values: Tensor, undefined: Tensor, missing: Tensor | None = None
-    ) -> None:
-        self._metric(name, key).update(values, undefined, missing)
-
-    def _metric(self, name: str, key: str) -> Any:
-        if key not in self.metrics[name]:
-            if key.startswith("unexplained_share"):
-                metric: Metric = UnexplainedShare()
-            else:
-                metric = LocalisationMetric(len(THRESHOLDS) if key.startswith("iou") else None)
-            self.metrics[name][key] = metric.to(self.device)
-        return self.metrics[name][key]
+        boxes, size = select_boxes(batch["boxes"], rows, targets), batch["image"].shape[-2:]
+        boxed = boxes[:, 0].long().bincount(minlength=len(rows)) > 0
+        objects = None
+        if "mask" in batch:
+            objects = object_masks(batch["mask"][rows], select_boxes(batch["boxes"], rows), targets)
+        return cls(boxed.to(rows.device), box_masks(boxes, targets, (size[0], size[1])), objects)
 
 
-class StudentScores:
-    """Agreement of a student with its teacher, and similarity of their explanations if comparable."""
+def score_explanations(
+    explained: ExplainedModel, batch: Batch, between_classes: bool = False
+) -> tuple[Tensor, pandas.DataFrame]:
+    """Logits (N, K) of a batch, and the scores of each explanation for each class in an image.
+
+    Args:
+        explained: the model and its explanations.
+        batch: images with labels, and boxes and masks if the data has them.
+        between_classes: also counts how often the map of a class points to its own object, see
+            `pointing_to_own`.
+
+    Returns:
+        The logits, and a table with a row per explanation, image and class in the image, whose columns are
+        described in `records.Records`. Scores that do not exist for a row are missing (NaN).
+    """
+    images, in_image = add_inverse(batch["image"]), present(batch, len(explained.spec.classes))
+    rows, targets = in_image.nonzero(as_tuple=True)
+    if not explained.explanations:
+        with torch.no_grad():
+            return explained.model(images), pandas.DataFrame()
+    regions, tables = Regions.of(batch, rows, targets), []
+    keys = [batch["key"][row] for row in rows.tolist()]
+    for name, attribution in explained.explanations.items():
+        by = partial(_explain, explained.model, attribution)
+        logits, maps, *sums = explain_pairs(by, images, in_image)
+        logit = logits[rows, targets]
+        columns = {"class": targets, "logit": logit}
+        if sums:
+            bias = torch.as_tensor(explained.model.logit_bias).double()
+            columns |= {"logit_bias": bias.expand(len(rows)), "contributions": sums[-1]}
+        if len(sums) > 1:
+            columns["contributions_as_published"] = sums[0]
+        if regions is not None:
+            columns |= localisation_columns(maps, regions)
+            if between_classes:
+                columns |= pointing_to_own(maps, regions.boxes, rows)
+        arrays = {column: values.detach().cpu().numpy() for column, values in columns.items()}
+        tables.append(pandas.DataFrame({"key": keys, "explanation": name, **arrays}))
+    return logits, pandas.concat(tables, ignore_index=True)
+
+
+def _explain(
+    model: nn.Module, attribution: Attribution, images: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
+    """Logits (N, K), maps (N, T, H, W), and sums of contributions (N, T), the mean-referenced ones last.
+
+    GradCAM, whose maps are not in the unit of a logit, and maps of inner layers have no sums.
+    """
+    if attribution.of_dynamic_weights:
+        logits, weights_NTCHW = dynamic_weights(model, images, targets)
+        maps = contribution_map(images, weights_NTCHW)
+        baseline = (model.mean[:, None, None] * weights_NTCHW).double().sum((2, 3, 4))  # type: ignore[index]
+        whole = maps.double().sum((2, 3))
+        return logits, maps, whole, whole - baseline
+    logits, maps = explain(model, images, targets, attribution)
+    if attribution.method == "gradcam" or attribution.layer is not None:
+        return logits, maps
+    return logits, maps, maps.double().sum((2, 3))
+
+
+def localisation_columns(maps: Tensor, regions: Regions) -> dict[str, Tensor]:
+    """Columns with the scores of maps (P, H, W), NaN for pairs whose boxes cover no pixel's centre."""
+    shares = area_share(regions.boxes)
+    located, epg = shares > 0, energy_pointing_game(maps, regions.boxes)
+    columns = {
+        "boxed": regions.boxed,
+        "box_share": shares,
+        "has_energy": ~without_energy(maps),
+        "has_union": ~without_union(maps, regions.boxes),
+        "epg": epg.where(located, torch.nan),
+        "size_corrected_epg": size_corrected(epg, shares).where(located & (shares < 1), torch.nan),
+    }
+    if regions.objects is not None:
+        shown = area_share(regions.objects)
+        on_object = energy_pointing_game(maps, regions.objects)
+        columns |= {"object_share": shown, "on_object_epg": on_object.where(shown > 0, torch.nan)}
+    iou = iou_by_threshold(maps, regions.boxes).where(located[:, None], torch.nan)
+    return columns | dict(zip(IOU, iou.unbind(1), strict=True))
+
+
+def pointing_to_own(maps: Tensor, masks: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """Counts, for each class A of an image, the other classes B beside which A's map points to A.
+
+    A's map points to A if it has a larger part of its energy on A than B's map has. "On A" means inside the
+    boxes of A and outside the boxes of B; classes B that leave no such pixels are left out.
+
+    Args:
+        maps: (P, H, W).
+        masks: (P, H, W) of bool, the boxes.
+        rows: (P,), index of the image.
+
+    Returns:
+        Columns `other_classes` (P,), the number of classes B, and `pointed_to_own` (P,), how many of these
+        the map of A passes. Maps that do not depend on the class pass none, random maps half of them.
+    """
+    located, count = masks.flatten(1).any(1), len(rows)
+    apart = ~torch.eye(count, dtype=torch.bool, device=rows.device)
+    one, other = ((rows[:, None] == rows) & located[:, None] & located & apart).nonzero(as_tuple=True)
+    own = masks[one] & ~masks[other]
+    some = own.flatten(1).any(1)
+    one, other, own = one[some], other[some], own[some]
+    more = energy_pointing_game(maps[one], own) > energy_pointing_game(maps[other], own)
+    return {
+        "other_classes": one.bincount(minlength=count),
+        "pointed_to_own": one[more].bincount(minlength=count),
+    }
+
+
+class Similarity:
+    """Similarity of a student's explanations to its teacher's, for the class that the teacher predicts."""
 
     def __init__(self, student: ExplainedModel, teacher: ExplainedModel, device: torch.device) -> None:
         size, held = student.spec.image_size, student.spec.kind == teacher.spec.kind == "bcos"
@@ -228,26 +176,18 @@ class StudentScores:
         self.explain: tuple[Explainer, Explainer] | None = None
         with suppress(ModelError):  # one of the two has no GradCAM
             self.explain = comparable_explainers(*self.models, probe, held=held)
-        self.agreement, self.similarity = Agreement().to(device), LocalisationMetric().to(device)
 
-    def update(self, images: Tensor, logits: Tensor, teacher_logits: Tensor) -> None:
-        """Adds a batch of images (N, 3, H, W) with both models' logits (N, K)."""
-        self.agreement.update(logits, teacher_logits)
+    def __call__(self, images: Tensor, teacher_logits: Tensor) -> Mapping[str, Tensor]:
+        """Columns for a batch of images (N, 3, H, W), given the teacher's logits (N, K).
+
+        `explanation_similarity` (N,) in [-1, 1], and `empty_map` (N,) of bool, True if one of the two maps is
+        zero; the similarity is then 0. There are no columns if the two explanations cannot be compared.
+        """
         if self.explain is None:
-            return
+            return {}
         images, targets = add_inverse(images), teacher_logits.argmax(1)
         one, other = (
-            explain(model, images, targets)[1]
-            for explain, model in zip(self.explain, self.models, strict=True)
+            by(model, images, targets)[1] for by, model in zip(self.explain, self.models, strict=True)
         )
         empty = (one.flatten(1) == 0).all(1) | (other.flatten(1) == 0).all(1)
-        self.similarity.update(explanation_similarity(one, other), empty)
-
-    def compute(self) -> dict[str, float]:
-        """Means over all workers, and the number of pairs of maps of which one is zero."""
-        found = measured({"agreement": self.agreement.compute()})
-        if self.explain is None:
-            return found
-        similarity = self.similarity.compute()
-        found |= measured({"explanation_similarity": similarity["mean"]})
-        return found | {"explanation_similarity_undefined": int(similarity["undefined"])}
+        return {"explanation_similarity": explanation_similarity(one, other), "empty_map": empty}

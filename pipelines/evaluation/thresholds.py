@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
-from pipelines.attribution import explain, explain_pairs
-from pipelines.bcos import add_inverse
-from pipelines.data.loading.batch import Batch
+import numpy as np
+import pandas
+
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context, to_device
-from pipelines.evaluation.batches import present
 from pipelines.evaluation.explained_model import ExplainedModel
-from pipelines.metrics import IoU, box_masks, measured, select_boxes
+from pipelines.evaluation.records import OF_EXPLANATIONS, joined
+from pipelines.evaluation.scores import IOU, score_explanations
+from pipelines.metrics import THRESHOLDS
 from pipelines.params import DataParams, EvaluateParams
 
-Thresholds = dict[str, float]  # name of an explanation -> threshold
+Thresholds = dict[tuple[str, str], float]  # (model, explanation) -> threshold
 
 
 def choose_thresholds(
@@ -25,37 +25,39 @@ def choose_thresholds(
     shards: str,
     data: DataParams,
     params: EvaluateParams,
-) -> dict[str, Thresholds]:
-    """Model -> explanation -> threshold with the highest mean IoU on the validation split.
+) -> Thresholds:
+    """The threshold with the highest mean IoU on the validation split, for each model and explanation.
 
     The result is the same on every worker. It has no thresholds if the validation split has no boxes.
     """
     if "boxes" not in read_manifest(shards).fields.get("val", ()):
-        return {model: {} for model in models}
-    metrics = {
-        model: {name: IoU().to(context.device) for name in of.explanations} for model, of in models.items()
-    }
+        return {}
+    tables = []
     for batch in loader(shards, "val", data, params.batch_size, context=context, fields=("boxes",)):
         batch = to_device(batch, context.device)
-        for model, explained in models.items():
-            _update(metrics[model], explained, batch)
-    found = {
-        model: {name: measured(each.compute()) for name, each in of.items()} for model, of in metrics.items()
-    }
-    return {
-        model: {name: values["iou_threshold"] for name, values in of.items() if "iou_threshold" in values}
-        for model, of in found.items()
-    }
+        tables += [score_explanations(each, batch)[1].assign(model=name) for name, each in models.items()]
+    return best_thresholds(joined(tables, context, OF_EXPLANATIONS))
 
 
-def _update(metrics: Mapping[str, IoU], explained: ExplainedModel, batch: Batch) -> None:
-    """Adds the (image, class) pairs whose boxes cover a pixel to the metric of each explanation."""
-    images, in_image = add_inverse(batch["image"]), present(batch, len(explained.spec.classes))
-    rows, targets = in_image.nonzero(as_tuple=True)
-    masks = box_masks(
-        select_boxes(batch["boxes"], rows, targets), targets, (images.shape[-2], images.shape[-1])
-    )
-    located = masks.flatten(1).any(1)
-    for name, attribution in explained.explanations.items():
-        _, maps = explain_pairs(partial(explain, explained.model, attribution=attribution), images, in_image)
-        metrics[name].update(maps[located], masks[located])
+def best_thresholds(rows: pandas.DataFrame) -> Thresholds:
+    """The thresholds with the highest mean IoU over rows of `Records.explanations`, the lowest of equals."""
+    if "box_share" not in rows:
+        return {}
+    found = {}
+    for (model, explanation), of in rows[rows["box_share"] > 0].groupby(["model", "explanation"]):
+        means = of[IOU].to_numpy(np.float64).mean(0)
+        if of["has_union"].any() and not np.isnan(means).any():
+            found[str(model), str(explanation)] = THRESHOLDS[means.argmax()]
+    return found
+
+
+def with_iou(rows: pandas.DataFrame, thresholds: Thresholds) -> pandas.DataFrame:
+    """Adds the columns `iou_threshold` and `iou` of rows whose explanation has a threshold."""
+    if not thresholds or "box_share" not in rows:
+        return rows
+    chosen = [thresholds.get(pair, np.nan) for pair in zip(rows["model"], rows["explanation"], strict=True)]
+    at = pandas.Series(chosen, index=rows.index)
+    iou = pandas.Series(np.nan, index=rows.index, dtype=np.float32)
+    for threshold, column in zip(THRESHOLDS, IOU, strict=True):
+        iou = iou.where(at != threshold, rows[column])
+    return rows.assign(iou_threshold=at, iou=iou)

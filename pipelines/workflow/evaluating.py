@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import evaluate_with_correctness
+from pipelines.evaluation import Records, evaluate
+from pipelines.evaluation.intervals import intervals
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError, keyed
+from pipelines.storage.files import write_json
 from pipelines.training import launch
 from pipelines.workflow.places import BCOS_NAMES, model_folder
 from pipelines.workflow.sharing import models_for_all, shards_for_all
@@ -56,10 +58,8 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def evaluate_models(
-    params: Params, folders: Mapping[str, Path], *arguments: Any
-) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Runs `evaluate_with_correctness` for the models in `folders` on `evaluate.workers` workers.
+def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any) -> Records:
+    """Runs `evaluate` for the models in `folders` on `evaluate.workers` workers.
 
     `arguments` are the arguments of that function after the params.
     """
@@ -68,6 +68,10 @@ def evaluate_models(
     )
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
     with keyed("training", training):
-        return launch(
-            evaluate_with_correctness, *where, *arguments, training=training, storage=params.storage.root
-        )
+        return launch(evaluate, *where, *arguments, training=training, storage=params.storage.root)
+
+
+def save_records(folder: Path, records: Records) -> None:
+    """Writes the records of an evaluation, and the intervals of their headline figures, to `folder`."""
+    records.save(folder)
+    write_json(folder / "intervals.json", intervals(records))

@@ -18,7 +18,7 @@ from pipelines.attribution import Attribution
 from pipelines.data.loading.subsets import few_shot
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context
-from pipelines.evaluation import evaluate
+from pipelines.evaluation import evaluate, figures
 from pipelines.evaluation.pictures import draw_front
 from pipelines.metrics import rising, with_arrows
 from pipelines.params import EvaluateParams, GuidanceParams, Params, ParamsError, keyed, replaced
@@ -145,7 +145,8 @@ def judge(
         guided = Attribution(method.attribution, method.layer)
     with TemporaryDirectory() as model:
         save_best(task, result, Path(model))
-        found, _ = evaluate(context, {"trial": model}, shards, task.params.data, params, "val", guided=guided)
+        where = (shards, task.params.data, params, "val")
+        found = figures(evaluate(context, {"trial": model}, *where, guided=guided))
     explanations: dict[str, dict[str, float]] = found["models"]["trial"]["explanations"]
     names = ("guided", guided.method) if guided else tuple(explanations)
     scores = next((explanations[name] for name in names if name in explanations), {})

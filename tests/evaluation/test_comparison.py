@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from pipelines.data.loading.loader import loader
 from pipelines.evaluation import (
     BOX_SIZES,
     ExplainedModel,
-    Scores,
+    Records,
     evaluate,
-    evaluate_with_correctness,
     examples_by_key,
+    figures,
     grid_explainer,
     knows_positions,
     load_explained_model,
@@ -54,8 +55,8 @@ def on_rank(rank, world_size, directories, shards, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
-    found, _ = evaluate(Context(rank, world_size), directories, shards, DATA, PARAMS)
-    torch.save(found, f"{folder}/{rank}.pt")
+    records = evaluate(Context(rank, world_size), directories, shards, DATA, PARAMS)
+    records.save(Path(folder, str(rank)))
     torch.distributed.destroy_process_group()
 
 
@@ -63,7 +64,7 @@ def on_rank(rank, world_size, directories, shards, folder):
 def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
     # Imported once for the five processes.
     mp.get_context("forkserver").set_forkserver_preload(["pipelines.evaluation"])
-    alone, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
+    alone = figures(evaluate(Context(), trained, shards, DATA, PARAMS))
     assert alone["images"] == 50
     assert alone["grids"]["count"] == 6
     for world_size in (2, 3):
@@ -73,13 +74,13 @@ def test_one_two_and_three_workers_find_the_same(trained, shards, tmp_path):
             on_rank, (world_size, trained, shards, folder), nprocs=world_size, start_method="forkserver"
         )
         for rank in range(world_size):
-            together = torch.load(folder / f"{rank}.pt")
+            together = figures(Records.load(folder / str(rank)))
             assert together["models"]["bcos"]["accuracy"] == alone["models"]["bcos"]["accuracy"]
             assert dict(flat(together)) == pytest.approx(dict(flat(alone)), abs=1e-6)
 
 
 def test_every_image_is_counted_once_and_bcos_explains_its_logits(trained, shards):
-    found, _ = evaluate(Context(), trained, shards, DATA, PARAMS)
+    found = figures(evaluate(Context(), trained, shards, DATA, PARAMS))
     own = found["models"]["bcos"]["explanations"]["bcos"]
     assert own["unexplained_share"] < 1e-4 < own["unexplained_share_as_published"]
     posthoc = found["models"]["conventional"]["explanations"]
@@ -98,9 +99,8 @@ def test_accuracy_is_that_of_the_logits(trained, shards):
     (batch,) = loader(shards, "test", DATA, 50)
     with torch.no_grad():
         right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float().mean()
-    assert evaluate(Context(), trained, shards, DATA, PARAMS)[0]["models"]["bcos"][
-        "accuracy"
-    ] == pytest.approx(right.item())
+    found = figures(evaluate(Context(), trained, shards, DATA, PARAMS))
+    assert found["models"]["bcos"]["accuracy"] == pytest.approx(right.item())
 
 
 def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
@@ -113,7 +113,7 @@ def test_students_are_measured_against_their_teacher(trained, shards, tmp_path):
     models.save(tmp_path / "student", student, spec)
     directories = {"teacher": trained["bcos"], "same": trained["bcos"], "student": str(tmp_path / "student")}
     directories |= {"conventional": trained["conventional"]}
-    found = evaluate(Context(), directories, shards, DATA, PARAMS, "test", "teacher")[0]["models"]
+    found = figures(evaluate(Context(), directories, shards, DATA, PARAMS, "test", "teacher"))["models"]
     assert "agreement" not in found["teacher"]
     assert found["same"]["agreement"] == 1
     assert found["same"]["explanation_similarity"] == pytest.approx(1)
@@ -131,7 +131,7 @@ def test_the_worst_group_is_that_of_the_logits(trained, shards):
     model, _ = models.load(trained["bcos"])
     (batch,) = loader(shards, "test", DATA, 50)
     right = (model(add_inverse(batch["image"])).argmax(1) == batch["label"]).float()
-    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS)[0]["models"]["bcos"]
+    found = figures(evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS))["models"]["bcos"]
     groups = batch["group"]
     by_group = [right[groups == group].mean().item() for group in groups.unique()]
     assert found["worst_group_accuracy"] == pytest.approx(min(by_group))
@@ -142,7 +142,7 @@ def test_the_worst_group_is_that_of_the_logits(trained, shards):
 
 
 def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
-    _, right = evaluate_with_correctness(Context(), trained, shards, DATA, PARAMS)
+    right = evaluate(Context(), trained, shards, DATA, PARAMS).right("bcos")
     one = draw_gallery(tmp_path / "one", trained, right, shards, DATA, PARAMS)
     other = draw_gallery(tmp_path / "other", trained, right, shards, DATA, PARAMS)
     assert [path.name for path in one] == ["panels-00.png"]
@@ -156,9 +156,8 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
     )
     spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
     models.save(tmp_path / "model", models.assemble(spec), spec)
-    found, right = evaluate_with_correctness(
-        Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS
-    )
+    records = evaluate(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
+    found, right = figures(records), records.right("bcos")
     assert {"f1", "recall", "mean_average_precision"} <= set(found["models"]["bcos"])
     assert "grids" not in found
     assert len(right) == 12
@@ -180,9 +179,9 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
 
 def test_what_was_guided_is_evaluated_too(trained, shards):
     layer = Attribution("bcos", "body.layer2")
-    found = evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer)[0]["models"][
-        "bcos"
-    ]
+    found = figures(evaluate(Context(), {"bcos": trained["bcos"]}, shards, DATA, PARAMS, guided=layer))[
+        "models"
+    ]["bcos"]
     assert list(found["explanations"]) == ["bcos", "guided"]
     assert {"accuracy", "f1", "precision", "recall", "mean_average_precision"} <= set(found)
     (batch,) = loader(shards, "test", DATA, 50)
@@ -193,9 +192,10 @@ def test_what_was_guided_is_evaluated_too(trained, shards):
     expected = energy_pointing_game(maps, box_masks(batch["boxes"], batch["label"], maps.shape[-2:])).mean()
     assert found["explanations"]["guided"]["epg"] == pytest.approx(expected.item(), abs=1e-5)
     for same in (Attribution("bcos"), Attribution("gradcam")):
-        posthoc = evaluate(Context(), {"model": trained["conventional"]}, shards, DATA, PARAMS, guided=same)[
-            0
-        ]["models"]["model"]
+        models_of = {"model": trained["conventional"]}
+        posthoc = figures(evaluate(Context(), models_of, shards, DATA, PARAMS, guided=same))["models"][
+            "model"
+        ]
         assert ("guided" in posthoc["explanations"]) == (same.method == "bcos")
 
 
@@ -204,13 +204,13 @@ def test_a_network_without_features_for_gradcam_is_evaluated_without(trained, sh
     spec = replace(spec, name="timm:test_vit", options={"img_size": 32, "patch_size": 8})
     models.save(tmp_path / "vit", models.assemble(spec), spec)
     pair = {"teacher": trained["conventional"], "student": str(tmp_path / "vit")}
-    found = evaluate(Context(), pair, shards, DATA, PARAMS, teacher="teacher")[0]["models"]["student"]
+    found = figures(evaluate(Context(), pair, shards, DATA, PARAMS, teacher="teacher"))["models"]["student"]
     assert set(found["explanations"]) == {"input_x_gradient"}
     assert "explanation_similarity" not in found
     assert 0 <= found["agreement"] <= 1
     assert "has no convolutional features" in capsys.readouterr().out
     alone = PARAMS.model_copy(update={"posthoc": ("gradcam",)})
-    bare = evaluate(Context(), pair, shards, DATA, alone, teacher="teacher")[0]["models"]["student"]
+    bare = figures(evaluate(Context(), pair, shards, DATA, alone, teacher="teacher"))["models"]["student"]
     assert (bare["explanations"], bare["accuracy"]) == ({}, found["accuracy"])
 
 
@@ -232,24 +232,6 @@ def test_pictures_name_the_predicted_class_with_its_logit_and_probability(traine
         wanted = f"{CLASSES[target]} {values[target]:+.2f} ({values.softmax(0)[target]:.0%})"
         assert title.split("\n") == ["bcos", "contributions", wanted], row
     assert column.contributions
-
-
-def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
-    spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
-    scores = Scores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
-    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
-    masks[0], masks[1, :4] = True, True
-    scores.metrics["map"] = {}
-    scores._add_boxes("map", torch.ones(4, 8, 8), masks, boxed=torch.tensor([True, True, True, False]))
-    found = scores.compute(Context())["map"]
-    assert (found["pairs_without_box"], found["pairs_with_empty_boxes"], found["pairs"]) == (1, 1, 2)
-    assert (found["epg"], found["epg_undefined"]) == (0.75, 0)
-    # Boxes that cover the whole image leave no size-corrected score.
-    assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (
-        0.0,
-        1,
-    )
-    assert (found["pairs_large"], found["epg_large"]) == (2, 0.75)
 
 
 def test_examples_are_found_by_key_with_their_exact_pixels(shards):

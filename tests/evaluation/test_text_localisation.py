@@ -1,5 +1,6 @@
 """Text localisation: scores of the texts' maps, the boxes' share, and texts of one image compared."""
 
+import pandas
 import pytest
 import torch
 
@@ -8,8 +9,9 @@ from pipelines.attribution import attribute, last_features
 from pipelines.bcos import add_inverse
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.sample import DataError
-from pipelines.evaluation import ExplainedModel
-from pipelines.evaluation.text_localisation import TextScores, evaluate_text_localisation
+from pipelines.evaluation.figures import pointing_figures
+from pipelines.evaluation.scores import pointing_to_own
+from pipelines.evaluation.text_localisation import evaluate_text_localisation
 from pipelines.metrics import area_share, box_masks, energy_pointing_game, select_boxes
 from pipelines.models import ModelSpec, ZeroShotNetwork, zero_shot_weights
 from pipelines.params import ClipEvaluateParams, DataParams
@@ -80,11 +82,11 @@ def test_gradcam_explains_the_last_features_before_an_attention_pool():
 
 
 def scores_between(maps, masks, rows):
-    spec = ModelSpec("resnet8", ("a", "b"), SIDE, "bcos")
-    scores = TextScores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
-    scores.metrics["map"] = {}
-    scores._add_between_classes("map", maps, masks, torch.tensor(rows))
-    return scores.compute(Context())["map"]
+    columns = pointing_to_own(maps, masks, torch.tensor(rows))
+    table = pandas.DataFrame({name: values.numpy() for name, values in columns.items()})
+    found = pointing_figures(table.assign(box_share=1.0))
+    assert found.pop("box_share") == 1
+    return found
 
 
 def test_texts_point_to_their_own_object_where_their_map_has_more_energy_than_the_others():

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas
 import pytest
 import torch
 
@@ -11,8 +12,11 @@ from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse
 from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import MANIFEST
-from pipelines.evaluation import ExplainedModel, Scores, evaluate
+from pipelines.evaluation import evaluate, figures
+from pipelines.evaluation.figures import explanation_figures
 from pipelines.evaluation.predictions import Predictions
+from pipelines.evaluation.scores import Regions, localisation_columns
+from pipelines.evaluation.thresholds import best_thresholds, with_iou
 from pipelines.metrics import THRESHOLDS, attribution_iou, box_masks
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
@@ -56,7 +60,7 @@ def mean_iou(shards, split, folder, method, threshold):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_the_threshold_is_the_best_of_the_list_on_validation(shards, folders, split):
-    found = evaluate(Context(), folders, shards, DATA, PARAMS, split)[0]["models"]
+    found = figures(evaluate(Context(), folders, shards, DATA, PARAMS, split))["models"]
     for name, method in (("conventional", "gradcam"), ("bcos", "bcos")):
         scores = found[name]["explanations"][method]
         on_val = [mean_iou(shards, "val", folders[name], method, threshold) for threshold in THRESHOLDS]
@@ -73,7 +77,7 @@ def test_without_boxes_in_validation_there_is_no_iou_but_at_one_half(shards, fol
     content = json.loads((copy / MANIFEST).read_text())
     content["fields"]["val"] = []
     (copy / MANIFEST).write_text(json.dumps(content))
-    found = evaluate(Context(), {"bcos": folders["bcos"]}, str(copy), DATA, PARAMS)[0]
+    found = figures(evaluate(Context(), {"bcos": folders["bcos"]}, str(copy), DATA, PARAMS))
     scores = found["models"]["bcos"]["explanations"]["bcos"]
     assert "iou_at_0.5" in scores
     assert not {"iou", "iou_threshold", "iou_small", "iou_medium"} & set(scores)
@@ -81,12 +85,33 @@ def test_without_boxes_in_validation_there_is_no_iou_but_at_one_half(shards, fol
 
 
 def scores_of(masks, boxed):
-    """Scores of flat maps against these masks."""
-    spec = ModelSpec("resnet8", ("a", "b"), 32, "bcos")
-    scores = Scores(ExplainedModel(models.assemble(spec).eval(), spec, {}), torch.device("cpu"))
-    scores.metrics["map"] = {}
-    scores._add_boxes("map", torch.ones(len(masks), 8, 8), masks, boxed=boxed)
-    return scores.compute(Context())["map"]
+    """Figures of flat maps against these masks."""
+    columns = localisation_columns(torch.ones(len(masks), 8, 8), Regions(boxed, masks, None))
+    rows = pandas.DataFrame({name: values.numpy() for name, values in columns.items()})
+    rows = rows.assign(model="model", explanation="map")
+    return explanation_figures(with_iou(rows, best_thresholds(rows)))
+
+
+def test_pairs_whose_boxes_cover_no_pixel_or_all_of_them_are_counted():
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[0], masks[1, :4] = True, True
+    found = scores_of(masks, torch.tensor([True, True, True, False]))
+    assert (found["pairs_without_box"], found["pairs_with_empty_boxes"], found["pairs"]) == (1, 1, 2)
+    assert (found["epg"], found["epg_undefined"]) == (0.75, 0)
+    # Boxes that cover the whole image leave no size-corrected score.
+    assert (found["size_corrected_epg"], found["size_corrected_epg_undefined"]) == (0.0, 1)
+    assert (found["pairs_large"], found["epg_large"]) == (2, 0.75)
+
+
+def test_a_map_that_is_not_a_number_leaves_no_mean():
+    columns = localisation_columns(
+        torch.tensor([1.0, torch.nan])[:, None, None].expand(2, 8, 8),
+        Regions(torch.tensor([True, True]), torch.ones(2, 8, 8, dtype=torch.bool), None),
+    )
+    rows = pandas.DataFrame({name: values.numpy() for name, values in columns.items()})
+    found = explanation_figures(rows)
+    assert found["pairs"] == 2
+    assert not {"epg", "iou_at_0.5"} & set(found)
 
 
 def test_boxes_that_cover_no_pixel_measure_nothing():
