@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipelines.errors import redacted
@@ -32,12 +32,12 @@ from pipelines.tracking.decisions import (
     Decision,
     State,
     aliases_of,
-    decision_runs,
     gates_object,
     gates_of,
     look,
     objection,
     read,
+    unfinished,
 )
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import DIGEST
@@ -60,7 +60,7 @@ class Request:
     Attributes:
         action: approve, reject or rollback.
         name: name of the registered model.
-        version: number of the version; of a rollback, the one that holds the alias `previous`.
+        version: number of the version; empty for a rollback, which takes the holder of `previous`.
         reason: the reviewer's reason.
         override: reason to approve in spite of the gates; empty without one.
         withdraw: reject the version even if it is the champion, which leaves the model without one.
@@ -75,7 +75,7 @@ class Request:
 
 
 class OvertakenError(TrackingError):
-    """Another decision came first, or the aliases moved meanwhile. The decision is recorded without effect."""
+    """Another decision came first, or an alias was moved meanwhile. The decision has no effect."""
 
 
 def decide(uri: str, request: Request, seen: State) -> tuple[Decision, bool]:
@@ -97,20 +97,22 @@ def decide(uri: str, request: Request, seen: State) -> tuple[Decision, bool]:
         client = connect(uri)
         reviewer, verified = who(uri)
         with alone(uri, "register") as locked:  # the lock of `register`, which moves `candidate`
-            version = client.get_model_version(request.name, request.version)
             run = _interrupted(client, request, reviewer)
             fresh = run is None or "number" not in run.data.params
             if fresh:
+                if request.action == ROLLBACK:
+                    request = replace(request, version=_previous(seen))
+                version = client.get_model_version(request.name, request.version)
                 if settled := _settled(seen, request, version):
                     return settled, False
                 _check(request, version, seen)
-                if run is None:
-                    run = _begin(client, uri, request, version, reviewer)
-                _write_content(client, run, request, version, seen, (reviewer, verified))
+                run = run or _begin(client, uri, request, version, reviewer)
+                _write_content(client, run, request, version, seen, verified)
             assert run is not None
             mine = read(client.get_run(run.info.run_id))
             _wait_for_turn(client, mine, 0 if locked else PATIENCE)
-            _check_turn(client, mine, fresh)
+            if not _check_turn(client, mine, fresh):
+                return mine, False
             _take_effect(client, mine)
             return read(client.get_run(mine.run_id)), True
 
@@ -145,14 +147,15 @@ def who(uri: str) -> tuple[str, bool]:
 
 def _interrupted(client: MlflowClient, request: Request, reviewer: str) -> Run | None:
     """Returns the unfinished run of the same decision by the same reviewer, `None` without one."""
-    return next(
-        (
-            run
-            for run in decision_runs(client, request.name)
-            if run.info.status == "RUNNING" and run.data.tags.items() >= _tags(request, reviewer).items()
-        ),
-        None,
-    )
+    tags = _tags(request, reviewer).items()
+    found = (run for run in unfinished(client, request.name) if run.data.tags.items() >= tags)
+    return next(found, None)
+
+
+def _previous(seen: State) -> str:
+    if PREVIOUS not in seen.aliases:
+        raise TrackingError(f"{seen.name} is not rolled back: no version has the alias {PREVIOUS}")
+    return seen.aliases[PREVIOUS]
 
 
 def _settled(seen: State, request: Request, version: ModelVersion) -> Decision | None:
@@ -193,12 +196,9 @@ def _check(request: Request, version: ModelVersion, seen: State) -> None:
 
 
 def _tags(request: Request, reviewer: str) -> dict[str, str]:
-    return {
-        "stage": STAGE,
-        MODEL: request.name,
-        "mlflow.source.name": f"{request.action} {request.version}",
-        "mlflow.user": reviewer,
-    }
+    """Returns the tags by which an interrupted decision is found again."""
+    what = request.action if request.action == ROLLBACK else f"{request.action} {request.version}"
+    return {"stage": STAGE, MODEL: request.name, "mlflow.source.name": what, "mlflow.user": reviewer}
 
 
 def _begin(client: MlflowClient, uri: str, request: Request, version: ModelVersion, reviewer: str) -> Run:
@@ -221,7 +221,7 @@ def _write_content(
     request: Request,
     version: ModelVersion,
     seen: State,
-    reviewer: tuple[str, bool],
+    verified: bool,
 ) -> None:
     """Gives a decision its number and writes its content; MLflow writes all params at once."""
     from mlflow.entities import Param
@@ -239,8 +239,8 @@ def _write_content(
         "action": request.action,
         "reason": redacted(request.reason.strip()),
         "override": redacted(request.override.strip()),
-        "reviewer": reviewer[0],
-        "verified": str(reviewer[1]).lower(),
+        "reviewer": run.data.tags["mlflow.user"],
+        "verified": str(verified).lower(),
         "gates": gates_of(version),
         "aliases.before": json.dumps(before),
         "aliases.after": json.dumps(_aliases_after(request, before, seen)),
@@ -250,12 +250,14 @@ def _write_content(
 
 def _aliases_after(request: Request, before: dict[str, str], seen: State) -> dict[str, str]:
     """Returns the aliases (alias -> version) after a decision."""
-    number, champion = request.version, before.get(CHAMPION)
+    number = request.version
     if request.action == REJECT:
         return {alias: holder for alias, holder in before.items() if holder != number}
     after = {alias: holder for alias, holder in before.items() if (alias, holder) != (CANDIDATE, number)}
     if request.action == APPROVE:
-        # Without a champion, and if this one is approved again, the previous champion stays.
+        # The champion by the record, because no decision stands behind one that was set by hand. Without a
+        # champion, and if this one is approved again, the previous champion stays.
+        champion = seen.decided.get(CHAMPION, before.get(CHAMPION))
         return after | {CHAMPION: number} | ({PREVIOUS: champion} if champion not in (None, number) else {})
     earlier = _champion_before(seen, number)
     others = {alias: holder for alias, holder in after.items() if alias != PREVIOUS}
@@ -280,9 +282,8 @@ def _wait_for_turn(client: MlflowClient, mine: Decision, patience: float) -> Non
     end, told = time.monotonic() + patience, False
     while ahead := [
         run.info.run_id
-        for run in decision_runs(client, mine.model)
-        if run.info.status == "RUNNING"
-        and (int(run.data.params.get("number", 0)), run.info.run_id) < (mine.number, mine.run_id)
+        for run in unfinished(client, mine.model)
+        if (int(run.data.params.get("number", 0)), run.info.run_id) < (mine.number, mine.run_id)
     ]:
         if time.monotonic() >= end:
             for run_id in ahead:
@@ -294,12 +295,17 @@ def _wait_for_turn(client: MlflowClient, mine: Decision, patience: float) -> Non
             time.sleep(POLL)
 
 
-def _check_turn(client: MlflowClient, mine: Decision, fresh: bool) -> None:
-    """Raises `OvertakenError` unless the state is the one that the reviewer of `mine` saw."""
+def _check_turn(client: MlflowClient, mine: Decision, fresh: bool) -> bool:
+    """Returns False if another process of the reviewer has completed the decision `mine`, else True.
+
+    Raises `OvertakenError` unless the state is the one that the reviewer saw.
+    """
     state = look(client, mine.model)
     own = next(item for item in state.decisions if item.run_id == mine.run_id)
     place = f"models:/{mine.model}/{mine.version}"
     what = f"{place} is not {DONE[mine.action]}"
+    if own.effective:
+        return False
     if own.status != "RUNNING":
         raise OvertakenError(f"{what}: decision {mine.number} was {own.outcome or own.status}")
     moved = {alias for alias in (CHAMPION, PREVIOUS) if state.aliases.get(alias) != mine.before.get(alias)}
@@ -308,7 +314,7 @@ def _check_turn(client: MlflowClient, mine: Decision, fresh: bool) -> None:
     elif fresh and moved:
         why = f"the alias {min(moved)} was moved meanwhile"
     else:
-        return
+        return True
     _end(client, mine.run_id, "FAILED", why)
     raise OvertakenError(f"{what}, {why}. Look again, then decide")
 
@@ -324,7 +330,7 @@ def _take_effect(client: MlflowClient, mine: Decision) -> None:
         if error.error_code == "PERMISSION_DENIED":
             _end(client, mine.run_id, "FAILED", "the server refused to write the decision")
         raise
-    if client.get_run(mine.run_id).info.status != "RUNNING":
+    if client.get_run(mine.run_id).info.status not in ("RUNNING", "FINISHED"):
         raise OvertakenError(f"decision {mine.number} was replaced while it was written: run `audit`")
     client.set_terminated(mine.run_id)
     aliases = aliases_of(client, mine.model)

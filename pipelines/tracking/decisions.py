@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.provenance import DIGEST
@@ -176,10 +176,20 @@ def decision_runs(client: MlflowClient, name: str) -> list[Run]:
     return [run for run in found if run.data.tags.get(MODEL) == name]
 
 
+def unfinished(client: MlflowClient, name: str) -> list[Run]:
+    """Returns the runs of the decisions on a registered model that were begun and have not ended."""
+    return [
+        run
+        for run in decision_runs(client, name)
+        # MLflow refuses to end a deleted run.
+        if run.info.status == "RUNNING" and run.info.lifecycle_stage == "active"
+    ]
+
+
 def read(run: Run) -> Decision:
     """Returns the decision that an MLflow run records."""
     params = run.data.params
-    texts = ("model", "version", "digest", "action", "reason", "reviewer", "gates")
+    texts = ("model", "version", "action", "reason", "reviewer", "gates")
     return Decision(
         run_id=run.info.run_id,
         status=run.info.status,
@@ -187,6 +197,7 @@ def read(run: Run) -> Decision:
         outcome=run.data.tags.get(OUTCOME, ""),
         number=int(params["number"]),
         follows=int(params["follows"]),
+        digest=params.get("digest", ""),
         override=params.get("override", ""),
         verified=params["verified"] == "true",
         before=json.loads(params["aliases.before"]),
@@ -258,8 +269,9 @@ def audit(client: MlflowClient, name: str) -> list[str]:
     for alias in (CHAMPION, PREVIOUS):
         holder = state.aliases.get(alias)
         if alias in state.moved_by_hand:
+            decided = _version(state.decided.get(alias))
             found.append(
-                f"{alias} is {_version(holder)}, by the record ({last}) {_version(state.decided.get(alias))}: "
+                f"{alias} is {_version(holder)}, by the record ({last}) {decided}: "
                 "moved by hand, by whom is unknown"
             )
         elif holder is not None and (
@@ -292,4 +304,4 @@ def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
 
 def day(milliseconds: int) -> str:
     """Returns a time as date and minute, UTC."""
-    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,8 +1,9 @@
-"""What a reviewer looks at before deciding: versions of a model, their figures and gates, differences of two."""
+"""What a reviewer looks at before deciding: versions, their figures and gates, differences of two."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def parse(text: str) -> Reference:
 
 
 def find_name(client: MlflowClient, name: str) -> str:
-    """Returns the name of a registered model; raises `TrackingError` with the nearest ones if there is none."""
+    """Returns the name of a registered model; raises `TrackingError` with the nearest if there is none."""
     from mlflow.exceptions import MlflowException
 
     name = name.removeprefix("models:/")
@@ -93,14 +94,14 @@ def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def figures(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
-    """Returns the figures of a version (name -> value): metrics of its logged model, else its tags."""
-    source = str(version.source)
+    """Returns the measured figures of a version: metrics of its logged model, else its tags `metric.*`."""
+    source, found = str(version.source), {}
     if source.startswith("models:/m-"):
         logged = client.get_logged_model(source.removeprefix("models:/"))
-        if logged.metrics:
-            return {metric.key: metric.value for metric in sorted(logged.metrics, key=lambda item: item.key)}
-    tags = {key: value for key, value in sorted(version.tags.items()) if key.startswith("metric.")}
-    return {key.removeprefix("metric."): float(value) for key, value in tags.items()}
+        found = {metric.key: metric.value for metric in logged.metrics or []}
+    tags = {key: value for key, value in version.tags.items() if key.startswith("metric.")}
+    found = found or {key.removeprefix("metric."): float(value) for key, value in tags.items()}
+    return {key: found[key] for key in sorted(found) if math.isfinite(found[key])}
 
 
 def gate_results(client: MlflowClient, version: ModelVersion) -> list[dict[str, Any]]:

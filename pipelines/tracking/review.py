@@ -19,7 +19,7 @@ from rich.text import Text
 from pipelines.errors import UserError
 from pipelines.tracking import desk
 from pipelines.tracking.deciding import Request, decide
-from pipelines.tracking.decisions import PREVIOUS, ROLLBACK, Decision, audit, day, look
+from pipelines.tracking.decisions import CHAMPION, PREVIOUS, ROLLBACK, Decision, audit, day, look
 from pipelines.tracking.server import connect, in_one_line, tracking_uri, where_to_look
 
 if TYPE_CHECKING:
@@ -183,25 +183,16 @@ def run_diff(client: MlflowClient, options: argparse.Namespace) -> int:
 
 def run_decide(client: MlflowClient, options: argparse.Namespace) -> int:
     """Approves or rejects a version, or rolls a model back."""
-    given = vars(options)
     if options.action == ROLLBACK:
-        name = desk.find_name(client, options.name)
-        reference = desk.Reference(name, alias=PREVIOUS)
+        request = Request(ROLLBACK, desk.find_name(client, options.name), "", options.reason)
     else:
-        reference = options.version
-    version = desk.find_version(client, reference)
-    request = Request(
-        options.action,
-        version.name,
-        str(version.version),
-        options.reason,
-        override=given.get("override", ""),
-        withdraw=given.get("withdraw", False),
-    )
-    decision, new = decide(tracking_uri(), request, look(client, version.name))
+        version = desk.find_version(client, options.version)
+        extra = {key: value for key, value in vars(options).items() if key in ("override", "withdraw")}
+        request = Request(options.action, version.name, str(version.version), options.reason, **extra)
+    decision, new = decide(tracking_uri(), request, look(client, request.name))
     told = f"{decision.model}: decision {decision.number}, {decision.told}"
-    now = f"champion: {decision.after.get('champion', 'none')}, previous: {decision.after.get('previous', 'none')}"
-    return _print(options, asdict(decision), f"{told}{'' if new else ', as before'}", now)
+    holders = [f"{alias}: {decision.after.get(alias, 'none')}" for alias in (CHAMPION, PREVIOUS)]
+    return _print(options, asdict(decision), f"{told}{'' if new else ', as before'}", ", ".join(holders))
 
 
 def run_log(client: MlflowClient, options: argparse.Namespace) -> int:
@@ -224,7 +215,7 @@ def _decisions_table(decisions: Iterable[Decision]) -> Table:
     """Returns the table of decisions, with the champion after each."""
     table = _table("", "when", "decision", "champion", "by", "reason")
     for decision in decisions:
-        effect = decision.after.get("champion", "none") if decision.effective else "unchanged"
+        effect = decision.after.get(CHAMPION, "none") if decision.effective else "unchanged"
         reasons = [decision.reason, *([f"override: {decision.override}"] if decision.override else [])]
         without = [f"no effect: {decision.outcome or decision.status}"] if not decision.effective else []
         table.add_row(
