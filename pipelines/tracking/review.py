@@ -30,7 +30,7 @@ EXAMPLES = {
     "list": "list bcos-objects",
     "show": "show bcos-objects@candidate",
     "diff": "diff bcos-objects@champion bcos-objects@candidate",
-    "approve": 'approve bcos-objects/4 --reason "EPG up, no class below 90 %%"',
+    "approve": 'approve bcos-objects/4 --reason "EPG up, no class below 90 %"',
     "reject": 'reject bcos-objects/4 --reason "looks at the background of class dog"',
     "rollback": 'rollback bcos-objects --reason "wrong on night images"',
     "log": "log bcos-objects --json",
