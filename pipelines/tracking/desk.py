@@ -74,8 +74,8 @@ def find_version(client: MlflowClient, reference: Reference) -> ModelVersion:
     numbers = [int(version.version) for version in versions_of(client, name)]
     wanted = int(reference.version)
     if wanted not in numbers:
-        near = sorted(sorted(numbers, key=lambda number: abs(number - wanted))[:3])
-        told = f"; nearest: {', '.join(map(str, near))}" if near else ", it has none"
+        nearest = sorted(sorted(numbers, key=lambda number: abs(number - wanted))[:3])
+        told = f"; nearest: {', '.join(map(str, nearest))}" if nearest else ", it has none"
         raise TrackingError(f"{name} has no version {wanted}{told}")
     return client.get_model_version(name, str(wanted))
 

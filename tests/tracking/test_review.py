@@ -315,9 +315,18 @@ def test_a_rollback_that_dies_between_its_writes_goes_back_once(
     assert audit(client, NAME) == []
 
 
+def as_on_a_server(monkeypatch):
+    """Takes the lock away, so that decisions have to take turns."""
+    monkeypatch.setattr(deciding, "alone", lambda uri, work: nullcontext(False))
+
+
+@pytest.mark.parametrize("locked", [True, False])
 def test_an_interrupted_decision_is_named_and_replaced_by_that_of_another_reviewer(
-    add, approve, desk, client, monkeypatch
+    add, approve, desk, client, monkeypatch, locked
 ):
+    if not locked:
+        as_on_a_server(monkeypatch)
+        monkeypatch.setattr(deciding, "PATIENCE", 0.1)
     for _ in "123":
         add()
     approve("1")
@@ -339,8 +348,8 @@ def test_an_interrupted_decision_is_named_and_replaced_by_that_of_another_review
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_of_two_reviewers_at_once_one_wins_and_the_other_is_told(add, client, monkeypatch, locked):
-    if not locked:  # takes turns as on a server
-        monkeypatch.setattr(deciding, "alone", lambda uri, work: nullcontext(False))
+    if not locked:
+        as_on_a_server(monkeypatch)
     outcomes = race(client.tracking_uri, [look(client, NAME)] * 2, [add(), add()])
     lost = [outcome for outcome in outcomes if isinstance(outcome, OvertakenError)]
     (won,) = (outcome for outcome in outcomes if isinstance(outcome, tuple))
