@@ -41,7 +41,7 @@ from pipelines.tracking.decisions import (
 )
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import DIGEST
-from pipelines.tracking.server import TrackingError, alone, connect, experiment_id, in_one_line
+from pipelines.tracking.server import TrackingError, alone, connect, in_one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -106,7 +106,7 @@ def decide(uri: str, request: Request, seen: State) -> tuple[Decision, bool]:
                 if settled := _settled(seen, request, version):
                     return settled, False
                 _check(request, version, seen)
-                run = run or _begin(client, uri, request, version, reviewer)
+                run = run or _begin(client, request, version, reviewer)
                 _write_content(client, run, request, version, seen, verified)
             assert run is not None
             mine = read(client.get_run(run.info.run_id))
@@ -201,7 +201,7 @@ def _tags(request: Request, reviewer: str) -> dict[str, str]:
     return {"stage": STAGE, MODEL: request.name, "mlflow.source.name": what, "mlflow.user": reviewer}
 
 
-def _begin(client: MlflowClient, uri: str, request: Request, version: ModelVersion, reviewer: str) -> Run:
+def _begin(client: MlflowClient, request: Request, version: ModelVersion, reviewer: str) -> Run:
     """Creates the run of a decision, in the experiment of the version's run."""
     from mlflow.exceptions import MlflowException
 
@@ -210,7 +210,10 @@ def _begin(client: MlflowClient, uri: str, request: Request, version: ModelVersi
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        experiment = experiment_id(client, uri, STAGE)  # the version's run was deleted for good
+        place = f"models:/{request.name}/{request.version}"
+        raise TrackingError(
+            f"{place} has no run, or it was deleted for good: register the model again"
+        ) from error
     name = f"{request.action} {request.name} {request.version}"
     return client.create_run(experiment, start_time=now(), tags=_tags(request, reviewer), run_name=name[:250])
 

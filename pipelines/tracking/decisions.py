@@ -12,7 +12,7 @@ KILLED     it was interrupted, and a later decision replaced it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -161,18 +161,33 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, str]:
     return {alias: str(holder) for alias, holder in client.get_registered_model(name).aliases.items()}
 
 
+def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """Returns the versions of a registered model, oldest first."""
+    # MLflow's filters cannot escape a quote.
+    filter_string = None if "'" in name else f"name = '{name}'"
+    found = pages(client.search_model_versions, filter_string=filter_string)
+    return sorted((item for item in found if item.name == name), key=lambda item: int(item.version))
+
+
 def decision_runs(client: MlflowClient, name: str) -> list[Run]:
-    """Returns the runs of all decisions on a registered model, also of those deleted in MLflow's UI."""
+    """Returns the runs of all decisions on a registered model, also of those deleted in MLflow's UI.
+
+    Only the experiments that have runs of the model's versions count. Any user of a server may create other
+    experiments, and could write false decisions there.
+    """
     from mlflow.entities import ViewType
 
-    experiments = [item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)]
+    def runs(experiments: Iterable[str], filter_string: str) -> Iterator[Run]:
+        arguments = {"filter_string": filter_string, "run_view_type": ViewType.ALL}
+        return pages(client.search_runs, experiment_ids=list(experiments), **arguments)
+
+    made_by = ", ".join(f"'{version.run_id}'" for version in versions_of(client, name) if version.run_id)
+    if not made_by:
+        return []
+    readable = [item.experiment_id for item in pages(client.search_experiments, view_type=ViewType.ALL)]
+    homes = {run.info.experiment_id for run in runs(readable, f"attributes.run_id IN ({made_by})")}
     # The filter leaves the name out, because it may have quotes, which MLflow's filters cannot escape.
-    found = pages(
-        client.search_runs,
-        experiment_ids=experiments,
-        filter_string=f"tags.stage = '{STAGE}'",
-        run_view_type=ViewType.ALL,
-    )
+    found = runs(homes, f"tags.stage = '{STAGE}'") if homes else ()
     return [run for run in found if run.data.tags.get(MODEL) == name]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.storage import files
-from pipelines.tracking.decisions import State, aliases_of, gates_of, look, pages
+from pipelines.tracking.decisions import State, aliases_of, gates_of, look, pages, versions_of
 from pipelines.tracking.server import TrackingError
 
 if TYPE_CHECKING:
@@ -83,14 +83,6 @@ def find_version(client: MlflowClient, reference: Reference) -> ModelVersion:
 def _nearest(wanted: str, known: list[str]) -> str:
     near = difflib.get_close_matches(wanted, known, 3, 0.3)
     return f"; nearest: {', '.join(near)}" if near else f"; there are: {', '.join(known[:5]) or 'none'}"
-
-
-def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """Returns the versions of a registered model, oldest first."""
-    # MLflow's filters cannot escape a quote.
-    filter_string = None if "'" in name else f"name = '{name}'"
-    found = pages(client.search_model_versions, filter_string=filter_string)
-    return sorted((item for item in found if item.name == name), key=lambda item: int(item.version))
 
 
 def figures(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
