@@ -38,6 +38,7 @@ from pipelines.tracking.decisions import (
     objection,
     read,
     unfinished,
+    versions_of,
 )
 from pipelines.tracking.journal import now
 from pipelines.tracking.provenance import DIGEST
@@ -233,6 +234,9 @@ def _write_content(
     before = {
         alias: seen.aliases[alias] for alias in (CANDIDATE, CHAMPION, PREVIOUS) if alias in seen.aliases
     }
+    known = {str(item.version) for item in versions_of(client, request.name)}  # others were deleted
+    wanted = _aliases_after(request, before, seen)
+    after = {alias: holder for alias, holder in wanted.items() if holder in known}
     content = {
         "number": str(1 + max(numbers, default=0)),
         "follows": str(seen.last),
@@ -246,7 +250,7 @@ def _write_content(
         "verified": str(verified).lower(),
         "gates": gates_of(version),
         "aliases.before": json.dumps(before),
-        "aliases.after": json.dumps(_aliases_after(request, before, seen)),
+        "aliases.after": json.dumps(after),
     }
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in content.items() if value])
 

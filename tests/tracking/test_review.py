@@ -416,6 +416,17 @@ def test_deleting_the_run_of_a_decision_does_not_undo_it(add, approve, client):
     assert audit(client, NAME) == []
 
 
+def test_after_the_champion_was_deleted_another_version_can_be_approved(add, approve, desk, client):
+    for _ in "12":
+        add()
+    approve("1")
+    client.delete_model_version(NAME, "1")
+    assert "champion is no version, by the record (last decision 1) version 1" in desk("audit", NAME)[1]
+    assert approve("2")[0] == 0
+    assert aliases(client) == {"champion": "2"}
+    assert desk("audit", NAME)[0] == 0
+
+
 def test_a_version_without_a_run_can_be_looked_at_and_not_decided_on(add, approve, desk, client):
     client.create_model_version(NAME, "models/x", tags={"content.sha256": "ab"})
     assert desk("show", "demo/1")[0] == 0
