@@ -90,7 +90,8 @@ def figures(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
     source, found = str(version.source), {}
     if source.startswith("models:/m-"):
         logged = client.get_logged_model(source.removeprefix("models:/"))
-        found = {metric.key: metric.value for metric in logged.metrics or []}
+        metrics = sorted(logged.metrics or [], key=lambda item: item.timestamp)  # the newest value counts
+        found = {metric.key: metric.value for metric in metrics}
     tags = {key: value for key, value in version.tags.items() if key.startswith("metric.")}
     found = found or {key.removeprefix("metric."): float(value) for key, value in tags.items()}
     return {key: found[key] for key in sorted(found) if math.isfinite(found[key])}
