@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := $(VENV)/.installed
 SIDE_BY_SIDE := -n 2 --dist loadgroup
+PORT ?= 5000
+START := /\#/?workflowType=machine_learning
 
-.PHONY: help setup repro test test-fast test-infra lint types bench architectures params clean lock
+.PHONY: help setup repro ui test test-fast test-infra lint types bench architectures params clean lock
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +26,14 @@ $(STAMP): requirements.lock pyproject.toml
 repro: setup ## run all stages of the pipeline that have changed
 	@dvc repro
 	@python -m stages.tools.summary
+
+ui: setup ## MLflow's UI (runs, pictures, the model registry) on PORT, or the address of its server
+	@case "$$MLFLOW_TRACKING_URI" in \
+	http*) echo "$${MLFLOW_TRACKING_URI%/}$(START)" | sed 's|//[^/]*@|//|' ;; \
+	*) echo "http://127.0.0.1:$(PORT)$(START)"; \
+	   MLFLOW_DISABLE_TELEMETRY=true exec mlflow ui --port $(PORT) \
+	   --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; \
+	esac
 
 test: setup ## all tests except those that start servers
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)

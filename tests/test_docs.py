@@ -21,6 +21,7 @@ from benchmarks.experiments import SECTIONS
 from pipelines import params
 from pipelines.methods.method import Classification
 from pipelines.storage import files
+from pipelines.tracking import review
 from stages.tools import explain_text
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +147,8 @@ def test_other_commands_have_arguments_that_there_are(page):
                 assert options.stage in (None, "STAGE") or options.stage.partition("@")[0] in STAGES, words
             case ["python", "-m", "stages.tools.explain_text"]:
                 explain_text.parser().parse_args(words[3:])
+            case ["python", "-m", "pipelines.tracking.review"]:
+                review.parser().parse_args(words[3:])
             case ["python", "-m", "benchmarks.experiments"]:
                 keys = {word.partition("=")[0] for word in words[4:] if "=" in word}
                 top = params.Params.model_fields

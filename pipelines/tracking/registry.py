@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError, redacted
+from pipelines.errors import redacted
 from pipelines.tracking.candidate import DATA, nominate
+from pipelines.tracking.decisions import approval
 from pipelines.tracking.journal import now
 from pipelines.tracking.packaging import log_model
 from pipelines.tracking.provenance import (
@@ -29,13 +30,12 @@ from pipelines.tracking.provenance import (
 )
 from pipelines.tracking.runs import describe_dataset, flatten
 from pipelines.tracking.server import (
+    TrackingError,
     alone,
     as_default,
-    complaint,
     connect,
     experiment_id,
-    is_of_mlflow,
-    prepare,
+    in_one_line,
     tracking_uri,
     where_to_look,
 )
@@ -50,10 +50,6 @@ if TYPE_CHECKING:
 
 # Tags of a version: a hash of its evidence, and the id of the MLflow run that trained its model.
 EVIDENCE, TRAINING = "evidence.sha256", "training.run"
-
-
-class TrackingError(UserError, RuntimeError):
-    """The registry does not answer or refuses a request. The message names its address and the cause."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def register(
     """
     directory, uri, files = Path(model_directory), tracking_uri(), sorted(map(Path, pictures))
     digest = content_digest(model_files(directory))
-    with _one_line(uri), alone(uri, "register"):
+    with in_one_line(uri), alone(uri, "register"):
         client = connect(uri)
         found = _find(client, name, digest, directory)
         measured_on = describe_dataset(manifest, name=dataset, context="evaluation")
@@ -167,57 +163,64 @@ def register(
     return Registered(name, str(version.version), run.info.run_id, digest, created=found is None)
 
 
-def load(uri: str | Path) -> tuple[nn.Module, ModelSpec]:
+def load(uri: str | Path, *, approved: bool = False) -> tuple[nn.Module, ModelSpec]:
     """Returns the torch module of a model, in evaluation mode, and its spec. Unpickles nothing.
 
     Args:
         uri: `models:/name@alias`, `models:/name/version`, or a folder: one that `pipelines.models.save`
             wrote, or a copy of a version's artifacts.
+        approved: refuse a version unless a reviewer approved it, as it is now (`decisions.approval`).
 
     Raises:
-        TrackingError: the registry does not answer or has no such version.
+        TrackingError: the registry does not answer or has no such version, or the version is not approved.
         FileNotFoundError: the folder has no model.
         WeightsError: the weights do not fit the model that the spec describes.
     """
     from pipelines.models import load as load_directory
 
-    with model_folder(uri) as folder:
+    with model_folder(uri, approved=approved) as folder:
         return load_directory(folder)
 
 
-def load_text_tower(uri: str | Path) -> TextTower:
+def load_text_tower(uri: str | Path, *, approved: bool = False) -> TextTower:
     """Returns the text tower of the model at `uri`, in evaluation mode. Arguments and errors as in `load`."""
     from pipelines.models import load_text_tower as load_from_directory
 
-    with model_folder(uri) as folder:
+    with model_folder(uri, approved=approved) as folder:
         return load_from_directory(folder)
 
 
 @contextmanager
-def model_folder(uri: str | Path) -> Iterator[Path]:
-    """Yields a local folder with the files of a model. `uri` is that of `load`.
+def model_folder(uri: str | Path, *, approved: bool = False) -> Iterator[Path]:
+    """Yields a local folder with the files of a model. Arguments as in `load`.
 
     Raises:
-        TrackingError: the registry does not answer or has no such version.
+        TrackingError: the registry does not answer or has no such version, or the version is not approved.
     """
     if not str(uri).startswith("models:/"):
+        if approved:
+            raise TrackingError(f"{uri}: only a registered version can be approved (models:/NAME/VERSION)")
         folder = Path(uri)
         inner = folder / "artifacts"
         yield inner if all(path.is_file() for path in model_files(inner)) else folder
         return
     server = tracking_uri()
     with tempfile.TemporaryDirectory() as folder_name:
-        with _one_line(server):
+        with in_one_line(server):
             from mlflow.store.artifact.utils.models import get_model_name_and_version
 
             client = connect(server)
             name, version = get_model_name_and_version(client, str(uri))
+            digest = approval(client, str(uri), name, str(version)).digest if approved else None
             repository = _artifacts(client, name, version)
             there = {item.path for item in repository.list_artifacts("artifacts")}
             with_text = all(f"artifacts/{file}" in there for file in TEXT_TOWER)
             for file in MODEL + (TEXT_TOWER if with_text else ()):
                 repository.download_artifacts(f"artifacts/{file}", folder_name)
-        yield Path(folder_name) / "artifacts"
+        downloaded = Path(folder_name) / "artifacts"
+        if digest is not None and content_digest(model_files(downloaded)) != digest:
+            raise TrackingError(f"models:/{name}/{version}: its files are not those that were approved")
+        yield downloaded
 
 
 def _find(client: MlflowClient, name: str, digest: str, directory: Path) -> ModelVersion | None:
@@ -370,15 +373,3 @@ def _artifacts(client: MlflowClient, name: str, version: str) -> Any:
     if location.startswith("models:/m-"):
         location = client.get_logged_model(location.removeprefix("models:/")).artifact_location
     return get_artifact_repository(location, tracking_uri=client.tracking_uri)
-
-
-@contextmanager
-def _one_line(uri: str) -> Iterator[None]:
-    """Turns errors of MLflow, its libraries and the connection into a `TrackingError`."""
-    prepare()
-    try:
-        yield
-    except Exception as error:
-        if not is_of_mlflow(error):
-            raise
-        raise TrackingError(f"MLflow at {uri} {complaint(error)}") from error

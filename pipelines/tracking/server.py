@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from pipelines.errors import redacted
+from pipelines.errors import UserError, redacted
 from pipelines.process import environment
 from pipelines.storage.errors import one_line
 from pipelines.storage.paths import project_root
@@ -34,6 +34,10 @@ LIBRARIES = {"alembic", "mlflow", "sqlalchemy", "sqlite3"} | CLIENTS  # their er
 UPLOAD_TIMEOUT = "600"  # seconds; a server answers an upload only when its own storage has the file
 # The path is percent-encoded.
 _SQLITE = re.compile(r"sqlite(?P<driver>\+\w+)?:///(?P<path>[^?]+)(?P<query>\?.*)?")
+
+
+class TrackingError(UserError, RuntimeError):
+    """The registry does not answer or refuses a request. The message names its address and the cause."""
 
 
 def tracking_uri() -> str:
@@ -91,17 +95,32 @@ def is_of_mlflow(error: Exception) -> bool:
 
 
 @contextmanager
-def alone(uri: str, work: str) -> Iterator[None]:
-    """Lets one process of this machine at a time do `work` on a SQLite file. Does nothing for a server."""
+def in_one_line(uri: str) -> Iterator[None]:
+    """Turns errors of MLflow, its libraries and the connection into a `TrackingError`."""
+    prepare()
+    try:
+        yield
+    except Exception as error:
+        if not is_of_mlflow(error):
+            raise
+        raise TrackingError(f"MLflow at {uri} {complaint(error)}") from error
+
+
+@contextmanager
+def alone(uri: str, work: str) -> Iterator[bool]:
+    """Lets one process of this machine at a time do `work` on a SQLite file; yields whether it does.
+
+    It does nothing for a server.
+    """
     match = _SQLITE.fullmatch(uri)
     if match is None or match["path"] == ":memory:":
-        yield
+        yield False
         return
     path = Path(f"{unquote(match['path'])}.{work}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True
 
 
 def prepare() -> None:

@@ -220,8 +220,10 @@ class Postgres:
 
 
 @contextmanager
-def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """Runs MLflow's tracking server; yields its address."""
+def mlflow_server(
+    database: str, artifacts: str, env: Mapping[str, str], folder: Path, *extra: str
+) -> Iterator[str]:
+    """Runs MLflow's tracking server with `extra` options; yields its address."""
     port, log = free_port(), folder / "mlflow.log"
     options = {"--host": "127.0.0.1", "--port": port, "--workers": 1, "--backend-store-uri": database}
     command = [
@@ -231,6 +233,7 @@ def mlflow_server(database: str, artifacts: str, env: Mapping[str, str], folder:
         *map(str, sum(options.items(), ())),
         "--artifacts-destination",
         artifacts,
+        *extra,
     ]
     with process(
         sys.executable, *command, env={**env, "MLFLOW_DISABLE_TELEMETRY": "true"}, log=log, cwd=folder
