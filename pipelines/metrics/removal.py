@@ -112,9 +112,8 @@ def target_sensitivity(attributions: Tensor, drops: Tensor) -> Tensor:
 
     Returns (C,) in [0, 1], for class c the share of the other classes d whose map has a smaller sum on the
     objects of c than the map of c has. Chance is 0.5. Only classes d count for which the network makes this
-    distinction: without the objects of c, the logit of c drops more than without those of d, and the other
-        way
-    round. NaN without such a class.
+    distinction: the logit of c drops more without the objects of c than without those of d, and vice versa.
+    NaN without such a class.
 
     FunnyBirds compares the maps of two classes that are both wrong, and share different parts with the bird.
 
@@ -122,7 +121,7 @@ def target_sensitivity(attributions: Tensor, drops: Tensor) -> Tensor:
         attributions: (C, C), at (c, d) the sum of the map of c over the objects of d.
         drops: (C, C), at (c, d) the drop of the logit of c without all objects of d.
     """
-    valid = drops.diagonal()[:, None] > drops
-    valid &= valid.T
+    larger = drops.diagonal()[:, None] > drops
+    valid = larger & larger.T
     right = attributions.diagonal()[:, None] > attributions.T
     return (right & valid).sum(1) / valid.sum(1).double()

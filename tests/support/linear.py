@@ -22,16 +22,8 @@ class LinearClassifier(nn.Module):
         return torch.einsum("nchw,kchw->nk", images, self.weights)
 
 
-def linear_model(
-    classes: tuple[str, ...],
-    side: int,
-    task: str,
-    seed: int = 0,
-    explanations: dict[str, Attribution] | None = None,
-) -> ExplainedModel:
-    """Returns a classifier with random weights, explained by input x gradient (`terms`) or `explanations`."""
+def linear_model(classes: tuple[str, ...], side: int, task: str, seed: int = 0) -> ExplainedModel:
+    """Returns a classifier with random weights and the explanation `terms`, which is input x gradient."""
     weights = torch.randn(len(classes), 6, side, side, generator=torch.Generator().manual_seed(seed))
     spec = ModelSpec("linear", classes, side, "conventional", task)  # type: ignore[arg-type]
-    return ExplainedModel(
-        LinearClassifier(weights), spec, explanations or {"terms": Attribution("input_x_gradient")}
-    )
+    return ExplainedModel(LinearClassifier(weights), spec, {"terms": Attribution("input_x_gradient")})

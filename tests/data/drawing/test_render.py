@@ -23,11 +23,11 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def opacities(params: ScenesParams, index: int) -> list[np.ndarray]:
-    """Share of each pixel that each object covers, whatever hides it."""
+def opacities(params: ScenesParams, index: int) -> np.ndarray:
+    """Share of each pixel that each object covers, whatever hides it: (objects, S, S)."""
     rng = drawing._generator(params.seed, "test", index)
     placed = drawing._layout(drawing._labels(params, "test", index, rng), params.image_size, rng)
-    return [coverage(item.outline, params.image_size) for item in placed]
+    return np.stack([coverage(item.outline, params.image_size) for item in placed])
 
 
 @pytest.mark.parametrize("params", [OBJECTS, SEVERAL, CROWDED])
@@ -47,7 +47,7 @@ def test_a_removed_object_changes_only_pixels_that_it_covers_and_no_later_object
         for number in range(1, len(scene.labels) + 1):
             without = render(params, "test", index, [Element("object", number)])
             changed = (without.pixels != scene.pixels).any(-1)
-            hidden = np.any([later == 1 for later in covered[number:]], axis=0, initial=False)
+            hidden = np.max(covered[number:], axis=0, initial=0) == 1
             assert not changed[(covered[number - 1] == 0) | hidden].any()
             assert changed[scene.mask == number].mean() > 0.8  # other pixels have the same colour as before
             assert not (without.mask == number).any()
