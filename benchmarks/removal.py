@@ -2,12 +2,11 @@
 
     python -m benchmarks.removal models/classify models/guide [--dataset scenes] [--split test] [--images 200]
 
-Draws a seeded sample of the split again without some of the objects (`evaluation.removal`), and prints a
-markdown table: per model and explanation, each score's mean over the images, its bootstrap interval over
-    these
-images, and in brackets their number. `uniform` is the map that is 1 everywhere. Importance thresholds are
-those with the best completeness on as many validation images. It needs no shards: the scenes come from the
-params.
+Draws a seeded sample of the split again without some of the objects (`evaluation.removal`), and prints two
+markdown tables. The first has, per model and explanation, each score's mean over the images, its bootstrap
+interval over these images, and in brackets their number. The second has the differences from the first row,
+paired by image. `uniform` is the map that is 1 everywhere. Importance thresholds are those with the best
+completeness on as many validation images. It needs no shards: the scenes come from the params.
 """
 
 from __future__ import annotations
@@ -48,13 +47,18 @@ def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> t
     return low, high
 
 
-def cell(rows: Sequence[Row], score: str) -> str:
-    """Mean, interval and number of images of a score; empty if no row has it."""
-    values = list(image_means(rows, score).values())
+def shown(values: Sequence[float]) -> str:
+    """Mean, interval and number of values; empty without values."""
     if not values:
         return ""
     low, high = interval(values)
     return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}] ({len(values)})"
+
+
+def paired(rows: Sequence[Row], first: Sequence[Row], score: str) -> list[float]:
+    """Differences of `score` from that of the rows `first`, for the images that both have."""
+    ours, theirs = image_means(rows, score), image_means(first, score)
+    return [ours[key] - theirs[key] for key in ours if key in theirs]
 
 
 def main() -> None:
@@ -88,16 +92,22 @@ def main() -> None:
     for row in scores.rows:
         groups.setdefault((row["model"], row["explanation"]), []).append(row)
     print(f"{len(keys)} images of {options.dataset}/{options.split}, seed {options.seed}\n")
+    heads = ["model", "explanation", *(score.replace("_", " ") for score in SCORES)]
     lines = (
         [
-            model,
-            explanation,
-            *(cell(rows, score) for score in SCORES),
-            f"{thresholds[model][explanation]:.3f}",
+            *name,
+            *(shown(list(image_means(rows, score).values())) for score in SCORES),
+            f"{thresholds[name[0]][name[1]]:.3f}",
         ]
-        for (model, explanation), rows in groups.items()
+        for name, rows in groups.items()
     )
-    print(table(["model", "explanation", *(score.replace("_", " ") for score in SCORES), "threshold"], lines))
+    print(table([*heads, "threshold"], lines))
+    print("\nDifferences from the first row\n")
+    first, *others = groups.items()
+    differences = (
+        [*name, *(shown(paired(rows, first[1], score)) for score in SCORES)] for name, rows in others
+    )
+    print(table(heads, differences))
 
 
 if __name__ == "__main__":

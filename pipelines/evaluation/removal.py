@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.attribution import explain
 from pipelines.bcos import add_inverse
@@ -144,12 +144,27 @@ class _Scene:
         return torch.stack([self._images[removed] for removed in without])
 
 
+class _Logits:
+    """Logits of one model for a scene without sets of its elements; each set is sent through it once."""
+
+    def __init__(self, scene: _Scene, model: nn.Module) -> None:
+        self.scene, self.model = scene, model
+        self._known: dict[frozenset[Element], Tensor] = {}
+
+    def __call__(self, without: Sequence[frozenset[Element]]) -> Tensor:
+        """(len(without), K)."""
+        if new := [removed for removed in dict.fromkeys(without) if removed not in self._known]:
+            self._known |= dict(zip(new, self.model(self.scene.images(new)), strict=True))
+        return torch.stack([self._known[removed] for removed in without])
+
+
 def _score(scene: _Scene, name: str, explained: ExplainedModel) -> list[tuple[Row, dict[str, Tensor]]]:
     """Rows of one scene and model, and for each row the scores (T,) that need a threshold."""
-    model, classes, own = explained.model, scene.classes, scene.own
+    classes, own = scene.classes, scene.own
+    logits_without = _Logits(scene, explained.model)
     singles = [frozenset([each]) for each in scene.elements]
     of_class = [frozenset(_chosen(scene.elements, members)) for members in own]
-    logits = model(scene.images([frozenset(), frozenset(scene.objects), *singles, *of_class]))
+    logits = logits_without([frozenset(), frozenset(scene.objects), *singles, *of_class])
     finds = _finds(logits[:1], explained.spec.task)[0, classes]  # (C,)
     whole, empty = logits[0, classes].double(), logits[1, classes].double()
     left, left_of_class = logits[2:, classes].double().split([len(singles), len(of_class)])
@@ -166,17 +181,16 @@ def _score(scene: _Scene, name: str, explained: ExplainedModel) -> list[tuple[Ro
             "target_sensitivity": target_sensitivity(sums_CE @ own.double().T, drops_CC),
         }
         chosen_CTE = important(sums_CE, maps_CHW.double().clamp_min(0).sum((1, 2)))
-        kept, removed = _finds_without(scene, explained, chosen_CTE[..., :count])
-        checks = (data_check(chosen_CTE, own), kept.double(), 1 - removed.double())
-        broken = sums_CE.isnan().any(1) | drops_CE.isnan().any(1)
+        kept, removed = _finds_without(scene, logits_without, explained.spec.task, chosen_CTE[..., :count])
+        checks = dict(
+            zip(CHECKS, (data_check(chosen_CTE, own), kept.double(), 1 - removed.double()), strict=True)
+        )
         of_thresholds = {
-            check: values.masked_fill((~finds | broken)[:, None], torch.nan)
-            for check, values in zip(CHECKS, checks, strict=True)
-        } | {
-            "distractibility": distractibility(chosen_CTE, drops_CE, whole - empty).masked_fill(
-                broken[:, None], torch.nan
-            )
+            check: each.masked_fill(~finds[:, None], torch.nan) for check, each in checks.items()
         }
+        of_thresholds["distractibility"] = distractibility(chosen_CTE, drops_CE, whole - empty)
+        broken = (sums_CE.isnan().any(1) | drops_CE.isnan().any(1))[:, None]
+        of_thresholds = {key: each.masked_fill(broken, torch.nan) for key, each in of_thresholds.items()}
         for place, label in enumerate(classes.tolist()):
             of_row = row(
                 scene.key, name, label, explanation, {key: each[place] for key, each in scores.items()}
@@ -195,22 +209,19 @@ def _maps(scene: _Scene, explained: ExplainedModel) -> list[tuple[str, Tensor]]:
     return [*maps, (UNIFORM, uniform)]
 
 
-def _finds_without(scene: _Scene, explained: ExplainedModel, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _finds_without(
+    scene: _Scene, logits_without: _Logits, task: str, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
     """Does the model find each class with only the chosen objects kept, and with them removed? (C, T) each.
 
-    `chosen` (C, T, objects) of bool has few different rows, and each is drawn once.
+    `chosen` (C, T, objects) is of bool and has few different rows.
     """
     different, place = chosen.flatten(0, 1).unique(dim=0, return_inverse=True)
-    sets = [
-        frozenset(_chosen(scene.objects, members))
-        for flipped in (~different, different)
-        for members in flipped
-    ]
-    finds = _finds(explained.model(scene.images(sets)), explained.spec.task)[:, scene.classes]  # (2·rows, C)
+    removed = [frozenset(_chosen(scene.objects, row)) for row in (*~different, *different)]
+    finds = _finds(logits_without(removed), task)[:, scene.classes].view(2, len(different), -1)
     own_class = torch.arange(len(scene.classes), device=chosen.device)[:, None]
-    kept, removed = finds.view(2, len(different), -1)
-    place = place.view(chosen.shape[:2])
-    return kept[place, own_class], removed[place, own_class]
+    without_others, without_chosen = finds[:, place.view(chosen.shape[:2]), own_class]
+    return without_others, without_chosen
 
 
 def _finds(logits: Tensor, task: str) -> Tensor:
@@ -219,7 +230,7 @@ def _finds(logits: Tensor, task: str) -> Tensor:
 
 
 def _chosen(elements: Sequence[Element], members: Tensor) -> list[Element]:
-    """The elements whose place in `members` (at least as long, of bool) is True."""
+    """The elements for which `members`, of bool, is True."""
     return [each for each, member in zip(elements, members.tolist(), strict=True) if member]
 
 
