@@ -113,7 +113,7 @@ def target_sensitivity(attributions: Tensor, drops: Tensor) -> Tensor:
     Returns (C,) in [0, 1], for class c the share of the other classes d whose map has a smaller sum on the
     objects of c than the map of c has. Chance is 0.5. Only classes d count for which the network makes this
     distinction: the logit of c drops more without the objects of c than without those of d, and vice versa.
-    NaN without such a class.
+    NaN without such a class. A map that is the same for all classes scores 0: equal sums do not count.
 
     FunnyBirds compares the maps of two classes that are both wrong, and share different parts with the bird.
 
