@@ -1,4 +1,4 @@
-"""All metrics: classification, localisation, grid pointing game, agreement, faithfulness, retrieval."""
+"""All metrics: classification, localisation, grid pointing, agreement, faithfulness, removal, retrieval."""
 
 from pipelines.directions import SIZES, higher_is_better, rising, with_arrows
 from pipelines.metrics.agreement import Agreement, agreement, explanation_similarity
@@ -9,7 +9,13 @@ from pipelines.metrics.classification import (
     multiclass_metrics,
     multilabel_metrics,
 )
-from pipelines.metrics.faithfulness import deletion, insertion, removal_curve
+from pipelines.metrics.faithfulness import (
+    area_under,
+    deletion,
+    insertion,
+    removal_curve,
+    single_deletion,
+)
 from pipelines.metrics.grid import (
     Grid,
     confidence,
@@ -37,4 +43,14 @@ from pipelines.metrics.localisation import (
     without_union,
 )
 from pipelines.metrics.means import LocalisationMetric, MeanScore, measured
+from pipelines.metrics.rank_correlation import rank_correlation
+from pipelines.metrics.removal import (
+    IMPORTANCE_THRESHOLDS,
+    data_check,
+    distractibility,
+    important,
+    names_most_important,
+    removal_correlation,
+    target_sensitivity,
+)
 from pipelines.metrics.retrieval import Recall

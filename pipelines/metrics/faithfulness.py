@@ -1,9 +1,10 @@
-"""Deletion and insertion: the probability of a class while pixels are removed in the order of its map.
+"""Deletion, insertion and single deletion: a class's output while pixels or patches are removed.
 
 N images, H x W pixels, K classes.
 
 Source: Samek et al., 2017; Petsiuk et al., RISE, 2018, section 3.3. Least important pixels first: Böhle et
-al., CVPR 2021.
+al., CVPR 2021. Single deletion: Hesse, Schaub-Meyer, Roth, Benchmarking the Attribution Quality of Vision
+Models, NeurIPS 2024 datasets and benchmarks, and its code, visinf/idsds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pipelines.metrics.rank_correlation import rank_correlation
+
 
 def deletion(
     model: nn.Module, images: Tensor, attributions: Tensor, targets: Tensor, **options: object
@@ -21,7 +24,8 @@ def deletion(
 
     Small for a faithful map. Arguments as in `removal_curve`.
     """
-    return _area(removal_curve(model, images, attributions, targets, **options))  # type: ignore[arg-type]
+    curve = removal_curve(model, images, attributions, targets, **options)  # type: ignore[arg-type]
+    return area_under(curve)
 
 
 def insertion(
@@ -32,7 +36,8 @@ def insertion(
     Large for a faithful map. Read backwards, the most important pixels are inserted first into the mean
     image. Arguments as in `removal_curve`.
     """
-    return _area(removal_curve(model, images, -attributions, targets, **options))  # type: ignore[arg-type]
+    curve = removal_curve(model, images, -attributions, targets, **options)  # type: ignore[arg-type]
+    return area_under(curve)
 
 
 @torch.no_grad()
@@ -80,6 +85,59 @@ def removal_curve(
     return torch.cat(curve).view(len(images), steps + 1)
 
 
-def _area(curve: Tensor) -> Tensor:
-    """Area under each row by the trapezoidal rule, with the columns spread over [0, 1]."""
+def area_under(curve: Tensor) -> Tensor:
+    """Area under each row by the trapezoidal rule, with the columns spread over [0, 1]: (N, S) -> (N,)."""
     return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
+
+
+@torch.no_grad()
+def single_deletion(
+    model: nn.Module,
+    images: Tensor,
+    attributions: Tensor,
+    targets: Tensor,
+    *,
+    grid: int = 4,
+    batch_size: int = 256,
+) -> Tensor:
+    """Rank correlation of patches' attributions and drops of the logit: (N,) in [-1, 1], float64.
+
+    The image is cut into `grid` x `grid` patches. The mean image replaces one patch at a time. NaN where all
+    attributions or all drops are equal, and with NaN. A rank correlation has no unit and no baseline, so the
+    score compares explanations of different models.
+
+    Published figures are of models that were fine-tuned with the mean image in one random patch of every
+    second image, so that such images are in the domain. The models of this project are not: for them the
+    domain is kept only approximately, and a drop may come from the patch's edges. The authors call this the
+    single deletion score, without "in-domain".
+
+    Args:
+        model, images, attributions, targets: as in `removal_curve`.
+        grid: patches per side, which must divide H and W.
+        batch_size: images per forward pass.
+
+    Raises:
+        ValueError: `grid` does not divide H and W.
+    """
+    count, height, width = attributions.shape
+    if height % grid or width % grid:
+        raise ValueError(
+            f"grid {grid} does not divide images of {height} x {width} pixels into equal patches"
+        )
+    cells = (count, grid, height // grid, grid, width // grid)
+    of_patch = attributions.double().view(cells).sum((2, 4)).flatten(1)
+    mean = model.mean[:, None, None]  # type: ignore[index]
+
+    def target_logits(without: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = zip(images.split(batch_size), targets.split(batch_size), strict=True)
+        return torch.cat([model(without(some)).gather(1, wanted[:, None])[:, 0] for some, wanted in parts])
+
+    def without_patch(row: int, column: int) -> Callable[[Tensor], Tensor]:
+        gone = torch.zeros(grid, 1, grid, 1, dtype=torch.bool, device=images.device)
+        gone[row, 0, column] = True
+        gone = gone.expand(cells[1:]).reshape(height, width)
+        return lambda some: torch.where(gone, mean, some)
+
+    logits = target_logits(lambda some: some)
+    left = [target_logits(without_patch(row, column)) for row in range(grid) for column in range(grid)]
+    return rank_correlation(of_patch, logits[:, None] - torch.stack(left, dim=1))

@@ -3,10 +3,16 @@
 Only the shape of an object determines its class. Colours, sizes, angles, places and textures are independent
 of it, except that with probability `correlation` the background is the one of the first (largest) object's
 class.
+
+`render` also draws the same scene without some of its objects or of its clutter. All random numbers are drawn
+in any case and what is removed is just not painted, so that every pixel that it does not cover stays the
+same.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,8 +65,101 @@ class _Object:
     outline: Contours
 
 
+@dataclass(frozen=True, slots=True)
+class Element:
+    """An object or a piece of clutter of one scene.
+
+    Attributes:
+        kind: clutter is a thin quadrilateral behind all objects, which belongs to no class.
+        number: from 1, in the order of painting; for objects the instance id in the mask.
+    """
+
+    kind: Literal["object", "clutter"]
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One rendered image and all that was drawn for it, elements that were not painted included.
+
+    Attributes:
+        pixels: uint8 (S, S, 3).
+        mask: uint8 (S, S), 0 is background and i the i-th object, where it is painted and visible.
+        labels: class of each object, in the order of painting.
+        colours: name of each object's colour.
+        group: index of the background in `BACKGROUNDS`.
+        clutter: number of pieces of clutter.
+    """
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    labels: tuple[int, ...]
+    colours: tuple[str, ...]
+    group: int
+    clutter: int
+
+    @property
+    def elements(self) -> list[Element]:
+        """All objects, then all pieces of clutter."""
+        counts: dict[Literal["object", "clutter"], int] = {
+            "object": len(self.labels),
+            "clutter": self.clutter,
+        }
+        return [Element(kind, number) for kind, count in counts.items() for number in range(1, count + 1)]
+
+
+def key_of(split: Split, index: int) -> str:
+    """Key of the sample of image number `index` of `split`."""
+    return f"{split}-{index:07d}"
+
+
+def place_of(key: str) -> tuple[Split, int]:
+    """Split and index of the image with this key, the arguments of `draw` and `render`.
+
+    Raises:
+        ValueError: no drawn image has such a key.
+    """
+    found = re.fullmatch(rf"({'|'.join(SPLITS)})-(\d{{7,}})", key)
+    if found is None:
+        raise ValueError(f"{key!r} is not the key of a drawn image, such as {key_of('test', 12)!r}")
+    return found[1], int(found[2])  # type: ignore[return-value]
+
+
 def draw(params: ScenesParams, split: Split, index: int) -> Sample:
     """Image number `index` of `split`, with its boxes, mask, captions and group (its background)."""
+    scene = render(params, split, index)
+    boxes = tuple(_box(label, scene.mask == number) for number, label in enumerate(scene.labels, start=1))
+    named = [(colour, CLASSES[label]) for colour, label in zip(scene.colours, scene.labels, strict=True)]
+    background = list(BACKGROUNDS)[scene.group]
+    captions: tuple[str, ...] = (
+        f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",
+    )
+    if params.captions:
+        drawn = _generator(params.seed, split, index, _SENTENCES)
+        captions = sentences(named, background, drawn, params.caption_detail)
+    multiclass = params.variant == "objects"
+    return Sample(
+        key=key_of(split, index),
+        image=encode_png(scene.pixels),
+        extension="png",
+        label=scene.labels[0] if multiclass else None,
+        labels=None if multiclass else tuple(sorted(set(scene.labels))),
+        boxes=boxes,
+        group=scene.group,
+        captions=captions,
+        mask=encode_png(scene.mask),
+    )
+
+
+def render(params: ScenesParams, split: Split, index: int, without: Collection[Element] = ()) -> Scene:
+    """Image number `index` of `split`, without the elements `without`.
+
+    Background, the other elements, their order, exposure and noise stay the same. What a removed element hid
+    is visible. With nothing removed, the pixels are those of `draw`.
+
+    Raises:
+        ValueError: the scene has no such element.
+    """
     rng = _generator(params.seed, split, index)
     size = params.image_size
     labels = _labels(params, split, index, rng)
@@ -74,35 +173,25 @@ def draw(params: ScenesParams, split: Split, index: int) -> Sample:
 
     mix = texture(group, size, rng)[..., None]
     canvas = first_rgb * (1.0 - mix) + second_rgb * mix
-    _clutter(canvas, rng, count=int(rng.integers(2, 6)))
+    clutter = int(rng.integers(2, 6))
+    _clutter(canvas, rng, clutter, {element.number for element in without if element.kind == "clutter"})
     mask = np.zeros((size, size), np.uint8)
     for instance, (item, (_, rgb)) in enumerate(zip(objects, colours, strict=True), start=1):
-        inside = coverage(item.outline, size)
-        _paint(canvas, inside, rgb * _shading(item, size, rng))
-        mask[inside >= 0.5] = instance
-    pixels = _photograph(canvas, rng)
-
-    boxes = tuple(_box(item.label, mask == instance) for instance, item in enumerate(objects, start=1))
-    named = [(name, CLASSES[item.label]) for item, (name, _) in zip(objects, colours, strict=True)]
-    background = list(BACKGROUNDS)[group]
-    captions: tuple[str, ...] = (
-        f"{listed([f'{colour} {shape}' for colour, shape in named])} on {background}",
+        shaded = rgb * _shading(item, size, rng)
+        if Element("object", instance) not in without:
+            inside = coverage(item.outline, size)
+            _paint(canvas, inside, shaded)
+            mask[inside >= 0.5] = instance
+    scene = Scene(
+        _photograph(canvas, rng), mask, tuple(labels), tuple(name for name, _ in colours), group, clutter
     )
-    if params.captions:
-        drawn = _generator(params.seed, split, index, _SENTENCES)
-        captions = sentences(named, background, drawn, params.caption_detail)
-    multiclass = params.variant == "objects"
-    return Sample(
-        key=f"{split}-{index:07d}",
-        image=encode_png(pixels),
-        extension="png",
-        label=labels[0] if multiclass else None,
-        labels=None if multiclass else tuple(sorted(set(labels))),
-        boxes=boxes,
-        group=group,
-        captions=captions,
-        mask=encode_png(mask),
-    )
+    if unknown := set(without).difference(scene.elements):
+        element = min(unknown, key=lambda each: (each.kind, each.number))
+        raise ValueError(
+            f"{key_of(split, index)}: no {element.kind} {element.number} to remove; "
+            f"there are {len(labels)} objects and {clutter} pieces of clutter"
+        )
+    return scene
 
 
 def _generator(seed: int, split: Split, *rest: int) -> Generator:
@@ -173,10 +262,10 @@ def _colour(rng: Generator, *unlike: NDArray[np.float64]) -> tuple[str, NDArray[
             return name, rgb
 
 
-def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
-    """Paints `count` small quadrilaterals that belong to no class."""
+def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int, without: Collection[int]) -> None:
+    """Paints `count` small quadrilaterals that belong to no class, except the numbers `without` (from 1)."""
     size = len(canvas)
-    for _ in range(count):
+    for number in range(1, count + 1):
         centre = tuple(rng.uniform(0.0, size, 2).tolist())
         length, width = rng.uniform(0.03, 0.14) * size, rng.uniform(0.008, 0.022) * size
         cos, sin = direction(rng.random())
@@ -186,7 +275,9 @@ def _clutter(canvas: NDArray[np.float64], rng: Generator, count: int) -> None:
         outline = place(
             (corners,), centre, np.array([[length * cos, -width * sin], [length * sin, width * cos]])
         )
-        _paint(canvas, coverage(outline, size), _colour(rng)[1])
+        _, rgb = _colour(rng)
+        if number not in without:
+            _paint(canvas, coverage(outline, size), rgb)
 
 
 def _paint(canvas: NDArray[np.float64], opacity: NDArray[np.float64], rgb: NDArray[np.float64]) -> None:
