@@ -15,11 +15,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import pandas
 
 from benchmarks.markdown import table
 from pipelines.distributed import Context
 from pipelines.evaluation import load_explained_model
+from pipelines.evaluation.intervals import Interval, difference, interval
 from pipelines.evaluation.removal import evaluate_removal, sample_keys
 from pipelines.evaluation.rows import Row, image_means
 from pipelines.params import ScenesParams, load
@@ -38,27 +39,26 @@ SCORES = (
 )
 
 
-def interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values`, by percentiles."""
-    sample = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    means = sample[torch.randint(len(sample), (resamples, len(sample)), generator=generator)].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+def of_images(rows: Sequence[Row], score: str) -> pandas.DataFrame:
+    """A score per image, as `evaluation.intervals` takes it."""
+    return pandas.DataFrame({"top": image_means(rows, score), "bottom": 1.0})
 
 
-def shown(values: Sequence[float]) -> str:
-    """Mean, interval and number of values; empty without values."""
-    if not values:
-        return ""
-    low, high = interval(values)
-    return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}] ({len(values)})"
+def shown(found: Interval | None, images: int) -> str:
+    """Mean, interval and number of images; empty if there are fewer than two."""
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] ({images})" if found else ""
 
 
-def paired(rows: Sequence[Row], first: Sequence[Row], score: str) -> list[float]:
-    """Differences of `score` from that of the rows `first`, for the images that both have."""
-    ours, theirs = image_means(rows, score), image_means(first, score)
-    return [ours[key] - theirs[key] for key in ours if key in theirs]
+def measured(rows: Sequence[Row], score: str) -> str:
+    """The cell of a score in the first table."""
+    values = of_images(rows, score)
+    return shown(interval(values), len(values))
+
+
+def compared(rows: Sequence[Row], first: Sequence[Row], score: str) -> str:
+    """The cell of a score in the second table: its difference from the first row's."""
+    one, other = of_images(rows, score), of_images(first, score)
+    return shown(difference(one, other), len(one.index.intersection(other.index)))
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     lines = (
         [
             *name,
-            *(shown(list(image_means(rows, score).values())) for score in SCORES),
+            *(measured(rows, score) for score in SCORES),
             f"{thresholds[name[0]][name[1]]:.3f}",
         ]
         for name, rows in groups.items()
@@ -104,9 +104,7 @@ def main() -> None:
     print(table([*heads, "threshold"], lines))
     print("\nDifferences from the first row\n")
     first, *others = groups.items()
-    differences = (
-        [*name, *(shown(paired(rows, first[1], score)) for score in SCORES)] for name, rows in others
-    )
+    differences = ([*name, *(compared(rows, first[1], score) for score in SCORES)] for name, rows in others)
     print(table(heads, differences))
 
 
