@@ -20,9 +20,9 @@ import pandas
 from benchmarks.markdown import table
 from pipelines.distributed import Context
 from pipelines.evaluation import load_explained_model
-from pipelines.evaluation.intervals import Interval, difference, interval
 from pipelines.evaluation.removal import evaluate_removal, sample_keys
 from pipelines.evaluation.rows import Row, image_means
+from pipelines.evidence.intervals import Interval, difference, interval
 from pipelines.params import ScenesParams, load
 
 POSTHOC = ("gradcam", "input_x_gradient")  # explanations of conventional networks

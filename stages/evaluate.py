@@ -1,4 +1,4 @@
-"""Stage `evaluate`: evaluates all models on the test split; results are in `reports/evaluate`."""
+"""Stage `evaluate`: evaluates all models on the validation and test splits, see `reports/evaluate`."""
 
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.evaluation import figures
@@ -13,6 +13,7 @@ from pipelines.workflow.sharing import shards_for_all
 from pipelines.workflow.training import tracked
 
 OUT = REPORTS / "evaluate"
+SPLITS = ("val", "test")  # gates judge by the first, reports show the second
 
 
 def main() -> None:
@@ -32,19 +33,22 @@ def main() -> None:
             run,
             _,
         ):
-            records = evaluate_models(params, models)
-            of_followers = evaluate_models(params, followers, "test", "teacher")
+            records = evaluate_models(params, models, SPLITS)
+            of_followers = evaluate_models(params, followers, SPLITS, "teacher")
             save_records(OUT / "records", records)
             save_records(OUT / "student_records", of_followers)
-            metrics, of_students = figures(records), figures(of_followers)
+            metrics, of_students = figures(records["test"]), figures(of_followers["test"])
             write_json(OUT / "metrics.json", metrics)
             write_json(OUT / "students.json", of_students)
             write_localisation(OUT / "localisation.csv", metrics["models"] | of_students["models"])
             run.metrics(flat({"test": metrics["models"], "students": of_students["models"]}))
             view = (shards_for_all(params), params.data, params.evaluate)
-            run.pictures(draw_gallery(OUT / "pictures", models, records.right(list(models)[-1]), *view))
-            right = of_followers.right(list(followers)[-1])
-            draw_gallery(OUT / "student_pictures", followers, right, *view)
+            right, of_student = (
+                found["test"].right(list(of)[-1])
+                for found, of in ((records, models), (of_followers, followers))
+            )
+            run.pictures(draw_gallery(OUT / "pictures", models, right, *view))
+            draw_gallery(OUT / "student_pictures", followers, of_student, *view)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,13 @@ def main() -> None:
         with tracked(
             params, "evaluate_guidance", *settings, upstream=upstream, code=CODE, context="evaluation"
         ) as (run, _):
-            found = {
-                split: evaluate_models(params, models, split, None, guided) for split in params.guide.splits
-            }
-            for split, records in found.items():
-                save_records(OUT / "records" / split, records)
-            metrics = {split: figures(records) for split, records in found.items()}
+            splits = params.guide.splits
+            found = evaluate_models(params, models, ("val", *splits), None, guided)
+            save_records(OUT / "records", found)
+            metrics = {split: figures(found[split]) for split in splits}
             write_json(OUT / "metrics.json", metrics)
             run.metrics(flat({split: of_split["models"] for split, of_split in metrics.items()}))
-            last = params.guide.splits[-1]
+            last = splits[-1]
             view = (shards_for_all(params), params.data, params.evaluate, last, guided)
             run.pictures(draw_gallery(OUT / "pictures", models, found[last].right("guided"), *view))
 

@@ -14,13 +14,15 @@ from pipelines.workflow.running import stage
 def main() -> None:
     """Registers `models/bcosify/<first start>` with the metrics and pictures of `reports/evaluate`.
 
-    The validation metric that selected the model's epoch decides whether the version becomes the candidate.
+    The version becomes the candidate if it passes its gates and is not worse than the present candidate, by
+    the validation metric that selected its epoch.
     """
     with stage() as params:
         start = params.bcosify.starts[0]
         metrics = required_json(REPORTS / "evaluate/metrics.json")["models"][BCOS_NAMES[start]]
         best = required_json(REPORTS / "bcosify" / start / "metrics.json")
         select = getattr(params.bcosify, start).select
+        gates = required_json(REPORTS / "gates.json")
         version = tracking.register(
             Path("models/bcosify", start),
             experiment=params.tracking.experiment,
@@ -29,6 +31,7 @@ def main() -> None:
             metrics=flat({"test": metrics}) | {key: value for key, value in best.items() if key == select},
             manifest=read_manifest(shards_of(params.dataset)).to_json(),
             dataset=params.dataset,
+            gates=(gates["outcome"], gates["gates"]) if gates["gates"] else None,
             pictures=sorted((REPORTS / "evaluate/pictures").iterdir()),
             params=params.model_dump(mode="json"),
             compare=select,

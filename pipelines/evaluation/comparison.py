@@ -6,7 +6,7 @@ combined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pandas
@@ -23,9 +23,10 @@ from pipelines.evaluation.batches import labels_of
 from pipelines.evaluation.explained_model import load_explained_model
 from pipelines.evaluation.grids import grid_windows, play_grid_pointing_game
 from pipelines.evaluation.predictions import Predictions
-from pipelines.evaluation.records import OF_EXPLANATIONS, OF_GRIDS, Records, joined, predictions_table
 from pipelines.evaluation.scores import Similarity, score_explanations
+from pipelines.evaluation.tables import joined
 from pipelines.evaluation.thresholds import best_thresholds, choose_thresholds, with_iou
+from pipelines.evidence import OF_EXPLANATIONS, OF_GRIDS, Records
 from pipelines.params import DataParams, EvaluateParams
 
 
@@ -39,6 +40,7 @@ def evaluate(
     split: str = "test",
     teacher: str | None = None,
     guided: Attribution | None = None,
+    validation: Records | None = None,
 ) -> Records:
     """Evaluates models on `split`; the records are the same on every worker.
 
@@ -53,6 +55,8 @@ def evaluate(
             that the teacher predicts are compared with the teacher's.
         guided: the attribution used in guidance, evaluated for all models. Guided models decide on each class
             separately, so single-label data gets F1, precision, recall and mean average precision, too.
+        validation: records of the same models on the validation split, which give the thresholds of IoU. If
+            `None`, the explanations of that split are computed for the thresholds alone.
 
     Raises:
         DataError: no image to evaluate, or images without labels.
@@ -90,11 +94,11 @@ def evaluate(
         seen.append(Predictions(batch["key"], labels_of(batch).cpu(), kept, groups.cpu()))
     predictions = Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker])
     tasks = {name: explained.spec.task for name, explained in models.items()}
-    images = [predictions_table(name, task, predictions) for name, task in tasks.items()]
+    images = [predictions.table(name, task) for name, task in tasks.items()]
     of_images = pandas.concat(images, ignore_index=True)
     rows = joined(explanations, context, OF_EXPLANATIONS)
-    if split == "val":
-        thresholds = best_thresholds(rows)
+    if split == "val" or validation is not None:
+        thresholds = best_thresholds(rows if validation is None else validation.explanations)
     else:
         thresholds = choose_thresholds(context, models, shards, data, params)
     if len(rows):
@@ -120,3 +124,21 @@ def evaluate(
             "skipped": sum(gather(mine.skipped, context)),
         },
     )
+
+
+def evaluate_splits(
+    context: Context,
+    directories: Mapping[str, str],
+    shards: str,
+    data: DataParams,
+    params: EvaluateParams,
+    splits: Sequence[str],
+    teacher: str | None = None,
+    guided: Attribution | None = None,
+) -> dict[str, Records]:
+    """Split -> records of `evaluate`. Those of `val`, if it is asked for, give the thresholds of IoU."""
+    found: dict[str, Records] = {}
+    for split in sorted(set(splits), key=lambda split: (split != "val", split)):
+        where = (directories, shards, data, params, split)
+        found[split] = evaluate(context, *where, teacher, guided, found.get("val"))
+    return found

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas
 
-from pipelines.evaluation.records import Records
+from pipelines.evaluation.predictions import Predictions
+from pipelines.evidence import Records
 from pipelines.metrics import SIZES, Agreement, eligible, measured, multiclass_metrics
 
 # Share of the image that the boxes cover: lower bound (exclusive), upper bound (inclusive).
@@ -22,7 +23,7 @@ def figures(records: Records) -> dict[str, Any]:
         `iou` is at the threshold that is best on the validation split, `iou_at_0.5` at 0.5. Students also
         have `agreement` and `explanation_similarity`.
     """
-    facts, predictions = records.facts, records.as_tensors()
+    facts, predictions = records.facts, Predictions.of(records)
     teacher, found = facts["teacher"], {}
     for name in records.models:
         logits = predictions.logits[name]

@@ -16,7 +16,8 @@ from pipelines.distributed import Context
 from pipelines.evaluation.batches import examples_by_key
 from pipelines.evaluation.explained_model import ExplainedModel, knows_positions
 from pipelines.evaluation.predictions import Predictions
-from pipelines.evaluation.records import OF_GRIDS, joined
+from pipelines.evaluation.tables import joined
+from pipelines.evidence import OF_GRIDS
 from pipelines.metrics import (
     Grid,
     confidence,

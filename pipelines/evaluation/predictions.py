@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import pandas
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +14,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from pipelines.data.loading.batch import NO_GROUP
 from pipelines.data.shards.sample import DataError
+from pipelines.evidence import Records
 from pipelines.metrics import measured, multilabel_metrics
 
 
@@ -39,6 +43,22 @@ class Predictions:
             torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "groups")
         )
         return cls([keys[index] for index in order], labels, logits, groups)
+
+    @classmethod
+    def of(cls, records: Records) -> Predictions:
+        """The predictions of all models in records of an evaluation."""
+        of = {name: records.predictions[records.predictions["model"] == name] for name in records.models}
+        logits = {name: torch.from_numpy(np.stack(rows["logits"].tolist())) for name, rows in of.items()}
+        first = of[records.models[0]]
+        labels = [torch.tensor(list(each)) for each in first["labels"]]
+        if records.facts["single_label"]:
+            wanted = torch.cat(labels)
+        else:
+            wanted = torch.zeros(len(labels), next(iter(logits.values())).shape[1], dtype=torch.int64)
+            for row, each in zip(wanted, labels, strict=True):
+                row[each] = 1
+        groups = torch.from_numpy(first["group"].to_numpy(copy=True))
+        return cls(list(first["key"]), wanted, logits, groups)
 
     def correct(self, name: str) -> dict[str, bool]:
         """Key -> True if the model `name` predicts correctly (for multi-label data in every class)."""
@@ -87,3 +107,32 @@ class Predictions:
                 f"mean_{kind}_accuracy": float(accuracies.mean()),
             }
         return found
+
+    def table(self, name: str, task: str) -> pandas.DataFrame:
+        """The rows of `Records.predictions` of the model `name`, without a student's explanations.
+
+        `task` is that of the model, `multiclass` or `multilabel`.
+        """
+        logits, labels = self.logits[name], self.labels
+        shares = logits.double().softmax(1) if task == "multiclass" else logits.double().sigmoid()
+        columns: dict[str, Any] = {"group": self.groups.numpy()}
+        single = labels.ndim == 1
+        present = F.one_hot(labels, logits.shape[1]) if single else labels
+        first = logits.argmax(1)
+        second = logits.scatter(1, first[:, None], -torch.inf).argmax(1)
+        named = {"prediction": first, "runner_up": second} | ({"true": labels} if single else {})
+        for role, classes in named.items():
+            if role != "true":
+                columns[role] = classes.numpy()
+            for what, values in (("logit", logits), ("probability", shares)):
+                columns[f"{role}_{what}"] = values.gather(1, classes[:, None])[:, 0].numpy()
+        return pandas.DataFrame(
+            {
+                "model": name,
+                "key": self.keys,
+                "labels": [row.nonzero()[:, 0].tolist() for row in present],
+                "logits": list(logits.numpy()),
+                "right": list(self.correct(name).values()),
+                **columns,
+            }
+        )

@@ -12,9 +12,10 @@ from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.explained_model import ExplainedModel, with_explanations
 from pipelines.evaluation.figures import explanation_figures, pointing_figures
-from pipelines.evaluation.records import OF_EXPLANATIONS, joined
 from pipelines.evaluation.scores import score_explanations
+from pipelines.evaluation.tables import joined
 from pipelines.evaluation.towers import as_classifier, class_names, load_towers, zero_shot_networks
+from pipelines.evidence import OF_EXPLANATIONS
 from pipelines.params import ClipEvaluateParams, DataParams
 
 

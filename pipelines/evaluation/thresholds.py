@@ -11,8 +11,9 @@ from pipelines.data.loading.loader import loader
 from pipelines.data.shards.manifest import read_manifest
 from pipelines.distributed import Context, to_device
 from pipelines.evaluation.explained_model import ExplainedModel
-from pipelines.evaluation.records import OF_EXPLANATIONS, joined
 from pipelines.evaluation.scores import IOU, score_explanations
+from pipelines.evaluation.tables import joined
+from pipelines.evidence import OF_EXPLANATIONS
 from pipelines.metrics import THRESHOLDS
 from pipelines.params import DataParams, EvaluateParams
 

@@ -19,6 +19,7 @@ from pipelines.params.data import (
     WaterbirdsParams,
 )
 from pipelines.params.evaluation import ClipEvaluateParams, EvaluateParams, LinearProbeParams, PublishedParams
+from pipelines.params.gates import GateParams
 from pipelines.params.methods import (
     BcosificationParams,
     BcosifyParams,

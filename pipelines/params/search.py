@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from pipelines.params.base import Count, PositiveFloat, Strict
+from pipelines.params.base import Count, PositiveFloat, Sparse, Strict
 from pipelines.params.renames import renamed
 
 Scalar = bool | int | float | str | None
 
 
-class SearchDimension(Strict):
+class SearchDimension(Sparse):
     """One dimension of a search space: a param, and a choice or a range of values."""
 
     key: str
@@ -27,10 +27,6 @@ class SearchDimension(Strict):
     when: dict[str, Scalar] = {}
     """Key of an earlier dimension -> value at which this param is drawn. Otherwise the param keeps its
     value in params.yaml."""
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
     @property
     def extremes(self) -> list[Scalar]:

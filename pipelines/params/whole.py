@@ -16,6 +16,7 @@ from pipelines.params.base import ParamsError, Strict
 from pipelines.params.clip import ClipGroupParams
 from pipelines.params.data import SOURCES, DataParams, Dataset
 from pipelines.params.evaluation import EvaluateParams
+from pipelines.params.gates import GateParams
 from pipelines.params.methods import BcosifyParams, DistillParams, GuideParams, PretrainParams
 from pipelines.params.renames import check_names, renamed
 from pipelines.params.search import SearchParams
@@ -62,6 +63,8 @@ class Params(Strict):
     """B-cosified CLIP: zero-shot models that show which pixels match a text."""
     evaluate: EvaluateParams
     """Evaluation of all models on the test split: accuracy, localisation, pictures."""
+    gates: tuple[GateParams, ...] = ()
+    """Conditions on the network that is registered; it becomes the candidate only if all are fulfilled."""
     search: SearchParams
     """Search for better params of one stage by short trials."""
     training: TrainingParams

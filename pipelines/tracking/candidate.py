@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Tag: a person approved or rejected the version. Machines give it no alias after that.
 DECISION = "decision"
+GATES = "gates"  # tag: outcome of the version's gates (pass, fail, undecided); absent if none are defined
+GATES_FILE = "gates.json"  # artifact of a version's run: the outcome of each gate
 DATA = "dataset.digest"  # tag: the data that the version's metrics were measured on
 # Values of the tag `alias.<alias>`: the version is about to get the alias, has got it, or has lost it to
 # another version.
@@ -91,6 +93,8 @@ def _against(
     """
     if decision := next((item.tags[DECISION] for item in same if DECISION in item.tags), None):
         return f"for a person decided on it ({decision})"
+    if (gates := version.tags.get(GATES, "pass")) != "pass":
+        return f"for its gates are not passed ({gates})"
     if holder is not None and str(holder.version) in [str(item.version) for item in same]:
         return ""
     if any(item.tags.get(mark) == GIVEN for item in same):

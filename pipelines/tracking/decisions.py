@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tracking.candidate import GATES
 from pipelines.tracking.provenance import DIGEST
 from pipelines.tracking.server import TrackingError
 
@@ -30,7 +31,6 @@ APPROVE, REJECT, ROLLBACK = "approve", "reject", "rollback"  # actions
 DONE = {APPROVE: "approved", REJECT: "rejected", ROLLBACK: "rolled back"}
 STAGE = "review"  # value of the tag `stage` of a decision's run
 MODEL, OUTCOME = "review.model", "review.outcome"  # tags of a decision's run
-GATES = "gates"  # tag of a version: pass, fail or undecided; absent if no gates are defined
 NO_GATES = "none"
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.storage import files
+from pipelines.tracking.candidate import GATES_FILE
 from pipelines.tracking.decisions import State, aliases_of, gates_of, look, pages, versions_of
 from pipelines.tracking.server import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-
-GATES_FILE = "gates.json"  # artifact of a version's run: a list of gates with their outcomes
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import hashlib
 import json
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import redacted
-from pipelines.tracking.candidate import DATA, nominate
+from pipelines.tracking.candidate import DATA, GATES, GATES_FILE, nominate
 from pipelines.tracking.decisions import approval
 from pipelines.tracking.journal import now
 from pipelines.tracking.packaging import log_model
@@ -87,6 +87,7 @@ class Evidence:
         pictures: picture files.
         dataset: data set that the metrics were measured on, as `describe_dataset` returns it.
         tags: further tags of the version, besides those of metrics and data set.
+        gates: the outcome of each gate.
         has_text_tower: whether the model comes with a text tower.
     """
 
@@ -96,6 +97,7 @@ class Evidence:
     pictures: list[Path]
     dataset: Mapping[str, str]
     tags: Mapping[str, str]
+    gates: Sequence[Mapping[str, Any]]
     has_text_tower: bool
 
 
@@ -109,6 +111,7 @@ def register(
     manifest: Mapping[str, Any],
     dataset: str,
     pictures: Iterable[str | Path] = (),
+    gates: tuple[str, Sequence[Mapping[str, Any]]] | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
     compare: str | None = None,
@@ -130,6 +133,8 @@ def register(
         manifest: content of `manifest.json` of the shards that the metrics were measured on.
         dataset: name of that data set.
         pictures: files for the reviewer.
+        gates: outcome of all gates together (`pass`, `fail`, `undecided`), and of each one. A version whose
+            gates do not pass gets no alias. `None` if no gates are defined.
         params: params of the registration's run; nested values.
         tags: further tags of the version.
         compare: the one of `metrics` that decides about the alias. If `None`, a version that has the alias
@@ -150,9 +155,11 @@ def register(
         origin = _origin(client, experiment_id(client, uri, experiment), digest)
         kept = {key: version.tags.get(key, value) for key, value in origin.items()}  # the first origin stays
         has_text = len(model_files(directory)) > len(MODEL)
+        outcome, each_gate = gates or (None, [])
+        shown = {**(tags or {}), **kept} | ({GATES: outcome} if outcome else {})
         _show(
             client,
-            Evidence(version, directory, metrics, files, measured_on, {**(tags or {}), **kept}, has_text),
+            Evidence(version, directory, metrics, files, measured_on, shown, each_gate, has_text),
         )
         version = client.get_model_version(name, str(version.version))  # with its new tags
         told = nominate(client, version, alias, compare, higher_is_better)
@@ -304,7 +311,7 @@ def _show(client: MlflowClient, evidence: Evidence) -> None:
     from mlflow.entities import Metric
 
     version, metrics, dataset = evidence.version, evidence.metrics, evidence.dataset
-    content = [dict(metrics), dict(dataset), dict(evidence.tags)]
+    content = [dict(metrics), dict(dataset), dict(evidence.tags), list(evidence.gates)]
     parts = [json.dumps(content, sort_keys=True), content_digest(evidence.pictures)]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     if version.tags.get(EVIDENCE) == digest:
@@ -318,6 +325,8 @@ def _show(client: MlflowClient, evidence: Evidence) -> None:
     client.log_batch(run_id, metrics=values)
     for picture in evidence.pictures:
         client.log_artifact(run_id, str(picture), "pictures")
+    if evidence.gates:
+        client.log_text(run_id, json.dumps(list(evidence.gates), indent=1), GATES_FILE)
     figures = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
     for key, value in {**figures, DATA: dataset["digest"], **evidence.tags}.items():
         client.set_model_version_tag(version.name, version.version, key, redacted(value))

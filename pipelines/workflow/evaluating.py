@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import Records, evaluate
-from pipelines.evaluation.intervals import intervals
+from pipelines.evaluation import evaluate_splits
+from pipelines.evidence import Records, intervals
 from pipelines.models import load_published, save
 from pipelines.params import Params, ParamsError, keyed
 from pipelines.storage.files import write_json
@@ -58,20 +58,25 @@ def published_models(params: Params, classes: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def evaluate_models(params: Params, folders: Mapping[str, Path], *arguments: Any) -> Records:
-    """Runs `evaluate` for the models in `folders` on `evaluate.workers` workers.
+def evaluate_models(
+    params: Params, folders: Mapping[str, Path], splits: Sequence[str], *options: Any
+) -> dict[str, Records]:
+    """Split -> records of the models in `folders`, evaluated on `evaluate.workers` workers.
 
-    `arguments` are the arguments of that function after the params.
+    `options` are the arguments of `evaluate_splits` after the splits.
     """
     training = params.training.with_loader(params.data.loader_workers).model_copy(
         update={"workers": params.evaluate.workers}
     )
     where = (models_for_all(params, folders), shards_for_all(params), params.data, params.evaluate)
     with keyed("training", training):
-        return launch(evaluate, *where, *arguments, training=training, storage=params.storage.root)
+        return launch(
+            evaluate_splits, *where, splits, *options, training=training, storage=params.storage.root
+        )
 
 
-def save_records(folder: Path, records: Records) -> None:
-    """Writes the records of an evaluation, and the intervals of their headline figures, to `folder`."""
-    records.save(folder)
-    write_json(folder / "intervals.json", intervals(records))
+def save_records(folder: Path, records: Mapping[str, Records]) -> None:
+    """Writes the records of each split, and the intervals of their headline figures, to `folder`/SPLIT."""
+    for split, of_split in records.items():
+        of_split.save(folder / split)
+        write_json(folder / split / "intervals.json", intervals(of_split))

@@ -17,7 +17,6 @@ from pipelines.data.loading.loader import loader
 from pipelines.evaluation import (
     BOX_SIZES,
     ExplainedModel,
-    Records,
     evaluate,
     examples_by_key,
     figures,
@@ -26,6 +25,7 @@ from pipelines.evaluation import (
     load_explained_model,
 )
 from pipelines.evaluation.gallery import draw_gallery, explain_predicted
+from pipelines.evidence import Records
 from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams

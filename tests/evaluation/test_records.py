@@ -7,8 +7,9 @@ from pipelines import models
 from pipelines.attribution import attribute
 from pipelines.bcos import add_inverse
 from pipelines.data.loading.loader import loader
-from pipelines.evaluation import Records, evaluate, figures
-from pipelines.evaluation.intervals import OF_EXPLANATIONS, OF_MODELS, interval, intervals, parts
+from pipelines.evaluation import evaluate, figures
+from pipelines.evidence import Records
+from pipelines.evidence.intervals import OF_EXPLANATIONS, OF_MODELS, interval, intervals, parts
 from pipelines.metrics import THRESHOLDS, attribution_iou, box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams

@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas
-import torch
-import torch.nn.functional as F
 
-from pipelines.distributed import Context, gather
-from pipelines.evaluation.predictions import Predictions
 from pipelines.storage.files import staged
 
 OF_EXPLANATIONS = ["model", "explanation", "key", "class"]  # what a row of explanations is about
@@ -77,53 +72,3 @@ class Records:
         """Key -> True if the model's prediction is right."""
         rows = self.predictions[self.predictions["model"] == model]
         return dict(zip(rows["key"], rows["right"].tolist(), strict=True))
-
-    def as_tensors(self) -> Predictions:
-        """The predictions of all models as tensors."""
-        of = {name: self.predictions[self.predictions["model"] == name] for name in self.models}
-        logits = {name: torch.from_numpy(np.stack(rows["logits"].tolist())) for name, rows in of.items()}
-        first = of[self.models[0]]
-        labels = [torch.tensor(list(each)) for each in first["labels"]]
-        if self.facts["single_label"]:
-            wanted = torch.cat(labels)
-        else:
-            wanted = torch.zeros(len(labels), next(iter(logits.values())).shape[1], dtype=torch.int64)
-            for row, each in zip(wanted, labels, strict=True):
-                row[each] = 1
-        groups = torch.from_numpy(first["group"].to_numpy(copy=True))
-        return Predictions(list(first["key"]), wanted, logits, groups)
-
-
-def joined(tables: list[pandas.DataFrame], context: Context, order: list[str]) -> pandas.DataFrame:
-    """Joins the tables of all workers and sorts the rows by `order`, so that the workers have no effect."""
-    some = [table for of_worker in gather(tables, context) for table in of_worker if len(table)]
-    if not some:
-        return pandas.DataFrame(columns=order)
-    return pandas.concat(some).sort_values(order, ignore_index=True)
-
-
-def predictions_table(name: str, task: str, predictions: Predictions) -> pandas.DataFrame:
-    """The rows of `Records.predictions` of one model, without those of a student's explanations."""
-    logits, labels = predictions.logits[name], predictions.labels
-    shares = logits.double().softmax(1) if task == "multiclass" else logits.double().sigmoid()
-    columns: dict[str, Any] = {"group": predictions.groups.numpy()}
-    single = labels.ndim == 1
-    present = F.one_hot(labels, logits.shape[1]) if single else labels
-    first = logits.argmax(1)
-    second = logits.scatter(1, first[:, None], -torch.inf).argmax(1)
-    named = {"prediction": first, "runner_up": second} | ({"true": labels} if single else {})
-    for role, classes in named.items():
-        if role != "true":
-            columns[role] = classes.numpy()
-        for what, values in (("logit", logits), ("probability", shares)):
-            columns[f"{role}_{what}"] = values.gather(1, classes[:, None])[:, 0].numpy()
-    return pandas.DataFrame(
-        {
-            "model": name,
-            "key": predictions.keys,
-            "labels": [row.nonzero()[:, 0].tolist() for row in present],
-            "logits": list(logits.numpy()),
-            "right": list(predictions.correct(name).values()),
-            **columns,
-        }
-    )

@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 from scipy import stats
 
-from pipelines.evaluation.records import Records
+from pipelines.evidence.records import Records
 
 DRAWS = 2000
 LEVEL = 0.95

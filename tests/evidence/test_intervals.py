@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import pytest
 
-from pipelines.evaluation.intervals import difference, interval
+from pipelines.evidence.intervals import difference, interval
 
 
 def flips(chance, count, seed):
