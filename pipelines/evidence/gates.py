@@ -40,7 +40,8 @@ class Judged:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, of which those that were not measured are absent."""
-        found: dict[str, Any] = {**self.gate.model_dump(), "split": self.gate.split, "outcome": self.outcome}
+        whole = {"split": self.gate.split, "greater_is_better": _rises(self.gate)}
+        found: dict[str, Any] = {**self.gate.model_dump(), **whole, "outcome": self.outcome}
         if self.value is not None:
             found["value"] = self.value
         if self.compared is not None:

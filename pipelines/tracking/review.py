@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,11 @@ def run_show(client: MlflowClient, options: argparse.Namespace) -> int:
     facts = {"aliases": aliases, "gates": found["gates"], "decision": found["decision"] or "none"}
     for key, value in {"version": f"{found['name']}/{found['version']}", **facts, **found["tags"]}.items():
         head.add_row(key, _coloured(value))
-    gates = _table("gate", "metric", "split", "outcome", "value", "interval", "threshold")
+    gates = _table("gate", "figure", "split", "outcome", "compared", "interval", "condition")
     for gate in found["gate_results"]:
         outcome = _coloured(gate.get("outcome"))
         first, last = ([_cell(gate.get(key)) for key in keys] for keys in (_GATE_IS, _GATE_FOUND))
-        gates.add_row(*first, outcome, *last)
+        gates.add_row(*first, outcome, *last, _condition(gate))
     values = _table("figure", "value")
     for key, value in found["figures"].items():
         values.add_row(key, _cell(value))
@@ -164,7 +164,17 @@ def run_show(client: MlflowClient, options: argparse.Namespace) -> int:
     return 0
 
 
-_GATE_IS, _GATE_FOUND = ("name", "metric", "split"), ("value", "interval", "threshold")
+_GATE_IS, _GATE_FOUND = ("name", "metric", "split"), ("compared", "interval")
+
+
+def _condition(gate: Mapping[str, Any]) -> str:
+    """Returns what a gate demands: a bound, or a least change from the figure of another model."""
+    if gate.get("threshold") is not None:
+        return f"{'≥' if gate.get('greater_is_better', True) else '≤'} {_cell(gate['threshold'])}"
+    change = gate.get("min_absolute_change")
+    share = gate.get("min_relative_change")
+    told = f"{change:+g}" if change is not None else f"{share:+.0%}" if share is not None else ""
+    return f"{gate.get('against', '')} {told}".strip()
 
 
 def run_diff(client: MlflowClient, options: argparse.Namespace) -> int:
