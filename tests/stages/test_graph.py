@@ -157,7 +157,7 @@ def test_again_changes_nothing_and_registers_nothing(project):
         for name in ("dvc.lock", "params.yaml", "reports/register.json")
     }
     told = project.run("dvc repro").stdout
-    assert told.count("didn't change, skipping") == 21
+    assert told.count("didn't change, skipping") == 22
     assert "is in the registry already" in told
     assert {name: (project.folder / name).read_bytes() for name in before} == before
 
