@@ -17,7 +17,7 @@ setup: $(STAMP) ## make .venv from requirements.lock (once)
 	@echo "environment ready: $(VENV) ($$($(BIN)/python --version), torch $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))'))"
 
 $(STAMP): requirements.lock pyproject.toml
-	@echo "setting up $(VENV) from requirements.lock (some minutes, about 6 GB)"
+	@echo "setting up $(VENV) from requirements.lock (some minutes, about 7 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -75,5 +75,5 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	@rm -rf .lock
 
 clean: ## remove the outputs of the pipeline (not .venv, not the DVC cache)
-	@rm -rf data models reports runs mlflow.db mlartifacts .mypy_cache .ruff_cache *.egg-info
+	@rm -rf data models reports runs dvc_plots mlflow.db mlartifacts .mypy_cache .ruff_cache *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

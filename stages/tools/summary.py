@@ -43,7 +43,8 @@ def main() -> None:
         console.print(guided(split, found["models"]))
     console.print(trials_table(load().search.metrics, best, len(trials)))
     console.print(f"pictures   {REPORTS}/evaluate/pictures")
-    console.print("metrics    dvc metrics show; dvc plots show (after `. .venv/bin/activate`)")
+    console.print(f"metrics    {REPORTS}/*/metrics.json; dvc plots show (after `. .venv/bin/activate`)")
+    console.print(f"gates      {required_json(REPORTS / 'gates.json')['outcome'] or 'none'}")
     console.print(f"registry   {version['uri']}")
     console.print(f"review     {tracking.where_to_look(tracking.tracking_uri())}", soft_wrap=True)
 
@@ -55,7 +56,7 @@ def followers(models: dict[str, Any]) -> Table:
         "accuracy or F1",
         "agreement",
         "explanation similarity",
-        "grid pointing game",
+        "grid game, own grids",
         "energy pointing game",
     )
     for name, found in models.items():
