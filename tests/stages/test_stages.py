@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipelines import models, params
 from pipelines.errors import UserError
+from pipelines.tracking.server import connect, tracking_uri
 from stages import (
     backbone,
     bcosify,
@@ -18,6 +19,7 @@ from stages import (
     evaluate_guidance,
     explain,
     fetch,
+    gates,
     guide,
     pretrain,
     register,
@@ -186,6 +188,7 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_all_stages(wo
         "guide.guided.optim.epochs=1",
         "search.trials=2",
         "search.epochs=1",
+        "gates=[{name: any, metric: f1, threshold: 0}, {name: none, metric: f1, threshold: 2}]",
         recipe="default",
     )
     fetch.main("scenes")
@@ -203,11 +206,16 @@ def test_multilabel_data_and_the_baseline_from_scratch_run_through_all_stages(wo
     guide.main()
     evaluate_guidance.main()
     search.main()
+    gates.main()
     register.main()
     found = workspace.read("reports/evaluate/metrics.json")["models"]
     assert set(found) == {"conventional", "bcosified", "bcos_from_scratch"}
     assert all(0 <= of_model["f1"] <= 1 for of_model in found.values())
-    assert "bcos-scenes" in workspace.read("reports/register.json")["uri"]
+    uri = workspace.read("reports/register.json")["uri"]
+    assert "bcos-scenes" in uri
+    assert [gate["outcome"] for gate in workspace.read("reports/gates.json")["gates"]] == ["pass", "fail"]
+    version = connect(tracking_uri()).get_model_version(*uri.removeprefix("models:/").split("/"))
+    assert (version.tags["gates"], version.aliases) == ("fail", [])
     capsys.readouterr()
     summary.main()
     assert "f1" in capsys.readouterr().out.lower()
