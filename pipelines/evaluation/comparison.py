@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas
 import torch
@@ -20,7 +21,7 @@ from pipelines.data.shards.manifest import read_manifest
 from pipelines.data.shards.sample import DataError
 from pipelines.distributed import Context, gather, to_device
 from pipelines.evaluation.batches import labels_of
-from pipelines.evaluation.explained_model import load_explained_model
+from pipelines.evaluation.explained_model import ExplainedModel, load_explained_model
 from pipelines.evaluation.grids import grid_windows, play_grid_pointing_game
 from pipelines.evaluation.predictions import Predictions
 from pipelines.evaluation.scores import Similarity, score_explanations
@@ -70,33 +71,11 @@ def evaluate(
         name: load_explained_model(path, params.posthoc, context.device, guided)
         for name, path in directories.items()
     }
-    similarity = {
-        name: Similarity(models[name], models[teacher], context.device)
-        for name in models
-        if teacher is not None and name != teacher
-    }
     batches = partial(loader, shards, split, data, params.batch_size)
-    seen: list[Predictions] = []
-    explanations: list[pandas.DataFrame] = []
-    similarities: list[pandas.DataFrame] = []
-    mine = batches(context=context)
-    for batch in mine:
-        batch, logits = to_device(batch, context.device), {}
-        for name, explained in models.items():
-            logits[name], rows = score_explanations(explained, batch)
-            explanations.append(rows.assign(model=name))
-        for name, compare in similarity.items():
-            columns = compare(batch["image"], logits[str(teacher)])
-            arrays = {column: values.cpu().numpy() for column, values in columns.items()}
-            similarities.append(pandas.DataFrame({"model": name, "key": batch["key"], **arrays}))
-        groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
-        kept = {name: each.cpu() for name, each in logits.items()}
-        seen.append(Predictions(batch["key"], labels_of(batch).cpu(), kept, groups.cpu()))
-    predictions = Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker])
+    predictions, rows, compared, skipped = _score_images(context, models, batches, teacher)
     tasks = {name: explained.spec.task for name, explained in models.items()}
     images = [predictions.table(name, task) for name, task in tasks.items()]
     of_images = pandas.concat(images, ignore_index=True)
-    rows = joined(explanations, context, OF_EXPLANATIONS)
     if split == "val" or validation is not None:
         thresholds = best_thresholds(rows if validation is None else validation.explanations)
     else:
@@ -104,7 +83,7 @@ def evaluate(
     if len(rows):
         shared = of_images[["model", "key", "group", "prediction", "right"]]
         rows = with_iou(rows, thresholds).merge(shared, on=["model", "key"])
-    if len(compared := joined(similarities, context, ["model", "key"])):
+    if len(compared):
         of_images = of_images.merge(compared, on=["model", "key"], how="left")
     plays, grids = set(tasks.values()) == {"multiclass"}, pandas.DataFrame(columns=OF_GRIDS)
     if plays:
@@ -121,8 +100,46 @@ def evaluate(
             "teacher": teacher,
             "side": params.grid_size,
             "windows": {name: grid_windows(of, params) for name, of in models.items()} if plays else {},
-            "skipped": sum(gather(mine.skipped, context)),
+            "skipped": skipped,
         },
+    )
+
+
+def _score_images(
+    context: Context, models: Mapping[str, ExplainedModel], batches: Any, teacher: str | None
+) -> tuple[Predictions, pandas.DataFrame, pandas.DataFrame, int]:
+    """One pass over the images of a split, shared by all workers.
+
+    Returns:
+        The predictions; rows of `Records.explanations`; rows with the columns of `Similarity` by model and
+        key, for the students of `teacher`; and the number of images that do not decode.
+    """
+    similarity = {
+        name: Similarity(models[name], models[teacher], context.device)
+        for name in models
+        if teacher is not None and name != teacher
+    }
+    seen: list[Predictions] = []
+    explanations: list[pandas.DataFrame] = []
+    similarities: list[pandas.DataFrame] = []
+    mine = batches(context=context)
+    for batch in mine:
+        batch, logits = to_device(batch, context.device), {}
+        for name, explained in models.items():
+            logits[name], rows = score_explanations(explained, batch)
+            explanations.append(rows.assign(model=name))
+        for name, compare in similarity.items():
+            columns = compare(batch["image"], logits[str(teacher)])
+            arrays = {column: values.cpu().numpy() for column, values in columns.items()}
+            similarities.append(pandas.DataFrame({"model": name, "key": batch["key"], **arrays}))
+        groups = batch.get("group", torch.full((len(batch["key"]),), NO_GROUP))
+        kept = {name: each.cpu() for name, each in logits.items()}
+        seen.append(Predictions(batch["key"], labels_of(batch).cpu(), kept, groups.cpu()))
+    return (
+        Predictions.joined([part for of_worker in gather(seen, context) for part in of_worker]),
+        joined(explanations, context, OF_EXPLANATIONS),
+        joined(similarities, context, ["model", "key"]),
+        sum(gather(mine.skipped, context)),
     )
 
 

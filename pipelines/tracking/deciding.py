@@ -56,7 +56,7 @@ LONGEST_REASON = 2000  # characters
 
 @dataclass(frozen=True)
 class Request:
-    """What a reviewer asks for.
+    """A decision that a reviewer asks for.
 
     Attributes:
         action: approve, reject or rollback.

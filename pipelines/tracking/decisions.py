@@ -131,7 +131,7 @@ class State:
 
     @property
     def moved_by_hand(self) -> list[str]:
-        """Those of the aliases `champion` and `previous` whose holders do not follow from the decisions."""
+        """The aliases, of `champion` and `previous`, whose holders do not follow from the decisions."""
         decided = self.decided
         return [alias for alias in (CHAMPION, PREVIOUS) if self.aliases.get(alias) != decided.get(alias)]
 

@@ -1,4 +1,4 @@
-"""What a reviewer looks at before deciding: versions, their figures and gates, differences of two."""
+"""Evidence for a decision: the versions of a model, their figures and gates, differences of two versions."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from pipelines.metrics import box_masks, energy_pointing_game
 from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
 from pipelines.training import Context
-from tests.support.drawn import CLASSES, drawn_shards, flat, known_by_heart
+from tests.support.drawn import CLASSES, drawn_shards, flat, known_by_heart, untrained_on_scenes
 
 pytestmark = pytest.mark.xdist_group("comparison")  # one xdist worker trains the models for all tests
 
@@ -150,13 +150,8 @@ def test_pictures_are_the_same_each_time(trained, shards, tmp_path):
 
 
 def test_multilabel_models_are_scored_on_every_pair(tmp_path):
-    counts = {"train": 4, "val": 4, "test": 12}
-    shards = drawn_shards(
-        tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts
-    )
-    spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
-    models.save(tmp_path / "model", models.assemble(spec), spec)
-    records = evaluate(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
+    folders, shards = untrained_on_scenes(tmp_path, DATA)
+    records = evaluate(Context(), folders, shards, DATA, PARAMS)
     found, right = figures(records), records.right("bcos")
     assert {"f1", "recall", "mean_average_precision"} <= set(found["models"]["bcos"])
     assert "grids" not in found
@@ -174,7 +169,7 @@ def test_multilabel_models_are_scored_on_every_pair(tmp_path):
         whole = sum(own[f"{key}_{size}"] * own[f"pairs_{size}"] for size in sizes) / own["pairs"]
         assert own[key] == pytest.approx(whole)
         assert own[f"{key}_undefined"] == sum(own[f"{key}_{size}_undefined"] for size in sizes)
-    assert draw_gallery(tmp_path / "pictures", {"bcos": str(tmp_path / "model")}, right, shards, DATA, PARAMS)
+    assert draw_gallery(tmp_path / "pictures", folders, right, shards, DATA, PARAMS)
 
 
 def test_what_was_guided_is_evaluated_too(trained, shards):

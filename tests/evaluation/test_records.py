@@ -11,10 +11,9 @@ from pipelines.evaluation import evaluate, figures
 from pipelines.evidence import Records
 from pipelines.evidence.intervals import OF_EXPLANATIONS, OF_MODELS, interval, intervals, parts
 from pipelines.metrics import THRESHOLDS, attribution_iou, box_masks, energy_pointing_game
-from pipelines.models import ModelSpec
 from pipelines.params import DataParams, EvaluateParams
 from pipelines.training import Context
-from tests.support.drawn import CLASSES, drawn_shards, flat, known_by_heart
+from tests.support.drawn import drawn_shards, flat, known_by_heart, untrained_on_scenes
 
 pytestmark = pytest.mark.xdist_group("records")  # one xdist worker trains the models for all tests
 
@@ -53,13 +52,7 @@ def test_stored_tables_give_the_same_figures(records, tmp_path):
 
 def of_scenes(tmp_path):
     """Records of an untrained multi-label network."""
-    counts = {"train": 4, "val": 4, "test": 12}
-    shards = drawn_shards(
-        tmp_path, 20, variant="scenes", image_size=32, objects_per_image=(1, 3), counts=counts
-    )
-    spec = ModelSpec("resnet8", CLASSES, 32, "bcos", task="multilabel")
-    models.save(tmp_path / "model", models.assemble(spec), spec)
-    return evaluate(Context(), {"bcos": str(tmp_path / "model")}, shards, DATA, PARAMS)
+    return evaluate(Context(), *untrained_on_scenes(tmp_path, DATA), DATA, PARAMS)
 
 
 def test_multilabel_tables_give_the_same_figures(tmp_path):

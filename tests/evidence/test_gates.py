@@ -1,6 +1,7 @@
 """Gates: the interval of a figure, or of its difference from the parent's, decides."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pandas
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from pipelines.evidence import Records
 from pipelines.evidence.gates import judge, overall, own_explanation
+from pipelines.evidence.intervals import OF_EXPLANATIONS, OF_MODELS
 from pipelines.params import GateParams
 
 
@@ -104,3 +106,7 @@ def test_a_model_speaks_for_itself():
 def test_conditions_that_say_nothing_are_refused(gate, message):
     with pytest.raises(ValidationError, match=message):
         GateParams(**{"name": "gate", "metric": "accuracy", **gate})
+
+
+def test_every_figure_of_a_gate_has_an_interval():
+    assert set(get_args(GateParams.model_fields["metric"].annotation)) <= {*OF_MODELS, *OF_EXPLANATIONS}

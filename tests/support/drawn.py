@@ -49,6 +49,15 @@ def known_by_heart(folder: Path, shards: str, data: DataParams, device: str = "c
     return {kind: str(folder / kind) for kind in ("conventional", "bcos")}
 
 
+def untrained_on_scenes(folder: Path, data: DataParams) -> tuple[dict[str, str], str]:
+    """Draws scenes of 1 to 3 objects; returns an untrained multi-label model `bcos`, and their shards."""
+    drawn = {"variant": "scenes", "objects_per_image": (1, 3), "counts": {"train": 4, "val": 4, "test": 12}}
+    shards = drawn_shards(folder, 20, image_size=data.image_size, **drawn)
+    spec = ModelSpec("resnet8", CLASSES, data.image_size, "bcos", task="multilabel")
+    models.save(folder / "model", models.assemble(spec), spec)
+    return {"bcos": str(folder / "model")}, shards
+
+
 def flat(found: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields pairs of a path (a/b/c) and a value from nested dicts."""
     for key, value in found.items():

@@ -46,7 +46,7 @@ def by_key(some: Any, tmp_path: Path) -> dict[str, Sample]:
 
 
 def left_out(tmp_path: Path) -> dict[str, int]:
-    """What the manifest of the last fetch says was left out."""
+    """The samples that were left out, by the manifest of the last fetch."""
     return json.loads((tmp_path / "raw/manifest.json").read_text())["left_out"]
 
 

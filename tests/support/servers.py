@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,9 @@ def wait_for(server: subprocess.Popen[bytes], answers: Callable[[], bool], log: 
     """Waits until a server answers. Fails with the end of its log if it does not."""
     end = time.monotonic() + START
     while time.monotonic() < end and server.poll() is None:
-        try:
+        with suppress(OSError):  # which it raises until the server is up
             if answers():
                 return
-        except OSError:
-            pass  # the server is not up yet
         time.sleep(0.3)
     raise AssertionError(f"no answer\n{log.read_text()[-3000:]}")
 
