@@ -5,7 +5,6 @@ from pipelines.metrics.agreement import Agreement, agreement, explanation_simila
 from pipelines.metrics.classification import (
     Accuracy,
     CalibrationError,
-    UnexplainedShare,
     multiclass_metrics,
     multilabel_metrics,
 )

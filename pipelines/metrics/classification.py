@@ -1,4 +1,4 @@
-"""Classification metrics, and the share of the logits that maps do not explain. N images, K classes.
+"""Classification metrics. N images, K classes.
 
 All metrics take the model's logits. Counts are integers and sums are float64, so that results do not depend
 on the number of workers or the order of batches. A mean over nothing, such as the precision of a model that
@@ -111,31 +111,3 @@ class CalibrationError(Metric):
 
     def compute(self) -> Tensor:
         return (self.correct - self.confidences).abs().sum() / self.counts.sum()
-
-
-class UnexplainedShare(Metric):
-    """Share of the logits that no pixel's contribution explains; 0 if every map sums to its logit.
-
-    Σ_images |logit - logit bias - Σ_pixels contribution| / Σ_images |logit - logit bias|; NaN without images.
-    `update(logits, logit_bias, contributions)` takes the logits (N,) of the explained classes, and their maps
-    (N, H, W) or the sums of these over the pixels (N,).
-    """
-
-    higher_is_better = False
-    full_state_update = False
-    missing: Tensor
-    whole: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("missing", "whole"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, logit_bias: float, contributions: Tensor) -> None:
-        wanted = logits.detach().double() - logit_bias
-        given = contributions.detach().double().reshape(len(wanted), -1).sum(1)
-        self.missing += (wanted - given).abs().sum()
-        self.whole += wanted.abs().sum()
-
-    def compute(self) -> Tensor:
-        return self.missing / self.whole

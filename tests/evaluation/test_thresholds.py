@@ -138,3 +138,10 @@ def test_decisions_about_nothing_are_absent(labels):
     )
     found = predictions.decisions("model")
     assert set(found) == ({"f1", "recall", "mean_average_precision"} if labels.any() else set())
+
+
+def test_unexplained_share_is_what_the_map_misses():
+    rows = pandas.DataFrame({"logit": [1.0, -4.0], "logit_bias": -1.0, "contributions": 2.0})
+    assert explanation_figures(rows) == {"unexplained_share": pytest.approx(5 / 5)}  # logits: 2 and -3
+    rows.loc[2] = {"logit": 4.0, "logit_bias": -1.0, "contributions": 5.0}
+    assert explanation_figures(rows) == {"unexplained_share": pytest.approx(5 / 10)}

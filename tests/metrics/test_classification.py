@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.metrics import CalibrationError, UnexplainedShare, multiclass_metrics, multilabel_metrics
+from pipelines.metrics import CalibrationError, multiclass_metrics, multilabel_metrics
 
 
 def merged(make, batches, workers):
@@ -67,12 +67,3 @@ def test_calibration_error_by_hand():
     assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
     metric.update(torch.full((1, 2), torch.nan), torch.tensor([0]))
     assert metric.compute().isnan()
-
-
-def test_unexplained_share_is_what_the_map_misses():
-    metric = UnexplainedShare()
-    maps = torch.full((2, 2, 2), 0.5)  # each sums to 2
-    metric.update(torch.tensor([1.0, -4.0]), -1.0, maps)  # logits without bias: 2 and -3
-    assert metric.compute().item() == pytest.approx(5 / 5)
-    metric.update(torch.tensor([4.0]), -1.0, torch.tensor([5.0]))
-    assert metric.compute().item() == pytest.approx(5 / 10)

@@ -14,7 +14,6 @@ from pipelines.metrics import (
     IoU,
     LocalisationMetric,
     PointingGame,
-    UnexplainedShare,
     higher_is_better,
     measured,
     multiclass_metrics,
@@ -66,9 +65,7 @@ def test_the_direction_of_a_name_is_that_of_the_metric(method):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize(
-    "make", [Agreement, CalibrationError, IoU, LocalisationMetric, PointingGame, UnexplainedShare]
-)
+@pytest.mark.parametrize("make", [Agreement, CalibrationError, IoU, LocalisationMetric, PointingGame])
 def test_every_metric_of_nothing_is_absent(make):
     value = make().compute()
     values = value if isinstance(value, dict) else {"value": value}
