@@ -3,7 +3,9 @@ import socket
 
 import pytest
 
+from pipelines.tracking import review
 from pipelines.tracking.server import connect
+from tests.support.desk import NAME
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,45 @@ def manifest():
         "checksum": "ab" * 32,
         "splits": split,
     }
+
+
+@pytest.fixture
+def alice(monkeypatch):
+    monkeypatch.setenv("LOGNAME", "alice")
+
+
+@pytest.fixture
+def add(client, project):
+    """Returns a function that adds a version and returns its number."""
+    experiment = client.create_experiment("demo", artifact_location=(project / "mlartifacts").as_uri())
+    client.create_registered_model(NAME)
+
+    def add(gates=None, **tags):
+        run = client.create_run(experiment)
+        tags = {"content.sha256": run.info.run_id, **({"gates": gates} if gates else {}), **tags}
+        version = client.create_model_version(NAME, "models/x", run.info.run_id, tags=tags)
+        client.set_registered_model_alias(NAME, "candidate", version.version)
+        return str(version.version)
+
+    return add
+
+
+@pytest.fixture
+def desk(capsys):
+    """Returns a function that runs a command and returns its exit code and what it printed."""
+
+    def desk(*arguments):
+        capsys.readouterr()
+        status = review.main(arguments)
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return desk
+
+
+@pytest.fixture
+def approve(desk):
+    def approve(number, *more):
+        return desk("approve", f"{NAME}/{number}", "--reason", "better", *more)
+
+    return approve
